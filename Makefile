@@ -1,0 +1,36 @@
+# Two commands do everything, set-up included: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed
+
+.PHONY: help test lint demo bench clean
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/'
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+	PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	touch $@
+
+test: lint ## everything that has to hold: lint, types, layers, tests, the wheel
+	$(BIN)/python -m pytest
+
+lint: $(STAMP) ## ruff, strict mypy, the layers of the house
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+demo: $(STAMP) ## train, build and validate on text that every installation has
+	$(BIN)/cpcompile demo --out demo
+
+bench: $(STAMP) ## the figures of the README
+	$(BIN)/python benchmarks/training_throughput.py
+	$(BIN)/python benchmarks/latency.py
+	$(BIN)/python benchmarks/build_cost.py
+
+clean:
+	rm -rf $(VENV) demo build dist *.egg-info

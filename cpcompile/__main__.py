@@ -1,0 +1,5 @@
+"""`python -m cpcompile`."""
+
+from cpcompile.cli import main
+
+main()

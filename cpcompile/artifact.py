@@ -1,0 +1,24 @@
+"""What an exporter hands to the bundle: the files of one engine of one context."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, kw_only=True)
+class Artifact:
+    """One engine: its files (relative to its folder), how to open it, what it reads of the shared weights."""
+
+    variant: str
+    """Runtime and precision, such as `cpu-fp32`."""
+    runtime: str
+    precision: str
+    provider: str
+    """Execution provider of ONNX Runtime."""
+    device: str
+    model_file: str
+    files: tuple[str, ...]
+    shared_bytes: int
+    """Bytes of the shared weights file that this engine maps."""
+    session_options: Mapping[str, str] = field(default_factory=dict)

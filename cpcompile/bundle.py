@@ -1,0 +1,363 @@
+"""The bundle `model.cpc/`: an ONNX Runtime model package (schema 1.0), components = contexts.
+
+    manifest.json                       components, and under additional_metadata.cpcompile the digest of every file
+    <context>/component.json            variants = runtime + precision
+    <context>/<variant>/model.onnx      graph; its weights are slices of one shared file
+    shared_assets/sha256-<hex>/         weights.bin; tokenizer.json
+    report.json                         what validation found (outside of the digests)
+
+Reading needs neither torch nor onnxruntime. Everything is checked before it is used: the
+manifest against its own digest, each file against the manifest, each path against the root.
+The format: microsoft/onnxruntime, model_package/README.md.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import glob
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from types import TracebackType
+from typing import Any
+
+from cpcompile.artifact import Artifact
+from cpcompile.errors import CpcompileError, UsageError
+
+BUNDLE_VERSION = 1
+MANIFEST = "manifest.json"
+REPORTS = ("report.json", "report.html")
+WEIGHTS_OPTION = "session.model_external_initializers_file_folder_path"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One engine of one context in a bundle."""
+
+    context: str
+    name: str
+    runtime: str
+    precision: str
+    provider: str
+    model: Path
+    weights: Path | None
+    """Folder of the shared weights."""
+    session_options: Mapping[str, str]
+    bytes: int
+    """Of its own files and of its share of the weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bundle:
+    """An opened bundle: the manifest is checked, the files are checked by `verify` before they are loaded."""
+
+    root: Path
+    name: str
+    contexts: tuple[str, ...]
+    metadata: Mapping[str, Any]
+    """What the build recorded: context indices, parameter accounting, source checkpoint, digests."""
+    components: Mapping[str, Mapping[str, Any]]
+
+    @property
+    def tokenizer(self) -> Path:
+        """The tokenizer.json that all contexts share, verified."""
+        path = self._asset(self.metadata["tokenizer"]) / "tokenizer.json"
+        self.verify(path)
+        return path
+
+    @property
+    def bytes(self) -> int:
+        """Of all files but the reports."""
+        return sum(p.stat().st_size for p in self.root.rglob("*") if p.is_file() and p.name not in REPORTS)
+
+    def variants(self, context: str) -> tuple[Variant, ...]:
+        """The engines of `context`; UsageError lists the contexts there are."""
+        if context not in self.components:
+            raise UsageError(f"{self.root}: has no context {context!r}; it has {', '.join(self.contexts)}")
+        return tuple(self._variant(context, name) for name in self.components[context]["variants"])
+
+    def variant(self, context: str, name: str) -> Variant:
+        """One engine; UsageError lists what there is."""
+        variants = {variant.name: variant for variant in self.variants(context)}
+        if name not in variants:
+            raise UsageError(f"{self.root}: {context} has no variant {name!r}; it has {', '.join(variants)}")
+        return variants[name]
+
+    def verify(self, *paths: Path) -> None:
+        """Compare files, or all files of folders, with the digests in the manifest."""
+        digests = self.metadata["files"]
+        for path in paths:
+            relative = path.relative_to(self.root).as_posix()
+            expected = {name for name in digests if name == relative or name.startswith(f"{relative}/")}
+            if not expected:
+                raise UsageError(f"{path}: is not listed in {self.root / MANIFEST}; build the bundle again")
+            for name in sorted(expected):
+                _verify_file(self.root / name, digests[name])
+
+    def verify_all(self) -> None:
+        """Check every file that the manifest lists."""
+        for name, digest in self.metadata["files"].items():
+            _verify_file(_inside(self.root, name), digest)
+
+    def _variant(self, context: str, name: str) -> Variant:
+        body = self.components[context]["variants"][name]
+        own, ort = body["executor_info"]["cpcompile"], body["executor_info"]["ort"]
+        options = dict(ort.get("session_options", {}))
+        weights = options.pop(WEIGHTS_OPTION, None)
+        folder = f"{context}/{body.get('variant_directory', name)}"
+        return Variant(
+            context=context,
+            name=name,
+            runtime=own["runtime"],
+            precision=own["precision"],
+            provider=body["ep"],
+            model=_inside(self.root, f"{folder}/{ort['model_file']}"),
+            weights=self._asset(weights) if weights else None,
+            session_options=options,
+            bytes=own["bytes"],
+        )
+
+    def _asset(self, uri: str) -> Path:
+        return _inside(self.root, f"shared_assets/{uri.replace(':', '-')}")
+
+
+def open_bundle(path: Path) -> Bundle:
+    """Open and check the manifest and the components of the bundle `path`."""
+    if not (path / MANIFEST).is_file():
+        kind = "there is no such folder" if not path.exists() else f"is not a bundle (no {MANIFEST} in it)"
+        raise UsageError(f"{path}: {kind}; `cpcompile build model.pt -o model.cpc` makes one")
+    manifest = _read_json(path / MANIFEST)
+    try:
+        metadata = dict(manifest["additional_metadata"]["cpcompile"])
+        digest = metadata.pop("manifest_digest")
+        if metadata["version"] != BUNDLE_VERSION:
+            raise UsageError(
+                f"{path}: bundle version {metadata['version']!r}, this cpcompile reads {BUNDLE_VERSION}; build it again"
+            )
+        if digest != _manifest_digest(manifest):
+            raise UsageError(f"{path / MANIFEST}: was changed or damaged after the build; build the bundle again")
+        components = {}
+        for name, folder in manifest["components"].items():
+            component = _inside(path, f"{folder}/component.json")
+            _verify_file(component, metadata["files"][f"{folder}/component.json"])
+            components[name] = _read_json(component)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"{path / MANIFEST}: lacks or garbles {error}; build the bundle again") from error
+    return Bundle(
+        root=path, name=manifest["package_name"], contexts=tuple(components), metadata=metadata, components=components
+    )
+
+
+class BundleWriter:
+    """Collects a bundle in a temporary folder beside `target` and renames it when complete.
+
+    `seal` makes it a bundle, `commit` moves it. Until then the old bundle is untouched; leaving the
+    block without `commit` removes the new one.
+    """
+
+    def __init__(self, target: Path) -> None:
+        if target.exists() and not (target / MANIFEST).is_file() and (not target.is_dir() or any(target.iterdir())):
+            raise UsageError(f"{target}: exists and is not a bundle; choose another output or remove it")
+        self.target = target
+        self._components: dict[str, dict[str, Any]] = {}
+
+    def __enter__(self) -> BundleWriter:
+        try:
+            self.target.parent.mkdir(parents=True, exist_ok=True)
+            _remove_leftovers(self.target)
+            self.root = Path(
+                tempfile.mkdtemp(prefix=f"{_temporary_prefix(self.target)}{os.getpid()}-", dir=self.target.parent)
+            )
+            self.root.chmod(0o755)
+        except OSError as error:
+            raise CpcompileError(
+                f"{self.target}: cannot be written ({error.strerror}); choose another output"
+            ) from error
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        shutil.rmtree(self.root, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise CpcompileError(
+                f"{self.target}: the disk is full; free space or choose another output (the previous bundle is intact)"
+            ) from error
+
+    def folder(self, context: str, variant: str) -> Path:
+        """Where the files of a variant go."""
+        folder = self.root / context / variant
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def stage(self, name: str) -> Path:
+        """An empty folder in which an asset can be prepared."""
+        folder = self.root / f".{name}"
+        folder.mkdir()
+        return folder
+
+    def add_asset(self, folder: Path) -> str:
+        """Move `folder` (inside of this bundle) to its content address and return its URI."""
+        uri = asset_uri(folder)
+        target = self.asset(uri)
+        target.parent.mkdir(exist_ok=True)
+        folder.rename(target)
+        return uri
+
+    def asset(self, uri: str) -> Path:
+        """The folder of a shared asset."""
+        return self.root / "shared_assets" / uri.replace(":", "-")
+
+    def add_variant(self, context: str, artifact: Artifact, *, weights: str | None) -> None:
+        """Enter the engine `artifact` of `context`, whose files lie in `folder(context, artifact.variant)`."""
+        folder = self.folder(context, artifact.variant)
+        own = sum((folder / name).stat().st_size for name in artifact.files)
+        options = dict(artifact.session_options) | ({WEIGHTS_OPTION: weights} if weights else {})
+        component = self._components.setdefault(context, {"component_name": context, "variants": {}})
+        component["variants"][artifact.variant] = {
+            "variant_directory": artifact.variant,
+            "ep": artifact.provider,
+            "device": artifact.device,
+            "executor_info": {
+                "ort": {"model_file": artifact.model_file, "session_options": options},
+                "cpcompile": {
+                    "runtime": artifact.runtime,
+                    "precision": artifact.precision,
+                    "bytes": own + artifact.shared_bytes,
+                },
+            },
+        }
+
+    def seal(self, *, name: str, metadata: Mapping[str, Any]) -> Bundle:
+        """Write component and manifest files; the bundle can be opened where it lies."""
+        for context, component in self._components.items():
+            _write_json(self.root / context / "component.json", component)
+        files = {
+            path.relative_to(self.root).as_posix(): _file_digest(path)
+            for path in sorted(self.root.rglob("*"))
+            if path.is_file() and path.name not in REPORTS
+        }
+        manifest: dict[str, Any] = {
+            "schema_version": "1.0",
+            "package_name": name,
+            "layout": "portable",
+            "components": {context: context for context in self._components},
+            "additional_metadata": {"cpcompile": {"version": BUNDLE_VERSION, **metadata, "files": files}},
+        }
+        manifest["additional_metadata"]["cpcompile"]["manifest_digest"] = _manifest_digest(manifest)
+        _write_json(self.root / MANIFEST, manifest)
+        return open_bundle(self.root)
+
+    def commit(self, target: Path | None = None) -> Path:
+        """Put the sealed bundle in its place, or at `target`; returns where it is."""
+        target = target or self.target
+        _put_in_place(self.root, target)
+        return target
+
+
+def asset_uri(folder: Path) -> str:
+    """The canonical URI of a shared asset: the digest over the digests and names of its files."""
+    lines = [
+        f"{_file_digest(path)}  {path.relative_to(folder).as_posix()}\n"
+        for path in sorted(folder.rglob("*"), key=lambda p: p.relative_to(folder).as_posix())
+        if path.is_file()
+    ]
+    return "sha256:" + hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _inside(root: Path, name: str) -> Path:
+    """`root/name`, refused if it leaves `root` by its text or through a link."""
+    pure = PurePosixPath(name)
+    path = root / pure
+    if pure.is_absolute() or ".." in pure.parts or not path.resolve().is_relative_to(root.resolve()):
+        raise UsageError(f"{root}: the path {name!r} leaves the bundle; it is refused. Build the bundle again")
+    return path
+
+
+def _verify_file(path: Path, digest: str) -> None:
+    try:
+        actual = _file_digest(path)
+    except FileNotFoundError as error:
+        raise UsageError(f"{path}: is missing from the bundle; build it again or copy it whole") from error
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror})") from error
+    if actual != digest:
+        raise UsageError(
+            f"{path}: differs from what was built (digest mismatch); build the bundle again or copy it whole"
+        )
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _manifest_digest(manifest: Mapping[str, Any]) -> str:
+    """Digest of the manifest without this digest itself."""
+    plain = json.loads(json.dumps(manifest))
+    plain["additional_metadata"]["cpcompile"].pop("manifest_digest", None)
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"{path}: cannot be read as JSON ({error}); build the bundle again") from error
+
+
+def _write_json(path: Path, content: object) -> None:
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _temporary_prefix(target: Path) -> str:
+    return f".{target.name}.building-"
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Folders of builds that were killed; one whose process lives is another build at work."""
+    prefix = _temporary_prefix(target)
+    for folder in target.parent.glob(f"{glob.escape(prefix)}*"):
+        process = folder.name.removeprefix(prefix).split("-")[0]
+        if process.isdigit() and not _is_alive(int(process)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _put_in_place(folder: Path, target: Path) -> None:
+    """Make `folder` the `target`; where the system can, old and new change places in one step."""
+    if not target.exists():
+        folder.rename(target)
+        return
+    if _exchange(folder, target):
+        shutil.rmtree(folder, ignore_errors=True)
+        return
+    old = folder.with_name(folder.name + ".old")
+    target.rename(old)
+    folder.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Linux: renameat2 with RENAME_EXCHANGE."""
+    with suppress(OSError, AttributeError):
+        at_cwd, rename_exchange = -100, 2
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+        return bool(renameat2(at_cwd, os.fsencode(first), at_cwd, os.fsencode(second), rename_exchange) == 0)
+    return False

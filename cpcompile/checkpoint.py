@@ -1,0 +1,157 @@
+"""`model.pt`: plain tensors in plain containers, loaded with `weights_only=True` and nothing else.
+
+format, version     what the file is
+architecture        name and config of the model
+state               parameter name -> tensor
+selection           which units each context keeps (None in a dense checkpoint)
+contexts, tokenizer, training, held_out
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pickle
+import tempfile
+import warnings
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from cpcompile.config import ModelConfig
+from cpcompile.errors import CpcompileError, UsageError
+from cpcompile.models.decoder import Decoder
+from cpcompile.selection import Selection
+
+FORMAT = "cpcompile-checkpoint"
+VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A trained model with everything that is needed to build and validate it elsewhere."""
+
+    config: ModelConfig
+    state: Mapping[str, Tensor]
+    contexts: tuple[str, ...]
+    tokenizer: str
+    """The text of tokenizer.json."""
+    selection: Selection | None = None
+    training: Mapping[str, Any] = field(default_factory=dict)
+    """Settings, seed, data digests, versions, metrics, controls: plain containers."""
+    held_out: Mapping[str, npt.NDArray[np.int32]] = field(default_factory=dict)
+    """Held-out token ids per context, 1-D; empty where they were left out."""
+
+    def model(self) -> Decoder:
+        """The eager model in eval mode: gated if there is a selection, else dense."""
+        gated = self.selection is not None
+        model = Decoder(self.config, contexts=len(self.contexts) if gated else 0)
+        model.load_state_dict(dict(self.state))
+        return model.eval()
+
+
+def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
+    """Write `checkpoint` to `path` in one step: a reader sees the old file or the new one."""
+    save_atomically(
+        {
+            "format": FORMAT,
+            "version": VERSION,
+            "architecture": {"name": "decoder", "config": dataclasses.asdict(checkpoint.config)},
+            "state": {name: tensor.detach().clone() for name, tensor in checkpoint.state.items()},
+            "selection": checkpoint.selection.to_plain() if checkpoint.selection else None,
+            "contexts": list(checkpoint.contexts),
+            "tokenizer": checkpoint.tokenizer,
+            # Through JSON: subclasses of str and float, which other packages hand out, would not load again.
+            "training": json.loads(json.dumps(dict(checkpoint.training))),
+            "held_out": {
+                context: torch.from_numpy(np.array(ids, dtype=np.int32)) for context, ids in checkpoint.held_out.items()
+            },
+        },
+        path,
+    )
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read `path`; UsageError says what is wrong with it and what to do."""
+    plain = load_plain(path)
+    if not isinstance(plain, dict) or plain.get("format") != FORMAT:
+        raise UsageError(
+            f"{path}: is a torch file but not a cpcompile checkpoint; `cpcompile train --out {path.name}` writes one"
+        )
+    if plain.get("version") != VERSION:
+        raise UsageError(
+            f"{path}: checkpoint version {plain.get('version')!r}, this cpcompile reads {VERSION}; "
+            "train it again or use the cpcompile that wrote it"
+        )
+    try:
+        architecture = plain["architecture"]
+        if architecture["name"] != "decoder":
+            raise UsageError(f"{path}: unknown architecture {architecture['name']!r}")
+        checkpoint = Checkpoint(
+            config=ModelConfig(**architecture["config"]),
+            state=plain["state"],
+            selection=Selection.from_plain(plain["selection"]) if plain["selection"] else None,
+            contexts=tuple(plain["contexts"]),
+            tokenizer=plain["tokenizer"],
+            training=plain["training"],
+            held_out={context: ids.numpy() for context, ids in plain["held_out"].items()},
+        )
+        checkpoint.model()
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from error
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise UsageError(f"{path}: the checkpoint is incomplete or inconsistent: {error}; train it again") from error
+    return checkpoint
+
+
+def save_atomically(plain: object, path: Path) -> None:
+    """torch.save to a temporary file beside `path`, then rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            torch.save(plain, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise CpcompileError(
+            f"{path}: cannot be written ({error.strerror}); free space or choose another --out"
+        ) from error
+    finally:
+        with suppress(FileNotFoundError):
+            temporary.unlink()
+
+
+def load_plain(path: Path) -> Any:
+    """`torch.load(weights_only=True)` with errors that help."""
+    if path.is_dir():
+        raise UsageError(f"{path}: is a folder; a checkpoint is a file such as model.pt")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickles of other writers, which are refused just below
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise UsageError(f"{path}: there is no such file; `cpcompile train` writes one") from error
+    except PermissionError as error:
+        raise UsageError(f"{path}: cannot be read (permission denied)") from error
+    except pickle.UnpicklingError as error:
+        if "weights_only" in str(error) or "Unsupported" in str(error):
+            raise UsageError(
+                f"{path}: refused, because loading it would run code that the file brings along; "
+                "cpcompile loads plain tensors only. Save the state dict of the model instead "
+                "(torch.save(model.state_dict(), …)), or train it with `cpcompile train`"
+            ) from error
+        raise UsageError(f"{path}: is not a torch file or is damaged: {error}") from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, IndexError, TypeError) as error:
+        reason = str(error).split("\n", maxsplit=1)[0]
+        raise UsageError(f"{path}: is not a torch file or is truncated ({reason}); copy or train it again") from error

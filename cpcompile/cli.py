@@ -1,0 +1,300 @@
+"""The command line: thin commands over the library; errors become one sentence and an exit code.
+
+Exit codes: 0 pass, 1 fail, 2 usage, 3 inconclusive.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+import cpcompile
+from cpcompile.config import CONTROLS, PRESETS, ModelConfig, TrainConfig, ValidateConfig, load_toml, override, preset
+from cpcompile.errors import CpcompileError, UsageError
+
+if TYPE_CHECKING:
+    from cpcompile.report import Report
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+FilePath = click.Path(path_type=Path)
+
+VERDICT_EXIT_CODES = {"pass": 0, "fail": 1, "inconclusive": 3}
+
+
+class _Group(click.Group):
+    """Maps our errors to exit codes; tracebacks only with --debug."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except CpcompileError as error:
+            if ctx.params.get("debug"):
+                raise
+            click.echo(f"Error: {error}", err=True)
+            ctx.exit(error.exit_code)
+        except MemoryError:
+            click.echo("Error: out of memory; use a smaller model, batch or sequence", err=True)
+            ctx.exit(1)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.version_option(cpcompile.__version__, prog_name="cpcompile")
+@click.option("--debug", is_flag=True, help="Show the traceback of errors.")
+def main(debug: bool) -> None:
+    """Train one model for many contexts; compile each context into its own small, proven engine.
+
+    \b
+    cpcompile demo                                # everything below on text that you already have
+    cpcompile train --data corpus/ --out model.pt
+    cpcompile build model.pt -o model.cpc
+    cpcompile validate model.cpc --model model.pt
+    cpcompile export model.cpc english -o english.onnx
+    """
+
+
+@main.command(context_settings={"show_default": True})
+@click.option("--data", type=FilePath, required=True, help="Folder with a sub-folder or a file per context.")
+@click.option("--out", "-o", type=FilePath, default="model.pt", help="Checkpoint to write.")
+@click.option("--config", type=FilePath, help="TOML file with the tables [model] and [train]; flags win.")
+@click.option("--preset", "preset_name", type=click.Choice(list(PRESETS)), default="tiny", help="Model shape.")
+@click.option("--steps", type=int, help=f"Updates of the whole schedule.  [default: {TrainConfig.steps}]")
+@click.option("--batch", type=int, help=f"Sequences per context and step.  [default: {TrainConfig.batch}]")
+@click.option("--sequence", type=int, help=f"Tokens per sequence.  [default: {TrainConfig.sequence}]")
+@click.option("--learning-rate", type=float, help=f"Peak of the schedule.  [default: {TrainConfig.learning_rate}]")
+@click.option("--seed", type=int, help=f"Two runs with one seed are equal.  [default: {TrainConfig.seed}]")
+@click.option("--ffn-budget", type=float, help="Part of the FFN blocks that a context keeps.  [default: 0.25]")
+@click.option("--head-budget", type=float, help="Part of the heads that a context keeps.  [default: 0.5]")
+@click.option("--controls", default="", metavar="NAMES", help=f"Comma-separated, or 'all': {', '.join(CONTROLS)}.")
+@click.option("--tokenizer", type=FilePath, help="A tokenizer.json instead of one trained on the data.")
+@click.option("--text-field", default="text", help="Field of the records in .jsonl and .parquet.")
+@click.option("--cache", type=FilePath, help="Folder for token ids.  [default: ~/.cache/cpcompile]")
+@click.option("--resume", is_flag=True, help="Go on with an interrupted run.")
+@click.option("--no-held-out", is_flag=True, help="Leave the held-out sample out of the checkpoint.")
+def train(
+    data: Path,
+    out: Path,
+    config: Path | None,
+    preset_name: str,
+    controls: str,
+    tokenizer: Path | None,
+    text_field: str,
+    cache: Path | None,
+    resume: bool,
+    no_held_out: bool,
+    ffn_budget: float | None,
+    head_budget: float | None,
+    **flags: Any,
+) -> None:
+    """Train a partitioned model, its dense baseline, and the controls that you ask for.
+
+    \b
+    Examples:
+      cpcompile train --data corpus/ --out model.pt
+      cpcompile train --data corpus/ --preset small --steps 20000 --controls one-mask,small-dense
+      cpcompile train --data corpus/ --out model.pt --resume
+
+    DATA has one entry per context: a sub-folder of text files, or a .txt, .jsonl, .jsonl.gz or .parquet file.
+    """
+    tables = load_toml(config) if config else {}
+    for name in tables:
+        if name not in ("model", "train"):
+            raise UsageError(f"{config}: there is no table [{name}]; there are [model] and [train]")
+    model_config = override(preset(preset_name), tables.get("model", {}), where=f"{config}: model")
+    train_config = override(TrainConfig(), tables.get("train", {}), where=f"{config}: train")
+    budgets = dict(train_config.budgets) | {
+        kind: budget for kind, budget in (("ffn", ffn_budget), ("head", head_budget)) if budget is not None
+    }
+    names = CONTROLS if controls == "all" else tuple(name.strip() for name in controls.split(",") if name.strip())
+    train_config = override(
+        train_config, flags | {"budgets": budgets, "controls": names or train_config.controls}, where="train"
+    )
+    run_training(
+        data,
+        out,
+        model_config,
+        train_config,
+        tokenizer=tokenizer,
+        text_field=text_field,
+        cache=cache,
+        resume=resume,
+        held_out=not no_held_out,
+    )
+
+
+def run_training(
+    data: Path,
+    out: Path,
+    model_config: ModelConfig,
+    train_config: TrainConfig,
+    *,
+    tokenizer: Path | None,
+    text_field: str,
+    cache: Path | None,
+    resume: bool,
+    held_out: bool,
+) -> None:
+    """Corpus, training with progress, and a closing summary."""
+    from cpcompile.console import TrainProgress, console, stage_progress
+    from cpcompile.pipeline import train_from_data
+    from cpcompile.training.trainer import planned_steps, work_path
+
+    try:
+        with stage_progress() as stage, TrainProgress(planned_steps(train_config)) as progress:
+            checkpoint = train_from_data(
+                data,
+                out,
+                model_config,
+                train_config,
+                tokenizer=tokenizer,
+                text_field=text_field,
+                cache=cache,
+                resume=resume,
+                held_out=held_out,
+                progress=stage,
+                observer=progress,
+            )
+    except KeyboardInterrupt:
+        kept = "; go on with the same command and --resume" if work_path(out).exists() else ""
+        raise CpcompileError(f"interrupted{kept}") from None
+    from cpcompile.report import controls_table, training_summary
+
+    summary = training_summary(checkpoint.training, checkpoint.contexts)
+    console.print(controls_table(summary))
+    console.print(f"wrote {out}")
+
+
+@main.command(context_settings={"show_default": True})
+@click.argument("model", type=FilePath)
+@click.option("--out", "-o", type=FilePath, help="Bundle to write.  [default: MODEL with .cpc]")
+@click.option("--contexts", help="Comma-separated names; all by default.")
+@click.option("--opset", type=click.Choice(["20", "23"]), default="23", help="ONNX opset of the graphs.")
+@click.option("--standalone", is_flag=True, help="Self-contained models instead of shared weights.")
+@click.option("--data", type=FilePath, help="Corpus whose held-out text replaces the checkpoint's.")
+@click.option("--no-speed", is_flag=True, help="Leave the timings out.")
+@click.option("--no-memory", is_flag=True, help="Leave the memory measurements out.")
+@click.option("--json", "as_json", is_flag=True, help="Print report.json instead of tables.")
+def build(
+    model: Path,
+    out: Path | None,
+    contexts: str | None,
+    opset: str,
+    standalone: bool,
+    data: Path | None,
+    no_speed: bool,
+    no_memory: bool,
+    as_json: bool,
+) -> None:
+    """Compile every context of MODEL into an engine of its own, and prove it against the eager model.
+
+    \b
+    Examples:
+      cpcompile build model.pt
+      cpcompile build model.pt -o model.cpc --contexts english,python
+      cpcompile build model.pt --json > report.json
+    """
+    from cpcompile.console import stage_progress
+    from cpcompile.pipeline import build_bundle
+
+    config = ValidateConfig(speed=not no_speed, memory=not no_memory)
+    with stage_progress() as stage:
+        report = build_bundle(
+            model,
+            out or model.with_suffix(".cpc"),
+            contexts=_names(contexts),
+            opset=int(opset),
+            standalone=standalone,
+            data=data,
+            config=config,
+            progress=stage,
+        )
+    _show(report, as_json=as_json)
+
+
+@main.command(context_settings={"show_default": True})
+@click.argument("bundle", type=FilePath)
+@click.option("--model", type=FilePath, help="Checkpoint that it was built from.  [default: BUNDLE with .pt]")
+@click.option("--data", type=FilePath, help="Corpus whose held-out text replaces the checkpoint's.")
+@click.option("--no-speed", is_flag=True, help="Leave the timings out.")
+@click.option("--no-memory", is_flag=True, help="Leave the memory measurements out.")
+@click.option("--json", "as_json", is_flag=True, help="Print report.json instead of tables.")
+def validate(
+    bundle: Path, model: Path | None, data: Path | None, no_speed: bool, no_memory: bool, as_json: bool
+) -> None:
+    """Compare the engines of BUNDLE with the eager model on parity, quality, memory and speed.
+
+    \b
+    Examples:
+      cpcompile validate model.cpc
+      cpcompile validate model.cpc --model model.pt --data corpus/ --json
+    """
+    from cpcompile.console import stage_progress
+    from cpcompile.pipeline import validate_bundle
+
+    config = ValidateConfig(speed=not no_speed, memory=not no_memory)
+    with stage_progress() as stage:
+        report = validate_bundle(bundle, model or bundle.with_suffix(".pt"), data=data, config=config, progress=stage)
+    _show(report, as_json=as_json)
+
+
+@main.command(context_settings={"show_default": True})
+@click.argument("bundle", type=FilePath)
+@click.argument("context")
+@click.option("--out", "-o", type=FilePath, help="ONNX file to write.  [default: CONTEXT.onnx]")
+@click.option("--variant", default="cpu-fp32", help="Engine to export.")
+def export(bundle: Path, context: str, out: Path | None, variant: str) -> None:
+    """Write one self-contained .onnx of CONTEXT.
+
+    \b
+    Example:
+      cpcompile export model.cpc english -o english.onnx
+    """
+    from cpcompile.pipeline import export_standalone
+
+    path = out or Path(f"{context}.onnx")
+    export_standalone(bundle, context, path, variant=variant)
+    click.echo(f"wrote {path} ({path.stat().st_size:,} bytes)", err=True)
+
+
+@main.command(context_settings={"show_default": True})
+@click.option("--out", "-o", type=FilePath, default="demo", help="Folder for corpus, checkpoint, bundle and report.")
+def demo(out: Path) -> None:
+    """Train, build and validate on text that every installation has: Python, C++ and English.
+
+    Takes about ten minutes on two cores and 2 GB of memory. Interrupted, it goes on where it was.
+
+    \b
+    Example:
+      cpcompile demo --out demo
+    """
+    from cpcompile.demo import run_demo
+
+    _exit(run_demo(out, train=run_training, show=_print_report))
+
+
+def _names(text: str | None) -> tuple[str, ...] | None:
+    return tuple(name.strip() for name in text.split(",") if name.strip()) if text else None
+
+
+def _show(report: Report, *, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(report, indent=1))
+    else:
+        _print_report(report)
+    _exit(report)
+
+
+def _print_report(report: Report) -> None:
+    from rich.console import Console
+
+    from cpcompile.report import render_report
+
+    Console().print(render_report(report))
+
+
+def _exit(report: Report) -> None:
+    sys.exit(VERDICT_EXIT_CODES[report["verdict"]])

@@ -1,0 +1,226 @@
+"""Every setting and its default, once.
+
+The command line, the TOML file and the library all fill the same keyword-only dataclasses;
+each validates itself when it is made and says how to put a wrong value right.
+
+    preset -> ModelConfig
+    TOML [model], [train] < flags -> TrainConfig
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from cpcompile.errors import UsageError
+
+T = TypeVar("T")
+
+CONTEXT_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
+
+CONTROLS = (
+    "one-mask",
+    "importance-only",
+    "random-one",
+    "random-per-context",
+    "small-dense",
+    "small-dense-distilled",
+    "dense-distilled",
+)
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UsageError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Shape of a decoder (`cpcompile.models.decoder`)."""
+
+    vocabulary: int = 4096
+    width: int = 256
+    layers: int = 4
+    heads: int = 8
+    kv_heads: int = 8
+    ffn: int = 1024
+    align: int = 32
+    """Channels of one FFN unit; 32 fills the vector registers and tiles of the engines."""
+    tied: bool = True
+    """Embedding and output head share their weights."""
+    rope_base: float = 10000.0
+    norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        for name in ("vocabulary", "width", "layers", "heads", "kv_heads", "ffn", "align"):
+            _require(getattr(self, name) >= 1, f"model.{name} is {getattr(self, name)}: it has to be at least 1")
+        _require(self.width % self.heads == 0, f"model.width {self.width} is not a multiple of heads {self.heads}")
+        _require(self.head_dim % 2 == 0, f"model: head_dim {self.head_dim} is odd; rotary positions need pairs")
+        _require(
+            self.heads % self.kv_heads == 0, f"model.heads {self.heads} is not a multiple of kv_heads {self.kv_heads}"
+        )
+        _require(self.ffn % self.align == 0, f"model.ffn {self.ffn} is not a multiple of align {self.align}")
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.heads
+
+
+PRESETS: Mapping[str, ModelConfig] = types.MappingProxyType(
+    {
+        "nano": ModelConfig(vocabulary=512, width=64, layers=2, heads=4, kv_heads=2, ffn=256, align=16),
+        "tiny": ModelConfig(vocabulary=2048, width=256, layers=4, heads=8, kv_heads=8, ffn=1024),
+        "small": ModelConfig(vocabulary=8192, width=512, layers=6, heads=8, kv_heads=4, ffn=2048),
+    }
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How a partitioned model is trained (`cpcompile.training`). Steps count optimiser updates."""
+
+    seed: int = 0
+    sequence: int = 128
+    """Tokens per training sequence."""
+    batch: int = 4
+    """Sequences per context in one step; a step has one batch of every context."""
+    steps: int = 1000
+    """Updates of the whole schedule: dense phase and partition phase together."""
+    dense_fraction: float = 0.5
+    """Part of `steps` that trains the dense parent; there all branches part."""
+    learning_rate: float = 2e-3
+    warmup_fraction: float = 0.05
+    decay_fraction: float = 0.3
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    """Gradient norm above which gradients are scaled down."""
+    budgets: Mapping[str, float] = field(default_factory=lambda: {"ffn": 0.25, "head": 0.5})
+    """Fraction of the units of a kind that each context keeps."""
+    core_fraction: float = 0.5
+    """Part of the budget that all contexts share."""
+    floor: float = 0.5
+    """Every layer keeps at least this part of an even share of the budget."""
+    importance_sequences: int = 32
+    """Sequences per context that importance is measured on."""
+    distill: float = 0.5
+    """Weight of the KL divergence to the dense baseline; the cross-entropy weighs the rest."""
+    teacher_top: int = 32
+    """Logits per token that are cached of the dense baseline."""
+    recalibrations: int = 4
+    """Times that units are swapped during the partition phase."""
+    swap_fraction: float = 0.1
+    """Part of a context's own units that the first recalibration may swap; it decays to 0."""
+    recalibrate_until: float = 0.65
+    """Part of the partition phase after which the selection stays as it is."""
+    held_out_fraction: float = 0.05
+    """Part of the documents that is never trained on."""
+    held_out_tokens: int = 16384
+    """Held-out tokens per context for evaluation, and in the checkpoint."""
+    snapshot_seconds: float = 30.0
+    """How much work an interruption may cost."""
+    controls: tuple[str, ...] = ()
+    """Extra branches to train and compare with; see CONTROLS."""
+
+    def __post_init__(self) -> None:
+        for name in ("sequence", "batch", "steps", "importance_sequences", "teacher_top", "held_out_tokens"):
+            _require(getattr(self, name) >= 1, f"train.{name} is {getattr(self, name)}: it has to be at least 1")
+        for name in ("learning_rate", "clip", "snapshot_seconds"):
+            _require(getattr(self, name) > 0, f"train.{name} is {getattr(self, name)}: it has to be positive")
+        for name in ("dense_fraction", "held_out_fraction"):
+            _require(0 < getattr(self, name) < 1, f"train.{name} is {getattr(self, name)}: it lies between 0 and 1")
+        for name in (
+            "warmup_fraction",
+            "decay_fraction",
+            "core_fraction",
+            "floor",
+            "distill",
+            "swap_fraction",
+            "recalibrate_until",
+        ):
+            _require(0 <= getattr(self, name) <= 1, f"train.{name} is {getattr(self, name)}: it lies from 0 to 1")
+        _require(self.recalibrations >= 0, f"train.recalibrations is {self.recalibrations}: it cannot be negative")
+        _require(self.weight_decay >= 0, f"train.weight_decay is {self.weight_decay}: it cannot be negative")
+        _require(self.steps >= 2, "train.steps: one dense step and one partition step are the least")
+        for kind, budget in self.budgets.items():
+            _require(kind in ("ffn", "head"), f"train.budgets: {kind!r} is not a kind that is trained (ffn, head)")
+            _require(0 < budget <= 1, f"train.budgets: {kind} = {budget}; a budget is above 0 and at most 1")
+        for control in self.controls:
+            _require(control in CONTROLS, f"train.controls: {control!r} is none of {', '.join(CONTROLS)}")
+
+    @property
+    def dense_steps(self) -> int:
+        return min(max(1, round(self.steps * self.dense_fraction)), self.steps - 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidateConfig:
+    """How a bundle is compared with the eager model (`cpcompile.validation`)."""
+
+    tolerance_multiple: float = 8.0
+    """Engine error allowed, as a multiple of the eager model's own float32 error against float64."""
+    shapes: tuple[tuple[int, int], ...] = ((1, 1), (1, 16), (1, 128), (4, 32))
+    """(batch, sequence) of the parity checks."""
+    speed_shapes: tuple[tuple[int, int], ...] = ((1, 128), (1, 1), (4, 128))
+    """(batch, sequence) of the timings."""
+    rounds: int = 60
+    """Interleaved timing rounds of engine and eager model."""
+    threads: int = 0
+    """Threads of engine and eager model; 0 takes all cores."""
+    memory: bool = True
+    speed: bool = True
+    max_perplexity_increase: float = 0.01
+    """Mean perplexity over the contexts may exceed the dense baseline's by this part."""
+
+
+def preset(name: str) -> ModelConfig:
+    """The model configuration called `name`; UsageError lists the names there are."""
+    if name not in PRESETS:
+        raise UsageError(f"preset {name!r} does not exist; there are {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def load_toml(path: Path) -> dict[str, dict[str, Any]]:
+    """The tables of a TOML configuration file; UsageError names the file."""
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror}); give the path of a TOML file") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: is not valid TOML: {error}") from error
+    for name, table in tables.items():
+        _require(isinstance(table, dict), f"{path}: {name!r} stands outside of a table; use [model] or [train]")
+    return tables
+
+
+def override(config: T, values: Mapping[str, Any], *, where: str) -> T:
+    """A copy of the dataclass `config` with `values` in place of its own; None leaves a field alone."""
+    assert dataclasses.is_dataclass(config) and not isinstance(config, type)
+    hints = typing.get_type_hints(type(config))
+    changes = {}
+    for name, value in values.items():
+        if value is None:
+            continue
+        _require(name in hints, f"{where}: there is no setting {name!r}; there are {', '.join(hints)}")
+        changes[name] = _coerce(value, hints[name], f"{where}.{name}")
+    return dataclasses.replace(config, **changes)
+
+
+def _coerce(value: Any, hint: Any, where: str) -> Any:
+    origin = typing.get_origin(hint)
+    if origin is tuple:
+        _require(isinstance(value, list | tuple), f"{where} is {value!r}: a list is needed")
+        return tuple(value)
+    if origin is not None:
+        _require(isinstance(value, Mapping), f"{where} is {value!r}: a table is needed")
+        return dict(value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    _require(type(value) is hint, f"{where} is {value!r}: {hint.__name__} is needed")
+    return value

@@ -1,0 +1,104 @@
+"""What the commands show while they work: progress with ETA on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+if TYPE_CHECKING:
+    from cpcompile.training.branch import StepReport
+
+console = Console(stderr=True, highlight=False)
+"""Progress and messages go to standard error; results go to standard output."""
+
+Stage = Callable[[str, int, int | None], None]
+"""stage(name, done, total): how far a stage of the work has come."""
+
+
+@contextmanager
+def stage_progress() -> Iterator[Stage]:
+    """A bar per stage on a terminal; elsewhere one line when a stage begins."""
+    if not console.is_terminal:
+        seen: set[str] = set()
+
+        def line(name: str, done: int, total: int | None) -> None:
+            if name not in seen:
+                seen.add(name)
+                console.print(f"{name} …")
+
+        yield line
+        return
+    with _bars() as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def update(name: str, done: int, total: int | None) -> None:
+            if name not in tasks:
+                tasks[name] = bars.add_task(name, total=total, note="")
+            bars.update(tasks[name], completed=done, total=total)
+
+        yield update
+
+
+class TrainProgress:
+    """Observer of a training run: the whole run and the present branch, loss, tokens/s and held-out perplexity."""
+
+    def __init__(self, planned: Mapping[str, int]) -> None:
+        self._planned = planned
+        self._done: dict[str, int] = {}
+        self._last_line = 0.0
+
+    def __enter__(self) -> TrainProgress:
+        self._bars = _bars()
+        if console.is_terminal:
+            self._bars.start()
+        self._whole = self._bars.add_task("all branches", total=sum(self._planned.values()), note="")
+        self._tasks: dict[str, TaskID] = {}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bars.stop()
+
+    def __call__(self, report: StepReport) -> None:
+        branch, done = report.branch, report.step - report.first
+        if branch not in self._tasks:
+            # A resumed run finds earlier branches finished: they count as done.
+            names = list(self._planned)
+            for earlier in names[: names.index(branch)]:
+                self._done.setdefault(earlier, self._planned[earlier])
+            self._tasks[branch] = self._bars.add_task(branch, total=report.last - report.first, note="")
+        self._done[branch] = done
+        note = f"loss {report.loss:.3f}  {report.tokens_per_second:,.0f} tokens/s"
+        self._bars.update(self._tasks[branch], completed=done, note=note)
+        self._bars.update(self._whole, completed=sum(self._done.values()))
+        if report.perplexity is not None:
+            values = "  ".join(f"{context} {value:.2f}" for context, value in report.perplexity.items())
+            self._bars.console.print(f"{branch:<22} step {report.step:>6}  {note}  perplexity: {values}")
+        elif not console.is_terminal and time.monotonic() - self._last_line > 30:
+            self._last_line = time.monotonic()
+            console.print(f"{branch:<22} step {report.step:>6} of {report.last}  {note}")
+
+
+def _bars() -> Progress:
+    return Progress(
+        TextColumn("{task.description:<22}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=console,
+    )

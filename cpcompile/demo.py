@@ -1,0 +1,79 @@
+"""`cpcompile demo`: the main job end to end on text that every installation has."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.panel import Panel
+from rich.text import Text
+
+from cpcompile.bundle import Bundle, open_bundle
+from cpcompile.config import TrainConfig, ValidateConfig, preset
+from cpcompile.console import console, stage_progress
+from cpcompile.pipeline import build_bundle
+from cpcompile.report import Report
+from cpcompile.runtime import load_engine
+from cpcompile.training.installed_text import write_installed_corpus
+from cpcompile.training.trainer import work_path
+
+CONTROLS = ("one-mask",)
+PROMPTS = {
+    "cpp": "namespace at {\n",
+    "english": "Return the ",
+    "python": "def __init__(self, ",
+}
+
+
+def run_demo(folder: Path, *, train: Callable[..., None], show: Callable[[Report], None]) -> Report:
+    """Corpus, training, build and validation in `folder`; ends with samples and the path of the report.
+
+    A demo that was interrupted goes on where it was.
+    """
+    corpus, model, bundle = folder / "corpus", folder / "model.pt", folder / "model.cpc"
+    if not corpus.exists():
+        with stage_progress() as stage:
+            stage("collecting text of this installation", 0, None)
+            partial = folder / "corpus.partial"
+            shutil.rmtree(partial, ignore_errors=True)
+            write_installed_corpus(partial).rename(corpus)
+    train(
+        corpus,
+        model,
+        preset("tiny"),
+        TrainConfig(controls=CONTROLS),
+        tokenizer=None,
+        text_field="text",
+        cache=folder / "cache",
+        resume=work_path(model).exists(),
+        held_out=True,
+    )
+    with stage_progress() as stage:
+        report = build_bundle(
+            model,
+            bundle,
+            contexts=None,
+            opset=23,
+            standalone=False,
+            data=None,
+            config=ValidateConfig(),
+            progress=stage,
+        )
+    show(report)
+    if report["verdict"] != "fail":
+        show_samples(open_bundle(bundle))
+        console.print(f"report: {bundle / 'report.json'}")
+    return report
+
+
+def show_samples(bundle: Bundle) -> None:
+    """A few lines that the engine of every context writes."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(bundle.tokenizer))
+    for context in bundle.contexts:
+        prompt = PROMPTS.get(context, "The ")
+        engine = load_engine(bundle, context)
+        ids = list(engine.generate(tokenizer.encode(prompt).ids, tokens=80, temperature=0.6))
+        console.print(Panel(Text(prompt, style="bold").append(tokenizer.decode(ids), style="not bold"), title=context))

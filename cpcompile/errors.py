@@ -1,0 +1,28 @@
+"""Every error that cpcompile raises on purpose, and the exit code each maps to.
+
+    CpcompileError   1   the work failed (parity missed, disk full, parameters unaccounted for)
+    UsageError       2   the input or the settings are wrong; the user can put it right
+    InconclusiveError 3  the machine was too noisy to decide
+
+A message says what was wrong, where (file, layer, context) and what to do.
+"""
+
+from __future__ import annotations
+
+
+class CpcompileError(Exception):
+    """The work failed. `exit_code` is what the command line ends with."""
+
+    exit_code = 1
+
+
+class UsageError(CpcompileError):
+    """The input or the settings are wrong."""
+
+    exit_code = 2
+
+
+class InconclusiveError(CpcompileError):
+    """The measurements are too noisy to decide."""
+
+    exit_code = 3

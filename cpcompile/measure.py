@@ -1,0 +1,153 @@
+"""What a process holds in memory, and what machine it runs on.
+
+    fresh interpreter -> base RSS -> [reset peak] load -> peak -> [reset peak] run -> peak -> one line of JSON
+
+Each side of a comparison gets a process of its own: allocators keep what they once had, so a
+second measurement in one process measures the first one too. The peak is VmHWM of
+/proc/self/status (proc_pid_status(5)), which belongs to the address space and begins anew with
+exec. ru_maxrss of getrusage(2) does not: Linux carries it over exec, so that a small child of a
+large process would report its parent's peak. It serves only where there is no /proc.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import cpcompile
+from cpcompile.errors import CpcompileError
+
+T = TypeVar("T")
+
+STATUS = Path("/proc/self/status")
+CLEAR_REFS = Path("/proc/self/clear_refs")
+PACKAGES = {
+    "torch": ("torch",),
+    "onnx": ("onnx",),
+    "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
+    "numpy": ("numpy",),
+}
+"""Versions that a report names, and the distributions that provide them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProcessMemory:
+    """Resident bytes of one process."""
+
+    base_rss_bytes: int
+    """The interpreter and its libraries, before anything is loaded."""
+    load_peak_rss_bytes: int
+    run_peak_rss_bytes: int
+    """While running. Where the peak cannot be reset (no /proc/self/clear_refs) it contains that of loading."""
+
+
+def available_cores() -> int:
+    """The cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def resident_bytes() -> int:
+    """Resident bytes of this process now; without /proc the peak, which is not smaller."""
+    return _status_bytes("VmRSS") or peak_resident_bytes()
+
+
+def peak_resident_bytes() -> int:
+    """The most that was resident since this process began, or since `reset_peak`."""
+    peak = _status_bytes("VmHWM")
+    if peak is not None:
+        return peak
+    import resource  # not on Windows
+
+    maximum = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return maximum if sys.platform == "darwin" else maximum * 1024
+
+
+def reset_peak() -> bool:
+    """Let the peak begin anew at what is resident now; False where the system does not allow it."""
+    try:
+        CLEAR_REFS.write_text("5", encoding="ascii")
+    except OSError:
+        return False
+    return True
+
+
+def measure_memory(load: Callable[[], T], run: Callable[[T], object]) -> ProcessMemory:
+    """Measure `run(load())` in this process, which should be fresh and have imported what both need."""
+    base = resident_bytes()
+    reset_peak()
+    loaded = load()
+    load_peak = peak_resident_bytes()
+    reset_peak()
+    run(loaded)
+    return ProcessMemory(base_rss_bytes=base, load_peak_rss_bytes=load_peak, run_peak_rss_bytes=peak_resident_bytes())
+
+
+def in_fresh_process(*arguments: str) -> Any:
+    """Run `python arguments…` and return the JSON of the last line that it prints; CpcompileError if it fails.
+
+    `-P` keeps the working folder off the child's import path: a file there may be called like a library.
+    """
+    command = [sys.executable, "-P", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        last = (done.stderr.strip() or f"exit code {done.returncode}").rsplit("\n", maxsplit=1)[-1]
+        raise CpcompileError(f"the measuring process failed ({' '.join(arguments[:2])}): {last}")
+    return json.loads(done.stdout.strip().rsplit("\n", maxsplit=1)[-1])
+
+
+def environment() -> dict[str, Any]:
+    """The machine and the versions, as a report states them. Nothing is imported to find a version."""
+    versions: dict[str, str | None] = {name: _version(distributions) for name, distributions in PACKAGES.items()}
+    return {
+        "cpu": _cpu_model(),
+        "cores": available_cores(),
+        "gpu": _gpu_model(),
+        "versions": {"cpcompile": cpcompile.__version__, "python": platform.python_version(), **versions},
+    }
+
+
+def _status_bytes(key: str) -> int | None:
+    """A field of /proc/self/status, which are in KiB; None where there is no such file or field."""
+    try:
+        lines = STATUS.read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:")), None)
+
+
+def _version(distributions: tuple[str, ...]) -> str | None:
+    for name in distributions:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def _cpu_model() -> str:
+    return _first_value(Path("/proc/cpuinfo"), "model name") or platform.processor() or platform.machine()
+
+
+def _gpu_model() -> str | None:
+    """The NVIDIA GPU that the driver lists first; None if there is none."""
+    cards = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
+    return _first_value(cards[0], "Model") if cards else None
+
+
+def _first_value(path: Path, key: str) -> str | None:
+    """The value of the first `key : value` line of a file under /proc."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return None
+    return next((line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == key), None)

@@ -1,0 +1,354 @@
+"""The way of the data, on one page.
+
+text per context -> Corpus -> trainer -> Checkpoint
+Checkpoint -> capture (once) -> dynamic graph
+dynamic graph x context -> freeze passes -> frozen graph         for every context
+frozen graphs -> shared weights -> exporter -> bundle
+bundle + eager models + held-out text -> validator -> report, verdict
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from cpcompile.accounting import Accounting, account
+from cpcompile.bundle import Bundle, BundleWriter, open_bundle
+from cpcompile.capture import capture
+from cpcompile.checkpoint import Checkpoint, load_checkpoint
+from cpcompile.config import ModelConfig, TrainConfig, ValidateConfig
+from cpcompile.errors import CpcompileError, UsageError
+from cpcompile.exporters.onnxruntime_exporter import export_onnxruntime
+from cpcompile.exporters.weights_file import Location, write_weights
+from cpcompile.measure import environment, peak_resident_bytes
+from cpcompile.models.decoder import Decoder, parameter_kind
+from cpcompile.passes.freeze import Frozen, freeze
+from cpcompile.passes.share_weights import Run, ShareWeights, plan_runs
+from cpcompile.report import (
+    BuildResult,
+    BuildStage,
+    ContextResult,
+    Report,
+    make_report,
+    training_summary,
+    write_report,
+)
+from cpcompile.training.branch import Observer
+from cpcompile.training.corpus import load_corpus
+from cpcompile.training.trainer import dense_path, train
+from cpcompile.validation.validator import VariantResult, validate
+
+Progress = Callable[[str, int, int | None], None]
+WEIGHTS_FILE = "weights.bin"
+FLOAT32_BYTES = 4
+
+
+def train_from_data(
+    data: Path,
+    out: Path,
+    model_config: ModelConfig,
+    config: TrainConfig,
+    *,
+    tokenizer: Path | None,
+    text_field: str,
+    cache: Path | None,
+    resume: bool,
+    held_out: bool,
+    progress: Progress,
+    observer: Observer,
+) -> Checkpoint:
+    """`cpcompile train`: text in `data` -> checkpoint `out`, and its dense baseline beside it."""
+    corpus = load_corpus(
+        data,
+        vocabulary=model_config.vocabulary,
+        sequence=config.sequence,
+        held_out_fraction=config.held_out_fraction,
+        seed=config.seed,
+        text_field=text_field,
+        tokenizer=tokenizer,
+        cache=cache,
+        progress=progress,
+    )
+    model_config = dataclasses.replace(model_config, vocabulary=corpus.vocabulary)
+    return train(corpus, model_config, config, out, resume=resume, held_out=held_out, observer=observer)
+
+
+def build_bundle(
+    model: Path,
+    out: Path,
+    *,
+    contexts: Sequence[str] | None,
+    opset: int,
+    standalone: bool,
+    data: Path | None,
+    config: ValidateConfig,
+    progress: Progress,
+) -> Report:
+    """`cpcompile build`: checkpoint `model` -> bundle `out` with its report.
+
+    A bundle that fails its validation does not replace an older one: it goes to `out`.failed.
+    """
+    stages = _Stages(progress)
+    with stages("load"):
+        checkpoint, dense = _load(model)
+        chosen = _choose(contexts, checkpoint, model)
+        held_out = _held_out(checkpoint, data, progress)
+    with stages("capture"):
+        eager = checkpoint.model()
+        dynamic = capture(eager, opset=opset)
+    with stages("freeze"):
+        frozen = {context: freeze(dynamic, checkpoint.contexts.index(context)) for context in chosen}
+        accounts = {context: _account(context, frozen[context], eager, checkpoint) for context in chosen}
+    with BundleWriter(out) as writer:
+        with stages("export"):
+            bundle = _export(writer, dynamic, frozen, accounts, checkpoint, name=model.stem, shared=not standalone)
+        build = stages.result()
+        results = validate(
+            bundle,
+            checkpoint,
+            dense,
+            config,
+            held_out=held_out,
+            sequence=_sequence(checkpoint),
+            progress=progress,
+        )
+        report = _report(bundle, checkpoint, dense, results, build, config)
+        write_report(report, writer.root)
+        writer.commit(out.with_name(f"{out.name}.failed") if report["verdict"] == "fail" else None)
+    return report
+
+
+def validate_bundle(
+    path: Path, model: Path, *, data: Path | None, config: ValidateConfig, progress: Progress
+) -> Report:
+    """`cpcompile validate`: measure the bundle `path` anew, and write its report."""
+    bundle = open_bundle(path)
+    bundle.verify_all()
+    checkpoint, dense = _load(model)
+    results = validate(
+        bundle,
+        checkpoint,
+        dense,
+        config,
+        held_out=_held_out(checkpoint, data, progress),
+        sequence=_sequence(checkpoint),
+        progress=progress,
+    )
+    only_validated = "the bundle was validated, not built"
+    build = BuildResult(
+        seconds=None, peak_rss_bytes=None, not_measured={"seconds": only_validated, "peak_rss_bytes": only_validated}
+    )
+    report = _report(bundle, checkpoint, dense, results, build, config)
+    write_report(report, path)
+    return report
+
+
+def export_standalone(path: Path, context: str, out: Path, *, variant: str) -> None:
+    """`cpcompile export`: one self-contained ONNX file of one engine of the bundle `path`."""
+    bundle = open_bundle(path)
+    chosen = bundle.variant(context, variant)
+    bundle.verify(chosen.model, *([chosen.weights] if chosen.weights else []))
+    model = ir.load(chosen.model)
+    for value in model.graph.initializers.values():
+        if isinstance(value.const_value, ir.ExternalTensor) and chosen.weights is not None:
+            value.const_value.base_dir = chosen.weights
+    temporary = out.with_name(f".{out.name}.tmp")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        ir.save(ir.external_data.load_to_model(model), temporary)
+        temporary.replace(out)
+    except OSError as error:
+        raise CpcompileError(f"{out}: cannot be written ({error.strerror}); choose another --out") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _load(model: Path) -> tuple[Checkpoint, Checkpoint | None]:
+    """The partitioned model and, where it lies beside it, its dense baseline."""
+    checkpoint = load_checkpoint(model)
+    if checkpoint.selection is None:
+        raise UsageError(
+            f"{model}: is a dense checkpoint and has no contexts to build; give the partitioned one, such as model.pt"
+        )
+    dense = dense_path(model)
+    return checkpoint, load_checkpoint(dense) if dense.exists() else None
+
+
+def _choose(contexts: Sequence[str] | None, checkpoint: Checkpoint, model: Path) -> tuple[str, ...]:
+    for context in contexts or ():
+        if context not in checkpoint.contexts:
+            raise UsageError(f"{model}: has no context {context!r}; it has {', '.join(checkpoint.contexts)}")
+    return tuple(contexts or checkpoint.contexts)
+
+
+def _account(context: str, frozen: Frozen, eager: Decoder, checkpoint: Checkpoint) -> Accounting:
+    assert checkpoint.selection is not None
+    total = {name: p.numel() for name, p in eager.named_parameters() if not name.endswith("_gate.table")}
+    return account(
+        context,
+        frozen.model.graph,
+        total=total,
+        expected=eager.kept_sizes(checkpoint.selection, context),
+        kinds={name: kind for name in total if (kind := parameter_kind(name)) is not None},
+    )
+
+
+def _export(
+    writer: BundleWriter,
+    dynamic: ir.Model,
+    frozen: Mapping[str, Frozen],
+    accounts: Mapping[str, Accounting],
+    checkpoint: Checkpoint,
+    *,
+    name: str,
+    shared: bool,
+) -> Bundle:
+    """Write weights, tokenizer and engines, and seal the bundle."""
+    uri: str | None = None
+    locations: Mapping[str, Location] = {}
+    if shared:
+        parameters = next(iter(accounts.values())).total_by_name
+        plan = plan_runs({c: {n: kept for n, kept in f.kept.items() if n in parameters} for c, f in frozen.items()})
+        permutations = {n: order for f in frozen.values() for n, order in f.permutations.items()}
+        runs = [run for runs in plan.values() for run in runs]
+        staging = writer.stage("weights")
+        locations = write_weights(
+            staging / WEIGHTS_FILE, ((run.stored_name, partial(_stored, dynamic, permutations, run)) for run in runs)
+        )
+        uri = writer.add_asset(staging)
+        for context in frozen:
+            ShareWeights(context, plan)(frozen[context].model)
+    staging = writer.stage("tokenizer")
+    (staging / "tokenizer.json").write_text(checkpoint.tokenizer, encoding="utf-8")
+    tokenizer = writer.add_asset(staging)
+    for context in frozen:
+        artifact = export_onnxruntime(
+            frozen[context].model,
+            writer.folder(context, "cpu-fp32"),
+            weights=writer.asset(uri) / WEIGHTS_FILE if uri else None,
+            locations=locations,
+        )
+        writer.add_variant(context, artifact, weights=uri)
+    return writer.seal(
+        name=name,
+        metadata={
+            "tokenizer": tokenizer,
+            "parameters": {context: _parameters(accounts[context]) for context in frozen},
+        },
+    )
+
+
+def _stored(dynamic: ir.Model, permutations: Mapping[str, tuple[int, ...]], run: Run) -> npt.NDArray[np.generic]:
+    """The elements of `run` as the engines read them."""
+    tensor = dynamic.graph.initializers[run.name].const_value
+    assert tensor is not None
+    array = tensor.numpy()
+    return run.cut(array.transpose(permutations[run.name]) if run.name in permutations else array)
+
+
+def _parameters(accounting: Accounting) -> dict[str, Any]:
+    """The accounting as bundle and report state it; `by_name` lists [total, kept] of every parameter."""
+    return {
+        "total": accounting.total,
+        "kept": accounting.kept,
+        "removed": accounting.removed,
+        "removed_by_kind": accounting.removed_by_kind,
+        "by_name": {name: [total, accounting.kept_by_name[name]] for name, total in accounting.total_by_name.items()},
+    }
+
+
+def _report(
+    bundle: Bundle,
+    checkpoint: Checkpoint,
+    dense: Checkpoint | None,
+    results: Sequence[VariantResult],
+    build: BuildResult,
+    config: ValidateConfig,
+) -> Report:
+    parameters = bundle.metadata["parameters"]
+    return make_report(
+        model={
+            "name": bundle.name,
+            "architecture": "decoder",
+            "config": dataclasses.asdict(checkpoint.config),
+        },
+        environment=environment(),
+        build=build,
+        bundle_bytes=bundle.bytes,
+        dense_bytes=sum(tensor.numel() for tensor in dense.state.values()) * FLOAT32_BYTES if dense else None,
+        contexts=[
+            ContextResult(
+                name=context,
+                parameters={k: parameters[context][k] for k in ("total", "kept", "removed", "removed_by_kind")},
+                variants=[result for result in results if result.context == context],
+            )
+            for context in bundle.contexts
+        ],
+        training=training_summary(checkpoint.training, checkpoint.contexts),
+        max_perplexity_increase=config.max_perplexity_increase,
+    )
+
+
+def _held_out(checkpoint: Checkpoint, data: Path | None, progress: Progress) -> Mapping[str, npt.NDArray[np.int32]]:
+    """Held-out token ids per context: of `data`, or those in the checkpoint."""
+    if data is None:
+        return checkpoint.held_out
+    settings = TrainConfig()
+    with tempfile.TemporaryDirectory(prefix="cpcompile-") as folder:
+        tokenizer = Path(folder) / "tokenizer.json"
+        tokenizer.write_text(checkpoint.tokenizer, encoding="utf-8")
+        corpus = load_corpus(
+            data,
+            vocabulary=checkpoint.config.vocabulary,
+            sequence=_sequence(checkpoint),
+            held_out_fraction=settings.held_out_fraction,
+            seed=checkpoint.training.get("seed", settings.seed),
+            tokenizer=tokenizer,
+            progress=progress,
+        )
+    missing = [context for context in checkpoint.contexts if context not in corpus.contexts]
+    if missing:
+        raise UsageError(f"{data}: has no text for {', '.join(missing)}; it has {', '.join(corpus.contexts)}")
+    limit = checkpoint.training.get("settings", {}).get("held_out_tokens", settings.held_out_tokens)
+    return {c: np.asarray(corpus.held_out[c].ids[: limit + 1], dtype=np.int32) for c in checkpoint.contexts}
+
+
+def _sequence(checkpoint: Checkpoint) -> int:
+    """Tokens per window of evaluation: as in training."""
+    return int(checkpoint.training.get("settings", {}).get("sequence", TrainConfig.sequence))
+
+
+class _Stages:
+    """Names, times and peak memory of the stages of a build."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._stages: list[BuildStage] = []
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        self._progress(name, 0, 1)
+        started = time.perf_counter()
+        yield
+        self._stages.append(
+            BuildStage(name=name, seconds=time.perf_counter() - started, peak_rss_bytes=peak_resident_bytes())
+        )
+        self._progress(name, 1, 1)
+
+    def result(self) -> BuildResult:
+        """Of the stages so far."""
+        return BuildResult(
+            seconds=sum(stage.seconds for stage in self._stages),
+            peak_rss_bytes=peak_resident_bytes(),
+            stages=tuple(self._stages),
+        )

@@ -1,0 +1,89 @@
+"""Run the engines of a bundle with ONNX Runtime: no torch, and no experimental API of ONNX Runtime either.
+
+bundle = open_bundle(Path("model.cpc"))
+engine = load_engine(bundle, "english")
+logits = engine.run(input_ids)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+
+from cpcompile.bundle import WEIGHTS_OPTION, Bundle, Variant
+from cpcompile.errors import CpcompileError, UsageError
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A loaded engine; `session` is an ordinary onnxruntime.InferenceSession."""
+
+    variant: Variant
+    session: Any
+
+    def run(self, input_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        """Logits (batch, sequence, vocabulary) of input_ids (batch, sequence)."""
+        if input_ids.ndim != 2 or input_ids.dtype != np.int64:
+            raise UsageError(
+                f"input_ids is {input_ids.dtype} of shape {input_ids.shape}; int64 (batch, sequence) is needed"
+            )
+        (logits,) = self.session.run(["logits"], {"input_ids": input_ids})
+        result: npt.NDArray[np.float32] = logits
+        return result
+
+    def generate(self, prompt: list[int], *, tokens: int, temperature: float = 0.0, seed: int = 0) -> Iterator[int]:
+        """Continue `prompt` by `tokens` ids: the likeliest ones, or sampled where `temperature` > 0."""
+        generator = np.random.default_rng(seed)
+        ids = list(prompt)
+        for _ in range(tokens):
+            logits = self.run(np.asarray([ids], dtype=np.int64))[0, -1].astype(np.float64)
+            if temperature > 0:
+                noise = generator.gumbel(size=logits.shape)
+                logits = logits / temperature + noise
+            ids.append(int(logits.argmax()))
+            yield ids[-1]
+
+
+def load_engine(bundle: Bundle, context: str, variant: str = "cpu-fp32", *, threads: int = 0) -> Engine:
+    """Verify and load one engine; `threads` 0 leaves the number to ONNX Runtime.
+
+    UsageError: no such context or variant, a damaged or missing file.
+    CpcompileError: ONNX Runtime refuses the model, or falls back to another provider.
+    """
+    chosen = bundle.variant(context, variant)
+    bundle.verify(chosen.model)
+    options = session_options(chosen, threads=threads)
+    if chosen.weights is not None:
+        bundle.verify(chosen.weights)
+    return Engine(chosen, create_session(chosen, options))
+
+
+def session_options(variant: Variant, *, threads: int = 0) -> Any:
+    """onnxruntime.SessionOptions with what the bundle records for `variant`."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads
+    for key, value in variant.session_options.items():
+        options.add_session_config_entry(key, value)
+    if variant.weights is not None:
+        options.add_session_config_entry(WEIGHTS_OPTION, str(variant.weights.resolve()))
+    return options
+
+
+def create_session(variant: Variant, options: Any) -> Any:
+    """An InferenceSession on the provider of `variant`, and on no other."""
+    try:
+        session = ort.InferenceSession(variant.model, options, providers=[variant.provider])
+    except Exception as error:  # onnxruntime raises its own classes, one per status code, without a common base
+        raise CpcompileError(f"{variant.model}: ONNX Runtime {ort.__version__} cannot load it: {error}") from error
+    if session.get_providers()[0] != variant.provider:
+        raise CpcompileError(
+            f"{variant.model}: needs {variant.provider}, ONNX Runtime fell back to {session.get_providers()[0]}; "
+            "install the onnxruntime that has it"
+        )
+    return session

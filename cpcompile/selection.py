@@ -1,0 +1,111 @@
+"""Units, and which of them each context keeps.
+
+A *unit* is the smallest part of a model that can be removed. A *selection* is a table
+contexts x units per layer and kind; the units that the same set of contexts keeps form a
+*partition*, and the partition kept by all contexts is the *core*.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+import numpy as np
+import numpy.typing as npt
+
+BoolArray = npt.NDArray[np.bool_]
+
+
+class UnitKind(StrEnum):
+    """What one unit of a kind is."""
+
+    FFN = "ffn"
+    """A block of `align` hidden channels of a feed-forward network."""
+    HEAD = "head"
+    """An attention head; with grouped-query attention a key/value head and its query heads."""
+    VOCABULARY = "vocabulary"
+    """A row of the embedding and of the output head."""
+    EXPERT = "expert"
+    """An expert of a mixture-of-experts layer."""
+    LAYER = "layer"
+    """A whole layer in which nothing is left."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Units:
+    """The units of one kind in a model: `count` of them in each of `layers` layers, each `width` channels wide."""
+
+    kind: UnitKind
+    layers: int
+    count: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which units every context keeps.
+
+    `kept` maps a kind to a boolean array of shape (contexts, layers, units); a kind that is
+    absent is kept whole.
+    """
+
+    contexts: tuple[str, ...]
+    kept: Mapping[UnitKind, BoolArray]
+
+    def __post_init__(self) -> None:
+        for kind, table in self.kept.items():
+            if table.dtype != np.bool_ or table.ndim != 3 or table.shape[0] != len(self.contexts):
+                raise ValueError(
+                    f"selection of {kind}: expected a boolean array of shape "
+                    f"({len(self.contexts)}, layers, units), got {table.dtype} {table.shape}"
+                )
+
+    def row(self, context: str) -> dict[UnitKind, BoolArray]:
+        """What `context` keeps: an array (layers, units) per kind."""
+        index = self.contexts.index(context)
+        return {kind: table[index] for kind, table in self.kept.items()}
+
+    def core(self, kind: UnitKind) -> BoolArray:
+        """The units of `kind` that every context keeps, shape (layers, units)."""
+        return np.asarray(self.kept[kind].all(axis=0))
+
+    def union(self, kind: UnitKind) -> BoolArray:
+        """The units of `kind` that some context keeps, shape (layers, units)."""
+        return np.asarray(self.kept[kind].any(axis=0))
+
+    def kept_fraction(self, kind: UnitKind) -> dict[str, float]:
+        """Per context, the fraction of the units of `kind` that it keeps."""
+        table = self.kept[kind]
+        return {c: float(table[i].mean()) for i, c in enumerate(self.contexts)}
+
+    def overlap(self, kind: UnitKind) -> npt.NDArray[np.float64]:
+        """Jaccard overlap between the contexts' units, shape (contexts, contexts)."""
+        flat = self.kept[kind].reshape(len(self.contexts), -1).astype(np.float64)
+        shared = flat @ flat.T
+        sizes = flat.sum(axis=1)
+        either = sizes[:, None] + sizes[None, :] - shared
+        overlap: npt.NDArray[np.float64] = np.divide(shared, either, out=np.ones_like(shared), where=either > 0)
+        return overlap
+
+    def __iter__(self) -> Iterator[tuple[str, dict[UnitKind, BoolArray]]]:
+        for context in self.contexts:
+            yield context, self.row(context)
+
+    def to_plain(self) -> dict[str, object]:
+        """Plain containers: what a checkpoint or a JSON file holds."""
+        return {
+            "contexts": list(self.contexts),
+            "kept": {str(kind): table.astype(int).tolist() for kind, table in self.kept.items()},
+        }
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, object]) -> Selection:
+        """The inverse of `to_plain`; raises ValueError or KeyError on anything else."""
+        contexts, kept = plain["contexts"], plain["kept"]
+        if not isinstance(contexts, list) or not isinstance(kept, dict):
+            raise ValueError("a selection holds a list of contexts and a table per kind")
+        return cls(
+            tuple(str(c) for c in contexts),
+            {UnitKind(kind): np.asarray(table, dtype=np.bool_) for kind, table in kept.items()},
+        )

@@ -1,0 +1,1 @@
+"""From text to a checkpoint: corpus, importance, allocation, and the training of every branch."""

@@ -1,0 +1,306 @@
+"""One branch of a run: a model trained over a range of steps of the common schedule.
+
+    for step:  for context:  loss(one batch of that context, with only its units) -> backward
+               finite? -> clip -> AdamW -> recalibrate now and then -> snapshot now and then
+
+A branch can be stopped after any step and goes on from its last snapshot to the same result:
+batches and targets are pure functions of the step, and a snapshot holds everything else.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cpcompile.checkpoint import load_plain, save_atomically
+from cpcompile.config import TrainConfig
+from cpcompile.errors import CpcompileError
+from cpcompile.models.decoder import Decoder, Kept
+from cpcompile.selection import Selection
+from cpcompile.training.allocation import swap_units
+from cpcompile.training.corpus import Corpus
+from cpcompile.training.importance import Importance, measure_importance, moving_average, stack_contexts
+from cpcompile.training.teacher import Teacher, divergence
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepReport:
+    """What a branch tells its observer after each step."""
+
+    branch: str
+    step: int
+    first: int
+    last: int
+    loss: float
+    learning_rate: float
+    tokens_per_second: float
+    perplexity: Mapping[str, float] | None = None
+    """Held-out perplexity per context, now and then."""
+
+
+Observer = Callable[[StepReport], None]
+Moments = dict[str, dict[str, Tensor]]
+"""AdamW's state by parameter name."""
+
+
+@dataclass(kw_only=True)
+class BranchState:
+    """A model and its optimiser at the end of a branch: where others may start."""
+
+    model: Decoder
+    moments: Moments
+    selection: Selection | None = None
+    importance: Importance | None = None
+    tokens_per_second: float = 0.0
+    """Median over the steps of this branch."""
+
+
+@dataclass(kw_only=True)
+class Branch:
+    """What to train: `state` from step `first` to `last`.
+
+    With a selection only its units are computed; with a teacher the loss is
+    (1 - distill) * cross-entropy + distill * KL; `recalibrate` lets the selection move.
+    """
+
+    name: str
+    state: BranchState
+    first: int
+    last: int
+    teacher: Teacher | None = None
+    recalibrate: bool = False
+
+    def train(self, corpus: Corpus, config: TrainConfig, folder: Path, observer: Observer | None = None) -> BranchState:
+        """Train to the end, or go on from the snapshot in `folder`; a finished branch is only read."""
+        finished, snapshot = folder / f"{self.name}.pt", folder / f"{self.name}.snapshot.pt"
+        if finished.exists():
+            self._restore(load_plain(finished))
+            return self.state
+        step = self._restore(load_plain(snapshot)) if snapshot.exists() else self.first
+        optimizer = make_optimizer(self.state.model, self.state.moments, config)
+        kept = self._kept()
+        contexts = range(len(corpus.contexts))
+        speeds: list[float] = []
+        saved = time.monotonic()
+        self.state.model.train()
+        while step < self.last:
+            started = time.perf_counter()
+            rate = learning_rate(step, config)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            losses = []
+            for context in contexts:
+                loss = self._loss(corpus, config, step, context, kept[context])
+                torch.autograd.backward(loss / len(contexts))
+                losses.append(loss.item())
+            self._refuse_non_finite(step, losses, config)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            step += 1
+            speeds.append(len(contexts) * config.batch * config.sequence / (time.perf_counter() - started))
+            if self.recalibrate and (fraction := swap_fraction(step - self.first, self.last - self.first, config)):
+                self._recalibrate(corpus, config, optimizer, step, fraction)
+                kept = self._kept()
+            if observer:
+                perplexity = None
+                if step == self.last or (step - self.first) % max(1, (self.last - self.first) // 8) == 0:
+                    perplexity = held_out_perplexity(self.state, corpus, config, tokens=2048)
+                observer(
+                    StepReport(
+                        branch=self.name,
+                        step=step,
+                        first=self.first,
+                        last=self.last,
+                        loss=sum(losses) / len(losses),
+                        learning_rate=rate,
+                        tokens_per_second=speeds[-1],
+                        perplexity=perplexity,
+                    )
+                )
+            if time.monotonic() - saved > config.snapshot_seconds and step < self.last:
+                self._save(snapshot, optimizer, step)
+                saved = time.monotonic()
+        self.state.tokens_per_second = sorted(speeds)[len(speeds) // 2] if speeds else 0.0
+        self._save(finished, optimizer, step)
+        snapshot.unlink(missing_ok=True)
+        return self.state
+
+    def _loss(self, corpus: Corpus, config: TrainConfig, step: int, context: int, kept: Kept | None) -> Tensor:
+        windows = torch.from_numpy(
+            corpus.batch(
+                corpus.contexts[context], step=step, sequences=config.batch, length=config.sequence, seed=config.seed
+            )
+        )
+        inputs, labels = windows[:, :-1], windows[:, 1:].flatten()
+        gated = self.state.model.contexts > 0
+        logits = self.state.model(inputs, torch.tensor(context) if gated else None, kept=kept).flatten(0, 1)
+        if self.teacher is None or step not in self.teacher.steps:
+            return F.cross_entropy(logits, labels)
+        log_probabilities = logits.log_softmax(-1)
+        cross_entropy = F.nll_loss(log_probabilities, labels)
+        distance = divergence(log_probabilities, *self.teacher.targets(step, context, inputs))
+        return (1 - config.distill) * cross_entropy + config.distill * distance
+
+    def _refuse_non_finite(self, step: int, losses: Sequence[float], config: TrainConfig) -> None:
+        norm = nn.utils.clip_grad_norm_(self.state.model.parameters(), config.clip)
+        if not (math.isfinite(norm) and all(map(math.isfinite, losses))):
+            raise CpcompileError(
+                f"{self.name}: the loss or its gradient is not finite at step {step} "
+                f"(losses {losses}, gradient norm {float(norm)}); the update was not made. "
+                f"Try a lower learning rate than {config.learning_rate} or a longer warm-up than "
+                f"{config.warmup_fraction:.0%} of the steps; then start again, without --resume"
+            )
+
+    def _kept(self) -> Sequence[Kept | None]:
+        selection, model = self.state.selection, self.state.model
+        if selection is None:
+            return _Always(None)
+        return [model.kept(selection, context) for context in selection.contexts]
+
+    def _recalibrate(
+        self, corpus: Corpus, config: TrainConfig, optimizer: torch.optim.Optimizer, step: int, fraction: float
+    ) -> None:
+        """Measure importance where the model stands now, swap units, and start the new ones afresh."""
+        state = self.state
+        assert state.selection is not None and state.importance is not None
+        fresh = stack_contexts(
+            [
+                measure_importance(
+                    state.model, importance_batches(corpus, config, context, salt=step), corpus.contexts.index(context)
+                )
+                for context in corpus.contexts
+            ]
+        )
+        state.importance = moving_average(state.importance, fresh, 0.5)
+        state.selection, swaps = swap_units(state.selection, state.importance, fraction=fraction, floor=config.floor)
+        if swaps:
+            state.model.select(state.selection)
+            for name, parameter in state.model.named_parameters():
+                if name.endswith("_gate.table") and parameter in optimizer.state:
+                    for moment in ("exp_avg", "exp_avg_sq"):
+                        optimizer.state[parameter][moment][parameter == 0] = 0.0
+
+    def _save(self, path: Path, optimizer: torch.optim.Optimizer, step: int) -> None:
+        self.state.moments = moments_of(self.state.model, optimizer)
+        importance = self.state.importance
+        save_atomically(
+            {
+                "step": step,
+                "model": self.state.model.state_dict(),
+                "moments": self.state.moments,
+                "selection": self.state.selection.to_plain() if self.state.selection else None,
+                "importance": {k.value: torch.from_numpy(v) for k, v in importance.items()} if importance else None,
+                "tokens_per_second": self.state.tokens_per_second,
+            },
+            path,
+        )
+
+    def _restore(self, plain: dict[str, Any]) -> int:
+        state = self.state
+        state.model.load_state_dict(plain["model"])
+        state.moments = plain["moments"]
+        state.selection = Selection.from_plain(plain["selection"]) if plain["selection"] else None
+        if plain["importance"]:
+            assert state.importance is not None
+            state.importance = {kind: plain["importance"][kind.value].numpy() for kind in state.importance}
+        state.tokens_per_second = plain["tokens_per_second"]
+        step: int = plain["step"]
+        return step
+
+
+class _Always(Sequence[None]):
+    """A sequence that answers the same for every index."""
+
+    def __init__(self, value: None) -> None:
+        self.value = value
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.value
+
+    def __len__(self) -> int:
+        return 0
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """Warm-up, stable, decay (arXiv 2404.06395): linear up, constant, linear down to a hundredth."""
+    warmup = max(1, round(config.steps * config.warmup_fraction))
+    decay = max(1, round(config.steps * config.decay_fraction))
+    up = (step + 1) / warmup
+    down = max(0.01, (config.steps - step) / decay)
+    return config.learning_rate * min(1.0, up, down)
+
+
+def swap_fraction(done: int, total: int, config: TrainConfig) -> float:
+    """Part of its own units that a context may swap after `done` of `total` steps; 0 between recalibrations."""
+    until = total * config.recalibrate_until
+    every = max(1, round(until / (config.recalibrations + 1)))
+    if not config.recalibrations or done % every or done >= until:
+        return 0.0
+    return config.swap_fraction * (1 - done / until)
+
+
+def make_optimizer(model: Decoder, moments: Moments, config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW with its state restored by name; matrices decay, norms and gates do not."""
+    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and not n.endswith("table")]
+    others = [p for n, p in model.named_parameters() if p.ndim != 2 or n.endswith("table")]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        lr=config.learning_rate,
+        betas=(0.9, 0.95),
+        fused=True,
+    )
+    for name, parameter in model.named_parameters():
+        if name in moments:
+            optimizer.state[parameter] = {key: value.clone() for key, value in moments[name].items()}
+    return optimizer
+
+
+def moments_of(model: Decoder, optimizer: torch.optim.Optimizer) -> Moments:
+    """AdamW's state by parameter name."""
+    return {name: dict(optimizer.state[p]) for name, p in model.named_parameters() if p in optimizer.state}
+
+
+def importance_batches(corpus: Corpus, config: TrainConfig, context: str, *, salt: int) -> list[Tensor]:
+    """Training windows to measure importance on; `salt` draws others."""
+    batches = max(1, config.importance_sequences // config.batch)
+    return [
+        torch.from_numpy(
+            corpus.batch(
+                context,
+                step=(salt + 1) * 1_000_003 + batch,
+                sequences=min(config.batch, config.importance_sequences),
+                length=config.sequence,
+                seed=config.seed,
+            )
+        )
+        for batch in range(batches)
+    ]
+
+
+def held_out_perplexity(
+    state: BranchState, corpus: Corpus, config: TrainConfig, *, tokens: int, swap: Mapping[str, str] | None = None
+) -> dict[str, float]:
+    """Perplexity per context on its held-out windows; `swap` evaluates a context with another's units."""
+    result = {}
+    model = state.model.eval()
+    with torch.no_grad():
+        for context in corpus.contexts:
+            units_of = swap[context] if swap else context
+            kept = model.kept(state.selection, units_of) if state.selection else None
+            index = torch.tensor(corpus.contexts.index(units_of)) if model.contexts else None
+            windows = torch.from_numpy(corpus.held_out_windows(context, length=config.sequence, tokens=tokens))
+            total = 0.0
+            for part in torch.split(windows, 16):
+                logits = model(part[:, :-1], index, kept=kept)
+                total += F.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="sum").item()
+            result[context] = math.exp(total / (windows.shape[0] * (windows.shape[1] - 1)))
+    model.train()
+    return result

@@ -1,0 +1,65 @@
+"""The dense baseline as a teacher: its largest log-probabilities per token, computed once and kept on disk.
+
+Batches are a pure function of the step, so every branch that distils meets the same tokens and
+reads what the first one computed. What is missing is computed on the spot, which makes the cache
+resumable: a step counts as there only after its values were written.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from cpcompile.models.decoder import Decoder
+
+
+class Teacher:
+    """Targets for `steps` x `contexts` batches of `tokens` tokens, `top` log-probabilities each."""
+
+    def __init__(self, model: Decoder, folder: Path, *, steps: range, contexts: int, tokens: int, top: int) -> None:
+        self.model = model
+        self.steps = steps
+        top = min(top, model.config.vocabulary - 1)
+        shape = (len(steps), contexts, tokens, top)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._ids = _open(folder / "ids", np.int32, shape)
+        self._values = _open(folder / "log_probabilities", np.float16, shape)
+        self._there = _open(folder / "there", np.uint8, shape[:2])
+
+    def targets(self, step: int, context: int, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Token ids and log-probabilities of the teacher's best guesses, both (tokens, top)."""
+        at = (step - self.steps.start, context)
+        if not self._there[at]:
+            with torch.no_grad():
+                log_probabilities = self.model(input_ids).flatten(0, 1).log_softmax(-1)
+            values, ids = log_probabilities.topk(self._ids.shape[-1], dim=-1)
+            self._ids[at], self._values[at] = ids.numpy(), values.numpy()
+            self._there[at] = 1
+        # Always read back, so that a resumed run sees the same rounding as the first.
+        return torch.from_numpy(self._ids[at].astype(np.int64)), torch.from_numpy(self._values[at].astype(np.float32))
+
+
+def divergence(log_probabilities: Tensor, ids: Tensor, values: Tensor) -> Tensor:
+    """Mean KL(teacher || student) over tokens, everything outside of the teacher's best lumped into one class.
+
+    log_probabilities (tokens, vocabulary) of the student; ids, values (tokens, top) of the teacher.
+    By the log-sum inequality a lower bound of the full divergence.
+    """
+    student = log_probabilities.gather(-1, ids)
+    teacher = values.exp()
+    tail = 1e-6
+    teacher_rest = (1 - teacher.sum(-1)).clamp_min(tail)
+    student_rest = (1 - student.exp().sum(-1)).clamp_min(tail)
+    top = (teacher * (values - student)).sum(-1)
+    return (top + teacher_rest * (teacher_rest.log() - student_rest.log())).mean()
+
+
+def _open(path: Path, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> npt.NDArray[Any]:
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    fits = path.exists() and path.stat().st_size == size
+    return np.memmap(path, dtype=dtype, mode="r+" if fits else "w+", shape=shape)

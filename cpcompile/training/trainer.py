@@ -1,0 +1,284 @@
+"""`cpcompile train`: from a corpus to `model.pt` and `model.dense.pt`.
+
+    parent ──┬── dense baseline ── teacher
+             ├── importance ── allocation ── partition (masked, distilled, recalibrated)
+             └── controls
+
+All branches follow one warm-up / stable / decay schedule, part at the same step and meet the
+same tokens in the same order. Contextual Partitioning: arXiv 2501.12901; what is measured and
+decided differently here stands in `allocation.py` and the benchmarks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import platform
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+import cpcompile
+from cpcompile.checkpoint import Checkpoint, save_checkpoint
+from cpcompile.config import ModelConfig, TrainConfig
+from cpcompile.errors import UsageError
+from cpcompile.models.decoder import Decoder
+from cpcompile.selection import BoolArray, Selection, UnitKind
+from cpcompile.training.allocation import Scores, allocate, allocate_one_for_all, allocate_random, kept_units
+from cpcompile.training.branch import (
+    Branch,
+    BranchState,
+    Observer,
+    held_out_perplexity,
+    importance_batches,
+)
+from cpcompile.training.corpus import Corpus
+from cpcompile.training.importance import Importance, measure_importance, stack_contexts
+from cpcompile.training.teacher import Teacher
+
+CONTROL_MEANING: Mapping[str, str] = {
+    "one-mask": "one selection for all contexts at the same budget, trained like the partitioned model",
+    "importance-only": "the partitioned model's first selection on the dense baseline, without training",
+    "random-one": "one random selection for all contexts, trained like the partitioned model",
+    "random-per-context": "a random selection per context, trained like the partitioned model",
+    "small-dense": "a dense model of the active size from scratch, same tokens and schedule",
+    "small-dense-distilled": "a dense model of the active size from scratch, distilled like the partitioned model",
+    "dense-distilled": "the dense parent trained on whole, distilled like the partitioned model",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Everything the branches of one run have in common, and the folder that makes it resumable."""
+
+    corpus: Corpus
+    model_config: ModelConfig
+    config: TrainConfig
+    folder: Path
+    observer: Observer | None
+
+    def branch(self, name: str, state: BranchState, **settings: Any) -> BranchState:
+        """Train a branch from the parting of the ways to the end, unless told otherwise."""
+        settings = {"first": self.config.dense_steps, "last": self.config.steps} | settings
+        return Branch(name=name, state=state, **settings).train(self.corpus, self.config, self.folder, self.observer)
+
+    def fresh(self) -> BranchState:
+        """An untrained dense model; the same for the same seed."""
+        torch.manual_seed(self.config.seed)
+        return BranchState(model=Decoder(self.model_config), moments={})
+
+    def dense(self, parent: BranchState) -> BranchState:
+        """A copy of the parent to train on whole."""
+        model = Decoder(self.model_config)
+        model.load_state_dict(parent.model.state_dict())
+        return BranchState(model=model, moments=parent.moments)
+
+    def gated(self, parent: BranchState, selection: Selection, importance: Importance) -> BranchState:
+        """A copy of the parent with gates that stand at `selection`."""
+        model = Decoder(self.model_config, contexts=len(self.corpus.contexts))
+        model.load_state_dict(parent.model.state_dict(), strict=False)
+        model.select(selection)
+        return BranchState(model=model, moments=parent.moments, selection=selection, importance=importance)
+
+    def perplexity(self, state: BranchState, swap: Mapping[str, str] | None = None) -> dict[str, float]:
+        """Held-out perplexity per context."""
+        return held_out_perplexity(state, self.corpus, self.config, tokens=self.config.held_out_tokens, swap=swap)
+
+
+def train(
+    corpus: Corpus,
+    model_config: ModelConfig,
+    config: TrainConfig,
+    out: Path,
+    *,
+    resume: bool = False,
+    held_out: bool = True,
+    observer: Observer | None = None,
+) -> Checkpoint:
+    """Train all branches and write `out` and `<out>.dense.pt`; an interrupted run goes on with `resume`."""
+    folder = _work_folder(out, corpus, model_config, config, resume=resume)
+    run = Run(corpus=corpus, model_config=model_config, config=config, folder=folder, observer=observer)
+    budgets = {UnitKind(kind): budget for kind, budget in config.budgets.items()}
+
+    parent = run.branch("parent", run.fresh(), first=0, last=config.dense_steps)
+    baseline = run.branch("dense-baseline", run.dense(parent))
+    importance = dense_importance(parent.model, corpus, config)
+    selection = allocate(corpus.contexts, importance, budgets, core_fraction=config.core_fraction, floor=config.floor)
+    teacher = Teacher(
+        baseline.model.eval(),
+        folder / "teacher",
+        steps=range(config.dense_steps, config.steps),
+        contexts=len(corpus.contexts),
+        tokens=config.batch * config.sequence,
+        top=config.teacher_top,
+    )
+    partition = run.branch("partition", run.gated(parent, selection, importance), teacher=teacher, recalibrate=True)
+
+    controls = {
+        name: _train_control(name, run, parent, baseline, selection, importance, budgets, teacher)
+        for name in config.controls
+    }
+    training = {
+        "settings": _plain(config),
+        "seed": config.seed,
+        "data_digests": dict(corpus.digests),
+        "versions": {
+            "cpcompile": cpcompile.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        "threads": torch.get_num_threads(),
+        "tokens": config.steps * len(corpus.contexts) * config.batch * config.sequence,
+        "tokens_per_second": {
+            "dense": baseline.tokens_per_second,
+            "partition": partition.tokens_per_second,
+        },
+        "perplexity": {"dense-baseline": run.perplexity(baseline), "partition": run.perplexity(partition)},
+        "controls": {
+            name: {"description": CONTROL_MEANING[name], "perplexity": perplexity}
+            for name, perplexity in controls.items()
+        },
+        "swap_matrix": swap_matrix(run, partition),
+    }
+    shared: dict[str, Any] = {
+        "config": model_config,
+        "contexts": corpus.contexts,
+        "tokenizer": corpus.tokenizer,
+        "training": training,
+        "held_out": _held_out_sample(corpus, config) if held_out else {},
+    }
+    assert partition.selection is not None
+    by_partition = partition.model.sort_units(partition.selection)
+    checkpoint = Checkpoint(state=partition.model.state_dict(), selection=by_partition, **shared)
+    save_checkpoint(Checkpoint(state=baseline.model.state_dict(), **shared), dense_path(out))
+    save_checkpoint(checkpoint, out)
+    shutil.rmtree(folder)
+    return checkpoint
+
+
+def planned_steps(config: TrainConfig) -> dict[str, int]:
+    """Steps of every branch that `train` trains, in order."""
+    after = config.steps - config.dense_steps
+    planned = {"parent": config.dense_steps, "dense-baseline": after, "partition": after}
+    for name in config.controls:
+        if name != "importance-only":
+            planned[name] = config.steps if name.startswith("small-dense") else after
+    return planned
+
+
+def dense_path(out: Path) -> Path:
+    """Where the dense baseline of the checkpoint `out` lies: model.pt -> model.dense.pt."""
+    return out.with_name(f"{out.stem}.dense{out.suffix}")
+
+
+def work_path(out: Path) -> Path:
+    """Where a run that has not ended yet keeps its state."""
+    return out.with_name(f"{out.name}.work")
+
+
+def dense_importance(model: Decoder, corpus: Corpus, config: TrainConfig) -> Importance:
+    """Importance of every unit of the dense parent for every context."""
+    return stack_contexts(
+        [
+            measure_importance(model, importance_batches(corpus, config, context, salt=0), None)
+            for context in corpus.contexts
+        ]
+    )
+
+
+def swap_matrix(run: Run, state: BranchState) -> dict[str, Any]:
+    """Perplexity of context i (row) with the units of context j (column)."""
+    contexts = run.corpus.contexts
+    columns = [run.perplexity(state, swap=dict.fromkeys(contexts, units_of)) for units_of in contexts]
+    return {"contexts": list(contexts), "perplexity": [[column[row] for column in columns] for row in contexts]}
+
+
+def _train_control(
+    name: str,
+    run: Run,
+    parent: BranchState,
+    baseline: BranchState,
+    selection: Selection,
+    importance: Importance,
+    budgets: Mapping[UnitKind, float],
+    teacher: Teacher,
+) -> dict[str, float]:
+    """Train the control `name` and return its held-out perplexity per context."""
+    contexts, config = run.corpus.contexts, run.config
+    if name == "importance-only":
+        return run.perplexity(run.gated(baseline, selection, importance))
+    if name == "dense-distilled":
+        return run.perplexity(run.branch(name, run.dense(parent), teacher=teacher))
+    if name in ("small-dense", "small-dense-distilled"):
+        # The first units of every layer, for every context, from scratch and without gates: a smaller dense model.
+        small = run.fresh()
+        small.selection = Selection(contexts, {k: _first_units(importance[k], b) for k, b in budgets.items()})
+        distilled = teacher if name == "small-dense-distilled" else None
+        return run.perplexity(run.branch(name, small, first=0, teacher=distilled))
+    if name == "one-mask":
+        chosen = allocate_one_for_all(contexts, importance, budgets, floor=config.floor)
+    else:
+        chosen = allocate_random(
+            contexts, importance, budgets, seed=config.seed, floor=config.floor, one_for_all=name == "random-one"
+        )
+    return run.perplexity(run.branch(name, run.gated(parent, chosen, importance), teacher=teacher))
+
+
+def _first_units(importance: Scores, budget: float) -> BoolArray:
+    layers = importance.shape[1]
+    kept = np.zeros(importance.shape, dtype=np.bool_)
+    kept[:, :, : max(1, round(kept_units(importance.shape, budget) / layers))] = True
+    return kept
+
+
+def _held_out_sample(corpus: Corpus, config: TrainConfig) -> dict[str, npt.NDArray[np.int32]]:
+    return {
+        context: np.asarray(corpus.held_out[context].ids[: config.held_out_tokens + 1], dtype=np.int32)
+        for context in corpus.contexts
+    }
+
+
+def _plain(config: TrainConfig) -> dict[str, Any]:
+    settings: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
+    return settings
+
+
+def _work_folder(out: Path, corpus: Corpus, model_config: ModelConfig, config: TrainConfig, *, resume: bool) -> Path:
+    """The run's folder: new, or that of the interrupted run with the same settings and data."""
+    folder = work_path(out)
+    identity = {
+        "model": dataclasses.asdict(model_config),
+        "train": {k: v for k, v in _plain(config).items() if k not in ("snapshot_seconds", "controls")},
+        "data": dict(corpus.digests),
+        "versions": {"cpcompile": cpcompile.__version__, "torch": torch.__version__},
+        "threads": torch.get_num_threads(),
+    }
+    record = folder / "run.json"
+    if record.exists() and not resume:
+        raise UsageError(
+            f"{folder}: an interrupted run is there; go on with --resume, or delete that folder to start anew"
+        )
+    if record.exists():
+        before = json.loads(record.read_text(encoding="utf-8"))
+        changed = [key for key in identity if before.get(key) != json.loads(json.dumps(identity[key]))]
+        if changed:
+            raise UsageError(
+                f"{folder}: the interrupted run had other settings ({', '.join(changed)}); "
+                "resume with the same ones, or delete the folder to start anew"
+            )
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    record.write_text(json.dumps(identity, indent=1), encoding="utf-8")
+    return folder
+
+
+def mean_perplexity(perplexity: Mapping[str, float]) -> float:
+    """Geometric mean over contexts: exp of the mean loss."""
+    return math.exp(sum(math.log(p) for p in perplexity.values()) / len(perplexity))

@@ -1,0 +1,75 @@
+"""Placement: which provider ran which node, and in what precision.
+
+From one profiled run, so it counts what the runtime really executed: after fusion, and after a
+silent fall back of single nodes to another provider. (`get_provider_graph_assignment_info` of
+ONNX Runtime 1.32 tells less: it is taken before the extended optimisations, and without types.)
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cpcompile.bundle import Variant
+from cpcompile.runtime import create_session, session_options
+from cpcompile.validation.quality import IntArray
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlacedNode:
+    """One node that ran. `precision`: element type of its first output as ONNX Runtime names it, None for no tensor."""
+
+    name: str
+    operator: str
+    provider: str
+    precision: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Every node that ran, and how many per provider, operator and precision."""
+
+    nodes: tuple[PlacedNode, ...] | None
+    providers: Mapping[str, int] | None
+    operators: Mapping[str, int] | None
+    precisions: Mapping[str, int] | None
+    not_measured: Mapping[str, str] = field(default_factory=dict)
+    """Field -> why it is null."""
+
+    @classmethod
+    def not_run(cls, reason: str) -> Placement:
+        fields = ("nodes", "providers", "operators", "precisions")
+        return cls(**dict.fromkeys(fields), not_measured=dict.fromkeys(fields, reason))
+
+
+def measure_placement(variant: Variant, input_ids: IntArray) -> Placement:
+    """Profile one run of `variant` in a session of its own."""
+    with tempfile.TemporaryDirectory(prefix="cpcompile-profile-") as folder:
+        options = session_options(variant, threads=1)
+        options.enable_profiling = True
+        options.profile_file_prefix = str(Path(folder) / "run")
+        session = create_session(variant, options)
+        session.run(None, {"input_ids": input_ids})
+        events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+    nodes = tuple(
+        PlacedNode(
+            name=event["name"].removesuffix("_kernel_time"),
+            operator=event["args"]["op_name"],
+            provider=event["args"]["provider"],
+            precision=next((name for output in event["args"]["output_type_shape"] for name in output), None),
+        )
+        for event in events
+        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time")
+    )
+    if not nodes:
+        return Placement.not_run("the profile of this runtime names no nodes")
+    return Placement(
+        nodes=nodes,
+        providers=dict(Counter(node.provider for node in nodes)),
+        operators=dict(Counter(node.operator for node in nodes)),
+        precisions=dict(Counter(node.precision or "no tensor" for node in nodes)),
+    )

@@ -1,0 +1,106 @@
+"""Quality: perplexity and next-token accuracy on held-out text, engine against dense baseline.
+
+    loss = -mean log softmax(logits)[next token],   perplexity = exp(loss)
+
+Log-sum-exp and sums are float64, over the same windows on both sides: every token is predicted
+once, and the first token of a window is only context.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+IntArray = npt.NDArray[np.int64]
+Run = Callable[[IntArray], npt.NDArray[Any]]
+"""input_ids (batch, sequence) -> logits (batch, sequence, vocabulary)."""
+
+COHERENCE_REASON = "coherence of generated text is not measured by this version"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """How well one model predicts the held-out text."""
+
+    perplexity: float
+    accuracy: float
+    """Fraction of tokens that the likeliest logit names."""
+    tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quality:
+    """Engine and dense baseline on the same held-out tokens."""
+
+    perplexity: float | None
+    dense_perplexity: float | None
+    accuracy: float | None
+    dense_accuracy: float | None
+    tokens: int | None
+    coherence: float | None = None
+    dense_coherence: float | None = None
+    not_measured: Mapping[str, str] = field(default_factory=dict)
+    """Field -> why it is null."""
+
+
+def cut_windows(ids: npt.NDArray[Any], sequence: int) -> IntArray:
+    """Consecutive windows (n, sequence + 1); the last id of one is the first of the next.
+
+    Text shorter than one window gives a single short window; fewer than two ids give none.
+    """
+    length = min(sequence, len(ids) - 1)
+    if length < 1:
+        return np.zeros((0, sequence + 1), dtype=np.int64)
+    starts = np.arange((len(ids) - 1) // length) * length
+    windows: IntArray = ids.astype(np.int64)[starts[:, None] + np.arange(length + 1)]
+    return windows
+
+
+def measure_score(run: Run, windows: IntArray, *, batch: int = 4) -> Score:
+    """Score `run` on windows (n, length + 1), `batch` of them at a time."""
+    loss, right = 0.0, 0
+    for start in range(0, len(windows), batch):
+        part = windows[start : start + batch]
+        log_probabilities = log_softmax(run(part[:, :-1]))
+        labels = part[:, 1:]
+        loss -= float(np.take_along_axis(log_probabilities, labels[..., None], axis=-1).sum())
+        right += int((log_probabilities.argmax(axis=-1) == labels).sum())
+    tokens = windows[:, 1:].size
+    return Score(perplexity=_exp(loss / tokens), accuracy=right / tokens, tokens=tokens)
+
+
+def compare_quality(engine: Score | str, dense: Score | str) -> Quality:
+    """Put both sides together; a side that was not measured is the reason why."""
+    reasons = {"coherence": COHERENCE_REASON, "dense_coherence": COHERENCE_REASON}
+    sides = {}
+    for prefix, side in (("", engine), ("dense_", dense)):
+        for name in ("perplexity", "accuracy"):
+            value = side if isinstance(side, str) else getattr(side, name)
+            if isinstance(value, float) and not math.isfinite(value):
+                value = f"{name} is {value}: the logits are not finite or rule out a token that occurs"
+            sides[prefix + name] = value if isinstance(value, float) else None
+            if isinstance(value, str):
+                reasons[prefix + name] = value
+    if isinstance(engine, str):
+        reasons["tokens"] = engine
+    return Quality(**sides, tokens=None if isinstance(engine, str) else engine.tokens, not_measured=reasons)
+
+
+def log_softmax(logits: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    """Logarithms of the probabilities along the last axis, in float64."""
+    shifted = logits.astype(np.float64)
+    shifted -= shifted.max(axis=-1, keepdims=True)
+    shifted -= np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return shifted
+
+
+def _exp(loss: float) -> float:
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf

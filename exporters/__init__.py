@@ -1,0 +1,1 @@
+"""From a frozen graph to the files of one engine: one file per engine."""

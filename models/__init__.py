@@ -1,0 +1,1 @@
+"""Partitioned architectures in torch, and the gates that freeze into smaller graphs."""

@@ -1,0 +1,308 @@
+"""A decoder-only language model whose FFN blocks and attention heads are gated per context.
+
+    tokens -> embedding -> [ RMSNorm -> attention * gate -> +  RMSNorm -> SwiGLU * gate -> + ] x layers
+           -> RMSNorm -> head
+
+The forward pass exists in two forms that compute the same function:
+
+* masked: every unit is computed and multiplied by its gate (captured, and the reference of parity);
+* kept: only the units in `Kept` are computed, from slices of the weights (training).
+
+Sources: RMSNorm arXiv 1910.07467, rotary positions arXiv 2104.09864, grouped-query attention
+arXiv 2305.13245, SwiGLU arXiv 2002.05202.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cpcompile.config import ModelConfig
+from cpcompile.models.gates import Gate, apply_gate, channels_of
+from cpcompile.selection import BoolArray, Selection, UnitKind, Units
+
+
+@dataclass(frozen=True)
+class LayerKept:
+    """Indices of what one context keeps in one layer."""
+
+    head_units: Tensor
+    query_channels: Tensor
+    key_channels: Tensor
+    ffn_units: Tensor
+    ffn_channels: Tensor
+
+
+@dataclass(frozen=True)
+class LayerGates:
+    """Gate values of one layer for the units that are computed: (units,) or (batch, 1, units)."""
+
+    head: Tensor
+    ffn: Tensor
+
+
+Kept = Sequence[LayerKept]
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions for x (batch, heads, sequence, head_dim); cos, sin (sequence, head_dim)."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention; its units are the key/value heads with their query heads."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.queries_per_key = config.heads // config.kv_heads
+        self.query = nn.Linear(config.width, config.heads * self.head_dim, bias=False)
+        self.key = nn.Linear(config.width, config.kv_heads * self.head_dim, bias=False)
+        self.value = nn.Linear(config.width, config.kv_heads * self.head_dim, bias=False)
+        self.output = nn.Linear(config.heads * self.head_dim, config.width, bias=False)
+
+    @property
+    def unit_width(self) -> int:
+        """Channels of the merged heads that one unit owns."""
+        return self.queries_per_key * self.head_dim
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, gate: Tensor | None, kept: LayerKept | None) -> Tensor:
+        query, key, value, output = (m.weight for m in (self.query, self.key, self.value, self.output))
+        if kept is not None:
+            query, output = query[kept.query_channels], output[:, kept.query_channels]
+            key, value = key[kept.key_channels], value[kept.key_channels]
+        batch, sequence, _ = x.shape
+        q = rotate(self._split(F.linear(x, query)), cos, sin)
+        k = rotate(self._split(F.linear(x, key)), cos, sin)
+        v = self._split(F.linear(x, value))
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.queries_per_key > 1)
+        merged = mixed.transpose(1, 2).reshape(batch, sequence, query.shape[0])
+        if gate is not None:
+            merged = apply_gate(merged, gate, self.unit_width)
+        return F.linear(merged, output)
+
+    def _split(self, x: Tensor) -> Tensor:
+        """(batch, sequence, heads * head_dim) -> (batch, heads, sequence, head_dim)."""
+        return x.reshape(x.shape[0], x.shape[1], x.shape[2] // self.head_dim, self.head_dim).transpose(1, 2)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU; its units are blocks of `align` hidden channels."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.unit_width = config.align
+        self.gate = nn.Linear(config.width, config.ffn, bias=False)
+        self.up = nn.Linear(config.width, config.ffn, bias=False)
+        self.down = nn.Linear(config.ffn, config.width, bias=False)
+
+    def forward(self, x: Tensor, gate: Tensor | None, kept: LayerKept | None) -> Tensor:
+        gating, up, down = self.gate.weight, self.up.weight, self.down.weight
+        if kept is not None:
+            gating, up, down = gating[kept.ffn_channels], up[kept.ffn_channels], down[:, kept.ffn_channels]
+        hidden = F.silu(F.linear(x, gating)) * F.linear(x, up)
+        if gate is not None:
+            hidden = apply_gate(hidden, gate, self.unit_width)
+        return F.linear(hidden, down)
+
+
+class Layer(nn.Module):
+    """Attention and feed-forward network, each with its norm, its gate and a residual connection."""
+
+    def __init__(self, config: ModelConfig, contexts: int) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.attention = Attention(config)
+        self.ffn_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.ffn = FeedForward(config)
+        if contexts:
+            self.head_gate = Gate(contexts, config.kv_heads, self.attention.unit_width)
+            self.ffn_gate = Gate(contexts, config.ffn // config.align, config.align)
+
+    def gates(self, context: Tensor) -> LayerGates:
+        """All gate values of `context` in this layer."""
+        return LayerGates(self.head_gate.row(context), self.ffn_gate.row(context))
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, gates: LayerGates | None, kept: LayerKept | None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), cos, sin, gates and gates.head, kept)
+        fed: Tensor = self.ffn(self.ffn_norm(x), gates and gates.ffn, kept)
+        return x + fed
+
+
+class Decoder(nn.Module):
+    """The language model. With `contexts=0` it has no gates: the dense parent and the dense baseline."""
+
+    def __init__(self, config: ModelConfig, *, contexts: int = 0) -> None:
+        super().__init__()
+        self.config = config
+        self.contexts = contexts
+        self.embedding = nn.Embedding(config.vocabulary, config.width)
+        self.layers = nn.ModuleList(Layer(config, contexts) for _ in range(config.layers))
+        self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        if not config.tied:
+            self.head = nn.Linear(config.width, config.vocabulary, bias=False)
+        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
+        self.register_buffer("frequencies", (config.rope_base**-exponents).float(), persistent=False)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """Normal weights of deviation 0.02; projections into the residual stream scaled down with depth."""
+        residual = 0.02 / (2 * self.config.layers) ** 0.5
+        for name, weight in self.named_parameters():
+            if weight.ndim == 2 and not name.endswith("table"):
+                into_residual = name.endswith(("output.weight", "down.weight"))
+                nn.init.normal_(weight, std=residual if into_residual else 0.02)
+
+    frequencies: Tensor
+    """Angle per position of every pair of channels."""
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        context: Tensor | None = None,
+        *,
+        gates: Sequence[LayerGates] | None = None,
+        kept: Kept | None = None,
+    ) -> Tensor:
+        """Logits (batch, sequence, vocabulary) of input_ids (batch, sequence, int64).
+
+        `context` (int64 scalar) picks the gates; `gates` gives them directly (importance);
+        with `kept` only those units are computed.
+        """
+        x = self.embedding(input_ids)
+        cos, sin = self._rotary(input_ids.shape[1], x.dtype)
+        for index, layer in enumerate(self.blocks):
+            layer_kept = kept[index] if kept is not None else None
+            layer_gates = gates[index] if gates is not None else None
+            if context is not None and layer_gates is None:
+                layer_gates = layer.gates(context)
+                if layer_kept is not None:
+                    layer_gates = LayerGates(
+                        layer_gates.head[layer_kept.head_units], layer_gates.ffn[layer_kept.ffn_units]
+                    )
+            x = layer(x, cos, sin, layer_gates, layer_kept)
+        head = self.embedding.weight if self.config.tied else self.head.weight
+        return F.linear(self.norm(x), head)
+
+    def _rotary(self, sequence: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        angles = torch.arange(sequence)[:, None] * self.frequencies
+        angles = torch.cat((angles, angles), dim=-1)
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+    @property
+    def blocks(self) -> Sequence[Layer]:
+        """The layers, typed."""
+        return cast(Sequence[Layer], self.layers)
+
+    def units(self) -> tuple[Units, ...]:
+        """The kinds of units that this architecture is divided into."""
+        config = self.config
+        group = config.heads // config.kv_heads * config.head_dim
+        return (
+            Units(kind=UnitKind.FFN, layers=config.layers, count=config.ffn // config.align, width=config.align),
+            Units(kind=UnitKind.HEAD, layers=config.layers, count=config.kv_heads, width=group),
+            Units(kind=UnitKind.VOCABULARY, layers=1, count=config.vocabulary, width=1),
+        )
+
+    def select(self, selection: Selection) -> None:
+        """Set every gate to `selection`; gates that stay keep their learned scale."""
+        for index, layer in enumerate(self.blocks):
+            layer.head_gate.select(torch.from_numpy(selection.kept[UnitKind.HEAD][:, index]))
+            layer.ffn_gate.select(torch.from_numpy(selection.kept[UnitKind.FFN][:, index]))
+
+    def kept(self, selection: Selection, context: str) -> Kept:
+        """The indices that `context` keeps, layer by layer, for the `kept` form of the forward pass."""
+        row = selection.row(context)
+        result = []
+        for index, layer in enumerate(self.blocks):
+            head_units = torch.from_numpy(row[UnitKind.HEAD][index]).nonzero().flatten()
+            ffn_units = torch.from_numpy(row[UnitKind.FFN][index]).nonzero().flatten()
+            result.append(
+                LayerKept(
+                    head_units=head_units,
+                    query_channels=channels_of(head_units, layer.attention.unit_width),
+                    key_channels=channels_of(head_units, layer.attention.head_dim),
+                    ffn_units=ffn_units,
+                    ffn_channels=channels_of(ffn_units, layer.ffn.unit_width),
+                )
+            )
+        return result
+
+    def kept_sizes(self, selection: Selection, context: str) -> dict[str, int]:
+        """Elements of every parameter but the gates that `context` keeps, by name."""
+        kept = self.kept(selection, context)
+        sizes = {name: p.numel() for name, p in self.named_parameters() if not name.endswith("_gate.table")}
+        for index, layer in enumerate(kept):
+            per_channel = self.config.width
+            cut = {
+                "attention.query": layer.query_channels,
+                "attention.key": layer.key_channels,
+                "attention.value": layer.key_channels,
+                "attention.output": layer.query_channels,
+                "ffn.gate": layer.ffn_channels,
+                "ffn.up": layer.ffn_channels,
+                "ffn.down": layer.ffn_channels,
+            }
+            for module, channels in cut.items():
+                sizes[f"layers.{index}.{module}.weight"] = channels.numel() * per_channel
+            if layer.query_channels.numel() == 0:
+                sizes[f"layers.{index}.attention_norm.weight"] = 0
+            if layer.ffn_channels.numel() == 0:
+                sizes[f"layers.{index}.ffn_norm.weight"] = 0
+        return sizes
+
+    def sort_units(self, selection: Selection) -> Selection:
+        """Reorder units so that partitions lie side by side; returns the selection in the new order.
+
+        The function computed stays the same. Weights of one partition are then one run of rows.
+        """
+        kept = {kind: table.copy() for kind, table in selection.kept.items()}
+        for index, layer in enumerate(self.blocks):
+            heads = _partition_order(kept[UnitKind.HEAD][:, index])
+            blocks = _partition_order(kept[UnitKind.FFN][:, index])
+            kept[UnitKind.HEAD][:, index] = kept[UnitKind.HEAD][:, index, heads]
+            kept[UnitKind.FFN][:, index] = kept[UnitKind.FFN][:, index, blocks]
+            attention, ffn = layer.attention, layer.ffn
+            queries = channels_of(torch.from_numpy(heads), attention.unit_width)
+            keys = channels_of(torch.from_numpy(heads), attention.head_dim)
+            channels = channels_of(torch.from_numpy(blocks), ffn.unit_width)
+            with torch.no_grad():
+                for module, rows in (
+                    (attention.query, queries),
+                    (attention.key, keys),
+                    (attention.value, keys),
+                    (ffn.gate, channels),
+                    (ffn.up, channels),
+                ):
+                    module.weight.copy_(module.weight[rows])
+                attention.output.weight.copy_(attention.output.weight[:, queries])
+                ffn.down.weight.copy_(ffn.down.weight[:, channels])
+                layer.head_gate.table.copy_(layer.head_gate.table[:, heads])
+                layer.ffn_gate.table.copy_(layer.ffn_gate.table[:, blocks])
+        return Selection(selection.contexts, kept)
+
+
+def _partition_order(kept: BoolArray) -> npt.NDArray[np.int64]:
+    """Order of the units of one layer, kept (contexts, units): units of more contexts first, then by context."""
+    contexts = kept.shape[0]
+    code = (kept * (1 << np.arange(contexts - 1, -1, -1, dtype=object))[:, None]).sum(axis=0)
+    return np.asarray(sorted(range(kept.shape[1]), key=lambda u: (-int(kept[:, u].sum()), -code[u], u)), dtype=np.int64)
+
+
+def parameter_kind(name: str) -> UnitKind | None:
+    """The kind of unit whose removal makes the parameter `name` smaller; None if nothing does."""
+    if ".ffn." in name:
+        return UnitKind.FFN
+    if ".attention." in name:
+        return UnitKind.HEAD
+    if name.startswith(("embedding.", "head.")):
+        return UnitKind.VOCABULARY
+    return None

@@ -1,0 +1,1 @@
+"""Graph passes on onnx_ir: one file, one class, one rewrite each."""

@@ -1,0 +1,36 @@
+"""Make the context a constant: the first step from the graph of all contexts to the graph of one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from cpcompile.errors import CpcompileError
+
+
+@dataclass(frozen=True)
+class BindContext(ir.passes.InPlacePass):
+    """Replace the graph input `name` (an integer scalar) by the constant `context`.
+
+    Without such an input the graph is left as it is; an input of another form is refused.
+    """
+
+    context: int
+    name: str = "context"
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Edit `model`; `modified` says whether the input was there."""
+        graph = model.graph
+        value = next((v for v in graph.inputs if v.name == self.name), None)
+        if value is None:
+            return ir.passes.PassResult(model, modified=False)
+        if value.dtype is None or not value.dtype.is_integer() or value.shape is None or value.shape.rank() != 0:
+            raise CpcompileError(
+                f"graph input {self.name!r} is {value.dtype} of shape {value.shape}; a context is an integer scalar"
+            )
+        graph.inputs.remove(value)
+        value.const_value = ir.tensor(np.asarray(self.context, dtype=value.dtype.numpy()), name=self.name)
+        graph.register_initializer(value)
+        return ir.passes.PassResult(model, modified=True)

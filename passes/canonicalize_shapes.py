@@ -1,0 +1,58 @@
+"""Say target shapes directly: [0, 0, 8, 32] instead of a Concat of lengths measured on other tensors.
+
+The exporter measures lengths wherever it needs them, also of axes whose channels will be cut. Once every
+Reshape and Expand says what it means, and lengths that are known are constants, only
+dynamic axes are still measured, and cutting channels cannot change what a shape means.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from cpcompile.passes.shape_inputs import set_target_shape
+from cpcompile.passes.symbolic_shapes import ShapeTable
+
+MEASURING = ("Shape", "Slice", "Gather", "Concat", "Squeeze", "Unsqueeze", "Reshape", "Cast", "Mul", "Div")
+
+
+@dataclass(frozen=True)
+class CanonicalizeShapes(ir.passes.InPlacePass):
+    """Make target shapes explicit and known lengths constant."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Edit `model`; `modified` counts rewritten inputs."""
+        graph = model.graph
+        table = ShapeTable(graph)
+        edits = 0
+        for node in graph:
+            if node.op_type in ("Reshape", "Expand") and node.domain in ("", "ai.onnx"):
+                before = node.inputs[1]
+                source, target = table.shape(node.inputs[0]), table.shape(node.outputs[0])
+                produced = before is not None and before.producer() is not None
+                if source is not None and target is not None and produced:
+                    set_target_shape(node, source, target, table)
+                    edits += node.inputs[1] is not before
+            elif node.op_type in MEASURING and node.outputs[0].uses() and _is_integer(node.outputs[0]):
+                edits += _make_constant(graph, node.outputs[0], table)
+        return ir.passes.PassResult(model, modified=edits > 0)
+
+
+def _is_integer(value: ir.Value) -> bool:
+    return value.dtype is not None and value.dtype.is_integer()
+
+
+def _make_constant(graph: ir.Graph, value: ir.Value, table: ShapeTable) -> bool:
+    """Replace a vector of known lengths by a constant."""
+    numbers = table.integers(value)
+    if numbers is None or value.is_graph_output() or value.shape is None or value.dtype is None:
+        return False
+    scalar = value.shape.rank() == 0
+    array = np.asarray(numbers[0] if scalar else numbers, dtype=value.dtype.numpy())
+    name = f"{value.name}.known"
+    constant = ir.Value(name=name, shape=value.shape, type=value.type, const_value=ir.tensor(array, name=name))
+    graph.register_initializer(constant)
+    ir.convenience.replace_all_uses_with(value, constant)
+    return True

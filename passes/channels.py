@@ -1,0 +1,212 @@
+"""What is known of the channels of every value: which are zero, and which can be cut.
+
+Both are boolean masks, one per axis (over its known factor, see `symbolic_shapes`):
+
+    zero   forward: the slice is zero whatever the inputs are
+    cut    greatest fixpoint: starts with everything, and every operator takes away what it cannot
+           spare, until all operators agree
+
+A mask that shrinks remembers the operator that was the reason, so that zeros that had to stay can be explained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from cpcompile.passes.symbolic_shapes import Shape, ShapeTable, same_product
+
+Mask = npt.NDArray[np.bool_]
+NOT_ZERO = "its channels are not zero"
+Cell = tuple[ir.Value, int]
+"""A value and one of its axes."""
+
+
+@dataclass(frozen=True)
+class Zeros:
+    """Zero slices per axis; `everything` if the whole value is zero."""
+
+    axes: tuple[Mask, ...]
+    everything: bool = False
+
+    @classmethod
+    def of(cls, axes: Sequence[Mask], *, everything: bool = False) -> Zeros:
+        """Normalised: a value that is zero along a whole axis is zero everywhere."""
+        everything = everything or any(mask.all() for mask in axes if mask.size)
+        return cls(tuple(np.full_like(mask, everything) | mask for mask in axes), everything)
+
+    @classmethod
+    def none(cls, shape: Shape) -> Zeros:
+        """Nothing is known to be zero."""
+        return cls(tuple(np.zeros(axis.n, dtype=np.bool_) for axis in shape))
+
+    @classmethod
+    def of_constant(cls, array: npt.NDArray[np.generic]) -> Zeros:
+        """The zeros of a floating-point constant."""
+        nonzero = array != 0
+        axes = range(array.ndim)
+        masks = [~nonzero.any(axis=tuple(other for other in axes if other != axis)) for axis in axes]
+        return cls.of(masks, everything=not nonzero.any())
+
+
+@dataclass(frozen=True)
+class Reason:
+    """The operator that keeps channels, and why."""
+
+    node: str
+    operator: str
+    text: str
+
+
+@dataclass
+class Channels:
+    """The masks of all values of one graph, as the rules see and shrink them."""
+
+    table: ShapeTable
+    zeros: dict[ir.Value, Zeros] = field(default_factory=dict)
+    _cut: dict[Cell, Mask] = field(default_factory=dict)
+    _reasons: dict[Cell, npt.NDArray[np.object_]] = field(default_factory=dict)
+    changed: dict[ir.Node, None] = field(default_factory=dict)
+    """Nodes to look at again, in the order in which they were found."""
+
+    def shape(self, value: ir.Value | None) -> Shape | None:
+        return self.table.shape(value)
+
+    def zero(self, value: ir.Value) -> Zeros:
+        """What is known to be zero; nothing where no rule said anything. The shape has to be known."""
+        if value not in self.zeros:
+            shape = self.shape(value)
+            assert shape is not None
+            tensor = value.const_value if value.is_initializer() else None
+            if tensor is not None and tensor.dtype.is_floating_point():
+                self.zeros[value] = Zeros.of_constant(tensor.numpy())
+            else:
+                self.zeros[value] = Zeros.none(shape)
+        return self.zeros[value]
+
+    def cut(self, value: ir.Value, axis: int) -> Mask:
+        """Channels of `axis` that can be cut, as far as is known."""
+        cell = (value, axis)
+        if cell not in self._cut:
+            shape = self.shape(value)
+            assert shape is not None
+            # An axis of one channel is kept: without it there would be no value at all.
+            self._cut[cell] = np.full(shape[axis].n, shape[axis].n > 1, dtype=np.bool_)
+        return self._cut[cell]
+
+    def shrink(self, cell: Cell, mask: Mask, reasons: Reason | npt.NDArray[np.object_]) -> None:
+        """Keep what `mask` does not allow to cut; `reasons` says why, for all channels or for each."""
+        old = self.cut(*cell)
+        lost = old & ~mask
+        if not lost.any():
+            return
+        self._cut[cell] = old & mask
+        own = self._reasons.setdefault(cell, np.full(old.size, None, dtype=np.object_))
+        own[lost] = reasons if isinstance(reasons, Reason) else reasons[lost]
+        value = cell[0]
+        for node in (value.producer(), *(use.node for use in value.uses())):
+            if node is not None:
+                self.changed[node] = None
+
+    def tie(self, cells: Iterable[Cell], node: ir.Node, limit: Mask | None = None, why: str = NOT_ZERO) -> None:
+        """These axes lose the same channels, and only those that `limit` allows."""
+        cells = list(cells)
+        common = np.logical_and.reduce([self.cut(*cell) for cell in cells])
+        reasons = np.full(common.size, None, dtype=np.object_)
+        for cell in cells:
+            missing = ~self.cut(*cell) & (reasons == None)  # noqa: E711 - elementwise
+            if cell in self._reasons:
+                reasons[missing] = self._reasons[cell][missing]
+        if limit is not None:
+            reasons[common & ~limit] = _reason(node, why)
+            common = common & limit
+        for cell in cells:
+            self.shrink(cell, common, reasons)
+
+    def keep(self, value: ir.Value | None, node: ir.Node, why: str, *, axes: Iterable[int] | None = None) -> None:
+        """Nothing of `value`, or of these axes of it, can be cut."""
+        shape = self.shape(value)
+        if value is None or shape is None:
+            return
+        for axis in range(len(shape)) if axes is None else axes:
+            self.shrink((value, axis), np.zeros(shape[axis].n, dtype=np.bool_), _reason(node, why))
+
+    def reason(self, cell: Cell, channel: int) -> Reason | None:
+        """Why a channel of this axis has to stay."""
+        reasons = self._reasons.get(cell)
+        return None if reasons is None else reasons[channel]
+
+    @property
+    def cells(self) -> Iterable[tuple[Cell, Mask]]:
+        """Every axis that was looked at, with its mask."""
+        return self._cut.items()
+
+
+def _reason(node: ir.Node, text: str) -> Reason:
+    return Reason(node.name or "", node.op_type, text)
+
+
+@dataclass(frozen=True)
+class AxisGroup:
+    """Axes of two shapes that hold the same elements: `first` and `second` are ranges of axes."""
+
+    first: range
+    second: range
+
+
+def match_axes(first: Shape, second: Shape) -> list[AxisGroup] | None:
+    """The smallest groups of neighbouring axes that a Reshape between the shapes maps to each other."""
+    groups, i, j = [], 0, 0
+    while i < len(first) or j < len(second):
+        start_i, start_j = i, j
+        i, j = min(i + 1, len(first)), min(j + 1, len(second))
+        while not same_product(first[start_i:i], second[start_j:j]):
+            # The side with fewer elements takes the next axis; unknown factors decide by trying both.
+            if j < len(second) and (i == len(first) or _smaller(second[start_j:j], first[start_i:i])):
+                j += 1
+            elif i < len(first):
+                i += 1
+            else:
+                return None
+        groups.append(AxisGroup(range(start_i, i), range(start_j, j)))
+    return groups
+
+
+def _smaller(first: Shape, second: Shape) -> bool:
+    """Whether `first` has fewer factors: unknown ones count most."""
+
+    def weight(shape: Shape) -> tuple[int, int]:
+        symbols = sum(not s.isdigit() for axis in shape for s in axis.outer)
+        number = int(np.prod([axis.n * np.prod([int(s) for s in axis.outer if s.isdigit()]) for axis in shape]))
+        return symbols, number
+
+    return weight(first) < weight(second)
+
+
+def grid_shape(axes: Shape) -> tuple[int, ...] | None:
+    """Known factors of a group of axes, if unknown ones stand only before the first known one."""
+    seen = False
+    for axis in axes:
+        if axis.outer and (seen or any(s.isdigit() for s in axis.outer)):
+            return None
+        seen = seen or axis.n > 1
+    return tuple(axis.n for axis in axes)
+
+
+def to_grid(masks: Sequence[Mask], shape: tuple[int, ...]) -> Mask:
+    """Elements of a group that some axis marks, flattened."""
+    grid = np.zeros(shape, dtype=np.bool_)
+    for axis, mask in enumerate(masks):
+        grid |= mask.reshape([-1 if a == axis else 1 for a in range(len(shape))])
+    return grid.reshape(-1)
+
+
+def from_grid(grid: Mask, shape: tuple[int, ...]) -> list[Mask]:
+    """Per axis the indices whose whole slab is marked."""
+    cube = grid.reshape(shape)
+    others = [tuple(a for a in range(len(shape)) if a != axis) for axis in range(len(shape))]
+    return [np.asarray(cube.all(axis=other)) for other in others]

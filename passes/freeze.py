@@ -1,0 +1,47 @@
+"""Freeze: from the dynamic graph of all contexts to the static graph of one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from cpcompile.passes.bind_context import BindContext
+from cpcompile.passes.canonicalize_shapes import CanonicalizeShapes
+from cpcompile.passes.clean_up import CleanUp
+from cpcompile.passes.eliminate_dead_channels import Blocked, EliminateDeadChannels, Elimination, KeptChannels
+from cpcompile.passes.fold_constants import FoldConstants
+from cpcompile.passes.transpose_parameters import TransposeParameters
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """The graph of one context.
+
+    `kept` says which channels of the stored parameters are left, per axis as it is stored now;
+    `permutations` how the axes of a parameter were reordered.
+    """
+
+    model: ir.Model
+    kept: KeptChannels
+    permutations: dict[str, tuple[int, ...]]
+    blocked: tuple[Blocked, ...]
+
+
+def freeze(dynamic: ir.Model, context: int) -> Frozen:
+    """Bind `context` and remove what it does not use; `dynamic` stays as it is, tensors are shared."""
+    model = dynamic.clone()
+    clean_up = CleanUp(frozenset(dynamic.graph.initializers))
+    for prepare in (BindContext(context), FoldConstants(), clean_up, CanonicalizeShapes(), clean_up):
+        prepare(model)
+    eliminated = EliminateDeadChannels(clean_up)(model)
+    assert isinstance(eliminated, Elimination)
+    transposed = TransposeParameters()(model)
+    clean_up(model)
+    permutations = dict(getattr(transposed, "permutations", {}))
+    kept = {
+        name: tuple(axes[axis] for axis in permutations.get(name, range(len(axes))))
+        for name, axes in eliminated.kept.items()
+        if name in model.graph.initializers
+    }
+    return Frozen(model, kept, permutations, eliminated.blocked)

@@ -1,0 +1,295 @@
+"""Shapes with dynamic axes, as exact products.
+
+An axis is `outer x n`: unknown factors such as batch, and a known inner factor n; channel i of the
+axis is index i modulo n. (batch, heads, sequence, 32) reshaped to (-1, sequence, 32) thus has
+the axis batch x heads, and its heads can still be told apart.
+
+Small integer vectors (results of Shape, Slice, Concat, … that feed Reshape and Expand) are followed as vectors
+of such axes. `ShapeTable` holds both for every value of a graph.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import onnx_ir as ir
+
+
+@dataclass(frozen=True)
+class Axis:
+    """The length `product(outer) * n`."""
+
+    outer: tuple[str, ...]
+    n: int
+
+    @property
+    def is_static(self) -> bool:
+        return not self.outer
+
+    def __mul__(self, other: Axis) -> Axis:
+        """This axis merged with the one to its right."""
+        if not other.outer:
+            return Axis(self.outer, self.n * other.n)
+        left = (*self.outer, str(self.n)) if self.n != 1 else self.outer
+        return Axis((*left, *other.outer), other.n)
+
+    def same_length(self, other: Axis) -> bool:
+        """Whether both have the same length, whatever the unknown factors are."""
+        return _factors([self]) == _factors([other])
+
+
+ONE = Axis((), 1)
+Shape = tuple[Axis, ...]
+
+
+def same_product(first: Sequence[Axis], second: Sequence[Axis]) -> bool:
+    """Whether two runs of axes hold the same number of elements."""
+    return _factors(first) == _factors(second)
+
+
+def _factors(axes: Sequence[Axis]) -> tuple[Counter[str], int]:
+    symbols = Counter(s for axis in axes for s in axis.outer if not s.isdigit())
+    number = prod(axis.n for axis in axes) * prod(int(s) for axis in axes for s in axis.outer if s.isdigit())
+    return symbols, number
+
+
+def _divide(total: Sequence[Axis], parts: Sequence[Axis]) -> Axis | None:
+    """The axis that makes `parts` as large as `total`; None if that is no whole axis."""
+    symbols, number = _factors(total)
+    part_symbols, part_number = _factors(parts)
+    rest = symbols - part_symbols
+    if part_symbols - symbols or not part_number or number % part_number:
+        return None
+    # Unknown factors in the order in which they appear, the known factor innermost.
+    order = [s for axis in total for s in axis.outer if not s.isdigit()]
+    outer = []
+    for symbol in order:
+        if rest[symbol]:
+            rest[symbol] -= 1
+            outer.append(symbol)
+    return Axis(tuple(outer), number // part_number)
+
+
+class ShapeTable:
+    """Symbolic shapes of all values of a graph, and the contents of its small integer vectors."""
+
+    def __init__(self, graph: ir.Graph) -> None:
+        self._shapes: dict[ir.Value, Shape | None] = {}
+        self._contents: dict[ir.Value, Shape] = {}
+        for node in graph:
+            if content := _CONTENT.get(node.op_type):
+                result = content(self, node)
+                if result is not None:
+                    self._contents[node.outputs[0]] = result
+            if shape := _SHAPE.get(node.op_type):
+                derived = shape(self, node)
+                if derived is not None:
+                    self._shapes[node.outputs[0]] = derived
+
+    def shape(self, value: ir.Value | None) -> Shape | None:
+        """The axes of `value`; None if not even their number is known."""
+        if value is None:
+            return None
+        if value not in self._shapes:
+            shape = value.const_value.shape if value.const_value is not None else value.shape
+            self._shapes[value] = None if shape is None else tuple(_axis(value, i, d) for i, d in enumerate(shape))
+        return self._shapes[value]
+
+    def content(self, value: ir.Value | None) -> Shape | None:
+        """What an integer vector or scalar holds."""
+        if value is None:
+            return None
+        if value not in self._contents:
+            tensor = value.const_value
+            if tensor is None or tensor.size > 64 or not tensor.dtype.is_integer() or len(tensor.shape) > 1:
+                return None
+            self._contents[value] = tuple(Axis((), int(number)) for number in tensor.numpy().reshape(-1))
+        return self._contents[value]
+
+    def integers(self, value: ir.Value | None) -> list[int] | None:
+        """What a constant integer vector or scalar holds."""
+        content = self.content(value)
+        return [axis.n for axis in content] if content is not None and all(a.is_static for a in content) else None
+
+
+def _axis(value: ir.Value, index: int, dimension: object) -> Axis:
+    if isinstance(dimension, int):
+        return Axis((), dimension)
+    name = getattr(dimension, "value", None)
+    return Axis((str(name) if name is not None else f"?{value.name}.{index}",), 1)
+
+
+def axes_of(table: ShapeTable, node: ir.Node, rank: int, index: int = 1) -> list[int] | None:
+    """The operator's `axes`, an attribute in old opsets and an input in new ones, as numbers from 0."""
+    attribute = node.attributes.get("axes")
+    if attribute is not None:
+        axes: Sequence[int] | None = attribute.as_ints()
+    elif len(node.inputs) > index and node.inputs[index] is not None:
+        axes = table.integers(node.inputs[index])
+    else:
+        axes = range(rank)
+    return None if axes is None else [axis % rank for axis in axes]
+
+
+def number_of(node: ir.Node, name: str, default: int) -> int:
+    """An integer attribute or its default."""
+    attribute = node.attributes.get(name)
+    return default if attribute is None else attribute.as_int()
+
+
+# Contents: vectors of lengths.
+
+
+def _shape_content(table: ShapeTable, node: ir.Node) -> Shape | None:
+    shape = table.shape(node.inputs[0])
+    if shape is None:
+        return None
+    start, end = number_of(node, "start", 0), number_of(node, "end", len(shape))
+    return shape[start:end]
+
+
+def _slice_content(table: ShapeTable, node: ir.Node) -> Shape | None:
+    content = table.content(node.inputs[0])
+    starts, ends = table.integers(node.inputs[1]), table.integers(node.inputs[2])
+    steps = table.integers(node.inputs[4]) if len(node.inputs) > 4 else [1]
+    if content is None or not starts or not ends or not steps:
+        return None
+    return content[slice(starts[0], min(ends[0], len(content)), steps[0])]
+
+
+def _gather_content(table: ShapeTable, node: ir.Node) -> Shape | None:
+    content, indices = table.content(node.inputs[0]), table.integers(node.inputs[1])
+    return None if content is None or indices is None else tuple(content[i] for i in indices)
+
+
+def _concat_content(table: ShapeTable, node: ir.Node) -> Shape | None:
+    parts = [table.content(value) for value in node.inputs]
+    return None if any(part is None for part in parts) else tuple(axis for part in parts if part for axis in part)
+
+
+def _same_content(table: ShapeTable, node: ir.Node) -> Shape | None:
+    return table.content(node.inputs[0])
+
+
+def _product_content(table: ShapeTable, node: ir.Node) -> Shape | None:
+    first, second = (table.content(value) for value in node.inputs)
+    if first is None or second is None or len(first) != len(second):
+        return None
+    return tuple(a * b for a, b in zip(first, second, strict=True))
+
+
+def _quotient_content(table: ShapeTable, node: ir.Node) -> Shape | None:
+    first, second = (table.content(value) for value in node.inputs)
+    if first is None or second is None or len(first) != len(second):
+        return None
+    quotients = [_divide([a], [b]) for a, b in zip(first, second, strict=True)]
+    return None if any(q is None for q in quotients) else tuple(q for q in quotients if q is not None)
+
+
+# Shapes of results that shape inference leaves open.
+
+
+def _reshape(table: ShapeTable, node: ir.Node) -> Shape | None:
+    shape, wanted = table.shape(node.inputs[0]), table.content(node.inputs[1])
+    if shape is None or wanted is None:
+        return None
+    copies = not number_of(node, "allowzero", 0)
+    axes = [shape[i] if copies and axis == Axis((), 0) and i < len(shape) else axis for i, axis in enumerate(wanted)]
+    open_axis = Axis((), -1)
+    if open_axis in axes:
+        at = axes.index(open_axis)
+        rest = _divide(shape, axes[:at] + axes[at + 1 :])
+        if rest is None:
+            return None
+        axes[at] = rest
+    return tuple(axes)
+
+
+def _transpose(table: ShapeTable, node: ir.Node) -> Shape | None:
+    shape = table.shape(node.inputs[0])
+    return None if shape is None else tuple(shape[axis] for axis in permutation(node, len(shape)))
+
+
+def permutation(node: ir.Node, rank: int) -> list[int]:
+    """The axes of a Transpose."""
+    attribute = node.attributes.get("perm")
+    return list(attribute.as_ints()) if attribute is not None else list(range(rank))[::-1]
+
+
+def _broadcast(table: ShapeTable, node: ir.Node) -> Shape | None:
+    return broadcast([table.shape(value) for value in node.inputs])
+
+
+def broadcast(shapes: Sequence[Shape | None]) -> Shape | None:
+    """Axes of an elementwise result; None where axes cannot be told to fit."""
+    known = [shape for shape in shapes if shape is not None]
+    if len(known) != len(shapes):
+        return None
+    rank = max(len(shape) for shape in known)
+    result = []
+    for axis in range(rank):
+        candidates = [shape[axis - rank] for shape in known if len(shape) >= rank - axis]
+        wide = [candidate for candidate in candidates if candidate != ONE]
+        if any(not candidate.same_length(wide[0]) for candidate in wide):
+            return None
+        result.append(wide[0] if wide else ONE)
+    return tuple(result)
+
+
+def _expand(table: ShapeTable, node: ir.Node) -> Shape | None:
+    return broadcast([table.shape(node.inputs[0]), table.content(node.inputs[1])])
+
+
+def _matmul(table: ShapeTable, node: ir.Node) -> Shape | None:
+    first, second = table.shape(node.inputs[0]), table.shape(node.inputs[1])
+    if first is None or second is None or len(first) < 2 or len(second) < 2:
+        return None
+    batch = broadcast([first[:-2], second[:-2]])
+    return None if batch is None else (*batch, first[-2], second[-1])
+
+
+def _same(table: ShapeTable, node: ir.Node) -> Shape | None:
+    return table.shape(node.inputs[0])
+
+
+def _unsqueeze(table: ShapeTable, node: ir.Node) -> Shape | None:
+    shape = table.shape(node.inputs[0])
+    attribute = node.attributes.get("axes")
+    axes = attribute.as_ints() if attribute is not None else table.integers(node.inputs[1])
+    if shape is None or axes is None:
+        return None
+    rank = len(shape) + len(axes)
+    new = {axis % rank for axis in axes}
+    rest = iter(shape)
+    return tuple(ONE if axis in new else next(rest) for axis in range(rank))
+
+
+_Rule = Callable[[ShapeTable, ir.Node], Shape | None]
+
+_CONTENT: dict[str, _Rule] = {
+    "Shape": _shape_content,
+    "Slice": _slice_content,
+    "Gather": _gather_content,
+    "Concat": _concat_content,
+    "Squeeze": _same_content,
+    "Unsqueeze": _same_content,
+    "Reshape": _same_content,
+    "Cast": _same_content,
+    "CastLike": _same_content,
+    "Identity": _same_content,
+    "Mul": _product_content,
+    "Div": _quotient_content,
+}
+
+_SHAPE: dict[str, _Rule] = {
+    "Reshape": _reshape,
+    "Transpose": _transpose,
+    "Expand": _expand,
+    "MatMul": _matmul,
+    "Unsqueeze": _unsqueeze,
+    **dict.fromkeys(("Add", "Sub", "Mul", "Div", "Pow", "Where", "Equal", "And", "Or", "Less", "Greater"), _broadcast),
+    **dict.fromkeys(("Softmax", "Trilu", "Neg", "Cast", "CastLike", "Identity", "Sigmoid", "Sqrt"), _same),
+}

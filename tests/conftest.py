@@ -1,0 +1,67 @@
+"""What several test modules share: real text of this installation, and a nano model trained on it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from cpcompile.config import ModelConfig, TrainConfig, preset
+from cpcompile.training.corpus import Corpus, load_corpus
+from cpcompile.training.installed_text import write_installed_corpus
+
+MODEL = preset("nano")
+TRAIN = TrainConfig(
+    steps=24,
+    sequence=32,
+    batch=4,
+    importance_sequences=8,
+    held_out_tokens=1024,
+    recalibrations=2,
+    swap_fraction=0.3,
+    snapshot_seconds=1e-6,
+    controls=("one-mask", "small-dense"),
+)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Tests that compare runs bit by bit must not depend on the machine's cores."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def corpus_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_installed_corpus(tmp_path_factory.mktemp("text") / "corpus", bytes_per_context=150_000)
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def corpus(corpus_folder: Path, cache: Path) -> Corpus:
+    return load_corpus(
+        corpus_folder,
+        vocabulary=MODEL.vocabulary,
+        sequence=TRAIN.sequence,
+        held_out_fraction=TRAIN.held_out_fraction,
+        seed=TRAIN.seed,
+        cache=cache,
+    )
+
+
+@pytest.fixture(scope="session")
+def model_config(corpus: Corpus) -> ModelConfig:
+    assert corpus.vocabulary == MODEL.vocabulary
+    return MODEL
+
+
+@pytest.fixture(scope="session")
+def trained(corpus: Corpus, model_config: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """model.pt of a whole run with two controls; model.dense.pt lies beside it."""
+    from cpcompile.training.trainer import train
+
+    path = tmp_path_factory.mktemp("trained") / "model.pt"
+    train(corpus, model_config, TRAIN, path)
+    return path

@@ -1,0 +1,59 @@
+"""The wheel holds every module: built, installed without dependencies in an empty environment, sources compared."""
+
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FOLDERS = {
+    "cpcompile": ROOT / "cpcompile",
+    "cpcompile/passes": ROOT / "passes",
+    "cpcompile/exporters": ROOT / "exporters",
+    "cpcompile/models": ROOT / "models",
+    "cpcompile/training": ROOT / "cpcompile/training",
+    "cpcompile/validation": ROOT / "cpcompile/validation",
+}
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The site-packages of an empty environment with only our wheel."""
+    folder = tmp_path_factory.mktemp("wheel")
+    run = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT)]
+    subprocess.run(run, check=True, capture_output=True, text=True)
+    (wheel,) = folder.glob("*.whl")
+    environment = folder / "environment"
+    venv.create(environment, with_pip=False)
+    python = environment / "bin" / "python"
+    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-deps", "--no-index", str(wheel)]
+    subprocess.run(pip, check=True, capture_output=True, text=True)
+    (site,) = (environment / "lib").glob("python*/site-packages")
+    return site
+
+
+@pytest.mark.parametrize("package", FOLDERS)
+def test_wheel_holds_every_source(installed: Path, package: str) -> None:
+    expected = {p.name: p.read_bytes() for p in FOLDERS[package].glob("*.py")}
+    found = {p.name: p.read_bytes() for p in (installed / package).glob("*.py")}
+    assert expected, f"no sources in {FOLDERS[package]}"
+    assert found == expected
+
+
+def test_wheel_holds_schema_and_licence(installed: Path) -> None:
+    assert (installed / "cpcompile/report.schema.json").is_file()
+    assert (installed / "cpcompile/py.typed").is_file()
+    (information,) = installed.glob("cpcompile-*.dist-info")
+    assert "License-Expression: Apache-2.0" in (information / "METADATA").read_text()
+    assert (information / "licenses/LICENSE").is_file()
+
+
+def test_every_folder_with_sources_is_listed() -> None:
+    packages = {p.parent for p in ROOT.glob("cpcompile/**/*.py")} | {
+        ROOT / "passes",
+        ROOT / "exporters",
+        ROOT / "models",
+    }
+    assert {p.resolve() for p in packages} == {p.resolve() for p in FOLDERS.values()}

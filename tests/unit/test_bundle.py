@@ -1,0 +1,178 @@
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cpcompile.artifact import Artifact
+from cpcompile.bundle import BundleWriter, asset_uri, open_bundle
+from cpcompile.errors import CpcompileError, UsageError
+
+ARTIFACT = Artifact(
+    variant="cpu-fp32",
+    runtime="onnxruntime",
+    precision="fp32",
+    provider="CPUExecutionProvider",
+    device="cpu",
+    model_file="model.onnx",
+    files=("model.onnx",),
+    shared_bytes=7,
+)
+
+
+def write(target: Path, *, content: bytes = b"model", contexts: tuple[str, ...] = ("a", "b")) -> Path:
+    with BundleWriter(target) as writer:
+        weights = writer.root / "weights"
+        weights.mkdir()
+        (weights / "weights.bin").write_bytes(b"weights")
+        uri = writer.add_asset(weights)
+        tokenizer = writer.root / "tokenizer"
+        tokenizer.mkdir()
+        (tokenizer / "tokenizer.json").write_text("{}")
+        words = writer.add_asset(tokenizer)
+        for context in contexts:
+            (writer.folder(context, ARTIFACT.variant) / "model.onnx").write_bytes(content)
+            writer.add_variant(context, ARTIFACT, weights=uri)
+        writer.seal(name="test", metadata={"tokenizer": words})
+        return writer.commit()
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    return write(tmp_path / "model.cpc")
+
+
+def test_what_was_written_is_read(bundle: Path) -> None:
+    opened = open_bundle(bundle)
+    assert opened.contexts == ("a", "b")
+    (variant,) = opened.variants("a")
+    assert (variant.name, variant.runtime, variant.bytes) == ("cpu-fp32", "onnxruntime", 5 + 7)
+    assert variant.model.read_bytes() == b"model"
+    assert variant.weights is not None
+    assert (variant.weights / "weights.bin").read_bytes() == b"weights"
+    assert opened.tokenizer.read_text() == "{}"
+    opened.verify_all()
+
+
+def test_asset_uris_are_those_of_onnxruntime(tmp_path: Path) -> None:
+    package = pytest.importorskip("onnxruntime").ModelPackage
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "z.bin").write_bytes(b"1")
+    (tmp_path / "a.txt").write_bytes(b"22")
+    assert asset_uri(tmp_path) == package.compute_directory_hash(str(tmp_path))
+
+
+def test_onnxruntime_opens_the_package_strictly(bundle: Path) -> None:
+    package = pytest.importorskip("onnxruntime").ModelPackage.open(str(bundle))
+    names = [component["name"] for component in package.get_info()["components"]]
+    package.close()
+    assert sorted(names) == ["a", "b"]
+
+
+def test_a_flipped_byte_is_named(bundle: Path) -> None:
+    for path in [p for p in bundle.rglob("*") if p.is_file()]:
+        original = path.read_bytes()
+        for position in (0, len(original) // 2, len(original) - 1):
+            damaged = bytearray(original)
+            damaged[position] ^= 0x01
+            path.write_bytes(bytes(damaged))
+            with pytest.raises(UsageError, match=path.name):
+                open_bundle(bundle).verify_all()
+        path.write_bytes(original)
+    open_bundle(bundle).verify_all()
+
+
+def test_a_missing_file_is_named(bundle: Path) -> None:
+    (weights,) = bundle.glob("shared_assets/*/weights.bin")
+    weights.unlink()
+    opened = open_bundle(bundle)
+    with pytest.raises(UsageError, match="weights.bin: is missing"):
+        opened.verify(weights.parent)
+
+
+def test_a_folder_that_is_no_bundle_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="is not a bundle"):
+        open_bundle(tmp_path)
+    with pytest.raises(UsageError, match="no such folder"):
+        open_bundle(tmp_path / "nowhere")
+
+
+def test_an_unknown_context_or_variant_lists_what_there_is(bundle: Path) -> None:
+    with pytest.raises(UsageError, match="no context 'x'; it has a, b"):
+        open_bundle(bundle).variants("x")
+    with pytest.raises(UsageError, match="no variant 'gpu'; it has cpu-fp32"):
+        open_bundle(bundle).variant("a", "gpu")
+
+
+@pytest.mark.parametrize("path", ["../outside", "/etc", "a/../../outside"])
+def test_a_path_that_leaves_the_bundle_is_refused(bundle: Path, path: str) -> None:
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    manifest["components"]["a"] = path
+    from cpcompile.bundle import _manifest_digest
+
+    metadata = manifest["additional_metadata"]["cpcompile"]
+    metadata["files"][f"{path}/component.json"] = "0" * 64
+    metadata["manifest_digest"] = _manifest_digest(manifest)
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UsageError, match="leaves the bundle"):
+        open_bundle(bundle)
+
+
+def test_a_link_that_leaves_the_bundle_is_refused(bundle: Path, tmp_path: Path) -> None:
+    shutil.copy(bundle / "a" / "component.json", tmp_path / "component.json")
+    (bundle / "a" / "component.json").unlink()
+    (bundle / "a" / "component.json").symlink_to(tmp_path / "component.json")
+    with pytest.raises(UsageError, match="leaves the bundle"):
+        open_bundle(bundle)
+
+
+def test_a_new_bundle_takes_the_place_of_the_old(bundle: Path) -> None:
+    write(bundle, content=b"second", contexts=("c",))
+    assert open_bundle(bundle).contexts == ("c",)
+    assert [p.name for p in bundle.parent.iterdir()] == ["model.cpc"]
+
+
+def test_a_failed_write_leaves_the_old_bundle(bundle: Path) -> None:
+    with pytest.raises(RuntimeError, match="stop"), BundleWriter(bundle) as writer:
+        (writer.folder("x", "y") / "half").write_bytes(b"half")
+        raise RuntimeError("stop")
+    assert open_bundle(bundle).contexts == ("a", "b")
+    assert [p.name for p in bundle.parent.iterdir()] == ["model.cpc"]
+
+
+def test_a_killed_write_leaves_the_old_bundle_and_is_cleared_away(bundle: Path) -> None:
+    code = (
+        "import sys, time; from pathlib import Path; from cpcompile.bundle import BundleWriter\n"
+        f"with BundleWriter(Path({str(bundle)!r})) as writer:\n"
+        "    (writer.folder('x', 'y') / 'half').write_bytes(b'half'); print('ready', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        assert len(list(bundle.parent.iterdir())) == 2
+        write(bundle, content=b"third")  # another build at work is left alone
+        assert len(list(bundle.parent.iterdir())) == 2
+        process.kill()
+    open_bundle(bundle).verify_all()
+    write(bundle, content=b"fourth")
+    assert [p.name for p in bundle.parent.iterdir()] == ["model.cpc"]
+
+
+def test_a_folder_of_other_things_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "precious.txt").write_text("mine")
+    with pytest.raises(UsageError, match="exists and is not a bundle"):
+        BundleWriter(tmp_path)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UsageError, match="exists and is not a bundle"):
+        BundleWriter(tmp_path / "file")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_a_sentence(bundle: Path) -> None:
+    with pytest.raises(CpcompileError, match="disk is full"), BundleWriter(bundle) as writer:
+        (writer.root / "weights.bin").symlink_to("/dev/full")
+        with (writer.root / "weights.bin").open("wb") as file:
+            file.write(b"x")
+    assert open_bundle(bundle).contexts == ("a", "b")

@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import cpcompile
+from cpcompile.errors import CpcompileError
+from cpcompile.measure import (
+    available_cores,
+    environment,
+    in_fresh_process,
+    peak_resident_bytes,
+    reset_peak,
+    resident_bytes,
+)
+
+MIB = 2**20
+needs_proc = pytest.mark.skipif(sys.platform != "linux", reason="the peak can only be reset where there is /proc")
+
+LOADS_96_RUNS_32 = """
+import dataclasses, json
+from cpcompile.measure import measure_memory
+
+def touched(mebibytes):
+    return bytearray(b"x") * (mebibytes * 2**20)
+
+def load():
+    touched(96)
+    return touched(8)
+
+print("not the result")
+print(json.dumps(dataclasses.asdict(measure_memory(load, lambda loaded: touched(32)))))
+"""
+
+
+@needs_proc
+def test_a_fresh_process_measures_what_it_allocates() -> None:
+    memory = in_fresh_process("-c", LOADS_96_RUNS_32)
+    base = memory["base_rss_bytes"]
+    # Linux counts resident pages per thread and sums up in batches: a few pages more or less.
+    assert 95 * MIB < memory["load_peak_rss_bytes"] - base < 104 * MIB
+    assert 39 * MIB < memory["run_peak_rss_bytes"] - base < 48 * MIB
+
+
+@needs_proc
+def test_a_child_does_not_report_its_parents_peak() -> None:
+    held = np.ones(256 * MIB, dtype=np.uint8)
+    child = "import json; from cpcompile.measure import peak_resident_bytes; print(json.dumps(peak_resident_bytes()))"
+    assert in_fresh_process("-c", child) < 128 * MIB < held.nbytes < peak_resident_bytes()
+
+
+@needs_proc
+def test_the_peak_stays_until_it_is_reset() -> None:
+    assert reset_peak()
+    before = resident_bytes()
+    block = np.ones(64 * MIB, dtype=np.uint8)
+    assert resident_bytes() - before >= 60 * MIB
+    del block
+    assert peak_resident_bytes() - before >= 60 * MIB
+    assert reset_peak()
+    assert peak_resident_bytes() - before < 32 * MIB
+
+
+def test_a_failing_process_says_why() -> None:
+    with pytest.raises(CpcompileError, match="ValueError: the reason"):
+        in_fresh_process("-c", "raise ValueError('the reason')")
+    with pytest.raises(CpcompileError, match="exit code 7"):
+        in_fresh_process("-c", "raise SystemExit(7)")
+
+
+def test_a_file_in_the_working_folder_is_not_taken_for_a_library(tmp_path, monkeypatch) -> None:
+    (tmp_path / "numpy.py").write_text("raise SystemExit(9)")
+    monkeypatch.chdir(tmp_path)
+    assert in_fresh_process("-c", "import numpy; print(numpy.arange(3).sum())") == 3
+
+
+def test_measuring_and_reporting_do_without_torch() -> None:
+    code = (
+        "import json, sys, cpcompile.report, cpcompile.measure as m; m.environment(); print(json.dumps([*sys.modules]))"
+    )
+    modules = in_fresh_process("-c", code)
+    assert "cpcompile.report" in modules
+    assert not {"torch", "onnx", "onnxruntime"} & set(modules)
+
+
+def test_environment_states_this_machine() -> None:
+    facts = environment()
+    assert facts["cpu"] and facts["cores"] == available_cores() >= 1
+    versions = facts["versions"]
+    assert versions["cpcompile"] == cpcompile.__version__
+    assert versions["torch"] == torch.__version__
+    assert versions["numpy"] == np.__version__
+    assert versions["onnxruntime"] is not None

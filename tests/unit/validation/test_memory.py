@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cpcompile.bundle import Bundle
+from cpcompile.measure import ProcessMemory
+from cpcompile.validation.memory import compare_memory, measure_eager, measure_engine
+
+MIB = 2**20
+
+
+def test_engine_and_eager_model_in_processes_of_their_own(bundle: Bundle, dense_path: Path) -> None:
+    engine = measure_engine(bundle.root, "de", "cpu-fp32", threads=1)
+    eager = measure_eager(dense_path, threads=1)
+    assert isinstance(engine, ProcessMemory), engine
+    assert isinstance(eager, ProcessMemory), eager
+    for side in (engine, eager):
+        assert MIB < side.base_rss_bytes <= side.load_peak_rss_bytes
+        assert side.base_rss_bytes <= side.run_peak_rss_bytes
+    # torch alone weighs more than the engine's whole process, so neither side measured the other or this process.
+    assert engine.run_peak_rss_bytes < eager.base_rss_bytes
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint"])
+def test_a_side_that_fails_is_the_reason(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    path.write_bytes(content)
+    reason = measure_eager(path, threads=1)
+    assert isinstance(reason, str)
+    assert "UsageError" in reason and "model.pt" in reason
+
+
+def test_an_unknown_variant_is_the_reason(bundle: Bundle) -> None:
+    reason = measure_engine(bundle.root, "de", "cuda-fp16", threads=1)
+    assert isinstance(reason, str)
+    assert "has no variant 'cuda-fp16'" in reason
+
+
+def test_a_missing_side_is_null_with_its_reason() -> None:
+    engine = ProcessMemory(base_rss_bytes=1, load_peak_rss_bytes=2, run_peak_rss_bytes=3)
+    memory = compare_memory(engine, "no baseline")
+    assert (memory.base_rss_bytes, memory.load_peak_rss_bytes, memory.run_peak_rss_bytes) == (1, 2, 3)
+    assert memory.eager_run_peak_rss_bytes is None and memory.vram_bytes is None
+    assert memory.not_measured == {
+        "vram_bytes": "the engine runs on the CPU",
+        "eager_base_rss_bytes": "no baseline",
+        "eager_load_peak_rss_bytes": "no baseline",
+        "eager_run_peak_rss_bytes": "no baseline",
+    }

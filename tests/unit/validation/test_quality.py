@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+
+from cpcompile.checkpoint import Checkpoint
+from cpcompile.validation.quality import COHERENCE_REASON, Score, compare_quality, cut_windows, measure_score
+from cpcompile.validation.validator import eager_run
+
+
+def quarter(ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+    """Probability 1/4 for token 0 and 3/4 for token 1, whatever comes in; the logits carry an offset of 1000."""
+    logits = 1000 + np.log(np.array([0.25, 0.75]))
+    return np.broadcast_to(logits, (*ids.shape, 2)).astype(np.float64)
+
+
+def test_score_by_hand() -> None:
+    score = measure_score(quarter, np.array([[0, 1, 1, 0]]))
+    assert score.tokens == 3
+    assert score.accuracy == pytest.approx(2 / 3, rel=1e-12)
+    assert score.perplexity == pytest.approx((4 / 3 * 4 / 3 * 4) ** (1 / 3), rel=1e-12)
+
+
+def test_score_sums_over_batches_of_any_size() -> None:
+    windows = np.random.default_rng(0).integers(2, size=(7, 6))
+    whole = measure_score(quarter, windows, batch=7)
+    for batch in (1, 2, 4):
+        part = measure_score(quarter, windows, batch=batch)
+        assert part.perplexity == pytest.approx(whole.perplexity, rel=1e-12)
+        assert (part.accuracy, part.tokens) == (whole.accuracy, 35)
+
+
+def test_score_of_the_eager_model_is_the_cross_entropy_of_torch(dense: Checkpoint) -> None:
+    model = dense.model()
+    windows = cut_windows(dense.held_out["de"], 16)
+    score = measure_score(eager_run(model), windows)
+    ids = torch.from_numpy(windows)
+    with torch.no_grad():
+        loss = torch.nn.functional.cross_entropy(model(ids[:, :-1]).double().flatten(0, 1), ids[:, 1:].flatten())
+    assert score.perplexity == pytest.approx(math.exp(loss.item()), rel=1e-6)
+
+
+@pytest.mark.parametrize(("tokens", "sequence", "count"), [(33, 16, 2), (32, 16, 1), (17, 16, 1), (300, 7, 42)])
+def test_windows_predict_every_token_once(tokens: int, sequence: int, count: int) -> None:
+    windows = cut_windows(np.arange(tokens, dtype=np.int32), sequence)
+    assert windows.shape == (count, sequence + 1) and windows.dtype == np.int64
+    assert windows[:, 1:].flatten().tolist() == list(range(1, count * sequence + 1))
+    assert windows[:, :-1].flatten().tolist() == list(range(count * sequence))
+
+
+def test_windows_of_short_texts() -> None:
+    assert cut_windows(np.array([4, 5, 6]), 16).tolist() == [[4, 5, 6]]
+    assert cut_windows(np.array([4]), 16).shape == (0, 17)
+    assert cut_windows(np.zeros(0, dtype=np.int32), 16).shape == (0, 17)
+
+
+def test_a_missing_side_is_null_with_its_reason() -> None:
+    quality = compare_quality(Score(perplexity=3.0, accuracy=0.5, tokens=10), "no baseline")
+    assert (quality.perplexity, quality.accuracy, quality.tokens) == (3.0, 0.5, 10)
+    assert quality.dense_perplexity is None and quality.dense_accuracy is None
+    assert quality.not_measured == {
+        "coherence": COHERENCE_REASON,
+        "dense_coherence": COHERENCE_REASON,
+        "dense_perplexity": "no baseline",
+        "dense_accuracy": "no baseline",
+    }
+    assert compare_quality("no text", "no text").not_measured["tokens"] == "no text"
+
+
+@pytest.mark.parametrize("logits", [[np.nan, 0.0], [-np.inf, 0.0], [-5000.0, 0.0]])
+def test_a_perplexity_that_is_no_number_is_null_with_its_reason(logits: list[float]) -> None:
+    with np.errstate(invalid="ignore"):
+        score = measure_score(lambda ids: np.broadcast_to(np.array(logits), (*ids.shape, 2)), np.array([[0, 0, 0]]))
+    quality = compare_quality(score, Score(perplexity=3.0, accuracy=0.5, tokens=2))
+    assert quality.perplexity is None
+    assert "perplexity is" in quality.not_measured["perplexity"]

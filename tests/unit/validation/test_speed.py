@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import gc
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from cpcompile.validation.speed import EAGER_FIELDS, WARM_UP_RUNS, interleave, measure_speed, ratio_interval, warm_up
+
+
+def synthetic_rounds(seed: int, rounds: int = 60) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Eager takes twice as long; the machine drifts under both alike, and each has noise of its own."""
+    rng = np.random.default_rng(seed)
+    drift = np.exp(rng.normal(0, 0.2, size=rounds))
+    eager, engine = (np.exp(rng.normal(0, 0.05, size=rounds)) for _ in range(2))
+    return 2 * drift * eager, drift * engine
+
+
+def test_the_interval_covers_the_true_ratio_as_often_as_it_says() -> None:
+    intervals = [ratio_interval(*synthetic_rounds(seed), seed=seed) for seed in range(200)]
+    assert all(low <= ratio <= high for ratio, low, high in intervals)
+    covered = sum(low <= 2 <= high for _, low, high in intervals)
+    assert 180 <= covered <= 200
+    assert np.median([high - low for _, low, high in intervals]) < 0.5
+
+
+def test_pairing_takes_the_drift_out() -> None:
+    """The same times in rounds that do not belong together leave the ratio as it is and widen its interval."""
+    eager, engine = synthetic_rounds(1)
+    ratio, low, high = ratio_interval(eager, engine, seed=0)
+    unpaired, wide_low, wide_high = ratio_interval(eager, np.random.default_rng(9).permutation(engine), seed=0)
+    assert unpaired == ratio
+    assert wide_high - wide_low > 1.5 * (high - low)
+
+
+def test_the_interval_is_a_function_of_its_seed() -> None:
+    eager, engine = synthetic_rounds(3)
+    assert ratio_interval(eager, engine, seed=1) == ratio_interval(eager, engine, seed=1)
+    assert ratio_interval(eager, engine, seed=1) != ratio_interval(eager, engine, seed=2)
+
+
+def test_rounds_hold_each_side_once_in_a_drawn_order() -> None:
+    calls: list[str] = []
+    sides = {name: lambda name=name: calls.append(name) for name in ("engine", "eager")}
+    times = interleave(sides, rounds=40, seed=0, settle=0)
+    pairs = list(zip(calls[::2], calls[1::2], strict=True))
+    assert len(pairs) == 40
+    assert set(pairs) == {("engine", "eager"), ("eager", "engine")}
+    assert {name: len(seconds) for name, seconds in times.items()} == {"engine": 40, "eager": 40}
+    first = calls.copy()
+    calls.clear()
+    interleave(sides, rounds=40, seed=0, settle=0)
+    assert calls == first
+
+
+def test_timing_leaves_the_garbage_collector_as_it_was() -> None:
+    states: list[bool] = []
+    interleave({"engine": lambda: states.append(gc.isenabled())}, rounds=2, seed=0, settle=0)
+    assert states == [False, False]
+    assert gc.isenabled()
+
+
+def test_warm_up_keeps_its_limits() -> None:
+    least, most = WARM_UP_RUNS
+    assert least <= warm_up(lambda: sum(range(1000))) <= most
+
+
+def _work(ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    return np.sin(np.broadcast_to(ids[..., None], (*ids.shape, 50)))
+
+
+def test_speed_has_a_row_per_shape_whose_numbers_fit_together() -> None:
+    shapes = ((1, 8), (2, 300))
+    speed = measure_speed(_work, _work, np.arange(50), shapes, rounds=9, threads=1, settle=0)
+    assert speed.shapes is not None and speed.threads == 1 and not speed.not_measured
+    assert [(row.batch, row.sequence, row.rounds) for row in speed.shapes] == [(1, 8, 9), (2, 300, 9)]
+    for row in speed.shapes:
+        assert 0 < row.p50_ms <= row.p90_ms <= row.p99_ms
+        assert 0 < row.eager_p50_ms <= row.eager_p90_ms <= row.eager_p99_ms
+        assert row.ratio == pytest.approx(row.eager_p50_ms / row.p50_ms, rel=1e-9)
+        assert row.ratio_low <= row.ratio <= row.ratio_high
+        assert not row.not_measured
+
+
+def test_without_a_baseline_the_engine_is_timed_alone() -> None:
+    speed = measure_speed(_work, "no baseline", np.arange(50), ((1, 8),), rounds=3, threads=1, settle=0)
+    (row,) = speed.shapes
+    assert row.p50_ms > 0
+    assert all(getattr(row, name) is None for name in EAGER_FIELDS)
+    assert row.not_measured == dict.fromkeys(EAGER_FIELDS, "no baseline")

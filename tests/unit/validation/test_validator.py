@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import pytest
+import torch
+
+from cpcompile.bundle import Bundle
+from cpcompile.checkpoint import Checkpoint
+from cpcompile.config import ValidateConfig
+from cpcompile.errors import UsageError
+from cpcompile.validation.placement import PlacedNode
+from cpcompile.validation.validator import NO_DENSE, NO_TEXT, VariantResult, validate
+
+HeldOut = Mapping[str, npt.NDArray[np.int32]]
+
+SMALL = ValidateConfig(shapes=((1, 1), (2, 8)), speed_shapes=((1, 8),), rounds=3, threads=1)
+QUICK = dataclasses.replace(SMALL, memory=False, speed=False)
+EXPLAINED_BY_STATUS = {"reason", "bytes"}
+
+
+def unexplained(result: Any) -> Iterator[str]:
+    """Fields that are None without a reason, and reasons for fields that are not None."""
+    if not dataclasses.is_dataclass(result) or isinstance(result, type | PlacedNode):
+        return
+    reasons = getattr(result, "not_measured", {})
+    for field in dataclasses.fields(result):
+        value = getattr(result, field.name)
+        if (value is None) != (field.name in reasons) and field.name not in EXPLAINED_BY_STATUS:
+            yield f"{type(result).__name__}.{field.name}"
+        for item in value if isinstance(value, tuple) else (value,):
+            yield from unexplained(item)
+
+
+def test_everything_is_measured_for_every_engine(
+    bundle: Bundle, checkpoint: Checkpoint, dense: Checkpoint, held_out: HeldOut
+) -> None:
+    steps: list[tuple[str, int, int | None]] = []
+    threads = torch.get_num_threads()
+    results = validate(
+        bundle, checkpoint, dense, SMALL, held_out=held_out, sequence=16, progress=lambda *step: steps.append(step)
+    )
+    assert torch.get_num_threads() == threads
+    assert steps == [("validate", 0, 2), ("validate", 1, 2), ("validate", 2, 2)]
+    assert [(r.context, r.name, r.status) for r in results] == [("de", "cpu-fp32", "ran"), ("en", "cpu-fp32", "ran")]
+    for result in results:
+        assert result.parity, result.parity.reason
+        assert set(result.quality.not_measured) == {"coherence", "dense_coherence"}
+        assert set(result.memory.not_measured) == {"vram_bytes"}
+        assert result.quality.tokens == 288
+        assert result.quality.perplexity != result.quality.dense_perplexity
+        assert result.memory.run_peak_rss_bytes < result.memory.eager_run_peak_rss_bytes
+        assert [(s.batch, s.sequence, s.rounds) for s in result.speed.shapes] == [(1, 8, 3)]
+        assert result.speed.threads == 1
+        assert result.bytes == bundle.variant(result.context, result.name).bytes
+        assert list(unexplained(result)) == []
+
+
+def test_the_engine_has_the_quality_of_its_own_eager_model(
+    bundle: Bundle, checkpoint: Checkpoint, held_out: HeldOut
+) -> None:
+    (de, _) = validate(bundle, checkpoint, None, QUICK, held_out=held_out, sequence=16)
+    ids = torch.from_numpy(held_out["de"][:289].astype(np.int64))
+    inputs = torch.stack([ids[start : start + 16] for start in range(0, 288, 16)])
+    with torch.no_grad():
+        logits = checkpoint.model()(inputs, torch.tensor(0)).flatten(0, 1).double()
+    loss = torch.nn.functional.cross_entropy(logits, ids[1:])
+    assert de.quality.perplexity == pytest.approx(loss.exp().item(), rel=1e-5)
+
+
+def test_what_is_switched_off_or_missing_has_its_reason(
+    bundle: Bundle, checkpoint: Checkpoint, held_out: HeldOut
+) -> None:
+    de, en = validate(bundle, checkpoint, None, QUICK, held_out={"de": held_out["de"]}, sequence=16)
+    assert de.parity and de.quality.not_measured["dense_perplexity"] == NO_DENSE
+    assert de.speed.not_measured["shapes"] == "speed measurements were switched off"
+    assert de.memory.not_measured["run_peak_rss_bytes"] == "memory measurements were switched off"
+    assert en.parity.verdict == "inconclusive" and en.parity.reason == NO_TEXT
+    assert en.quality.not_measured["perplexity"] == NO_TEXT
+    assert en.placement.nodes
+    for result in (de, en):
+        assert list(unexplained(result)) == []
+
+
+def _rename_output(graph: ir.Graph) -> None:
+    graph.outputs[0].name = "scores"
+
+
+def _add_output(graph: ir.Graph) -> None:
+    graph.outputs.append(graph.outputs[0].producer().inputs[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "outputs"), [(_rename_output, r"['scores']"), (_add_output, r"expected exactly ['logits']")]
+)
+def test_an_engine_with_other_outputs_fails_and_is_not_measured_further(
+    change, outputs: str, make_bundle, checkpoint: Checkpoint, dense: Checkpoint, held_out: HeldOut
+) -> None:
+    (result,) = validate(make_bundle(change, {"de": 0}), checkpoint, dense, SMALL, held_out=held_out, sequence=16)
+    assert result.parity.verdict == "fail" and outputs in result.parity.reason
+    assert result.quality.perplexity is None and result.quality.dense_perplexity is not None
+    assert result.speed.shapes is None and result.memory.run_peak_rss_bytes is None
+    assert list(unexplained(result)) == []
+
+
+def test_the_engine_of_another_context_fails_with_numbers(
+    make_bundle, checkpoint: Checkpoint, held_out: HeldOut
+) -> None:
+    (result,) = validate(make_bundle(None, {"de": 1}), checkpoint, None, QUICK, held_out=held_out, sequence=16)
+    assert result.parity.verdict == "fail" and "exceeds the tolerance" in result.parity.reason
+    assert result.parity.max_abs_error > result.parity.tolerance
+    assert result.quality.perplexity is not None
+
+
+def test_a_bundle_of_another_checkpoint_is_refused(make_bundle, checkpoint: Checkpoint, held_out: HeldOut) -> None:
+    with pytest.raises(UsageError, match=r"has the context 'fr', the checkpoint has de, en"):
+        validate(make_bundle(None, {"fr": 0}), checkpoint, None, QUICK, held_out=held_out, sequence=16)
+
+
+def test_a_skipped_engine_has_one_reason_for_everything() -> None:
+    result = VariantResult.not_run(
+        context="de",
+        name="tensorrt-fp16",
+        runtime="tensorrt",
+        precision="fp16",
+        status="skipped",
+        reason="tensorrt is not installed",
+    )
+    assert list(unexplained(result)) == []
+    assert set(result.quality.not_measured.values()) >= {"tensorrt is not installed"}
