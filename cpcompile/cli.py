@@ -202,7 +202,7 @@ def build(
 
     config = ValidateConfig(speed=not no_speed, memory=not no_memory)
     with stage_progress() as stage:
-        report = build_bundle(
+        report, bundle = build_bundle(
             model,
             out or model.with_suffix(".cpc"),
             contexts=_names(contexts),
@@ -212,6 +212,8 @@ def build(
             config=config,
             progress=stage,
         )
+    kept = " (the verdict is fail: an older bundle stays as it is)" if report["verdict"] == "fail" else ""
+    click.echo(f"wrote {bundle}{kept}", err=True)
     _show(report, as_json=as_json)
 
 

@@ -16,6 +16,7 @@ from cpcompile.pipeline import build_bundle
 from cpcompile.report import Report
 from cpcompile.runtime import load_engine
 from cpcompile.training.installed_text import write_installed_corpus
+from cpcompile.training.tokenization import parse_tokenizer
 from cpcompile.training.trainer import work_path
 
 CONTROLS = ("one-mask",)
@@ -50,7 +51,7 @@ def run_demo(folder: Path, *, train: Callable[..., None], show: Callable[[Report
         held_out=True,
     )
     with stage_progress() as stage:
-        report = build_bundle(
+        report, built = build_bundle(
             model,
             bundle,
             contexts=None,
@@ -61,17 +62,14 @@ def run_demo(folder: Path, *, train: Callable[..., None], show: Callable[[Report
             progress=stage,
         )
     show(report)
-    if report["verdict"] != "fail":
-        show_samples(open_bundle(bundle))
-        console.print(f"report: {bundle / 'report.json'}")
+    show_samples(open_bundle(built))
+    console.print(f"report: {built / 'report.json'}")
     return report
 
 
 def show_samples(bundle: Bundle) -> None:
     """A few lines that the engine of every context writes."""
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(bundle.tokenizer))
+    tokenizer = parse_tokenizer(bundle.tokenizer.read_text(encoding="utf-8"))
     for context in bundle.contexts:
         prompt = PROMPTS.get(context, "The ")
         engine = load_engine(bundle, context)

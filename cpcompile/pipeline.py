@@ -93,8 +93,8 @@ def build_bundle(
     data: Path | None,
     config: ValidateConfig,
     progress: Progress,
-) -> Report:
-    """`cpcompile build`: checkpoint `model` -> bundle `out` with its report.
+) -> tuple[Report, Path]:
+    """`cpcompile build`: checkpoint `model` -> bundle with its report; returns the report and where the bundle is.
 
     A bundle that fails its validation does not replace an older one: it goes to `out`.failed.
     """
@@ -124,8 +124,8 @@ def build_bundle(
         )
         report = _report(bundle, checkpoint, dense, results, build, config)
         write_report(report, writer.root)
-        writer.commit(out.with_name(f"{out.name}.failed") if report["verdict"] == "fail" else None)
-    return report
+        failed = report["verdict"] == "fail"
+        return report, writer.commit(out.with_name(f"{out.name}.failed") if failed else out)
 
 
 def validate_bundle(
@@ -243,6 +243,7 @@ def _export(
         name=name,
         metadata={
             "tokenizer": tokenizer,
+            "shared_weights": shared,
             "parameters": {context: _parameters(accounts[context]) for context in frozen},
         },
     )
@@ -286,6 +287,7 @@ def _report(
         build=build,
         bundle_bytes=bundle.bytes,
         dense_bytes=sum(tensor.numel() for tensor in dense.state.values()) * FLOAT32_BYTES if dense else None,
+        shared_weights=bundle.metadata["shared_weights"],
         contexts=[
             ContextResult(
                 name=context,

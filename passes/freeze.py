@@ -11,6 +11,7 @@ from cpcompile.passes.canonicalize_shapes import CanonicalizeShapes
 from cpcompile.passes.clean_up import CleanUp
 from cpcompile.passes.eliminate_dead_channels import Blocked, EliminateDeadChannels, Elimination, KeptChannels
 from cpcompile.passes.fold_constants import FoldConstants
+from cpcompile.passes.strip_metadata import StripMetadata
 from cpcompile.passes.transpose_parameters import TransposeParameters
 
 
@@ -37,7 +38,8 @@ def freeze(dynamic: ir.Model, context: int) -> Frozen:
     eliminated = EliminateDeadChannels(clean_up)(model)
     assert isinstance(eliminated, Elimination)
     transposed = TransposeParameters()(model)
-    clean_up(model)
+    for finish in (clean_up, StripMetadata()):
+        finish(model)
     permutations = dict(getattr(transposed, "permutations", {}))
     kept = {
         name: tuple(axes[axis] for axis in permutations.get(name, range(len(axes))))

@@ -100,9 +100,14 @@ def _allocate_kind(importance: Scores, budget: float, *, core_fraction: float, f
     least = floor_units(shape, budget, floor)
 
     logarithm = np.log(share + 1e-12)
-    core = _top(logarithm.mean(axis=0), round(keep * core_fraction), 0)
+    core_size = round(keep * core_fraction)
+    # Where own units are too few to fill the floors, the core has to be spread.
+    spread = min(least, math.ceil(core_size / layers)) if keep - core_size < layers * least else 0
+    core = _top(logarithm.mean(axis=0), core_size, spread)
     kept = np.repeat(core[None], contexts, axis=0)
-    specific = logarithm - logarithm.mean(axis=0)
+    # Half way between importance as such and importance relative to the others: the ratio alone finds
+    # units that nobody needs (it ranks their noise), importance alone finds the same units for all.
+    specific = logarithm - 0.5 * logarithm.mean(axis=0)
     owners = core.astype(np.int64) * contexts
 
     # A draft: contexts take turns, each picking the unit that is most its own among the least taken.

@@ -133,6 +133,7 @@ def report(*variants: VariantResult, bundle_bytes: int = 9, dense_bytes: int | N
         build=BuildResult(seconds=12.5, peak_rss_bytes=300_000_000, stages=(BuildStage(name="capture", seconds=3.0),)),
         bundle_bytes=bundle_bytes,
         dense_bytes=dense_bytes,
+        shared_weights=True,
         contexts=[
             ContextResult(name=c, parameters=parameters, variants=[v for v in variants if v.context == c])
             for c in contexts
@@ -275,7 +276,7 @@ DE = ("contexts", 0, "variants", 0)
         (edit((*DE, "quality"), dense_perplexity=None), "inconclusive", "no perplexity of engine or dense baseline"),
         (edit(DE, status="built", reason="no GPU"), "inconclusive", "de: no engine of this context ran"),
         (edit(("bundle",), bytes=10), "pass", None),
-        (edit(("bundle",), bytes=11), "fail", "bundle: 11 bytes are more than the dense model's 10"),
+        (edit(("bundle",), bytes=200_011), "fail", "bundle: 200,011 bytes are more than the dense model's 10"),
         (edit((), contexts=[]), "inconclusive", "the bundle has no contexts"),
     ],
 )
@@ -288,7 +289,7 @@ def test_verdict(change: Callable[[dict[str, Any]], None], verdict: str, reason:
 
 
 def test_a_failure_outweighs_a_gap_and_both_are_told() -> None:
-    both = report(variant(dense="no baseline"), bundle_bytes=11, dense_bytes=10)
+    both = report(variant(dense="no baseline"), bundle_bytes=200_011, dense_bytes=10)
     assert both["verdict"] == "fail"
     assert len(both["reasons"]) == 2
     VALIDATOR.validate(both)
@@ -367,8 +368,8 @@ def test_the_terminal_shows_what_the_report_holds() -> None:
         "verdict: pass",
     ):
         assert part in text, part
-    failed = text_of(render_report(report(variant(), bundle_bytes=11)))
-    assert "verdict: fail" in failed and "11 bytes are more than" in failed
+    failed = text_of(render_report(report(variant(), bundle_bytes=200_011)))
+    assert "verdict: fail" in failed and "200,011 bytes are more than" in failed
 
 
 def test_no_sentence_is_lost_on_a_narrow_terminal() -> None:

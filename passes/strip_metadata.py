@@ -1,0 +1,40 @@
+"""Drop what the exporter notes down for debugging, but for the module that a node came from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+MODULE = "namespace"
+"""Where torch notes the module path of a node: `: Decoder/layers.0: Layer/…`."""
+
+
+@dataclass(frozen=True)
+class StripMetadata(ir.passes.InPlacePass):
+    """Keep one short property per node: stack traces of the machine that exported a model belong to nobody else."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Edit `model`; `modified` counts dropped properties."""
+        dropped = 0
+        for node in model.graph.all_nodes():
+            module = _module_path(node.metadata_props.get(MODULE, ""))
+            kept = {MODULE: module} if module else {}
+            dropped += len(node.metadata_props.keys() - kept.keys()) + (module != node.metadata_props.get(MODULE, ""))
+            node.metadata_props.clear()
+            node.metadata_props.update(kept)
+            for value in node.outputs:
+                dropped += len(value.metadata_props)
+                value.metadata_props.clear()
+        for value in (*model.graph.inputs, *model.graph.initializers.values()):
+            dropped += len(value.metadata_props)
+            value.metadata_props.clear()
+        return ir.passes.PassResult(model, modified=dropped > 0)
+
+
+def _module_path(namespace: str) -> str:
+    """`: pkg.Decoder/layers.0: pkg.Layer/layers.0.ffn: pkg.FeedForward/linear: aten.linear` -> `layers.0.ffn`."""
+    if ":" not in namespace:
+        return namespace
+    parts = [part.split(":")[0].strip() for part in namespace.split("/")]
+    return next((part for part in reversed(parts[:-1]) if part), "")
