@@ -276,7 +276,7 @@ DE = ("contexts", 0, "variants", 0)
         (edit((*DE, "quality"), dense_perplexity=None), "inconclusive", "no perplexity of engine or dense baseline"),
         (edit(DE, status="built", reason="no GPU"), "inconclusive", "de: no engine of this context ran"),
         (edit(("bundle",), bytes=10), "pass", None),
-        (edit(("bundle",), bytes=200_011), "fail", "bundle: 200,011 bytes are more than the dense model's 10"),
+        (edit(("bundle",), bytes=9_000_000), "fail", "bundle: 9,000,000 bytes are more than the dense model's 10"),
         (edit((), contexts=[]), "inconclusive", "the bundle has no contexts"),
     ],
 )
