@@ -1,0 +1,282 @@
+"""`cpcompile build`, `validate` and `export` on a trained nano model: the bundle, its report, and what can go wrong."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jsonschema
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+from cpcompile.bundle import open_bundle
+from cpcompile.checkpoint import load_checkpoint
+from cpcompile.cli import main
+from cpcompile.report import SCHEMA
+from cpcompile.runtime import load_engine
+from cpcompile.selection import UnitKind
+
+FAST = ["--no-speed", "--no-memory"]
+IDS = np.arange(34, dtype=np.int64).reshape(2, 17) * 11 % 500
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def model(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy beside which bundles can be written."""
+    folder = tmp_path_factory.mktemp("build")
+    for name in ("model.pt", "model.dense.pt"):
+        shutil.copy(trained.with_name(name), folder / name)
+    return folder / "model.pt"
+
+
+@pytest.fixture(scope="module")
+def bundle(model: Path) -> Path:
+    """A bundle with everything measured. Its quality after 24 steps is no matter: the verdict may be fail."""
+    result = run("build", model, "--json")
+    assert result.exit_code in (0, 1), result.output
+    built = model.with_suffix(".cpc")
+    failed = built.with_name("model.cpc.failed")
+    if failed.exists():
+        failed.rename(built)
+    return built
+
+
+def test_the_report_follows_its_schema(bundle: Path) -> None:
+    report = json.loads((bundle / "report.json").read_text())
+    jsonschema.validate(report, json.loads(SCHEMA.read_text()))
+    for context in report["contexts"]:
+        (variant,) = context["variants"]
+        assert variant["status"] == "ran"
+        assert variant["parity"]["verdict"] == "pass"
+        assert variant["parity"]["max_abs_error"] <= 1e-4
+        assert variant["memory"]["run_peak_rss_bytes"] < variant["memory"]["eager_run_peak_rss_bytes"]
+        assert len(variant["speed"]["shapes"]) == 3
+        assert variant["quality"]["perplexity"] == pytest.approx(
+            report["training"]["controls"]["partition"]["perplexity"][context["name"]], rel=1e-3
+        )
+
+
+def test_every_parameter_is_accounted_for(bundle: Path, model: Path) -> None:
+    dense = load_checkpoint(model.with_name("model.dense.pt")).state
+    for context, parameters in open_bundle(bundle).metadata["parameters"].items():
+        assert (
+            parameters["total"]
+            == parameters["kept"] + parameters["removed"]
+            == sum(v[0] for v in parameters["by_name"].values())
+        )
+        assert parameters["total"] == sum(tensor.numel() for tensor in dense.values())
+        assert sum(parameters["removed_by_kind"].values()) == parameters["removed"]
+        (variant,) = open_bundle(bundle).variants(context)
+        stored = onnx.load(variant.model, load_external_data=False).graph.initializer
+        external = sum(int(np.prod(t.dims)) for t in stored if t.data_location == onnx.TensorProto.EXTERNAL)
+        assert external == parameters["kept"]
+
+
+def test_engines_equal_the_masked_eager_model(bundle: Path, model: Path) -> None:
+    checkpoint = load_checkpoint(model)
+    eager = checkpoint.model()
+    for index, context in enumerate(checkpoint.contexts):
+        with torch.no_grad():
+            expected = eager(torch.from_numpy(IDS), torch.tensor(index)).numpy()
+        assert np.abs(load_engine(open_bundle(bundle), context).run(IDS) - expected).max() <= 1e-4
+
+
+def test_what_contexts_share_is_stored_once(bundle: Path, model: Path) -> None:
+    checkpoint = load_checkpoint(model)
+    assert checkpoint.selection is not None
+    (weights,) = bundle.glob("shared_assets/*/weights.bin")
+    config = checkpoint.config
+    group = config.heads // config.kv_heads * config.head_dim
+    ffn = int(checkpoint.selection.union(UnitKind.FFN).sum()) * config.align * config.width * 3
+    heads = int(checkpoint.selection.union(UnitKind.HEAD).sum()) * (2 * group + 2 * config.head_dim) * config.width
+    rest = (config.vocabulary + 2 * config.layers + 1) * config.width
+    assert 0 <= weights.stat().st_size - 4 * (ffn + heads + rest) < 64 * 100
+
+
+def test_plain_onnxruntime_opens_every_context(bundle: Path, tmp_path: Path) -> None:
+    """A process that never imports cpcompile or torch."""
+    np.save(tmp_path / "ids.npy", IDS)
+    code = f"""
+import sys, numpy as np, onnxruntime as ort
+package = ort.ModelPackageContext({str(bundle)!r})
+options = ort.ModelPackageOptions(ort.SessionOptions())
+ids = np.load({str(tmp_path / "ids.npy")!r})
+for name in package.get_component_names():
+    session = package.select_component(name, options).create_session(None)
+    np.save({str(tmp_path)!r} + "/" + name, session.run(["logits"], {{"input_ids": ids}})[0])
+assert not {{"cpcompile", "torch"}} & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    opened = open_bundle(bundle)
+    for context in opened.contexts:
+        logits = np.load(tmp_path / f"{context}.npy")
+        assert np.array_equal(logits, load_engine(opened, context).run(IDS))
+
+
+def test_both_opsets_and_standalone_give_the_same(bundle: Path, model: Path, tmp_path: Path) -> None:
+    opened = open_bundle(bundle)
+    for name, flags in {"old.cpc": ["--opset", "20"], "alone.cpc": ["--standalone"]}.items():
+        result = run("build", model, "-o", tmp_path / name, *flags, *FAST)
+        assert result.exit_code in (0, 1), result.output
+        built = next(tmp_path.glob(f"{name}*"))
+        for context in opened.contexts:
+            expected = load_engine(opened, context).run(IDS)
+            assert np.abs(load_engine(open_bundle(built), context).run(IDS) - expected).max() <= 1e-4
+    alone = next(tmp_path.glob("alone.cpc*"))
+    assert not list(alone.glob("shared_assets/*/weights.bin"))
+
+
+def test_export_writes_one_self_contained_file(bundle: Path, tmp_path: Path) -> None:
+    result = run("export", bundle, "english", "-o", tmp_path / "english.onnx")
+    assert result.exit_code == 0, result.output
+    onnx.checker.check_model(tmp_path / "english.onnx", full_check=True)
+    (logits,) = ort.InferenceSession(tmp_path / "english.onnx").run(["logits"], {"input_ids": IDS})
+    assert np.array_equal(logits, load_engine(open_bundle(bundle), "english").run(IDS))
+
+
+def test_a_part_of_the_contexts_can_be_built(model: Path, tmp_path: Path) -> None:
+    result = run("build", model, "-o", tmp_path / "part.cpc", "--contexts", "python,cpp", *FAST)
+    assert result.exit_code in (0, 1), result.output
+    assert set(open_bundle(next(tmp_path.glob("part.cpc*"))).contexts) == {"python", "cpp"}
+
+
+def test_without_a_dense_baseline_quality_is_null_with_the_reason(model: Path, tmp_path: Path) -> None:
+    shutil.copy(model, tmp_path / "model.pt")
+    result = run("build", tmp_path / "model.pt", *FAST, "--json")
+    assert result.exit_code == 3, result.output
+    report = json.loads((tmp_path / "model.cpc" / "report.json").read_text())
+    quality = report["contexts"][0]["variants"][0]["quality"]
+    assert quality["dense_perplexity"] is None
+    assert "no dense baseline" in quality["not_measured"]["dense_perplexity"]
+    assert report["verdict"] == "inconclusive"
+
+
+def test_validate_measures_a_bundle_anew(bundle: Path, corpus_folder: Path) -> None:
+    before = json.loads((bundle / "report.json").read_text())
+    result = run("validate", bundle, *FAST, "--json")
+    assert result.exit_code in (0, 1), result.output
+    after = json.loads((bundle / "report.json").read_text())
+    assert after["contexts"][0]["variants"][0]["parity"] == before["contexts"][0]["variants"][0]["parity"]
+    assert after["build"]["seconds"] is None
+    elsewhere = run("validate", bundle, *FAST, "--data", corpus_folder)
+    assert elsewhere.exit_code in (0, 1), elsewhere.output
+
+
+def test_kill_9_during_a_build_leaves_the_old_bundle(bundle: Path, model: Path, tmp_path: Path) -> None:
+    target = tmp_path / "model.cpc"
+    shutil.copytree(bundle, target)
+    command = [sys.executable, "-m", "cpcompile", "build", str(model), "-o", str(target)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+        deadline = time.monotonic() + 120
+        while not list(tmp_path.glob(".model.cpc.building-*")) and time.monotonic() < deadline:
+            assert process.poll() is None, process.stderr.read() if process.stderr else ""
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    assert len(list(tmp_path.glob(".model.cpc.building-*"))) == 1
+    opened = open_bundle(target)
+    opened.verify_all()
+    assert load_engine(opened, "english").run(IDS).shape == (2, 17, 512)
+    assert run("build", model, "-o", target, *FAST).exit_code in (0, 1)
+    assert not list(tmp_path.glob(".model.cpc.building-*"))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("flip", "weights.bin: differs from what was built"),
+        ("missing", "weights.bin: is missing"),
+        ("truncate", "model.onnx: differs from what was built"),
+    ],
+)
+def test_a_damaged_bundle_is_named_and_refused(
+    bundle: Path, model: Path, tmp_path: Path, damage: str, message: str
+) -> None:
+    damaged = tmp_path / "model.cpc"
+    shutil.copytree(bundle, damaged)
+    (weights,) = damaged.glob("shared_assets/*/weights.bin")
+    graph = damaged / "english" / "cpu-fp32" / "model.onnx"
+    if damage == "flip":
+        data = bytearray(weights.read_bytes())
+        data[len(data) // 2] ^= 1
+        weights.write_bytes(bytes(data))
+    elif damage == "missing":
+        weights.unlink()
+    else:
+        graph.write_bytes(graph.read_bytes()[:-100])
+    for command in (
+        ["validate", damaged, "--model", model, *FAST],
+        ["export", damaged, "english", "-o", tmp_path / "x"],
+    ):
+        result = run(*command)
+        assert result.exit_code == 2
+        assert message in result.output
+    assert not (tmp_path / "x").exists()
+
+
+def test_errors_of_the_command_line(model: Path, bundle: Path, tmp_path: Path) -> None:
+    truncated = tmp_path / "model.pt"
+    truncated.write_bytes(model.read_bytes()[:5000])
+    (tmp_path / "evil.pt").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "precious").write_text("mine")
+    cases = {
+        ("build", truncated): "model.pt: is not a torch file or is truncated",
+        ("build", tmp_path / "evil.pt"): "evil.pt: ",
+        ("build", tmp_path / "nowhere.pt"): "no such file",
+        ("build", model.with_name("model.dense.pt")): "dense checkpoint and has no contexts",
+        ("build", model, "--contexts", "klingon"): "no context 'klingon'; it has cpp, english, python",
+        ("build", model, "-o", tmp_path / "folder"): "exists and is not a bundle",
+        ("validate", tmp_path / "folder"): "is not a bundle",
+        ("export", bundle, "klingon"): "no context 'klingon'",
+        ("export", bundle, "english", "--variant", "tpu"): "no variant 'tpu'; it has cpu-fp32",
+        ("train", "--data", tmp_path / "nowhere"): "nowhere",
+        ("train", "--data", tmp_path, "--steps", "1"): "train.steps",
+        ("train", "--data", tmp_path, "--ffn-budget", "0"): "budget",
+        ("train", "--data", tmp_path, "--controls", "magic"): "'magic' is none of",
+        ("train", "--data", tmp_path, "--config", tmp_path / "x.toml"): "x.toml: cannot be read",
+        ("train",): "Missing option '--data'",
+        ("train", "--data", tmp_path, "--preset", "huge"): "'huge' is not one of",
+    }
+    for arguments, message in cases.items():
+        result = run(*arguments)
+        assert result.exit_code == 2, (arguments, result.output)
+        assert message in " ".join(result.output.split()), (arguments, result.output)
+        assert "Traceback" not in result.output
+    assert (tmp_path / "folder" / "precious").read_text() == "mine"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_a_sentence(bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / ".x.onnx.tmp").symlink_to("/dev/full")
+    result = run("export", bundle, "english", "-o", tmp_path / "x.onnx")
+    assert result.exit_code == 1
+    assert "cannot be written (No space left on device)" in result.output
+    assert not (tmp_path / "x.onnx").exists()
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["build"], ["validate"], ["export"], ["demo"]])
+def test_help_has_examples(command: list[str]) -> None:
+    result = run(*command, "--help")
+    assert result.exit_code == 0
+    assert "cpcompile " + (command[0] if command else "train") in result.output
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "cpcompile", "--debug", "build", str(tmp_path / "nowhere.pt")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert "Traceback" in done.stderr
