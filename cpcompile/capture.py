@@ -24,19 +24,28 @@ OPSETS = (20, 23)
 
 def capture(model: Decoder, *, opset: int = 23) -> ir.Model:
     """The dynamic graph of a gated decoder; any context, full cost."""
+    return _export(model, {"context": torch.tensor(0)}, opset)
+
+
+def capture_dense(model: Decoder, *, opset: int = 23) -> ir.Model:
+    """The graph of an ungated decoder: what a plain export of the dense baseline gives."""
+    return _export(model, {}, opset)
+
+
+def _export(model: Decoder, context: dict[str, torch.Tensor], opset: int) -> ir.Model:
     ids = torch.zeros((2, 16), dtype=torch.int64)
     dynamic = {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence")}
     with _quiet():
         program = torch.onnx.export(
             model.eval(),
-            (ids, torch.tensor(0)),
+            (ids, *context.values()),
             dynamo=True,
             optimize=False,
             verbose=False,
             opset_version=opset,
-            input_names=["input_ids", "context"],
+            input_names=["input_ids", *context],
             output_names=["logits"],
-            dynamic_shapes=(dynamic, None),
+            dynamic_shapes=(dynamic, *(None for _ in context)),
         )
     if program is None:
         raise CpcompileError("torch.onnx.export gave no program; this torch is not supported")

@@ -37,6 +37,11 @@ class _Group(click.Group):
                 raise
             click.echo(f"Error: {error}", err=True)
             ctx.exit(error.exit_code)
+        except OSError as error:
+            if ctx.params.get("debug") or error.filename is None:
+                raise
+            click.echo(f"Error: {error.filename}: {error.strerror}", err=True)
+            ctx.exit(1)
         except MemoryError:
             click.echo("Error: out of memory; use a smaller model, batch or sequence", err=True)
             ctx.exit(1)
@@ -175,6 +180,7 @@ def run_training(
 @click.option("--opset", type=click.Choice(["20", "23"]), default="23", help="ONNX opset of the graphs.")
 @click.option("--standalone", is_flag=True, help="Self-contained models instead of shared weights.")
 @click.option("--data", type=FilePath, help="Corpus whose held-out text replaces the checkpoint's.")
+@click.option("--rounds", default=ValidateConfig.rounds, help="Interleaved timing rounds per shape.")
 @click.option("--no-speed", is_flag=True, help="Leave the timings out.")
 @click.option("--no-memory", is_flag=True, help="Leave the memory measurements out.")
 @click.option("--json", "as_json", is_flag=True, help="Print report.json instead of tables.")
@@ -185,6 +191,7 @@ def build(
     opset: str,
     standalone: bool,
     data: Path | None,
+    rounds: int,
     no_speed: bool,
     no_memory: bool,
     as_json: bool,
@@ -200,7 +207,7 @@ def build(
     from cpcompile.console import stage_progress
     from cpcompile.pipeline import build_bundle
 
-    config = ValidateConfig(speed=not no_speed, memory=not no_memory)
+    config = ValidateConfig(rounds=rounds, speed=not no_speed, memory=not no_memory)
     with stage_progress() as stage:
         report, bundle = build_bundle(
             model,
@@ -221,11 +228,18 @@ def build(
 @click.argument("bundle", type=FilePath)
 @click.option("--model", type=FilePath, help="Checkpoint that it was built from.  [default: BUNDLE with .pt]")
 @click.option("--data", type=FilePath, help="Corpus whose held-out text replaces the checkpoint's.")
+@click.option("--rounds", default=ValidateConfig.rounds, help="Interleaved timing rounds per shape.")
 @click.option("--no-speed", is_flag=True, help="Leave the timings out.")
 @click.option("--no-memory", is_flag=True, help="Leave the memory measurements out.")
 @click.option("--json", "as_json", is_flag=True, help="Print report.json instead of tables.")
 def validate(
-    bundle: Path, model: Path | None, data: Path | None, no_speed: bool, no_memory: bool, as_json: bool
+    bundle: Path,
+    model: Path | None,
+    data: Path | None,
+    rounds: int,
+    no_speed: bool,
+    no_memory: bool,
+    as_json: bool,
 ) -> None:
     """Compare the engines of BUNDLE with the eager model on parity, quality, memory and speed.
 
@@ -237,7 +251,7 @@ def validate(
     from cpcompile.console import stage_progress
     from cpcompile.pipeline import validate_bundle
 
-    config = ValidateConfig(speed=not no_speed, memory=not no_memory)
+    config = ValidateConfig(rounds=rounds, speed=not no_speed, memory=not no_memory)
     with stage_progress() as stage:
         report = validate_bundle(bundle, model or bundle.with_suffix(".pt"), data=data, config=config, progress=stage)
     _show(report, as_json=as_json)

@@ -178,6 +178,10 @@ class ValidateConfig:
     max_perplexity_increase: float = 0.01
     """Mean perplexity over the contexts may exceed the dense baseline's by this part."""
 
+    def __post_init__(self) -> None:
+        _require(self.rounds >= 2, f"validate.rounds is {self.rounds}: an interval needs at least 2")
+        _require(self.threads >= 0, f"validate.threads is {self.threads}: it cannot be negative")
+
 
 def preset(name: str) -> ModelConfig:
     """The model configuration called `name`; UsageError lists the names there are."""

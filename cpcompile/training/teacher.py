@@ -7,6 +7,7 @@ resumable: a step counts as there only after its values were written.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from cpcompile.errors import CpcompileError
 from cpcompile.models.decoder import Decoder
 
 
@@ -60,6 +62,16 @@ def divergence(log_probabilities: Tensor, ids: Tensor, values: Tensor) -> Tensor
 
 
 def _open(path: Path, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> npt.NDArray[Any]:
+    """A memory-mapped array in `path`: the one that is there, or a new one of zeros."""
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    fits = path.exists() and path.stat().st_size == size
-    return np.memmap(path, dtype=dtype, mode="r+" if fits else "w+", shape=shape)
+    if not path.exists() or path.stat().st_size != size:
+        with path.open("wb") as file:
+            try:
+                # Reserved now: a write to a mapped page that finds no disk later kills the process.
+                os.posix_fallocate(file.fileno(), 0, size)
+            except OSError as error:
+                raise CpcompileError(
+                    f"{path}: {size / 1e6:,.0f} MB for the teacher's targets cannot be reserved ({error.strerror}); "
+                    "free space, or lower train.teacher_top"
+                ) from error
+    return np.memmap(path, dtype=dtype, mode="r+", shape=shape)

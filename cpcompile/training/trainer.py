@@ -274,6 +274,8 @@ def _work_folder(out: Path, corpus: Corpus, model_config: ModelConfig, config: T
                 "resume with the same ones, or delete the folder to start anew"
             )
         return folder
+    if resume:
+        raise UsageError(f"{folder}: there is no interrupted run to go on with; leave --resume out")
     folder.mkdir(parents=True, exist_ok=True)
     record.write_text(json.dumps(identity, indent=1), encoding="utf-8")
     return folder

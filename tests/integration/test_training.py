@@ -82,6 +82,8 @@ def test_an_interrupted_run_resumes_to_the_same_result(
             raise StopRunError
 
     out = tmp_path / "model.pt"
+    with pytest.raises(UsageError, match="no interrupted run"):
+        train(corpus, model_config, TRAIN, out, resume=True)
     with pytest.raises(StopRunError):
         train(corpus, model_config, TRAIN, out, observer=stop)
     assert not out.exists()

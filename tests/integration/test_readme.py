@@ -1,0 +1,78 @@
+"""Every command and every Python block of the README runs."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def commands() -> list[str]:
+    lines = [line.split(" #")[0].strip() for block in blocks("sh") for line in block.splitlines()]
+    return [line for line in lines if line]
+
+
+@pytest.fixture(scope="module")
+def folder(trained: Path, corpus_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the README's commands run: a corpus, and settings that make the training short."""
+    folder = tmp_path_factory.mktemp("readme")
+    (folder / "corpus").symlink_to(corpus_folder)
+    return folder
+
+
+def run(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"XDG_CACHE_HOME": str(folder / "cache")}
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, env=environment)
+
+
+def test_the_readme_names_these_commands_and_no_others() -> None:
+    """A command that is added has to be added to a test."""
+    assert [command.split()[:2] for command in commands()] == [
+        ["make", "demo"],
+        ["make", "test"],
+        ["pip", "install"],
+        ["cpcompile", "train"],
+        ["cpcompile", "build"],
+        ["cpcompile", "validate"],
+        ["cpcompile", "export"],
+    ]
+
+
+def test_make_knows_its_targets() -> None:
+    for command in commands()[:2]:
+        done = run(ROOT, *command.split(), "--dry-run")
+        assert done.returncode == 0, done.stderr
+
+
+def test_the_extra_of_the_readme_resolves() -> None:
+    done = run(ROOT, sys.executable, "-m", "pip", "install", "--dry-run", "--no-deps", "--no-build-isolation", ".[cpu]")
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_commands_run_one_after_the_other(folder: Path) -> None:
+    for command in commands()[3:]:
+        words = command.split()
+        if words[1] == "train":
+            words += ["--preset", "nano", "--steps", "4", "--batch", "1"]
+        if words[1] in ("build", "validate"):
+            words += ["--rounds", "2"]
+        done = run(folder, sys.executable, "-m", *words)
+        # After four steps nothing is certain about quality; a verdict of fail is one.
+        assert done.returncode in (0, 1) and "Traceback" not in done.stderr, done.stderr
+        failed = folder / "model.cpc.failed"
+        if failed.exists():
+            shutil.move(failed, folder / "model.cpc")
+    assert (folder / "english.onnx").is_file()
+    for block in blocks("python"):
+        done = run(folder, sys.executable, "-c", block)
+        assert done.returncode == 0, done.stderr
