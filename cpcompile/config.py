@@ -104,8 +104,9 @@ class TrainConfig:
     """Gradient norm above which gradients are scaled down."""
     budgets: Mapping[str, float] = field(default_factory=lambda: {"ffn": 0.25, "head": 0.5})
     """Fraction of the units of a kind that each context keeps."""
-    core_fraction: float = 0.5
-    """Part of the budget that all contexts share."""
+    core_fractions: Mapping[str, float] = field(default_factory=lambda: {"ffn": 0.5, "head": 0.5})
+    """Part of the budget of a kind that all contexts share. The shorter the training, the more: each context
+    trains its own units alone."""
     floor: float = 0.5
     """Every layer keeps at least this part of an even share of the budget."""
     importance_sequences: int = 32
@@ -139,7 +140,6 @@ class TrainConfig:
         for name in (
             "warmup_fraction",
             "decay_fraction",
-            "core_fraction",
             "floor",
             "distill",
             "swap_fraction",
@@ -152,6 +152,9 @@ class TrainConfig:
         for kind, budget in self.budgets.items():
             _require(kind in ("ffn", "head"), f"train.budgets: {kind!r} is not a kind that is trained (ffn, head)")
             _require(0 < budget <= 1, f"train.budgets: {kind} = {budget}; a budget is above 0 and at most 1")
+        _require(self.core_fractions.keys() == self.budgets.keys(), "train.core_fractions: name the kinds of budgets")
+        for kind, fraction in self.core_fractions.items():
+            _require(0 <= fraction <= 1, f"train.core_fractions: {kind} = {fraction}; it lies from 0 to 1")
         for control in self.controls:
             _require(control in CONTROLS, f"train.controls: {control!r} is none of {', '.join(CONTROLS)}")
 

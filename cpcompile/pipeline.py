@@ -30,7 +30,7 @@ from cpcompile.config import ModelConfig, TrainConfig, ValidateConfig
 from cpcompile.errors import CpcompileError, UsageError
 from cpcompile.exporters.onnxruntime_exporter import export_onnxruntime
 from cpcompile.exporters.weights_file import Location, write_weights
-from cpcompile.measure import environment, peak_resident_bytes
+from cpcompile.measure import environment, peak_resident_bytes, reset_peak
 from cpcompile.models.decoder import Decoder, parameter_kind
 from cpcompile.passes.freeze import Frozen, freeze
 from cpcompile.passes.share_weights import Run, ShareWeights, plan_runs
@@ -218,8 +218,11 @@ def _export(
     locations: Mapping[str, Location] = {}
     if shared:
         parameters = next(iter(accounts.values())).total_by_name
-        plan = plan_runs({c: {n: kept for n, kept in f.kept.items() if n in parameters} for c, f in frozen.items()})
         permutations = {n: order for f in frozen.values() for n, order in f.permutations.items()}
+        plan = plan_runs(
+            {c: {n: kept for n, kept in f.kept.items() if n in parameters} for c, f in frozen.items()},
+            {name: _whole(dynamic, permutations, name).shape for name in parameters},
+        )
         runs = [run for runs in plan.values() for run in runs]
         staging = writer.stage("weights")
         locations = write_weights(
@@ -251,10 +254,15 @@ def _export(
 
 def _stored(dynamic: ir.Model, permutations: Mapping[str, tuple[int, ...]], run: Run) -> npt.NDArray[np.generic]:
     """The elements of `run` as the engines read them."""
-    tensor = dynamic.graph.initializers[run.name].const_value
+    return run.cut(_whole(dynamic, permutations, run.name))
+
+
+def _whole(dynamic: ir.Model, permutations: Mapping[str, tuple[int, ...]], name: str) -> npt.NDArray[np.generic]:
+    """The parameter `name` of all contexts, a view with its axes in the order of the engines."""
+    tensor = dynamic.graph.initializers[name].const_value
     assert tensor is not None
     array = tensor.numpy()
-    return run.cut(array.transpose(permutations[run.name]) if run.name in permutations else array)
+    return array.transpose(permutations[name]) if name in permutations else array
 
 
 def _parameters(accounting: Accounting) -> dict[str, Any]:
@@ -334,6 +342,7 @@ class _Stages:
     """Names, times and peak memory of the stages of a build."""
 
     def __init__(self, progress: Progress) -> None:
+        reset_peak()  # a process that has trained before starts from what it holds now
         self._progress = progress
         self._stages: list[BuildStage] = []
 

@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -222,8 +223,9 @@ def render_report(report: Mapping[str, Any]) -> RenderableType:
 
 def contexts_table(report: Mapping[str, Any]) -> Table:
     """A row per engine: what it keeps and weighs, and engine against eager model."""
-    table = Table(title=Text(f"{report['model']['name']}: engine against eager model"), show_lines=True)
-    for column in ("context", "parameters", "size", "parity error", "perplexity", "run memory", "times as fast"):
+    title = Text(f"{report['model']['name']}: engine against eager model")
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 1, 0), pad_edge=False)
+    for column in ("context", "parameters", "size", "parity\nerror", "perplexity", "run\nmemory", "times as fast"):
         table.add_column(column, justify="left" if column == "context" else "right")
     for context in report["contexts"]:
         for variant in context["variants"]:
@@ -346,7 +348,7 @@ def _measured_cells(variant: Mapping[str, Any]) -> list[str]:
     return [
         f"{error}\nof {tolerance}\n{parity['verdict']}",
         f"{_number(quality['perplexity'], '.2f')}\ndense {_number(quality['dense_perplexity'], '.2f')}",
-        f"{_bytes(memory['run_peak_rss_bytes'])}\neager\n{_bytes(memory['eager_run_peak_rss_bytes'])}",
+        f"{_bytes(memory['run_peak_rss_bytes'])}\neager {_bytes(memory['eager_run_peak_rss_bytes'])}",
         "\n".join(map(_speed_line, shapes)) if shapes is not None else "–",
     ]
 

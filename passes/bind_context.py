@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from cpcompile.errors import CpcompileError
+from cpcompile.errors import CpcompileError, UsageError
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,20 @@ class BindContext(ir.passes.InPlacePass):
             raise CpcompileError(
                 f"graph input {self.name!r} is {value.dtype} of shape {value.shape}; a context is an integer scalar"
             )
+        _require_row(value, self.context)
         graph.inputs.remove(value)
         value.const_value = ir.tensor(np.asarray(self.context, dtype=value.dtype.numpy()), name=self.name)
         graph.register_initializer(value)
         return ir.passes.PassResult(model, modified=True)
+
+
+def _require_row(value: ir.Value, context: int) -> None:
+    """Every table that the context picks a row of has to have that row."""
+    for node, index in value.uses():
+        table = node.inputs[0]
+        if node.op_type != "Gather" or index != 1 or table is None or table.shape is None:
+            continue
+        attribute = node.attributes.get("axis")
+        rows = table.shape[attribute.as_int() if attribute is not None else 0]
+        if isinstance(rows, int) and not 0 <= context < rows:
+            raise UsageError(f"context {context}: {table.name} has the contexts 0 to {rows - 1}; choose one of them")

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from cpcompile.passes.shape_inputs import set_target_shape
-from cpcompile.passes.symbolic_shapes import ShapeTable
+from cpcompile.passes.shape_inputs import plan_target_shape, set_target_shape
+from cpcompile.passes.symbolic_shapes import SINCE, ShapeTable, is_standard, opset_of
 
 MEASURING = ("Shape", "Slice", "Gather", "Concat", "Squeeze", "Unsqueeze", "Reshape", "Cast", "Mul", "Div")
 
@@ -25,16 +25,20 @@ class CanonicalizeShapes(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Edit `model`; `modified` counts rewritten inputs."""
         graph = model.graph
+        if opset_of(graph) < SINCE:
+            return ir.passes.PassResult(model, modified=False)
         table = ShapeTable(graph)
         edits = 0
         for node in graph:
-            if node.op_type in ("Reshape", "Expand") and node.domain in ("", "ai.onnx"):
+            if not is_standard(node):
+                continue
+            if node.op_type in ("Reshape", "Expand"):
                 before = node.inputs[1]
                 source, target = table.shape(node.inputs[0]), table.shape(node.outputs[0])
                 produced = before is not None and before.producer() is not None
                 if source is not None and target is not None and produced:
-                    set_target_shape(node, source, target, table)
-                    edits += node.inputs[1] is not before
+                    pieces = plan_target_shape(node, source, target, table)
+                    edits += pieces is not None and set_target_shape(node, pieces, table)
             elif node.op_type in MEASURING and node.outputs[0].uses() and _is_integer(node.outputs[0]):
                 edits += _make_constant(graph, node.outputs[0], table)
         return ir.passes.PassResult(model, modified=edits > 0)

@@ -20,9 +20,29 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from cpcompile.passes.channels import Cell, Channels, Mask, Zeros, from_grid, grid_shape, match_axes, to_grid
-from cpcompile.passes.shape_inputs import set_integers, set_target_shape
-from cpcompile.passes.symbolic_shapes import ONE, Axis, Shape, axes_of, number_of, permutation
+from cpcompile.passes.channels import (
+    Cell,
+    Channels,
+    Mask,
+    Zeros,
+    from_grid,
+    grid_shape,
+    match_axes,
+    to_grid,
+)
+from cpcompile.passes.shape_inputs import plan_target_shape, set_integers, set_target_shape
+from cpcompile.passes.symbolic_shapes import (
+    NOT_ZERO_AT_ZERO,
+    ONE,
+    ZERO_AT_ZERO,
+    Axis,
+    Shape,
+    axes_of,
+    constant_of,
+    is_standard,
+    number_of,
+    permutation,
+)
 
 ZerosRule = Callable[[Channels, ir.Node], Sequence[Zeros] | None]
 AgreeRule = Callable[[Channels, ir.Node], None]
@@ -45,7 +65,7 @@ class Rule:
 
 def rule_of(node: ir.Node) -> Rule | None:
     """The rule of `node`; None for other domains, operators with sub-graphs, and what is not in the table."""
-    if node.domain not in ("", "ai.onnx") or any(
+    if not is_standard(node) or any(
         attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for attribute in node.attributes.values()
     ):
         return None
@@ -74,13 +94,18 @@ def _aligned(channels: Channels, node: ir.Node, inputs: Sequence[ir.Value]) -> l
     return columns
 
 
-def _agree_elementwise(channels: Channels, node: ir.Node) -> None:
-    columns = _aligned(channels, node, [value for value in node.inputs if value is not None])
-    if columns is None:
-        _keep_all(channels, node, "shapes do not tell which channels belong together")
-        return
-    for cells in columns:
-        channels.tie(cells, node)
+def _tie_aligned(which: slice) -> AgreeRule:
+    """The axes of the output and of the inputs `which` lose the same channels."""
+
+    def agree(channels: Channels, node: ir.Node) -> None:
+        columns = _aligned(channels, node, [value for value in node.inputs[which] if value is not None])
+        if columns is None:
+            _keep_all(channels, node, "shapes do not tell which channels belong together")
+            return
+        for cells in columns:
+            channels.tie(cells, node)
+
+    return agree
 
 
 def _keep_all(channels: Channels, node: ir.Node, why: str) -> None:
@@ -121,6 +146,17 @@ _all_zero = _combined(np.logical_and.reduce, slice(None))
 _any_zero = _combined(np.logical_or.reduce, slice(None))
 _first_zero = _combined(np.logical_and.reduce, slice(1))
 _branches_zero = _combined(np.logical_and.reduce, slice(1, 3))
+_agree_elementwise = _tie_aligned(slice(None))
+_agree_first = _tie_aligned(slice(1))
+
+
+def _zeros_clip(channels: Channels, node: ir.Node) -> Sequence[Zeros] | None:
+    """0 stays 0 if it lies between the bounds."""
+    low, high = (constant_of(bound) if bound is not None else None for bound in (*node.inputs[1:3], None, None)[:2])
+    for given, tensor, fits in zip(node.inputs[1:3], (low, high), (np.less_equal, np.greater_equal), strict=False):
+        if given is not None and (tensor is None or not fits(tensor.numpy(), 0).all()):
+            return None
+    return _first_zero(channels, node)
 
 
 # Operators that treat some axes as a whole and leave the others alone.
@@ -151,6 +187,23 @@ def _whole_axes(which: Callable[[Channels, ir.Node, int], Sequence[int] | None],
     return agree
 
 
+def _zeros_beside(which: Callable[[Channels, ir.Node, int], Sequence[int] | None]) -> ZerosRule:
+    """For operators that make zeros of zeros: what is zero beside the axes that they work along stays zero."""
+
+    def zeros(channels: Channels, node: ir.Node) -> Sequence[Zeros] | None:
+        shape, out = channels.shape(node.inputs[0]), channels.shape(node.outputs[0])
+        whole = which(channels, node, len(shape)) if shape is not None else None
+        if whole is None or out is None:
+            return None
+        known = channels.zero(_value(node, 0))
+        masks = [np.zeros_like(mask) if axis in whole else mask for axis, mask in enumerate(known.axes)]
+        return [
+            Zeros.of([m if m.size == a.n else np.zeros(a.n, dtype=np.bool_) for m, a in zip(masks, out, strict=True)])
+        ]
+
+    return zeros
+
+
 def _existing(channels: Channels, value: ir.Value, axis: int) -> list[int]:
     return [axis] if axis < len(channels.shape(value) or ()) else []
 
@@ -169,6 +222,14 @@ def _from_axis(_channels: Channels, node: ir.Node, rank: int) -> Sequence[int]:
     return range(number_of(node, "axis", -1) % rank, rank)
 
 
+def _beside_heads(_channels: Channels, _node: ir.Node, rank: int) -> Sequence[int]:
+    return [0, 2, 3] if rank == 4 else range(rank)
+
+
+def _spatial(_channels: Channels, node: ir.Node, rank: int) -> Sequence[int]:
+    return range(2, rank) if len(node.outputs) == 1 else range(rank)
+
+
 def _last_two(_channels: Channels, _node: ir.Node, rank: int) -> Sequence[int]:
     return [rank - 2, rank - 1]
 
@@ -182,23 +243,45 @@ def _agree_reduce(sums: bool) -> AgreeRule:
     def agree(channels: Channels, node: ir.Node) -> None:
         value, out = _value(node, 0), node.outputs[0]
         shape, out_shape = channels.shape(value), channels.shape(out)
-        axes = axes_of(channels.table, node, len(shape)) if shape is not None else None
-        if shape is None or out_shape is None or axes is None:
+        through = _not_reduced(channels, node)
+        if shape is None or out_shape is None or through is None or len(out_shape) <= max(through.values(), default=-1):
             _keep_all(channels, node, "its axes are unknown")
             return
-        kept = iter(range(len(out_shape)))
-        keeps_axes = bool(number_of(node, "keepdims", 1))
         for axis in range(len(shape)):
-            at = next(kept) if axis not in axes or keeps_axes else None
-            if axis not in axes:
-                assert at is not None
-                channels.tie([(value, axis), (out, at)], node)
+            if axis in through:
+                channels.tie([(value, axis), (out, through[axis])], node)
             elif sums:
                 channels.tie([(value, axis)], node, limit=channels.zero(value).axes[axis])
             else:
                 channels.keep(value, node, "it reduces over this axis", axes=[axis])
 
     return agree
+
+
+def _not_reduced(channels: Channels, node: ir.Node) -> dict[int, int] | None:
+    """Axes of the input that a reduction leaves -> axes of its output; None if they are not known."""
+    shape = channels.shape(node.inputs[0])
+    axes = axes_of(channels.table, node, len(shape)) if shape is not None else None
+    if shape is None or axes is None:
+        return None
+    explicit = "axes" in node.attributes or (len(node.inputs) > 1 and node.inputs[1] is not None)
+    if not (explicit and axes):
+        axes = [] if number_of(node, "noop_with_empty_axes", 0) else list(range(len(shape)))
+    left = [axis for axis in range(len(shape)) if axis not in axes]
+    keeps_axes = bool(number_of(node, "keepdims", 1))
+    return {axis: axis if keeps_axes else at for at, axis in enumerate(left)}
+
+
+def _zeros_reduce(channels: Channels, node: ir.Node) -> Sequence[Zeros] | None:
+    """Zeros have the sum and the mean 0 (nothing at all has the product 1)."""
+    through, out = _not_reduced(channels, node), channels.shape(node.outputs[0])
+    if through is None or out is None or len(out) <= max(through.values(), default=-1):
+        return None
+    zeros = channels.zero(_value(node, 0))
+    masks = [np.zeros(axis.n, dtype=np.bool_) for axis in out]
+    for axis, at in through.items():
+        masks[at] = zeros.axes[axis]
+    return [Zeros.of(masks, everything=zeros.everything)]
 
 
 # Matrix products.
@@ -216,11 +299,7 @@ def _agree_matmul(channels: Channels, node: ir.Node) -> None:
             at = axis - (len(c) - len(shape))
             if at >= 0 and shape[at] != ONE:
                 cells.append((value, at))
-        if len({channels.cut(*cell).shape for cell in cells}) == 1:
-            channels.tie(cells, node)
-        else:
-            for value, at in cells:
-                channels.keep(value, node, "its batch axes cannot be told to fit", axes=[at])
+        channels.tie(cells, node)
     channels.tie([(first, len(a) - 2), (out, len(c) - 2)], node)
     channels.tie([(second, len(b) - 1), (out, len(c) - 1)], node)
     contracted = channels.zero(first).axes[-1] | channels.zero(second).axes[-2]
@@ -234,13 +313,11 @@ def _zeros_matmul(channels: Channels, node: ir.Node) -> Sequence[Zeros] | None:
         return None
     left, right = channels.zero(first), channels.zero(second)
     masks = [np.zeros(axis.n, dtype=np.bool_) for axis in out]
-    for zeros, shape in ((left, a), (right, b)):
-        for axis in range(len(shape) - 2):
-            at = axis + len(out) - len(shape)
-            if shape[axis].n == out[at].n:
-                masks[at] |= zeros.axes[axis]
-    masks[-2] |= left.axes[-2]
-    masks[-1] |= right.axes[-1]
+    for zeros, contracted in ((left, len(a) - 1), (right, len(b) - 2)):
+        for axis, mask in enumerate(zeros.axes):
+            at = axis + len(out) - len(zeros.axes)
+            if axis != contracted and mask.size == masks[at].size:
+                masks[at] |= mask
     fits = left.axes[-1].shape == right.axes[-2].shape
     return [Zeros.of(masks, everything=fits and bool((left.axes[-1] | right.axes[-2]).all()))]
 
@@ -248,21 +325,21 @@ def _zeros_matmul(channels: Channels, node: ir.Node) -> Sequence[Zeros] | None:
 def _agree_gemm(channels: Channels, node: ir.Node) -> None:
     """alpha * A' B' + beta * C, transposed by transA and transB."""
     first, second, out = _value(node, 0), _value(node, 1), node.outputs[0]
-    if channels.shape(first) is None or channels.shape(second) is None or channels.shape(out) is None:
-        _keep_all(channels, node, "its shapes are unknown")
-        return
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    a, b, c = channels.shape(first), channels.shape(second), channels.shape(bias)
     m, k = (1, 0) if number_of(node, "transA", 0) else (0, 1)
     k_second, n = (1, 0) if number_of(node, "transB", 0) else (0, 1)
+    unknown = a is None or b is None or channels.shape(out) is None or (bias is not None and c is None)
+    if a is None or b is None or unknown or a[k] != b[k_second]:
+        _keep_all(channels, node, "its shapes do not tell what it contracts")
+        return
     channels.tie([(first, m), (out, 0)], node)
     channels.tie([(second, n), (out, 1)], node)
     contracted = channels.zero(first).axes[k] | channels.zero(second).axes[k_second]
     channels.tie([(first, k), (second, k_second)], node, limit=contracted)
-    bias = node.inputs[2] if len(node.inputs) > 2 else None
-    shape = channels.shape(bias)
-    for axis in range(len(shape or ())):
-        at = axis + 2 - len(shape or ())
-        if bias is not None and channels.cut(bias, axis).shape == channels.cut(out, at).shape:
-            channels.tie([(bias, axis), (out, at)], node)
+    for axis, length in enumerate(c or ()):
+        if bias is not None and length != ONE:
+            channels.tie([(bias, axis), (out, axis + 2 - len(c or ()))], node)
 
 
 def _zeros_gemm(channels: Channels, node: ir.Node) -> Sequence[Zeros] | None:
@@ -273,7 +350,8 @@ def _zeros_gemm(channels: Channels, node: ir.Node) -> Sequence[Zeros] | None:
     k_second, n = (1, 0) if number_of(node, "transB", 0) else (0, 1)
     left, right = channels.zero(first), channels.zero(second)
     rows, columns = left.axes[m], right.axes[n]
-    everything = bool((left.axes[k] | right.axes[k_second]).all())
+    fits = left.axes[k].shape == right.axes[k_second].shape
+    everything = fits and bool((left.axes[k] | right.axes[k_second]).all())
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     if bias is not None:
         if (shape := channels.shape(bias)) is None:
@@ -294,25 +372,27 @@ def _agree_attention(channels: Channels, node: ir.Node) -> None:
     if any(shape is None or len(shape) != 4 for shape in shapes):
         _keep_all(channels, node, "only heads on an axis of their own are understood")
         return
-    for extra in (*node.inputs[3:], *node.outputs[1:]):
-        channels.keep(extra, node, "masks and caches of attention keep their heads")
+    if any(extra is not None for extra in (*node.inputs[4:], *node.outputs[1:])):
+        _keep_all(channels, node, "heads of caches are not understood")
+        return
     for tensor in (query, key, value, out):
         channels.keep(tensor, node, "attention works along the sequence", axes=[0, 2])
     channels.keep(query, node, "the head dimension scales the scores", axes=[3])
     channels.keep(key, node, "the head dimension scales the scores", axes=[3])
     channels.tie([(value, 3), (out, 3)], node)
     heads, groups = channels.cut(query, 1).size, channels.cut(key, 1).size
-    extra_tensors = any(extra is not None for extra in node.inputs[3:]) or len(node.outputs) > 1
-    if heads % groups or extra_tensors:
+    mask = node.inputs[3] if len(node.inputs) > 3 else None
+    mask_heads = (channels.shape(mask) or (None,) * 3)[-3:-2] if mask is not None else ()
+    if heads % groups or mask_heads not in ((), (ONE,)):
         for tensor in (query, key, value, out):
-            channels.keep(tensor, node, "heads of masks and caches are not understood", axes=[1])
+            channels.keep(tensor, node, "its mask has heads of its own", axes=[1])
         return
     per_group = heads // groups
     both = (channels.cut(query, 1) & channels.cut(out, 1)).reshape(groups, per_group)
     whole = np.asarray(both.all(axis=1))
-    channels.tie([(key, 1), (value, 1)], node, limit=whole)
+    channels.tie([(key, 1), (value, 1)], node, limit=whole, why="a query head of the group has to stay")
     group_cut = np.repeat(channels.cut(key, 1), per_group)
-    channels.tie([(query, 1), (out, 1)], node, limit=group_cut)
+    channels.tie([(query, 1), (out, 1)], node, limit=group_cut, why="another head of its group has to stay")
 
 
 def _zeros_attention(channels: Channels, node: ir.Node) -> Sequence[Zeros] | None:
@@ -327,12 +407,73 @@ def _zeros_attention(channels: Channels, node: ir.Node) -> Sequence[Zeros] | Non
     return [Zeros.of(masks, everything=zeros.everything)]
 
 
+# Convolutions: data (batch, channels, ...), weight (out channels, channels / group, ...).
+
+
+def _is_depthwise(channels: Channels, node: ir.Node) -> bool:
+    """Whether every channel has a filter of its own."""
+    data, weight, group = channels.shape(node.inputs[0]), channels.shape(node.inputs[1]), number_of(node, "group", 1)
+    return bool(data and weight) and group > 1 and Axis((), group) == (data or ())[1] == (weight or ())[0]
+
+
+def _agree_conv(channels: Channels, node: ir.Node) -> None:
+    value, weight, out = _value(node, 0), _value(node, 1), node.outputs[0]
+    a, b, c = (channels.shape(tensor) for tensor in (value, weight, out))
+    if a is None or b is None or c is None or len({len(a), len(b), len(c)}) > 1:
+        _keep_all(channels, node, "its shapes are unknown")
+        return
+    for tensor in (value, weight, out):
+        channels.keep(tensor, node, "it slides along this axis", axes=range(2, len(a)))
+    channels.tie([(value, 0), (out, 0)], node)
+    made: list[Cell] = [(out, 1), (weight, 0), *((bias, 0) for bias in node.inputs[2:3] if bias is not None)]
+    if _is_depthwise(channels, node):
+        channels.tie([(value, 1), *made], node)
+    elif number_of(node, "group", 1) == 1 and a[1] == b[1]:
+        channels.tie(made, node)
+        contracted = channels.zero(value).axes[1] | channels.zero(weight).axes[1]
+        channels.tie([(value, 1), (weight, 1)], node, limit=contracted)
+    else:
+        for tensor, axis in ((value, 1), (weight, 1), *made):
+            channels.keep(tensor, node, "it has groups of several channels", axes=[axis])
+
+
+def _zeros_conv(channels: Channels, node: ir.Node) -> Sequence[Zeros] | None:
+    value, weight, out = _value(node, 0), _value(node, 1), channels.shape(node.outputs[0])
+    if channels.shape(value) is None or channels.shape(weight) is None or out is None:
+        return None
+    masks = [np.zeros(axis.n, dtype=np.bool_) for axis in out]
+    masks[1] = channels.zero(weight).axes[0].copy()
+    if _is_depthwise(channels, node):
+        masks[1] |= channels.zero(value).axes[1]
+    for bias in node.inputs[2:3]:
+        if bias is not None:
+            masks[1] &= channels.zero(bias).axes[0] if channels.shape(bias) is not None else False
+    return [Zeros.of(masks)]
+
+
+def _rewrite_conv(channels: Channels, node: ir.Node) -> None:
+    if _is_depthwise(channels, node):
+        node.attributes["group"] = ir.AttrInt64("group", int((~channels.cut(node.outputs[0], 1)).sum()))
+
+
+def _agree_batch_norm(channels: Channels, node: ir.Node) -> None:
+    value, out = _value(node, 0), node.outputs[0]
+    shape = channels.shape(value)
+    if shape is None or channels.shape(out) is None or len(node.outputs) > 1:
+        _keep_all(channels, node, "it is training, or its shapes are unknown")
+        return
+    for axis in range(len(shape)):
+        statistics: list[Cell] = [(_value(node, i), 0) for i in range(1, 5)] if axis == 1 else []
+        channels.tie([(value, axis), (out, axis), *statistics], node)
+
+
 # Operators that move channels.
 
 
 def _agree_transpose(channels: Channels, node: ir.Node) -> None:
     shape = channels.shape(node.inputs[0])
     if shape is None:
+        _keep_all(channels, node, "its shape is unknown")
         return
     for at, axis in enumerate(permutation(node, len(shape))):
         channels.tie([(_value(node, 0), axis), (node.outputs[0], at)], node)
@@ -353,6 +494,8 @@ def _agree_reshape(channels: Channels, node: ir.Node) -> None:
     groups = match_axes(first, second) if first is not None and second is not None else None
     if first is None or second is None or groups is None:
         _keep_all(channels, node, "its target shape is unknown")
+        return
+    if node.op_type == "Reshape" and _cannot_say(channels, node, first, second):
         return
     for group in groups:
         ours, theirs = _group_grids(first, second, group.first, group.second)
@@ -400,10 +543,20 @@ def _remaining(channels: Channels, value: ir.Value) -> Shape:
     return tuple(Axis(axis.outer, int((~channels.cut(value, i)).sum())) for i, axis in enumerate(shape))
 
 
+def _cannot_say(channels: Channels, node: ir.Node, source: Shape, target: Shape) -> bool:
+    """Keeps all channels of a node whose target shape could not be written anew."""
+    if plan_target_shape(node, source, target, channels.table) is not None:
+        return False
+    _keep_all(channels, node, "the lengths of its dynamic axes are nowhere to be read")
+    return True
+
+
 def _rewrite_target_shape(channels: Channels, node: ir.Node) -> None:
     value, out = _value(node, 0), node.outputs[0]
     if any(channels.cut(out, axis).any() for axis in range(len(channels.shape(out) or ()))):
-        set_target_shape(node, _remaining(channels, value), _remaining(channels, out), channels.table)
+        pieces = plan_target_shape(node, _remaining(channels, value), _remaining(channels, out), channels.table)
+        assert pieces is not None, "agree has asked"
+        set_target_shape(node, pieces, channels.table)
 
 
 def _agree_expand(channels: Channels, node: ir.Node) -> None:
@@ -411,6 +564,8 @@ def _agree_expand(channels: Channels, node: ir.Node) -> None:
     own, wide = channels.shape(value), channels.shape(out)
     if own is None or wide is None:
         _keep_all(channels, node, "its target shape is unknown")
+        return
+    if _cannot_say(channels, node, own, wide):
         return
     for axis, length in enumerate(own):
         at = axis + len(wide) - len(own)
@@ -423,7 +578,11 @@ _zeros_expand = _combined(np.logical_and.reduce, slice(1))
 
 def _agree_unsqueeze(channels: Channels, node: ir.Node) -> None:
     value, out = _value(node, 0), node.outputs[0]
-    for axis, at in _through(channels, value, out) or ():
+    pairs = _through(channels, value, out)
+    if pairs is None:
+        _keep_all(channels, node, "its axes cannot be told to fit")
+        return
+    for axis, at in pairs:
         channels.tie([(value, axis), (out, at)], node)
 
 
@@ -475,16 +634,14 @@ def _agree_pieces(
         for tensor in (whole, *parts):
             channels.keep(tensor, node, "it joins or splits a dynamic axis", axes=[axis])
         return
-    mask = channels.cut(whole, axis).copy()
+    mask, reasons = channels.cut(whole, axis).copy(), channels.reasons((whole, axis)).copy()
     for part, piece in zip(parts, pieces, strict=True):
-        mask[piece] &= channels.cut(part, axis)
-    # A part with nothing left would still be an operand: it keeps a channel.
-    for piece in pieces:
-        if mask[piece].all():
-            mask[piece.start] = False
-    channels.tie([(whole, axis)], node, limit=mask)
+        lost = mask[piece] & ~channels.cut(part, axis)
+        reasons[piece][lost] = channels.reasons((part, axis))[lost]
+        mask[piece] &= ~lost
+    channels.shrink((whole, axis), mask, reasons)
     for part, piece in zip(parts, pieces, strict=True):
-        channels.tie([(part, axis)], node, limit=mask[piece])
+        channels.shrink((part, axis), mask[piece], reasons[piece])
 
 
 def _agree_concat(channels: Channels, node: ir.Node) -> None:
@@ -504,10 +661,13 @@ def _zeros_concat(channels: Channels, node: ir.Node) -> Sequence[Zeros] | None:
         return None
     axis = number_of(node, "axis", 0) % len(shape)
     zeros = [channels.zero(part) for part in parts]
-    masks = [np.logical_and.reduce([z.axes[a] for z in zeros]) if a != axis else None for a in range(len(shape))]
-    pieces = _pieces(channels, out, parts, axis)
-    along = np.concatenate([z.axes[axis] for z in zeros]) if pieces else np.zeros(shape[axis].n, dtype=np.bool_)
-    return [Zeros.of([along if m is None else m for m in masks], everything=all(z.everything for z in zeros))]
+    masks = [np.zeros(length.n, dtype=np.bool_) for length in shape]
+    for other, mask in enumerate(masks):
+        if other != axis and all(z.axes[other].size == mask.size for z in zeros):
+            masks[other] = np.logical_and.reduce([z.axes[other] for z in zeros])
+    if _pieces(channels, out, parts, axis):
+        masks[axis] = np.concatenate([z.axes[axis] for z in zeros])
+    return [Zeros.of(masks, everything=all(z.everything for z in zeros))]
 
 
 def _zeros_split(channels: Channels, node: ir.Node) -> Sequence[Zeros] | None:
@@ -536,20 +696,23 @@ def _rewrite_split(channels: Channels, node: ir.Node) -> None:
 
 
 def _window(channels: Channels, node: ir.Node) -> dict[int, npt.NDArray[np.intp]] | None:
-    """Per static axis of a Slice the channels that it takes; None unless bounds are constant and steps are 1."""
+    """Per axis that a Slice cuts the channels that it takes; None unless bounds are constant and steps are 1.
+
+    Nothing is known of the channels taken from a dynamic axis: there are none.
+    """
     shape = channels.shape(node.inputs[0])
     starts, ends = channels.table.integers(node.inputs[1]), channels.table.integers(node.inputs[2])
-    steps = channels.table.integers(node.inputs[4]) if len(node.inputs) > 4 else None
-    if shape is None or starts is None or ends is None or (steps is None and len(node.inputs) > 4):
+    has_steps = len(node.inputs) > 4 and node.inputs[4] is not None
+    steps = channels.table.integers(node.inputs[4]) if has_steps else []
+    axes = axes_of(channels.table, node, len(shape), index=3) if shape is not None else None
+    if shape is None or axes is None or starts is None or ends is None or steps is None:
         return None
-    axes = axes_of(channels.table, node, len(shape), index=3) or []
-    if any(step != 1 for step in steps or ()):
+    if any(step != 1 for step in steps):
         return None
-    taken = {}
-    for axis, start, end in zip(axes, starts, ends, strict=False):
-        if not shape[axis].outer:
-            taken[axis] = np.arange(shape[axis].n)[slice(start, end)]
-    return taken
+    return {
+        axis: np.arange(0 if shape[axis].outer else shape[axis].n)[slice(start, end)]
+        for axis, start, end in zip(axes, starts, ends, strict=False)
+    }
 
 
 def _agree_slice(channels: Channels, node: ir.Node) -> None:
@@ -560,13 +723,16 @@ def _agree_slice(channels: Channels, node: ir.Node) -> None:
         return
     for axis, length in enumerate(shape):
         taken = window.get(axis)
-        if taken is not None:
+        if taken is not None and (length.outer or taken.size != channels.cut(out, axis).size):
+            for tensor in (value, out):
+                channels.keep(tensor, node, "it takes a part of a dynamic axis", axes=[axis])
+        elif taken is not None:
             # Channels outside of the window are not asked for: they may go.
-            mask = channels.cut(value, axis).copy()
-            mask[taken] &= channels.cut(out, axis)
-            channels.tie([(value, axis)], node, limit=mask)
-            channels.tie([(out, axis)], node, limit=channels.cut(value, axis)[taken])
-        elif channels.cut(out, axis).size == length.n:
+            mask, reasons = np.ones(length.n, dtype=np.bool_), np.full(length.n, None, dtype=np.object_)
+            mask[taken], reasons[taken] = channels.cut(out, axis), channels.reasons((out, axis))
+            channels.shrink((value, axis), mask, reasons)
+            channels.shrink((out, axis), channels.cut(value, axis)[taken], channels.reasons((value, axis))[taken])
+        else:
             channels.tie([(value, axis), (out, axis)], node)
 
 
@@ -576,8 +742,12 @@ def _zeros_slice(channels: Channels, node: ir.Node) -> Sequence[Zeros] | None:
     if window is None or out is None:
         return None
     zeros = channels.zero(value)
+    if len(zeros.axes) != len(out):
+        return None
     masks = [mask[window[axis]] if axis in window else mask for axis, mask in enumerate(zeros.axes)]
-    return [Zeros.of(masks, everything=zeros.everything)] if len(masks) == len(out) else None
+    # Nothing is known of a part of a dynamic axis.
+    masks = [m if m.size == axis.n else np.zeros(axis.n, dtype=np.bool_) for m, axis in zip(masks, out, strict=True)]
+    return [Zeros.of(masks, everything=zeros.everything)]
 
 
 def _rewrite_slice(channels: Channels, node: ir.Node) -> None:
@@ -588,10 +758,10 @@ def _rewrite_slice(channels: Channels, node: ir.Node) -> None:
     axes = axes_of(channels.table, node, len(shape), index=3) or []
     starts, ends = channels.table.integers(node.inputs[1]) or [], channels.table.integers(node.inputs[2]) or []
     for at, axis in enumerate(axes):
-        if axis in window:
+        if axis in window and not shape[axis].outer:
             kept = np.flatnonzero(~channels.cut(value, axis))
             inside = np.flatnonzero(np.isin(kept, window[axis]))
-            starts[at], ends[at] = int(inside[0]), int(inside[-1]) + 1
+            starts[at], ends[at] = (int(inside[0]), int(inside[-1]) + 1) if inside.size else (0, 0)
     set_integers(node, 1, starts)
     set_integers(node, 2, ends)
 
@@ -607,15 +777,32 @@ def _agree_gather(channels: Channels, node: ir.Node) -> None:
         if other != axis:
             at = other if other < axis else other + len(index_shape) - 1
             channels.tie([(data, other), (out, at)], node)
-    chosen = channels.table.integers(indices)
-    if chosen is None or shape[axis].outer:
+    chosen = _chosen(channels, node)
+    if chosen is None or chosen.ndim != 1:
+        for at in range(axis, axis + len(index_shape)):
+            channels.keep(out, node, "it picks every index", axes=[at])
+    if chosen is None:
         channels.keep(data, node, "any of its rows may be asked for", axes=[axis])
+        return
+    if chosen.ndim == 1:
+        chosen = chosen[~channels.cut(out, axis)]  # an index whose result nobody needs is not asked for
+    mask = np.ones(shape[axis].n, dtype=np.bool_)
+    mask[chosen] = False
+    channels.tie([(data, axis)], node, limit=mask, why="it picks this row")
+
+
+def _chosen(channels: Channels, node: ir.Node) -> npt.NDArray[np.intp] | None:
+    """The rows that a Gather picks, counted from 0; None if they depend on the input."""
+    indices, shape = _value(node, 1), channels.shape(node.inputs[0])
+    tensor, axis = constant_of(indices), number_of(node, "axis", 0)
+    numbers = channels.table.integers(indices)
+    if tensor is not None:
+        picked = np.asarray(tensor.numpy(), dtype=np.intp)
+    elif numbers is not None:
+        picked = np.asarray(numbers, dtype=np.intp).reshape((-1,) * len(channels.shape(indices) or ()))
     else:
-        mask = np.ones(shape[axis].n, dtype=np.bool_)
-        mask[np.asarray(chosen) % shape[axis].n] = False  # rows that are not picked may go
-        channels.tie([(data, axis)], node, limit=mask)
-    for at in range(axis, axis + len(index_shape)):
-        channels.keep(out, node, "it picks every index", axes=[at])
+        return None
+    return None if shape is None or shape[axis].outer or not shape[axis].n else picked % shape[axis].n
 
 
 def _zeros_gather(channels: Channels, node: ir.Node) -> Sequence[Zeros] | None:
@@ -625,21 +812,25 @@ def _zeros_gather(channels: Channels, node: ir.Node) -> Sequence[Zeros] | None:
         return None
     axis = number_of(node, "axis", 0) % len(shape)
     zeros = channels.zero(data)
-    masks = [*zeros.axes[:axis], *(np.zeros(a.n, dtype=np.bool_) for a in index_shape), *zeros.axes[axis + 1 :]]
+    chosen = _chosen(channels, node)
+    if chosen is not None and chosen.ndim == 1:
+        picked = [zeros.axes[axis][chosen]]
+    else:
+        picked = [np.zeros(a.n, dtype=np.bool_) for a in index_shape]
+    masks = [*zeros.axes[:axis], *picked, *zeros.axes[axis + 1 :]]
     return [Zeros.of(masks, everything=zeros.everything)]
 
 
 def _rewrite_gather(channels: Channels, node: ir.Node) -> None:
-    data = _value(node, 0)
+    data, out, chosen = _value(node, 0), node.outputs[0], _chosen(channels, node)
     shape = channels.shape(data)
-    assert shape is not None
+    if shape is None or chosen is None:
+        return
     axis = number_of(node, "axis", 0) % len(shape)
-    cut = channels.cut(data, axis)
-    chosen = channels.table.integers(node.inputs[1])
-    if cut.any() and chosen is not None:
-        position = np.cumsum(~cut) - 1
-        rank = len(channels.shape(node.inputs[1]) or ())
-        set_integers(node, 1, [int(position[i]) for i in chosen], scalar=rank == 0)
+    asked = chosen[~channels.cut(out, axis)] if chosen.ndim == 1 else chosen
+    position = np.cumsum(~channels.cut(data, axis)) - 1
+    if asked.size < chosen.size or np.any(position[asked] != asked):
+        set_integers(node, 1, position[asked])
 
 
 def _agree_shape(channels: Channels, node: ir.Node) -> None:
@@ -652,28 +843,10 @@ def _agree_shape(channels: Channels, node: ir.Node) -> None:
     channels.keep(node.outputs[0], node, "it holds lengths")
 
 
-ZERO_AT_ZERO = (
-    *("Abs", "Asin", "Asinh", "Atan", "Atanh", "Cast", "Ceil", "Elu", "Erf", "Floor", "Gelu", "HardSwish", "Identity"),
-    *("LeakyRelu", "Mish", "Neg", "Relu", "Round", "Selu", "Sign", "Sin", "Sinh", "Softsign", "Sqrt", "Swish", "Tan"),
-    *("Tanh", "ThresholdedRelu"),
-)
-NOT_ZERO_AT_ZERO = (
-    "Cos",
-    "Cosh",
-    "Exp",
-    "HardSigmoid",
-    "IsInf",
-    "IsNaN",
-    "Log",
-    "Not",
-    "Reciprocal",
-    "Sigmoid",
-    "Softplus",
-)
-
 _UNARY_ZERO = Rule(_agree_elementwise, _first_zero)
 _UNARY = Rule(_agree_elementwise)
 _OVER_AXIS = "it works along this axis"
+_OTHER_NORM = "a norm over fewer channels is another norm"
 
 RULES: Mapping[str, Rule] = MappingProxyType(
     {
@@ -682,9 +855,11 @@ RULES: Mapping[str, Rule] = MappingProxyType(
         **dict.fromkeys(["Add", "Sub", "Sum", "Max", "Min", "Mean"], Rule(_agree_elementwise, _all_zero, data=2**10)),
         "Mul": Rule(_agree_elementwise, _any_zero, data=2),
         "And": Rule(_agree_elementwise, _any_zero, data=2),
-        "Div": Rule(_agree_elementwise, _first_zero, data=2),
+        **dict.fromkeys(("Div", "Mod", "PRelu"), Rule(_agree_elementwise, _first_zero, data=2)),
+        "CastLike": Rule(_agree_first, _first_zero),
+        "Clip": Rule(_agree_first, _zeros_clip),
         **dict.fromkeys(
-            ["Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Mod", "Or", "PRelu", "Pow", "Xor"],
+            ["Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Or", "Pow", "Xor"],
             Rule(_agree_elementwise, data=2),
         ),
         "Where": Rule(_agree_elementwise, _branches_zero, data=3),
@@ -692,16 +867,21 @@ RULES: Mapping[str, Rule] = MappingProxyType(
         "Gemm": Rule(_agree_gemm, _zeros_gemm, data=3),
         "Attention": Rule(_agree_attention, _zeros_attention, data=3),
         **dict.fromkeys(("Softmax", "LogSoftmax", "Hardmax"), Rule(_whole_axes(_one_axis(-1), _OVER_AXIS), data=1)),
+        "LayerNormalization": Rule(_whole_axes(_from_axis, _OTHER_NORM), data=3),
+        "RMSNormalization": Rule(_whole_axes(_from_axis, _OTHER_NORM), _zeros_beside(_from_axis), data=2),
+        "RotaryEmbedding": Rule(_whole_axes(_beside_heads, "it rotates along this axis"), _zeros_beside(_beside_heads)),
+        "Trilu": Rule(_whole_axes(_last_two, _OVER_AXIS), _first_zero),
+        "Conv": Rule(_agree_conv, _zeros_conv, _rewrite_conv, data=3),
+        "BatchNormalization": Rule(_agree_batch_norm, data=5),
         **dict.fromkeys(
-            ("LayerNormalization", "RMSNormalization"),
-            Rule(_whole_axes(_from_axis, "a norm over fewer channels is another norm"), data=3),
+            ("AveragePool", "GlobalAveragePool", "GlobalMaxPool", "MaxPool"),
+            Rule(_whole_axes(_spatial, "it slides along this axis"), _zeros_beside(_spatial)),
         ),
-        "Trilu": Rule(_whole_axes(_last_two, _OVER_AXIS)),
-        **dict.fromkeys(("ReduceSum", "ReduceL1", "ReduceL2", "ReduceSumSquare"), Rule(_agree_reduce(sums=True))),
         **dict.fromkeys(
-            ("ReduceMean", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceLogSumExp"),
-            Rule(_agree_reduce(sums=False)),
+            ("ReduceSum", "ReduceL1", "ReduceL2", "ReduceSumSquare"), Rule(_agree_reduce(sums=True), _zeros_reduce)
         ),
+        **dict.fromkeys(("ReduceMax", "ReduceMin", "ReduceProd", "ReduceLogSumExp"), Rule(_agree_reduce(sums=False))),
+        "ReduceMean": Rule(_agree_reduce(sums=False), _zeros_reduce),
         "Transpose": Rule(_agree_transpose, _zeros_transpose),
         "Reshape": Rule(_agree_reshape, _zeros_reshape, _rewrite_target_shape),
         "Flatten": Rule(_agree_reshape, _zeros_reshape),

@@ -18,10 +18,11 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from cpcompile.passes.symbolic_shapes import Shape, ShapeTable, same_product
+from cpcompile.passes.symbolic_shapes import Shape, ShapeTable, constant_of, same_product
 
 Mask = npt.NDArray[np.bool_]
 NOT_ZERO = "its channels are not zero"
+EMPTY = "it would be empty: one channel has to stay"
 Cell = tuple[ir.Value, int]
 """A value and one of its axes."""
 
@@ -72,6 +73,8 @@ class Channels:
     _reasons: dict[Cell, npt.NDArray[np.object_]] = field(default_factory=dict)
     changed: dict[ir.Node, None] = field(default_factory=dict)
     """Nodes to look at again, in the order in which they were found."""
+    settled: bool = False
+    """All operators agree: what none of them looked at stays."""
 
     def shape(self, value: ir.Value | None) -> Shape | None:
         return self.table.shape(value)
@@ -81,7 +84,7 @@ class Channels:
         if value not in self.zeros:
             shape = self.shape(value)
             assert shape is not None
-            tensor = value.const_value if value.is_initializer() else None
+            tensor = constant_of(value)
             if tensor is not None and tensor.dtype.is_floating_point():
                 self.zeros[value] = Zeros.of_constant(tensor.numpy())
             else:
@@ -95,7 +98,9 @@ class Channels:
             shape = self.shape(value)
             assert shape is not None
             # An axis of one channel is kept: without it there would be no value at all.
-            self._cut[cell] = np.full(shape[axis].n, shape[axis].n > 1, dtype=np.bool_)
+            if shape[axis].n == 1 and (node := value.producer()) is not None:
+                self._reasons[cell] = np.full(1, reason_of(node, EMPTY), dtype=np.object_)
+            self._cut[cell] = np.full(shape[axis].n, shape[axis].n > 1 and not self.settled, dtype=np.bool_)
         return self._cut[cell]
 
     def shrink(self, cell: Cell, mask: Mask, reasons: Reason | npt.NDArray[np.object_]) -> None:
@@ -115,14 +120,17 @@ class Channels:
     def tie(self, cells: Iterable[Cell], node: ir.Node, limit: Mask | None = None, why: str = NOT_ZERO) -> None:
         """These axes lose the same channels, and only those that `limit` allows."""
         cells = list(cells)
+        if len({self.cut(*cell).size for cell in cells}) > 1:
+            for value, axis in cells:
+                self.keep(value, node, "the lengths of its axes cannot be told to fit", axes=[axis])
+            return
         common = np.logical_and.reduce([self.cut(*cell) for cell in cells])
         reasons = np.full(common.size, None, dtype=np.object_)
         for cell in cells:
             missing = ~self.cut(*cell) & (reasons == None)  # noqa: E711 - elementwise
-            if cell in self._reasons:
-                reasons[missing] = self._reasons[cell][missing]
+            reasons[missing] = self.reasons(cell)[missing]
         if limit is not None:
-            reasons[common & ~limit] = _reason(node, why)
+            reasons[common & ~limit] = reason_of(node, why)
             common = common & limit
         for cell in cells:
             self.shrink(cell, common, reasons)
@@ -133,12 +141,12 @@ class Channels:
         if value is None or shape is None:
             return
         for axis in range(len(shape)) if axes is None else axes:
-            self.shrink((value, axis), np.zeros(shape[axis].n, dtype=np.bool_), _reason(node, why))
+            self.shrink((value, axis), np.zeros(shape[axis].n, dtype=np.bool_), reason_of(node, why))
 
-    def reason(self, cell: Cell, channel: int) -> Reason | None:
-        """Why a channel of this axis has to stay."""
-        reasons = self._reasons.get(cell)
-        return None if reasons is None else reasons[channel]
+    def reasons(self, cell: Cell) -> npt.NDArray[np.object_]:
+        """Why each channel of this axis has to stay: a Reason, or None."""
+        known = self._reasons.get(cell)
+        return np.full(self.cut(*cell).size, None, dtype=np.object_) if known is None else known
 
     @property
     def cells(self) -> Iterable[tuple[Cell, Mask]]:
@@ -146,7 +154,8 @@ class Channels:
         return self._cut.items()
 
 
-def _reason(node: ir.Node, text: str) -> Reason:
+def reason_of(node: ir.Node, text: str) -> Reason:
+    """`node` keeps channels because of `text`."""
     return Reason(node.name or "", node.op_type, text)
 
 

@@ -8,6 +8,8 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedOpsetsPass, TopologicalSortPass
 
+from cpcompile.passes.symbolic_shapes import constant_of, is_standard
+
 SMALL = 1 << 16
 """Constants up to this many elements are looked at for ones."""
 
@@ -20,27 +22,26 @@ class CleanUp(ir.passes.InPlacePass):
     """Initializers whose values are not looked at: a parameter stays a parameter, even if it is all ones."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Edit `model`; `modified` counts removed nodes and initializers."""
+        """Edit `model`; `modified` counts removed nodes and initializers, and says whether nodes were sorted."""
         graph = model.graph
         removed = 0
         for node in graph:
-            if (source := self._copied_input(node)) is not None and _may_stand_in(source, node.outputs[0]):
-                ir.convenience.replace_all_uses_with(node.outputs[0], source, replace_graph_outputs=True)
+            if (source := self._copied_input(node)) is not None:
+                stand_in(source, node.outputs[0])
         for node in reversed(graph):
             if not any(out.uses() or out.is_graph_output() for out in node.outputs):
                 graph.remove(node, safe=True)
                 removed += 1
         for name, value in list(graph.initializers.items()):
-            if not value.uses() and not value.is_graph_output():
+            if not (value.uses() or value.is_graph_output() or value.is_graph_input()):
                 graph.initializers.pop(name)
                 removed += 1
-        TopologicalSortPass()(model)
-        RemoveUnusedOpsetsPass()(model)
-        return ir.passes.PassResult(model, modified=removed > 0)
+        moved = [tidy(model).modified for tidy in (TopologicalSortPass(), RemoveUnusedOpsetsPass())]
+        return ir.passes.PassResult(model, modified=removed > 0 or any(moved))
 
     def _copied_input(self, node: ir.Node) -> ir.Value | None:
         """The input that `node` passes on unchanged, if it does."""
-        if node.domain not in ("", "ai.onnx"):
+        if not is_standard(node):
             return None
         if node.op_type == "Identity":
             return node.inputs[0]
@@ -56,12 +57,24 @@ class CleanUp(ir.passes.InPlacePass):
         return None
 
     def _is_ones(self, value: ir.Value) -> bool:
-        tensor = value.const_value
-        if not value.is_initializer() or value.name in self.protected or tensor is None or tensor.size > SMALL:
+        tensor = constant_of(value)
+        if value.name in self.protected or tensor is None or tensor.size > SMALL:
             return False
         return bool(np.all(tensor.numpy() == 1))
 
 
-def _may_stand_in(source: ir.Value, out: ir.Value) -> bool:
-    """A graph input or initializer cannot also be a graph output under another name."""
-    return not out.is_graph_output() or (source.producer() is not None and not source.is_graph_output())
+def stand_in(source: ir.Value, out: ir.Value) -> bool:
+    """Let `source` take the place of the equal value `out`; False where it cannot.
+
+    An output of the graph keeps its name; a graph input or an initializer cannot also be an output under
+    another name, and a value cannot be an output twice.
+    """
+    if out.is_graph_output():
+        if source.producer() is None or source.is_graph_output() or source.graph is not out.graph:
+            return False
+        name, out.name = out.name, f"{out.name}.replaced"
+        source.name = name
+        source.type = out.type if source.type is None else source.type
+        source.shape = out.shape if source.shape is None else source.shape
+    ir.convenience.replace_all_uses_with(out, source, replace_graph_outputs=True)
+    return True

@@ -22,9 +22,9 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from cpcompile.passes.channel_rules import rule_of
-from cpcompile.passes.channels import Channels, Mask
-from cpcompile.passes.clean_up import CleanUp
-from cpcompile.passes.symbolic_shapes import ShapeTable
+from cpcompile.passes.channels import EMPTY, Channels, Mask
+from cpcompile.passes.clean_up import CleanUp, stand_in
+from cpcompile.passes.symbolic_shapes import SINCE, ShapeTable, is_standard, opset_of
 
 KeptChannels = Mapping[str, tuple[npt.NDArray[np.intp] | None, ...]]
 """Initializer -> per axis the kept channels of the original tensor; None where the axis is whole."""
@@ -57,27 +57,27 @@ class EliminateDeadChannels(ir.passes.InPlacePass):
     clean_up: CleanUp = field(default_factory=CleanUp)
 
     def call(self, model: ir.Model) -> Elimination:
-        """Edit `model`; `modified` counts removed terms and sliced tensors."""
+        """Edit `model`; `modified` counts removed terms, tensors that got smaller and what was cleaned up."""
         graph = model.graph
         kept: dict[str, tuple[npt.NDArray[np.intp] | None, ...]] = {
             name: (None,) * len(value.const_value.shape)
             for name, value in graph.initializers.items()
             if value.const_value is not None
         }
+        if (opset := opset_of(graph)) < SINCE:
+            why = f"the model is in opset {opset}, the rules hold from {SINCE} on: convert it first"
+            return Elimination(model, False, kept, (Blocked("", 0, 0, "", "", why),))
         edits, round_edits = 0, 1
         blocked: tuple[Blocked, ...] = ()
         while round_edits:
-            round_edits = _remove_zero_terms(graph)
-            if round_edits:
-                self.clean_up(model)
+            round_edits = self.clean_up(model).modified + _remove_zero_terms(graph)
             channels = find_channels(graph)
-            sliced = _rewrite(graph, channels)
+            values, sliced = _rewrite(graph, channels)
             for name, own in sliced.items():
                 kept[name] = tuple(_then(before, now) for before, now in zip(kept[name], own, strict=True))
-            round_edits += len(sliced)
+            round_edits += values
             edits += round_edits
             blocked = _blocked(channels)
-        self.clean_up(model)
         kept = {name: axes for name, axes in kept.items() if name in graph.initializers}
         return Elimination(model, edits > 0, kept, blocked)
 
@@ -103,10 +103,11 @@ def find_channels(graph: ir.Graph) -> Channels:
     while channels.changed:
         node = next(iter(channels.changed))
         del channels.changed[node]
-        if rule := rule_of(node):
+        if node.graph is graph and (rule := rule_of(node)):  # nodes of sub-graphs may read values of this one
             rule.agree(channels, node)
         if not channels.changed:
             _spare_one(channels)
+    channels.settled = True
     return channels
 
 
@@ -115,7 +116,9 @@ def _propagate_zeros(graph: ir.Graph, channels: Channels) -> None:
         rule = rule_of(node)
         zeros = rule.zeros(channels, node) if rule else None
         for out, known in zip(node.outputs, zeros or (), strict=False):
-            channels.zeros[out] = known
+            shape = channels.shape(out)
+            if shape is not None and [mask.size for mask in known.axes] == [axis.n for axis in shape]:
+                channels.zeros[out] = known
 
 
 def _spare_one(channels: Channels) -> None:
@@ -124,7 +127,7 @@ def _spare_one(channels: Channels) -> None:
         if mask.size and mask.all():
             first = np.arange(mask.size) > 0
             node = value.producer() or next(iter(value.uses())).node
-            channels.tie([(value, axis)], node, limit=first)
+            channels.tie([(value, axis)], node, limit=first, why=EMPTY)
             return
 
 
@@ -148,28 +151,37 @@ def _remove_zero_terms(graph: ir.Graph) -> int:
     _propagate_zeros(graph, channels)
     removed = 0
     for node in list(graph):
-        if node.op_type not in ("Add", "Sub") or node.domain not in ("", "ai.onnx"):
+        if node.op_type not in ("Add", "Sub") or not is_standard(node):
             continue
         first, second = node.inputs
         for kept, gone in ((first, second), (second, first))[: 2 if node.op_type == "Add" else 1]:
-            if kept is None or gone is None or node.outputs[0].is_graph_output():
+            if kept is None or gone is None:
                 continue
             same = channels.shape(kept) is not None and channels.shape(kept) == channels.shape(node.outputs[0])
             if same and channels.shape(gone) is not None and channels.zero(gone).everything:
-                ir.convenience.replace_all_uses_with(node.outputs[0], kept)
-                removed += 1
+                removed += _drop(node, kept)
                 break
     return removed
 
 
-def _rewrite(graph: ir.Graph, channels: Channels) -> dict[str, tuple[npt.NDArray[np.intp] | None, ...]]:
-    """Cut what the masks say; returns per sliced initializer the kept channels of every axis."""
+def _drop(node: ir.Node, kept: ir.Value) -> bool:
+    """Let `kept` stand in for the result of `node`; False where that is impossible."""
+    done = stand_in(kept, node.outputs[0])
+    if done:
+        assert node.graph is not None
+        node.graph.remove(node, safe=True)
+    return done
+
+
+def _rewrite(graph: ir.Graph, channels: Channels) -> tuple[int, dict[str, tuple[npt.NDArray[np.intp] | None, ...]]]:
+    """Cut what the masks say.
+
+    Returns how many values got smaller, and per sliced initializer the kept channels of every axis.
+    """
     cut: dict[ir.Value, dict[int, Mask]] = {}
     for (value, axis), mask in channels.cells:
         if mask.any():
             cut.setdefault(value, {})[axis] = mask
-    if not cut:
-        return {}
     for node in list(graph):
         if (rule := rule_of(node)) and any(value in cut for value in (*node.inputs, *node.outputs)):
             rule.rewrite(channels, node)
@@ -188,7 +200,7 @@ def _rewrite(graph: ir.Graph, channels: Channels) -> dict[str, tuple[npt.NDArray
             own = tuple(np.flatnonzero(~masks[axis]) if axis in masks else None for axis in range(rank))
             _slice_initializer(value, own)
             sliced[value.name or ""] = own
-    return sliced
+    return len(cut), sliced
 
 
 def _slice_initializer(value: ir.Value, kept: tuple[npt.NDArray[np.intp] | None, ...]) -> None:
@@ -218,7 +230,7 @@ def _blocked(channels: Channels) -> tuple[Blocked, ...]:
         zeros = channels.zeros.get(value)
         if zeros is None or zeros.everything or value.producer() is None:
             continue
-        stayed = Counter(channels.reason((value, axis), int(i)) for i in np.flatnonzero(zeros.axes[axis] & ~mask))
+        stayed = Counter(channels.reasons((value, axis))[zeros.axes[axis] & ~mask])
         blocked += [
             Blocked(value.name or "", axis, count, reason.node, reason.operator, reason.text)
             for reason, count in stayed.items()

@@ -6,30 +6,41 @@ Every node gets constants of its own, so that nodes that shared one can part.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from cpcompile.passes.symbolic_shapes import ONE, Axis, Shape, ShapeTable
+from cpcompile.passes.symbolic_shapes import Axis, Shape, ShapeTable, number_of, opset_of
+
+ZERO = Axis((), 0)
 
 
-def set_integers(node: ir.Node, index: int, numbers: Sequence[int], *, scalar: bool = False) -> None:
-    """Make input `index` of `node` a constant of its own."""
-    array = np.asarray(numbers[0] if scalar else numbers, dtype=np.int64)
+def set_integers(node: ir.Node, index: int, numbers: npt.ArrayLike) -> None:
+    """Make input `index` of `node` a constant of its own, of the integer type that it had."""
+    before = node.inputs[index] if index < len(node.inputs) else None
+    known = before is not None and before.dtype == ir.DataType.INT32
+    array = np.asarray(numbers, dtype=np.int32 if known else np.int64)
     if index >= len(node.inputs):
         node.resize_inputs(index + 1)
     node.replace_input_with(index, _constant(node, f"input{index}", array))
 
 
-def set_target_shape(node: ir.Node, source: Shape, target: Shape, table: ShapeTable) -> None:
-    """Make the shape input of a Reshape or Expand from `source` to `target` explicit.
+Piece = int | tuple[ir.Value, int]
+"""One number of a target shape: known, or the length of an axis of a value."""
+
+
+def plan_target_shape(node: ir.Node, source: Shape, target: Shape, table: ShapeTable) -> list[Piece] | None:
+    """How the shape input of a Reshape or Expand from `source` to `target` can be said; None if it cannot.
 
     Known lengths are constants; a dynamic axis is copied in place (Reshape: 0, Expand: 1), inferred
-    (-1, once), or read from a value that has it. Left as it is where none of that is possible.
+    (-1, once), or read from a value that has it.
     """
     expands = node.op_type == "Expand"
-    pieces: list[int | tuple[ir.Value, int]] = []
+    if ZERO in target:
+        return None  # a length of 0 and a copied one look the same
+    pieces: list[Piece] = []
     offset = len(target) - len(source)
     for at, axis in enumerate(target):
         in_place = at - offset if expands else at
@@ -42,18 +53,24 @@ def set_target_shape(node: ir.Node, source: Shape, target: Shape, table: ShapeTa
             pieces.append(0)
         elif not expands and -1 not in pieces:
             pieces.append(-1)
-        elif (found := _find_axis(node, axis, table)) is not None:
+        elif (found := _find_axis(node, axis, source, table)) is not None:
             pieces.append(found)
         else:
-            return
+            return None
+    return pieces
+
+
+def set_target_shape(node: ir.Node, pieces: Sequence[Piece], table: ShapeTable) -> bool:
+    """Write the shape input of a Reshape or Expand; False if it says that already."""
     if all(isinstance(piece, int) for piece in pieces):
         wanted = [piece for piece in pieces if isinstance(piece, int)]
-        if table.integers(node.inputs[1]) != wanted:
-            set_integers(node, 1, wanted)
-            node.attributes.pop("allowzero", None)  # a 0 copies the length, which is the default
-        return
-    graph = node.graph
-    assert graph is not None
+        if table.integers(node.inputs[1]) == wanted:
+            return False
+        set_integers(node, 1, wanted)
+        node.attributes.pop("allowzero", None)  # a 0 copies the length, which is the default
+        return True
+    if _said(node, table) == list(pieces):
+        return False
     parts = []
     for at, piece in enumerate(pieces):
         if isinstance(piece, int):
@@ -65,27 +82,50 @@ def set_target_shape(node: ir.Node, source: Shape, target: Shape, table: ShapeTa
     joined = _insert(node, ir.node("Concat", parts, {"axis": 0}), "shape", len(parts))
     node.replace_input_with(1, joined)
     node.attributes.pop("allowzero", None)
+    return True
 
 
-def _find_axis(node: ir.Node, axis: Axis, table: ShapeTable) -> tuple[ir.Value, int] | None:
+def _said(node: ir.Node, table: ShapeTable) -> list[Piece] | None:
+    """The pieces of a target shape that `set_target_shape` wrote; None for any other."""
+    target = node.inputs[1]
+    concat = None if target is None else target.producer()
+    if concat is None or concat.op_type != "Concat":
+        return None
+    pieces: list[Piece] = []
+    for part in concat.inputs:
+        shape = None if part is None else part.producer()
+        number = table.integers(part)
+        if number is not None and len(number) == 1:
+            pieces.append(number[0])
+        elif shape is not None and shape.op_type == "Shape" and shape.inputs[0] is not None:
+            start = number_of(shape, "start", 0)
+            if number_of(shape, "end", -1) != start + 1:
+                return None
+            pieces.append((shape.inputs[0], start))
+        else:
+            return None
+    return pieces
+
+
+def _find_axis(node: ir.Node, axis: Axis, source: Shape, table: ShapeTable) -> tuple[ir.Value, int] | None:
     """A value that is there before `node` and has this dynamic axis: a graph input or the node's own."""
     graph = node.graph
-    inputs = graph.inputs if isinstance(graph, ir.Graph) else ()
-    for value in (*inputs, node.inputs[0]):
-        for index, candidate in enumerate(table.shape(value) or ()):
-            if value is not None and candidate == axis and candidate != ONE:
-                return value, index
+    if not isinstance(graph, ir.Graph) or opset_of(graph) < 15:
+        return None  # Shape of one axis came with opset 15
+    for value, shape in (*((value, table.shape(value)) for value in graph.inputs), (node.inputs[0], source)):
+        if value is not None and shape is not None and axis in shape:
+            return value, shape.index(axis)
     return None
 
 
-def _constant(node: ir.Node, suffix: str, array: npt.NDArray[np.int64]) -> ir.Value:
+def _constant(node: ir.Node, suffix: str, array: npt.NDArray[Any]) -> ir.Value:
     graph = node.graph
     assert isinstance(graph, ir.Graph)
     name = _free_name(graph, f"{node.outputs[0].name}.{suffix}")
     value = ir.Value(
         name=name,
         shape=ir.Shape(array.shape),
-        type=ir.TensorType(ir.DataType.INT64),
+        type=ir.TensorType(ir.DataType.from_numpy(array.dtype)),
         const_value=ir.tensor(array, name=name),
     )
     graph.register_initializer(value)

@@ -20,6 +20,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from cpcompile.passes.clean_up import stand_in
+
 KeptChannels = Mapping[str, tuple[npt.NDArray[np.intp] | None, ...]]
 """Parameter name -> per axis the kept indices; None where the axis is whole."""
 
@@ -52,11 +54,12 @@ Plan = Mapping[str, tuple[Run, ...]]
 """Parameter name -> its runs in the order of the channels."""
 
 
-def plan_runs(kept: Mapping[str, KeptChannels]) -> Plan:
-    """The runs of every parameter, from what each context keeps of it."""
+def plan_runs(kept: Mapping[str, KeptChannels], shapes: Mapping[str, Sequence[int]]) -> Plan:
+    """The runs of every parameter, from its whole shape and what each context keeps of it."""
     names = dict.fromkeys(name for channels in kept.values() for name in channels)
     return {
-        name: _runs_of(name, {c: channels[name] for c, channels in kept.items() if name in channels}) for name in names
+        name: _runs_of(name, shapes[name], {c: channels[name] for c, channels in kept.items() if name in channels})
+        for name in names
     }
 
 
@@ -79,20 +82,22 @@ class ShareWeights(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, modified=split > 0)
 
 
-def _runs_of(name: str, kept: Mapping[str, tuple[npt.NDArray[np.intp] | None, ...]]) -> tuple[Run, ...]:
+def _runs_of(
+    name: str, shape: Sequence[int], kept: Mapping[str, tuple[npt.NDArray[np.intp] | None, ...]]
+) -> tuple[Run, ...]:
     contexts = tuple(kept)
     first = kept[contexts[0]]
     differing = [axis for axis in range(len(first)) if any(not _same(k[axis], first[axis]) for k in kept.values())]
     if not differing:
         return (Run(name, contexts, first, None, 0, 1),)
-    if len(differing) > 1 or any(k[differing[0]] is None for k in kept.values()):
+    if len(differing) > 1:
         # Contexts that differ on two axes share no contiguous piece: each stores its own tensor.
         return tuple(Run(name, (c,), kept[c], None, i, len(contexts)) for i, c in enumerate(contexts))
     axis = differing[0]
     members: dict[int, tuple[str, ...]] = {}
-    for context, indices in ((c, k[axis]) for c, k in kept.items()):
-        assert indices is not None
-        for channel in indices.tolist():
+    for context, own in kept.items():
+        indices = own[axis]
+        for channel in range(shape[axis]) if indices is None else indices.tolist():
             members[channel] = (*members.get(channel, ()), context)
     pieces: list[tuple[tuple[str, ...], list[int]]] = []
     for channel in sorted(members):
@@ -214,7 +219,6 @@ def _insert_before(
 
 def _replace(node: ir.Node, value: ir.Value) -> None:
     """Let `value` take the place of the only output of `node`, also as an output of the graph."""
-    graph = node.graph
-    assert graph is not None and isinstance(graph, ir.Graph)
-    ir.convenience.replace_all_uses_with(node.outputs[0], value, replace_graph_outputs=True)
-    graph.remove(node, safe=True)
+    assert node.graph is not None
+    stand_in(value, node.outputs[0])
+    node.graph.remove(node, safe=True)

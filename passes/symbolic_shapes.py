@@ -45,6 +45,25 @@ ONE = Axis((), 1)
 Shape = tuple[Axis, ...]
 
 
+SINCE = 13
+"""The first opset whose operators are understood: before it, axes were attributes and Softmax flattened."""
+
+
+def is_standard(node: ir.Node) -> bool:
+    """Whether the operator is one of the ONNX standard."""
+    return node.domain in ("", "ai.onnx")
+
+
+def opset_of(graph: ir.Graph) -> int:
+    """The version of the ONNX standard that the graph is written in; 0 if it uses none."""
+    return graph.opset_imports.get("", graph.opset_imports.get("ai.onnx", 0))
+
+
+def constant_of(value: ir.Value) -> ir.TensorProtocol | None:
+    """The tensor of a constant; None for an initializer that is also an input, because a caller may replace it."""
+    return None if value.is_graph_input() else value.const_value
+
+
 def same_product(first: Sequence[Axis], second: Sequence[Axis]) -> bool:
     """Whether two runs of axes hold the same number of elements."""
     return _factors(first) == _factors(second)
@@ -80,6 +99,8 @@ class ShapeTable:
         self._shapes: dict[ir.Value, Shape | None] = {}
         self._contents: dict[ir.Value, Shape] = {}
         for node in graph:
+            if not is_standard(node):
+                continue
             if content := _CONTENT.get(node.op_type):
                 result = content(self, node)
                 if result is not None:
@@ -103,7 +124,7 @@ class ShapeTable:
         if value is None:
             return None
         if value not in self._contents:
-            tensor = value.const_value
+            tensor = constant_of(value)
             if tensor is None or tensor.size > 64 or not tensor.dtype.is_integer() or len(tensor.shape) > 1:
                 return None
             self._contents[value] = tuple(Axis((), int(number)) for number in tensor.numpy().reshape(-1))
@@ -171,7 +192,11 @@ def _concat_content(table: ShapeTable, node: ir.Node) -> Shape | None:
 
 
 def _same_content(table: ShapeTable, node: ir.Node) -> Shape | None:
-    return table.content(node.inputs[0])
+    content, out = table.content(node.inputs[0]), node.outputs[0]
+    if content is None or (out.dtype is not None and out.dtype not in (ir.DataType.INT32, ir.DataType.INT64)):
+        return None
+    vector = out.shape is not None and out.shape.rank() <= 1
+    return content if vector or len(content) == 1 else None
 
 
 def _product_content(table: ShapeTable, node: ir.Node) -> Shape | None:
@@ -267,6 +292,22 @@ def _unsqueeze(table: ShapeTable, node: ir.Node) -> Shape | None:
     return tuple(ONE if axis in new else next(rest) for axis in range(rank))
 
 
+ZERO_AT_ZERO = (
+    *("Abs", "Asin", "Asinh", "Atan", "Atanh", "Cast", "Ceil", "Elu", "Erf", "Floor", "Gelu", "HardSwish", "Identity"),
+    *("LeakyRelu", "Mish", "Neg", "Relu", "Round", "Selu", "Sign", "Sin", "Sinh", "Softsign", "Sqrt", "Swish", "Tan"),
+    *("Tanh", "ThresholdedRelu"),
+)
+"""Elementwise operators of one operand that make 0 of 0."""
+NOT_ZERO_AT_ZERO = (
+    *("Cos", "Cosh", "Exp", "HardSigmoid", "IsInf", "IsNaN", "Log", "Not", "Reciprocal", "Sigmoid", "Softplus"),
+)
+"""Elementwise operators of one operand that make something else of 0."""
+ELEMENTWISE = (
+    *("Add", "And", "Div", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Max", "Mean", "Min", "Mod"),
+    *("Mul", "Or", "Pow", "PRelu", "Sub", "Sum", "Where", "Xor"),
+)
+"""Elementwise operators of several operands, which stretch to a common shape."""
+
 _Rule = Callable[[ShapeTable, ir.Node], Shape | None]
 
 _CONTENT: dict[str, _Rule] = {
@@ -290,6 +331,8 @@ _SHAPE: dict[str, _Rule] = {
     "Expand": _expand,
     "MatMul": _matmul,
     "Unsqueeze": _unsqueeze,
-    **dict.fromkeys(("Add", "Sub", "Mul", "Div", "Pow", "Where", "Equal", "And", "Or", "Less", "Greater"), _broadcast),
-    **dict.fromkeys(("Softmax", "Trilu", "Neg", "Cast", "CastLike", "Identity", "Sigmoid", "Sqrt"), _same),
+    **dict.fromkeys(ELEMENTWISE, _broadcast),
+    **dict.fromkeys(ZERO_AT_ZERO + NOT_ZERO_AT_ZERO, _same),
+    **dict.fromkeys(("CastLike", "Clip", "Trilu", "RotaryEmbedding", "BatchNormalization"), _same),
+    **dict.fromkeys(("Softmax", "LogSoftmax", "Hardmax", "LayerNormalization", "RMSNormalization"), _same),
 }

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
-from cpcompile.passes.symbolic_shapes import permutation
+from cpcompile.passes.symbolic_shapes import constant_of, permutation
 
 
 @dataclass
@@ -34,7 +34,7 @@ class TransposeParameters(ir.passes.InPlacePass):
             value = node.inputs[0] if node.op_type == "Transpose" else None
             if value is None or not value.is_initializer() or len(value.uses()) != 1 or value.is_graph_output():
                 continue
-            tensor, out = value.const_value, node.outputs[0]
+            tensor, out = constant_of(value), node.outputs[0]
             if tensor is None or out.is_graph_output():
                 continue
             order = tuple(permutation(node, len(tensor.shape)))

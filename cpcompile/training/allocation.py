@@ -27,14 +27,14 @@ def allocate(
     importance: Importance,
     budgets: Mapping[UnitKind, float],
     *,
-    core_fraction: float,
+    core_fractions: Mapping[UnitKind, float],
     floor: float,
 ) -> Selection:
-    """A core of `core_fraction` of each budget, the rest each context's own."""
+    """A core of its fraction of each budget, the rest each context's own."""
     return Selection(
         contexts,
         {
-            kind: _allocate_kind(importance[kind], budget, core_fraction=core_fraction, floor=floor)
+            kind: _allocate_kind(importance[kind], budget, core_fraction=core_fractions[kind], floor=floor)
             for kind, budget in budgets.items()
         },
     )

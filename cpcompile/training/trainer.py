@@ -106,11 +106,12 @@ def train(
     folder = _work_folder(out, corpus, model_config, config, resume=resume)
     run = Run(corpus=corpus, model_config=model_config, config=config, folder=folder, observer=observer)
     budgets = {UnitKind(kind): budget for kind, budget in config.budgets.items()}
+    cores = {UnitKind(kind): fraction for kind, fraction in config.core_fractions.items()}
 
     parent = run.branch("parent", run.fresh(), first=0, last=config.dense_steps)
     baseline = run.branch("dense-baseline", run.dense(parent))
     importance = dense_importance(parent.model, corpus, config)
-    selection = allocate(corpus.contexts, importance, budgets, core_fraction=config.core_fraction, floor=config.floor)
+    selection = allocate(corpus.contexts, importance, budgets, core_fractions=cores, floor=config.floor)
     teacher = Teacher(
         baseline.model.eval(),
         folder / "teacher",

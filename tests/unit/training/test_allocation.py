@@ -22,9 +22,11 @@ def importance(contexts: int, layers: int, units: int, seed: int = 0) -> dict[Un
 
 def chosen(table: np.ndarray, **settings_: float) -> np.ndarray:
     values = {"budget": 0.25, "core_fraction": 0.5, "floor": 0.5} | settings_
-    budget = values.pop("budget")
-    names = NAMES[: table.shape[0]]
-    return allocate(names, {UnitKind.FFN: table}, {UnitKind.FFN: budget}, **values).kept[UnitKind.FFN]
+    names, kind = NAMES[: table.shape[0]], UnitKind.FFN
+    cores = {kind: values["core_fraction"]}
+    return allocate(names, {kind: table}, {kind: values["budget"]}, core_fractions=cores, floor=values["floor"]).kept[
+        kind
+    ]
 
 
 @settings(max_examples=60, deadline=None)
@@ -105,7 +107,7 @@ def test_recalibration_swaps_the_worst_own_unit_for_a_better_free_one() -> None:
 
 def test_recalibration_keeps_budgets_and_floors() -> None:
     table = importance(3, 4, 32)
-    selection = allocate(NAMES[:3], table, {UnitKind.FFN: 0.25}, core_fraction=0.5, floor=0.5)
+    selection = allocate(NAMES[:3], table, {UnitKind.FFN: 0.25}, core_fractions={UnitKind.FFN: 0.5}, floor=0.5)
     after, swaps = swap_units(selection, importance(3, 4, 32, seed=7), fraction=0.5, floor=0.5)
     kept = after.kept[UnitKind.FFN]
     assert swaps > 0

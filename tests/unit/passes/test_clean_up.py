@@ -1,0 +1,68 @@
+import numpy as np
+import pytest
+
+from cpcompile.passes.clean_up import CleanUp
+
+X = np.random.default_rng(0).normal(size=(2, 4)).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("body", "left"),
+    [
+        ("a = Identity(x) y = Neg(a)", ["Neg"]),
+        ("a = Neg(x) y = Identity(a)", ["Neg"]),
+        ("a = Mul(x, ones) y = Neg(a)", ["Neg"]),
+        ("a = Mul(one, x) y = Neg(a)", ["Neg"]),
+        ("unused = Exp(x) y = Neg(x)", ["Neg"]),
+        ("a = Neg(x) b = Identity(a) c = Identity(b) y = Neg(c)", ["Neg", "Neg"]),
+        # an input of the model cannot itself be an output
+        ("y = Identity(x)", ["Identity"]),
+        ("a = Mul(x, twos) y = Neg(a)", ["Mul", "Neg"]),
+    ],
+)
+def test_what_has_no_effect_goes(graphs, body, left):
+    constants = {"ones": np.ones(4), "one": np.array(1.0), "twos": np.full(4, 2.0)}
+    shaped = f"(float[2,4] x) => (float[2,4] y) <float[2,4] a> {{ {body} }}"
+    before = graphs.build(
+        shaped, **{name: array for name, array in constants.items() if f"{name})" in body or f"({name}" in body}
+    )
+    after = before.clone()
+    result = CleanUp()(after)
+    assert graphs.operators(after) == left
+    assert result.modified == (graphs.operators(before) != left)
+    assert [value.name for value in after.graph.outputs] == ["y"]
+    graphs.assert_same(before, after, {"x": X}, 0)
+    assert not CleanUp()(after).modified
+
+
+def test_two_outputs_keep_their_names(graphs):
+    before = graphs.build(
+        "(float[2,4] x) => (float[2,4] y, float[2,4] z) { a = Neg(x) y = Identity(a) z = Identity(y) }"
+    )
+    after = before.clone()
+    CleanUp()(after)
+    graphs.assert_same(before, after, {"x": X}, 0)
+
+
+def test_ones_that_stretch_an_unknown_shape_stay(graphs):
+    model = graphs.build("(float x) => (float[U] y) { a = Neg(x) b = Mul(a, ones) y = Neg(b) }", ones=np.ones(3))
+    assert not CleanUp()(model).modified
+    assert graphs.run(model, {"x": np.array(2, np.float32)})["y"].shape == (3,)
+
+
+def test_ones_that_the_caller_may_override_stay(graphs):
+    model = graphs.build("(float[2,4] x, float[4] ones) => (float[2,4] y) { y = Mul(x, ones) }", ones=np.ones(4))
+    assert not CleanUp()(model).modified
+
+
+def test_a_protected_parameter_stays_even_if_it_is_all_ones(graphs):
+    model = graphs.build("(float[2,4] x) => (float[2,4] y) { y = Mul(x, w) }", w=np.ones(4))
+    assert not CleanUp(frozenset({"w"}))(model).modified
+
+
+def test_unused_initializers_go_and_used_ones_keep_their_names(graphs):
+    model = graphs.build(
+        "(float[2,4] x) => (float[2,4] y) { y = Mul(x, used) }", used=np.full(4, 2.0), spare=np.ones(9)
+    )
+    assert CleanUp()(model).modified
+    assert set(model.graph.initializers) == {"used"}

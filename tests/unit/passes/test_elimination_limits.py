@@ -1,0 +1,162 @@
+"""Where elimination has to stop, what it says then, and what it does to graphs that are wholly dead."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from cpcompile.passes.clean_up import CleanUp
+from cpcompile.passes.eliminate_dead_channels import EliminateDeadChannels
+from tests.unit.passes.graph_text import (
+    assert_becomes,
+    assert_same_values,
+    blocked_by,
+    canonical,
+    eliminate,
+    parse,
+    tensor,
+    whole,
+)
+
+GATE = np.array([1.0, 0.0, 2.0, 0.0])
+GATED = "(float[N,3] x) => (float[N,2] y) { h = MatMul(x, a) z = Mul(h, g) NODE y = MatMul(w, b) }"
+WEIGHTS = {"a": (3, 4), "g": GATE, "b": (4, 2)}
+INPUT = "it is an input or output of the model"
+ALL = None
+
+
+def test_an_unknown_operator_blocks_by_name() -> None:
+    (only,) = whole(GATED.replace("NODE", "w = CumSum(z, one)"), {**WEIGHTS, "one": np.array(1)}, ["a", "g", "b"])
+    assert (only.value, only.axis, only.channels) == ("z", 1, 2)
+    assert (only.operator, only.reason) == ("CumSum", "there is no rule for CumSum")
+
+
+def test_an_operator_of_another_domain_blocks_even_if_it_has_a_known_name() -> None:
+    model = parse(
+        "(float[N,3] x) => (float[N,4] y) { h = MatMul(x, a) z = Mul(h, g) y = other.Relu(z) }",
+        {"a": (3, 4), "g": GATE},
+    )
+    result = EliminateDeadChannels()(model)
+    assert not result.modified
+    assert blocked_by(result) == [("z", 1, 2, "Relu", "there is no rule for Relu")]
+
+
+@pytest.mark.parametrize(
+    ("operator", "body"),
+    [
+        ("If", "u = If(c)<then_branch = t () => (float[N,2] p) {BODY}, else_branch = e () => (float[N,2] q) {ELSE}>"),
+        (
+            "Loop",
+            "u = Loop(two, c, zero)<body = l (int64 i, bool go, float[N,2] s) => (bool on, float[N,2] r) "
+            "{ on = Identity(go) BODY r = Add(s, p) }>",
+        ),
+    ],
+)
+def test_what_a_sub_graph_reads_is_kept_and_its_own_weights_are_not_touched(operator: str, body: str) -> None:
+    """The body holds a gate and a matrix of its own, which nothing may cut while its operand stays whole."""
+    inner = "k = Mul(z, g2) p = MatMul(k, b2)"
+    body = body.replace("BODY", inner).replace("ELSE", "q = MatMul(z, b2)")
+    text = (
+        "(float[N,3] x, bool c) => (float[N,2] y) { h = MatMul(x, a) z = Mul(h, g) "
+        + body
+        + " v = MatMul(z, b) y = Add(u, v) }"
+    )
+    more = {"g2": np.array([0.0, 1.0, 0.0, 1.0]), "b2": (4, 2), "two": np.array(2), "zero": np.zeros((3, 2))}
+    blocked = whole(text, WEIGHTS | more, ["a", "g", "b", "g2", "b2"])
+    assert [(b.value, b.channels, b.operator, b.reason) for b in blocked] == [
+        ("z", 2, operator, f"there is no rule for {operator}")
+    ]
+
+
+def test_outputs_and_inputs_of_the_model_are_never_cut() -> None:
+    text = """(float[N,3] x, float[N,4] h) => (float[N,2] y, float[N,4] z) {
+        z = Mul(h, g) w = Relu(h) k = Mul(w, g) y = MatMul(k, b)
+    }"""
+    result = eliminate(text, WEIGHTS)
+    assert result.kept["g"] == (ALL,) and result.kept["b"] == (ALL, ALL)
+    assert {(b.value, b.reason) for b in result.blocked} == {("z", INPUT), ("k", INPUT)}
+
+
+def test_axes_without_a_name_are_told_apart() -> None:
+    text = GATED.replace("float[N,", "float[?,").replace("NODE", "w = Add(z, h)")
+    model = parse(text, WEIGHTS)
+    assert not EliminateDeadChannels()(model).modified  # z + h is not zero
+    model = parse(text.replace("w = Add(z, h)", "w = Relu(z)"), WEIGHTS)
+    assert EliminateDeadChannels()(model).kept["b"][0].tolist() == [0, 2]
+
+
+def test_a_graph_in_which_everything_is_dead() -> None:
+    """One channel stays on every axis: there are no empty tensors."""
+    text = "(float[N,3] x) => (float[N,2] y) { h = MatMul(x, a) z = Mul(h, g) r = Relu(z) y = MatMul(r, b) }"
+    kept = {"a": (ALL, [0]), "g": ([0],), "b": ([0], ALL)}
+    result = assert_becomes(text, text, WEIGHTS | {"g": np.zeros(4)}, kept)
+    assert result.blocked == ()
+
+
+def test_a_dead_residual_branch_at_the_output_goes_and_the_name_stays() -> None:
+    before = """(float[N,3] x) => (float[N,2] y) {
+        r = MatMul(x, e) h = MatMul(x, a) z = Mul(h, g) t = MatMul(z, b) y = Add(r, t)
+    }"""
+    expected = "(float[N,3] x) => (float[N,2] y) { y = MatMul(x, e) }"
+    assert_becomes(before, expected, WEIGHTS | {"g": np.zeros(4), "e": (3, 2)}, {"e": (ALL, ALL)})
+
+
+def test_an_input_and_a_dead_term_are_not_merged_into_an_output() -> None:
+    """x + 0 is the output: an input cannot be an output under another name."""
+    text = "(float[N,2] x) => (float[N,2] y) { h = MatMul(x, a) z = Mul(h, g) t = MatMul(z, b) y = Add(x, t) }"
+    result = eliminate(text, WEIGHTS | {"a": (2, 4), "g": np.zeros(4)})
+    assert [v.name for v in result.model.graph.outputs] == ["y"]
+
+
+def test_a_default_that_a_caller_may_replace_is_no_constant() -> None:
+    text = "(float[N,3] x, float[4] g) => (float[N,2] y) { h = MatMul(x, a) z = Mul(h, g) y = MatMul(z, b) }"
+    result = EliminateDeadChannels()(parse(text, WEIGHTS))
+    assert not result.modified
+    assert result.kept["b"] == (ALL, ALL)
+
+
+@pytest.mark.parametrize("opset", [9, 12])
+def test_an_opset_before_the_rules_is_left_alone_and_says_so(opset: int) -> None:
+    text = GATED.replace("NODE", "w = Softmax<axis=1>(z)")
+    model = parse(text, WEIGHTS, opset=opset)
+    before = canonical(model)
+    result = EliminateDeadChannels()(model)
+    assert not result.modified and canonical(result.model) == before
+    (only,) = result.blocked
+    assert only.reason == f"the model is in opset {opset}, the rules hold from 13 on: convert it first"
+
+
+@pytest.mark.parametrize("opset", [13, 14, 18, 21, 23])
+def test_every_opset_from_13_on(opset: int) -> None:
+    text = GATED.replace("NODE", "w = Relu(z)")
+    result = eliminate(text, WEIGHTS, opset=opset)
+    assert result.kept["b"][0].tolist() == [0, 2]
+
+
+def test_a_branch_found_dead_after_a_cut_goes_too() -> None:
+    """The ones that are left of a gate are a copy; what it joins is cut in the next round."""
+    text = """(float[N,3] x) => (float[N,2] y) {
+        h = MatMul(x, a) z = Mul(h, g) p = MatMul(z, c) q = Mul(p, f) w = Add(q, h) v = Mul(w, g) y = MatMul(v, b)
+    }"""
+    weights = {"a": (3, 4), "g": np.array([1.0, 0, 1, 0]), "c": (4, 4), "f": np.array([0.0, 1, 0, 1]), "b": (4, 2)}
+    result = eliminate(text, weights)
+    assert [node.op_type for node in result.model.graph] == ["MatMul", "MatMul"]
+    assert {n: tensor(result.model, n).shape for n in ("a", "b")} == {"a": (3, 2), "b": (2, 2)}
+    assert "c" not in result.model.graph.initializers
+
+
+def test_a_pass_says_what_it_is() -> None:
+    shown = repr(EliminateDeadChannels(CleanUp(frozenset({"head.weight"}))))
+    assert shown == "EliminateDeadChannels(clean_up=CleanUp(protected=frozenset({'head.weight'})))"
+
+
+def test_a_copy_that_is_an_output_gives_its_name_away() -> None:
+    text = "(float[N,3] x) => (float[N,3] y, float[N,3] same) { h = Relu(x) y = Identity(h) same = Identity(h) }"
+    model = parse(text)
+    assert CleanUp()(model).modified
+    assert [v.name for v in model.graph.outputs] == ["y", "same"]
+    assert [node.op_type for node in model.graph] == ["Relu", "Identity"]
+    assert_same_values(parse(text), model)
+    assert not CleanUp()(model).modified
+    assert isinstance(model, ir.Model)

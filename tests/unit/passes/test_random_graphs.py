@@ -1,0 +1,168 @@
+"""Random graphs with random dead channels: values stay, once is enough, and no zero stays without a reason."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from cpcompile.passes.channel_rules import rule_of
+from cpcompile.passes.channels import Mask
+from cpcompile.passes.eliminate_dead_channels import EliminateDeadChannels, find_channels
+
+WIDTH = 12
+TOLERANCE = 1e-6
+"""Relative to the largest output; sums lose only terms that are exactly zero."""
+
+
+@dataclass
+class _Writer:
+    """Writes a graph on (batch, sequence, channels), one random block after the other."""
+
+    rng: np.random.Generator
+    lines: list[str] = field(default_factory=list)
+    arrays: dict[str, np.ndarray] = field(default_factory=dict)
+    count: int = 0
+
+    def add(self, operation: str) -> str:
+        self.count += 1
+        self.lines.append(f"v{self.count} = {operation}")
+        return f"v{self.count}"
+
+    def constant(self, array: np.ndarray) -> str:
+        self.count += 1
+        self.arrays[f"c{self.count}"] = array
+        return f"c{self.count}"
+
+    def weight(self, *shape: int) -> str:
+        return self.constant(self.rng.normal(size=shape) / shape[0] ** 0.5)
+
+    def gate(self, shape: tuple[int, ...]) -> str:
+        return self.constant(self.rng.uniform(0.5, 1.5, shape) * (self.rng.random(shape) < 0.6))
+
+    def block(self, kind: str, x: str) -> str:
+        """A block from 12 channels to 12 channels."""
+        numbers = np.array
+        if kind == "mlp":
+            hidden = int(self.rng.choice([6, 8, 16]))
+            h = self.add(f"MatMul({x}, {self.weight(WIDTH, hidden)})")
+            h = self.add(f"{self.rng.choice(['Relu', 'Tanh', 'Sigmoid', 'Neg', 'Exp'])}({h})")
+            h = self.add(f"Mul({h}, {self.gate((hidden,))})")
+            if self.rng.random() < 0.3:
+                h = self.add(f"{self.rng.choice(['Tanh', 'Sigmoid', 'Abs'])}({h})")
+            d = self.add(f"MatMul({h}, {self.weight(hidden, WIDTH)})")
+            return self.add(f"Add({x}, {d})") if self.rng.random() < 0.7 else d
+        if kind == "heads":
+            heads = int(self.rng.choice([2, 3, 4]))
+            split, merge = numbers([0, 0, heads, WIDTH // heads]), numbers([0, 0, WIDTH])
+            h = self.add(f"MatMul({x}, {self.weight(WIDTH, WIDTH)})")
+            h = self.add(f"Reshape({h}, {self.constant(split)})")
+            h = self.add(f"Transpose <perm = [0, 2, 1, 3]> ({h})")
+            if self.rng.random() < 0.5:
+                t = self.add(f"Transpose <perm = [0, 1, 3, 2]> ({h})")
+                scores = self.add(f"MatMul({h}, {t})")
+                weights = self.add(f"Softmax <axis = -1> ({scores})")
+                h = self.add(f"MatMul({weights}, {h})")
+            shape = (heads, 1, 1) if self.rng.random() < 0.6 else (heads, 1, WIDTH // heads)
+            h = self.add(f"Mul({h}, {self.gate(shape)})")
+            h = self.add(f"Transpose <perm = [0, 2, 1, 3]> ({h})")
+            h = self.add(f"Reshape({h}, {self.constant(merge)})")
+            return self.add(f"MatMul({h}, {self.weight(WIDTH, WIDTH)})")
+        if kind == "fused":
+            h = self.add(f"MatMul({x}, {self.weight(WIDTH, 16)})")
+            self.count += 2
+            p, q = f"v{self.count - 1}", f"v{self.count}"
+            self.lines.append(f"{p}, {q} = Split <axis = 2, num_outputs = 2> ({h})")
+            s = self.add(f"Sigmoid({p})")
+            h = self.add(f"Mul({s}, {q})")
+            h = self.add(f"Mul({h}, {self.gate((8,))})")
+            return self.add(f"MatMul({h}, {self.weight(8, WIDTH)})")
+        if kind == "concat":
+            parts = [self.add(f"MatMul({x}, {self.weight(WIDTH, n)})") for n in (4, 6)]
+            h = self.add(f"Concat <axis = 2> ({', '.join(parts)})")
+            h = self.add(f"Mul({h}, {self.gate((10,))})")
+            return self.add(f"MatMul({h}, {self.weight(10, WIDTH)})")
+        if kind == "slice":
+            start, end = self.constant(numbers([2])), self.constant(numbers([9]))
+            h = self.add(f"Slice({x}, {start}, {end}, {self.constant(numbers([2]))})")
+            h = self.add(f"Mul({h}, {self.gate((7,))})")
+            return self.add(f"MatMul({h}, {self.weight(7, WIDTH)})")
+        if kind == "gather":
+            picked = self.constant(self.rng.integers(0, WIDTH, 9))
+            h = self.add(f"Gather <axis = 2> ({x}, {picked})")
+            h = self.add(f"Mul({h}, {self.gate((9,))})")
+            return self.add(f"MatMul({h}, {self.weight(9, WIDTH)})")
+        if kind == "repeat":
+            h = self.add(f"MatMul({x}, {self.weight(WIDTH, 6)})")
+            h = self.add(f"Reshape({h}, {self.constant(numbers([0, 0, 3, 1, 2]))})")
+            h = self.add(f"Expand({h}, {self.constant(numbers([1, 1, 3, 2, 2]))})")
+            h = self.add(f"Reshape({h}, {self.constant(numbers([0, 0, 12]))})")
+            h = self.add(f"Mul({h}, {self.gate((12,))})")
+            return self.add(f"MatMul({h}, {self.weight(12, WIDTH)})")
+        if kind == "norm":
+            return self.add(f"LayerNormalization({x}, {self.weight(WIDTH)}, {self.weight(WIDTH)})")
+        if kind == "sum":
+            h = self.add(f"Mul({x}, {self.gate((WIDTH,))})")
+            h = self.add(f"ReduceSum ({h}, {self.constant(numbers([2]))})")
+            return self.add(f"Add({x}, {h})")
+        assert kind == "dead"
+        h = self.add(f"MatMul({x}, {self.weight(WIDTH, 5)})")
+        h = self.add(f"Mul({h}, {self.constant(np.zeros(5))})")
+        h = self.add(f"MatMul({h}, {self.weight(5, WIDTH)})")
+        return self.add(f"Add({h}, {x})")
+
+
+BLOCKS = ["mlp", "heads", "fused", "concat", "slice", "gather", "repeat", "norm", "sum", "dead"]
+
+
+def _zero_terms_left(model: ir.Model) -> list[tuple[str, Mask]]:
+    """Per MatMul the terms of its sum that are zero for every input; a product that is all zero keeps the last ones."""
+    channels = find_channels(model.graph)
+    left = []
+    for node in model.graph:
+        if node.op_type == "MatMul" and rule_of(node) is not None:
+            first, second = node.inputs
+            rank = len(channels.shape(second) or ())
+            mask = channels.zero(first).axes[-1] | channels.zero(second).axes[max(rank - 2, 0)]
+            if mask.any() and not mask.all():
+                left.append((node.outputs[0].name, mask))
+    return left
+
+
+@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(st.integers(0, 2**31), st.lists(st.sampled_from(BLOCKS), min_size=1, max_size=5), st.booleans())
+@example(0, BLOCKS, False)
+@example(1, ["dead"], False)
+@example(2, ["heads", "repeat", "heads"], True)
+def test_values_stay_and_zeros_go_or_are_explained(graphs, seed, blocks, two_outputs):
+    writer = _Writer(np.random.default_rng(seed))
+    current, seen = "x", []
+    for kind in blocks:
+        current = writer.block(kind, current)
+        seen.append(current)
+    writer.lines.append(f"y = MatMul({current}, {writer.weight(WIDTH, 5)})")
+    outputs = "float[B,S,5] y"
+    if two_outputs:
+        outputs += ", float[B,S,12] z"
+        writer.lines.append(f"z = Neg({seen[len(seen) // 2]})")
+    before = graphs.build(f"(float[B,S,12] x) => ({outputs}) {{ {chr(10).join(writer.lines)} }}", **writer.arrays)
+    after, twin = before.clone(), before.clone()
+
+    result = EliminateDeadChannels()(after)
+    graphs.check(after)
+    for shape in ((1, 1, WIDTH), (2, 3, WIDTH)):
+        graphs.assert_same(before, after, {"x": writer.rng.normal(size=shape).astype(np.float32)}, TOLERANCE)
+    for name, axes in result.kept.items():
+        array = before.graph.initializers[name.partition(".")[0]].const_value.numpy()
+        for axis, channels in enumerate(axes):
+            array = array if channels is None else array.take(channels, axis=axis)
+        np.testing.assert_array_equal(after.graph.initializers[name].const_value.numpy(), array)
+    assert bool(_zero_terms_left(after)) <= bool(result.blocked)
+
+    again = EliminateDeadChannels()(after)
+    assert not again.modified
+    EliminateDeadChannels()(twin)
+    assert ir.to_proto(twin).SerializeToString() == ir.to_proto(after).SerializeToString()
