@@ -19,12 +19,12 @@ FORMS = [(opset, kv_heads) for opset in (20, 23) for kv_heads in (1, 2, 4)]
 
 
 def random_decoder(kv_heads: int, seed: int) -> Decoder:
-    """Weights of deviation 0.2, so that logits are not tiny; learned scales of the gates that are not 1."""
+    """Weights of deviation 0.2, so that logits are not tiny; learned scales of gates and norms that are not 1."""
     torch.manual_seed(seed)
     model = Decoder(replace(preset("nano"), kv_heads=kv_heads), contexts=len(CONTEXTS)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith("_gate.table"):
+            if name.endswith(("_gate.table", "norm.weight")):
                 parameter.uniform_(0.5, 1.5)
             else:
                 parameter.normal_(0, 0.2)

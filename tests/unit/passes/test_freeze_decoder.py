@@ -24,6 +24,15 @@ def sizes(model: ir.Model) -> dict[str, int]:
     return {n: int(np.prod(v.const_value.shape.numpy())) for n, v in model.graph.initializers.items() if v.const_value}
 
 
+def proto_of(model: ir.Model) -> onnx.ModelProto:
+    """Everything but the names of the tensors in Constant nodes: a shared tensor is given one when it is lifted."""
+    proto = ir.to_proto(model)
+    for node in proto.graph.node:
+        for attribute in node.attribute:
+            attribute.t.ClearField("name")
+    return proto
+
+
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize(("opset", "kv_heads"), FORMS)
 def test_a_context_keeps_what_its_selection_says_and_its_logits(opset: int, kv_heads: int, seed: int) -> None:
@@ -31,7 +40,7 @@ def test_a_context_keeps_what_its_selection_says_and_its_logits(opset: int, kv_h
     selection = random_selection(model, seed)
     model.select(selection)
     dynamic = dynamic_graph(model, opset)
-    untouched = ir.to_proto(dynamic).SerializeToString(deterministic=True)
+    untouched = proto_of(dynamic)
     for index, context in enumerate(CONTEXTS):
         frozen = freeze(dynamic, index)
         onnx.checker.check_model(ir.to_proto(frozen.model), full_check=True)
@@ -54,7 +63,7 @@ def test_a_context_keeps_what_its_selection_says_and_its_logits(opset: int, kv_h
             assert after.shape == before.shape == (*shape, 512)
             assert np.abs(before).max() > 1
             assert np.abs(after - before).max() <= 1e-5 * np.abs(before).max()
-    assert ir.to_proto(dynamic).SerializeToString(deterministic=True) == untouched
+    assert proto_of(dynamic) == untouched
 
 
 def test_a_sub_layer_with_nothing_left_is_gone_with_its_norm() -> None:

@@ -49,7 +49,7 @@ class _Writer:
         if kind == "mlp":
             hidden = int(self.rng.choice([6, 8, 16]))
             h = self.add(f"MatMul({x}, {self.weight(WIDTH, hidden)})")
-            h = self.add(f"{self.rng.choice(['Relu', 'Tanh', 'Sigmoid', 'Neg', 'Exp'])}({h})")
+            h = self.add(f"{self.rng.choice(['Relu', 'Tanh', 'Sigmoid', 'Neg', 'Cos'])}({h})")
             h = self.add(f"Mul({h}, {self.gate((hidden,))})")
             if self.rng.random() < 0.3:
                 h = self.add(f"{self.rng.choice(['Tanh', 'Sigmoid', 'Abs'])}({h})")
