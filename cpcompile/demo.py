@@ -20,7 +20,7 @@ from cpcompile.training.tokenization import parse_tokenizer
 from cpcompile.training.trainer import work_path
 
 TRAIN = TrainConfig(
-    steps=720,
+    steps=620,
     learning_rate=3e-3,
     # A million tokens train what all contexts share better than what each has for itself: contexts
     # differ in a quarter of their FFN budget, and share their heads.
