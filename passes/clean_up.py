@@ -51,7 +51,7 @@ class CleanUp(ir.passes.InPlacePass):
                     value is not None
                     and other is not None
                     and self._is_ones(other)
-                    and value.shape == node.outputs[0].shape
+                    and _same_shape(value, node.outputs[0])
                 ):
                     return value
         return None
@@ -61,6 +61,13 @@ class CleanUp(ir.passes.InPlacePass):
         if value.name in self.protected or tensor is None or tensor.size > SMALL:
             return False
         return bool(np.all(tensor.numpy() == 1))
+
+
+def _same_shape(value: ir.Value, out: ir.Value) -> bool:
+    """Whether both certainly have the same shape: an unknown dimension equals nothing."""
+    if value.shape is None or out.shape is None or value.shape.has_unknown_dim():
+        return False
+    return bool(value.shape == out.shape)
 
 
 def stand_in(source: ir.Value, out: ir.Value) -> bool:
