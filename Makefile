@@ -31,6 +31,7 @@ bench: $(STAMP) ## the figures of the README
 	$(BIN)/python benchmarks/training_throughput.py
 	$(BIN)/python benchmarks/latency.py
 	$(BIN)/python benchmarks/build_cost.py
+	$(BIN)/python benchmarks/partition_quality.py
 
 clean:
 	rm -rf $(VENV) demo build dist *.egg-info

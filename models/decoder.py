@@ -138,7 +138,11 @@ class Layer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The language model. With `contexts=0` it has no gates: the dense parent and the dense baseline."""
+    """The language model.
+
+    With `contexts=0` it has no gates: the dense parent and the dense baseline. With `contexts=1` all contexts share
+    their gates: a pruned model.
+    """
 
     def __init__(self, config: ModelConfig, *, contexts: int = 0) -> None:
         super().__init__()
@@ -212,11 +216,15 @@ class Decoder(nn.Module):
             Units(kind=UnitKind.VOCABULARY, layers=1, count=config.vocabulary, width=1),
         )
 
+    def gate_row(self, context: int) -> Tensor | None:
+        """The `context` input of `forward` for that context, int64 scalar; None without gates."""
+        return torch.tensor(context if self.contexts > 1 else 0) if self.contexts else None
+
     def select(self, selection: Selection) -> None:
         """Set every gate to `selection`; gates that stay keep their learned scale."""
         for index, layer in enumerate(self.blocks):
-            layer.head_gate.select(torch.from_numpy(selection.kept[UnitKind.HEAD][:, index]))
-            layer.ffn_gate.select(torch.from_numpy(selection.kept[UnitKind.FFN][:, index]))
+            for kind, gate in ((UnitKind.HEAD, layer.head_gate), (UnitKind.FFN, layer.ffn_gate)):
+                gate.select(torch.from_numpy(selection.kept[kind][: self.contexts, index]))
 
     def kept(self, selection: Selection, context: str) -> Kept:
         """The indices that `context` keeps, layer by layer, for the `kept` form of the forward pass."""

@@ -140,8 +140,7 @@ class Branch:
             )
         )
         inputs, labels = windows[:, :-1], windows[:, 1:].flatten()
-        gated = self.state.model.contexts > 0
-        logits = self.state.model(inputs, torch.tensor(context) if gated else None, kept=kept).flatten(0, 1)
+        logits = self.state.model(inputs, self.state.model.gate_row(context), kept=kept).flatten(0, 1)
         if self.teacher is None or step not in self.teacher.steps:
             return F.cross_entropy(logits, labels)
         log_probabilities = logits.log_softmax(-1)
@@ -295,7 +294,7 @@ def held_out_perplexity(
         for context in corpus.contexts:
             units_of = swap[context] if swap else context
             kept = model.kept(state.selection, units_of) if state.selection else None
-            index = torch.tensor(corpus.contexts.index(units_of)) if model.contexts else None
+            index = model.gate_row(corpus.contexts.index(units_of))
             windows = torch.from_numpy(corpus.held_out_windows(context, length=config.sequence, tokens=tokens))
             total = 0.0
             for part in torch.split(windows, 16):

@@ -44,9 +44,10 @@ from cpcompile.training.importance import Importance, measure_importance, stack_
 from cpcompile.training.teacher import Teacher
 
 CONTROL_MEANING: Mapping[str, str] = {
-    "one-mask": "one selection for all contexts at the same budget, trained like the partitioned model",
+    "one-mask": "one selection and one gate scale for all contexts at the same budget, trained like the "
+    "partitioned model: what pruning gives",
     "importance-only": "the partitioned model's first selection on the dense baseline, without training",
-    "random-one": "one random selection for all contexts, trained like the partitioned model",
+    "random-one": "one random selection and one gate scale for all contexts, trained like the partitioned model",
     "random-per-context": "a random selection per context, trained like the partitioned model",
     "small-dense": "a dense model of the active size from scratch, same tokens and schedule",
     "small-dense-distilled": "a dense model of the active size from scratch, distilled like the partitioned model",
@@ -80,9 +81,11 @@ class Run:
         model.load_state_dict(parent.model.state_dict())
         return BranchState(model=model, moments=parent.moments)
 
-    def gated(self, parent: BranchState, selection: Selection, importance: Importance) -> BranchState:
-        """A copy of the parent with gates that stand at `selection`."""
-        model = Decoder(self.model_config, contexts=len(self.corpus.contexts))
+    def gated(
+        self, parent: BranchState, selection: Selection, importance: Importance, *, one_for_all: bool = False
+    ) -> BranchState:
+        """A copy of the parent with gates that stand at `selection`; contexts share them if it is `one_for_all`."""
+        model = Decoder(self.model_config, contexts=1 if one_for_all else len(self.corpus.contexts))
         model.load_state_dict(parent.model.state_dict(), strict=False)
         model.select(selection)
         return BranchState(model=model, moments=parent.moments, selection=selection, importance=importance)
@@ -229,7 +232,8 @@ def _train_control(
         chosen = allocate_random(
             contexts, importance, budgets, seed=config.seed, floor=config.floor, one_for_all=name == "random-one"
         )
-    return run.perplexity(run.branch(name, run.gated(parent, chosen, importance), teacher=teacher))
+    state = run.gated(parent, chosen, importance, one_for_all=name in ("one-mask", "random-one"))
+    return run.perplexity(run.branch(name, state, teacher=teacher))
 
 
 def _first_units(importance: Scores, budget: float) -> BoolArray:

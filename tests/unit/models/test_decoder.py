@@ -114,3 +114,15 @@ def test_a_gate_multiplies_whole_units() -> None:
     assert apply_gate(hidden, torch.tensor([1.0, 0.0, 2.0]), 2)[0, 0].tolist() == [1, 1, 0, 0, 2, 2]
     per_sequence = torch.tensor([[[1.0, 0.0, 2.0]], [[0.0, 1.0, 0.0]]])
     assert apply_gate(hidden, per_sequence, 2)[:, 0].tolist() == [[1, 1, 0, 0, 2, 2], [0, 0, 1, 1, 0, 0]]
+
+
+def test_one_row_of_gates_serves_every_context() -> None:
+    config = preset("nano")
+    _, selection = make(config)
+    shared = Selection(selection.contexts, {kind: table[[0, 0, 0]] for kind, table in selection.kept.items()})
+    model = Decoder(config, contexts=1)
+    model.select(shared)
+    assert [row.item() for row in map(model.gate_row, range(3)) if row is not None] == [0, 0, 0]
+    for index, layer in enumerate(model.blocks):
+        assert np.array_equal(layer.ffn_gate.table.detach() != 0, selection.kept[UnitKind.FFN][:1, index])
+    assert Decoder(config).gate_row(0) is None
