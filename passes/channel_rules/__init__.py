@@ -1,0 +1,40 @@
+"""How every operator treats channels: one file per operator family, one rule per operator.
+
+Operators: the ONNX standard, docs/Operators.md, opsets 13 to 24. An operator without a rule keeps all its channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+import onnx_ir as ir
+
+from cpcompile.passes.channel_rules import (
+    attention,
+    convolutions,
+    elementwise,
+    parts,
+    products,
+    reductions,
+    reshapes,
+    whole_axes,
+)
+from cpcompile.passes.channel_rules.rule import Rule
+from cpcompile.passes.symbolic_shapes import is_standard
+
+FAMILIES = (elementwise, products, attention, convolutions, whole_axes, reductions, reshapes, parts)
+
+RULES: Mapping[str, Rule] = MappingProxyType(
+    {operator: rule for family in FAMILIES for operator, rule in family.RULES.items()}
+)
+"""Operator -> rule."""
+
+
+def rule_of(node: ir.Node) -> Rule | None:
+    """The rule of `node`; None for other domains, operators with sub-graphs, and what is not in the table."""
+    if not is_standard(node) or any(
+        attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for attribute in node.attributes.values()
+    ):
+        return None
+    return RULES.get(node.op_type)

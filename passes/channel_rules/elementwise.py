@@ -1,0 +1,114 @@
+"""Elementwise operators: axes are aligned from the right, axes of length 1 stretch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+
+import numpy as np
+import onnx_ir as ir
+
+from cpcompile.passes.channel_rules.rule import AgreeRule, Rule, ZerosRule, keep_all
+from cpcompile.passes.channels import Cell, Channels, Mask, Zeros
+from cpcompile.passes.symbolic_shapes import NOT_ZERO_AT_ZERO, ONE, ZERO_AT_ZERO, constant_of
+
+
+def _aligned(channels: Channels, node: ir.Node, inputs: Sequence[ir.Value]) -> list[list[Cell]] | None:
+    """Per axis of the output the cells that run along with it; None if shapes are unknown."""
+    out = channels.shape(node.outputs[0])
+    if out is None:
+        return None
+    columns: list[list[Cell]] = [[(node.outputs[0], axis)] for axis in range(len(out))]
+    for value in inputs:
+        shape = channels.shape(value)
+        if shape is None:
+            return None
+        for axis, own in enumerate(shape):
+            at = axis + len(out) - len(shape)
+            if own.n == out[at].n and own.same_length(out[at]):
+                columns[at].append((value, axis))
+            elif own != ONE:
+                return None
+    return columns
+
+
+def _tie_aligned(which: slice) -> AgreeRule:
+    """The axes of the output and of the inputs `which` lose the same channels."""
+
+    def agree(channels: Channels, node: ir.Node) -> None:
+        columns = _aligned(channels, node, [value for value in node.inputs[which] if value is not None])
+        if columns is None:
+            keep_all(channels, node, "shapes do not tell which channels belong together")
+            return
+        for cells in columns:
+            channels.tie(cells, node)
+
+    return agree
+
+
+def combined(combine: Callable[[Sequence[Mask]], Mask], which: slice) -> ZerosRule:
+    """Zeros of an elementwise result from those of the inputs `which`."""
+
+    def zeros(channels: Channels, node: ir.Node) -> Sequence[Zeros] | None:
+        inputs = [value for value in node.inputs[which] if value is not None]
+        columns = _aligned(channels, node, inputs)
+        out = channels.shape(node.outputs[0])
+        if columns is None or out is None:
+            return None
+        known = {value: channels.zero(value) for value in inputs}
+        masks = []
+        for axis, cells in enumerate(columns):
+            at_axis = {value: own for value, own in cells if value in known}
+            masks.append(
+                combine(
+                    [
+                        known[value].axes[at_axis[value]]
+                        if value in at_axis
+                        else np.full(out[axis].n, known[value].everything)
+                        for value in inputs
+                    ]
+                )
+            )
+        everything = bool(combine([np.array([known[value].everything]) for value in inputs])[0])
+        return [Zeros.of(masks, everything=everything)]
+
+    return zeros
+
+
+_all_zero = combined(np.logical_and.reduce, slice(None))
+_any_zero = combined(np.logical_or.reduce, slice(None))
+first_zero = combined(np.logical_and.reduce, slice(1))
+_branches_zero = combined(np.logical_and.reduce, slice(1, 3))
+_agree_elementwise = _tie_aligned(slice(None))
+_agree_first = _tie_aligned(slice(1))
+
+
+def _zeros_clip(channels: Channels, node: ir.Node) -> Sequence[Zeros] | None:
+    """0 stays 0 if it lies between the bounds."""
+    low, high = (constant_of(bound) if bound is not None else None for bound in (*node.inputs[1:3], None, None)[:2])
+    for given, tensor, fits in zip(node.inputs[1:3], (low, high), (np.less_equal, np.greater_equal), strict=False):
+        if given is not None and (tensor is None or not fits(tensor.numpy(), 0).all()):
+            return None
+    return first_zero(channels, node)
+
+
+_UNARY_ZERO = Rule(_agree_elementwise, first_zero)
+_UNARY = Rule(_agree_elementwise)
+
+
+RULES: Mapping[str, Rule] = MappingProxyType(
+    {
+        **dict.fromkeys(ZERO_AT_ZERO, _UNARY_ZERO),
+        **dict.fromkeys(NOT_ZERO_AT_ZERO, _UNARY),
+        **dict.fromkeys(["Add", "Sub", "Sum", "Max", "Min", "Mean"], Rule(_agree_elementwise, _all_zero, data=2**10)),
+        **dict.fromkeys(("Mul", "And"), Rule(_agree_elementwise, _any_zero, data=2)),
+        **dict.fromkeys(("Div", "Mod", "PRelu"), Rule(_agree_elementwise, first_zero, data=2)),
+        "CastLike": Rule(_agree_first, first_zero),
+        "Clip": Rule(_agree_first, _zeros_clip),
+        **dict.fromkeys(
+            ["Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Or", "Pow", "Xor"],
+            Rule(_agree_elementwise, data=2),
+        ),
+        "Where": Rule(_agree_elementwise, _branches_zero, data=3),
+    }
+)

@@ -1,0 +1,97 @@
+"""Matrix products: a contraction can spare what is zero on either side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+
+import numpy as np
+import onnx_ir as ir
+
+from cpcompile.passes.channel_rules.rule import Rule, keep_all, value_of
+from cpcompile.passes.channels import Cell, Channels, Zeros
+from cpcompile.passes.symbolic_shapes import ONE, number_of
+
+
+def _agree_matmul(channels: Channels, node: ir.Node) -> None:
+    first, second, out = value_of(node, 0), value_of(node, 1), node.outputs[0]
+    a, b, c = channels.shape(first), channels.shape(second), channels.shape(out)
+    if a is None or b is None or c is None or min(len(a), len(b)) < 2 or a[-1] != b[-2]:
+        keep_all(channels, node, "its shapes do not tell what it contracts")
+        return
+    for axis in range(len(c) - 2):
+        cells: list[Cell] = [(out, axis)]
+        for value, shape in ((first, a), (second, b)):
+            at = axis - (len(c) - len(shape))
+            if at >= 0 and shape[at] != ONE:
+                cells.append((value, at))
+        channels.tie(cells, node)
+    channels.tie([(first, len(a) - 2), (out, len(c) - 2)], node)
+    channels.tie([(second, len(b) - 1), (out, len(c) - 1)], node)
+    contracted = channels.zero(first).axes[-1] | channels.zero(second).axes[-2]
+    channels.tie([(first, len(a) - 1), (second, len(b) - 2)], node, limit=contracted)
+
+
+def _zeros_matmul(channels: Channels, node: ir.Node) -> Sequence[Zeros] | None:
+    first, second, out = node.inputs[0], node.inputs[1], channels.shape(node.outputs[0])
+    a, b = channels.shape(first), channels.shape(second)
+    if first is None or second is None or a is None or b is None or out is None or min(len(a), len(b)) < 2:
+        return None
+    left, right = channels.zero(first), channels.zero(second)
+    masks = [np.zeros(axis.n, dtype=np.bool_) for axis in out]
+    for zeros, contracted in ((left, len(a) - 1), (right, len(b) - 2)):
+        for axis, mask in enumerate(zeros.axes):
+            at = axis + len(out) - len(zeros.axes)
+            if axis != contracted and mask.size == masks[at].size:
+                masks[at] |= mask
+    fits = left.axes[-1].shape == right.axes[-2].shape
+    return [Zeros.of(masks, everything=fits and bool((left.axes[-1] | right.axes[-2]).all()))]
+
+
+def _agree_gemm(channels: Channels, node: ir.Node) -> None:
+    """alpha * A' B' + beta * C, transposed by transA and transB."""
+    first, second, out = value_of(node, 0), value_of(node, 1), node.outputs[0]
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    a, b, c = channels.shape(first), channels.shape(second), channels.shape(bias)
+    m, k = (1, 0) if number_of(node, "transA", 0) else (0, 1)
+    k_second, n = (1, 0) if number_of(node, "transB", 0) else (0, 1)
+    unknown = a is None or b is None or channels.shape(out) is None or (bias is not None and c is None)
+    if a is None or b is None or unknown or a[k] != b[k_second]:
+        keep_all(channels, node, "its shapes do not tell what it contracts")
+        return
+    channels.tie([(first, m), (out, 0)], node)
+    channels.tie([(second, n), (out, 1)], node)
+    contracted = channels.zero(first).axes[k] | channels.zero(second).axes[k_second]
+    channels.tie([(first, k), (second, k_second)], node, limit=contracted)
+    for axis, length in enumerate(c or ()):
+        if bias is not None and length != ONE:
+            channels.tie([(bias, axis), (out, axis + 2 - len(c or ()))], node)
+
+
+def _zeros_gemm(channels: Channels, node: ir.Node) -> Sequence[Zeros] | None:
+    first, second = node.inputs[0], node.inputs[1]
+    if first is None or second is None or channels.shape(first) is None or channels.shape(second) is None:
+        return None
+    m, k = (1, 0) if number_of(node, "transA", 0) else (0, 1)
+    k_second, n = (1, 0) if number_of(node, "transB", 0) else (0, 1)
+    left, right = channels.zero(first), channels.zero(second)
+    rows, columns = left.axes[m], right.axes[n]
+    fits = left.axes[k].shape == right.axes[k_second].shape
+    everything = fits and bool((left.axes[k] | right.axes[k_second]).all())
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    if bias is not None:
+        if (shape := channels.shape(bias)) is None:
+            return None
+        added = channels.zero(bias)
+        everything = everything and added.everything
+        rows = rows & added.everything
+        columns = columns & (added.axes[-1] if shape and shape[-1].n == columns.size else added.everything)
+    return [Zeros.of([rows, columns], everything=everything)]
+
+
+RULES: Mapping[str, Rule] = MappingProxyType(
+    {
+        "MatMul": Rule(_agree_matmul, _zeros_matmul, data=2),
+        "Gemm": Rule(_agree_gemm, _zeros_gemm, data=3),
+    }
+)

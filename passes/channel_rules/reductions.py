@@ -1,0 +1,71 @@
+"""Reductions: a sum can spare zeros; a mean or a maximum over fewer channels would be another one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+
+import numpy as np
+import onnx_ir as ir
+
+from cpcompile.passes.channel_rules.rule import AgreeRule, Rule, keep_all, value_of
+from cpcompile.passes.channels import Channels, Zeros
+from cpcompile.passes.symbolic_shapes import axes_of, number_of
+
+
+def _agree_reduce(sums: bool) -> AgreeRule:
+    """A sum can spare channels that are zero; a mean or a maximum over fewer channels would be another one."""
+
+    def agree(channels: Channels, node: ir.Node) -> None:
+        value, out = value_of(node, 0), node.outputs[0]
+        shape, out_shape = channels.shape(value), channels.shape(out)
+        through = _not_reduced(channels, node)
+        if shape is None or out_shape is None or through is None or len(out_shape) <= max(through.values(), default=-1):
+            keep_all(channels, node, "its axes are unknown")
+            return
+        for axis in range(len(shape)):
+            if axis in through:
+                channels.tie([(value, axis), (out, through[axis])], node)
+            elif sums:
+                channels.tie([(value, axis)], node, limit=channels.zero(value).axes[axis])
+            else:
+                channels.keep(value, node, "it reduces over this axis", axes=[axis])
+
+    return agree
+
+
+def _not_reduced(channels: Channels, node: ir.Node) -> dict[int, int] | None:
+    """Axes of the input that a reduction leaves -> axes of its output; None if they are not known."""
+    shape = channels.shape(node.inputs[0])
+    axes = axes_of(channels.table, node, len(shape)) if shape is not None else None
+    if shape is None or axes is None:
+        return None
+    explicit = "axes" in node.attributes or (len(node.inputs) > 1 and node.inputs[1] is not None)
+    if not (explicit and axes):
+        axes = [] if number_of(node, "noop_with_empty_axes", 0) else list(range(len(shape)))
+    left = [axis for axis in range(len(shape)) if axis not in axes]
+    keeps_axes = bool(number_of(node, "keepdims", 1))
+    return {axis: axis if keeps_axes else at for at, axis in enumerate(left)}
+
+
+def _zeros_reduce(channels: Channels, node: ir.Node) -> Sequence[Zeros] | None:
+    """Zeros have the sum and the mean 0 (nothing at all has the product 1)."""
+    through, out = _not_reduced(channels, node), channels.shape(node.outputs[0])
+    if through is None or out is None or len(out) <= max(through.values(), default=-1):
+        return None
+    zeros = channels.zero(value_of(node, 0))
+    masks = [np.zeros(axis.n, dtype=np.bool_) for axis in out]
+    for axis, at in through.items():
+        masks[at] = zeros.axes[axis]
+    return [Zeros.of(masks, everything=zeros.everything)]
+
+
+RULES: Mapping[str, Rule] = MappingProxyType(
+    {
+        **dict.fromkeys(
+            ("ReduceSum", "ReduceL1", "ReduceL2", "ReduceSumSquare"), Rule(_agree_reduce(sums=True), _zeros_reduce)
+        ),
+        **dict.fromkeys(("ReduceMax", "ReduceMin", "ReduceProd", "ReduceLogSumExp"), Rule(_agree_reduce(sums=False))),
+        "ReduceMean": Rule(_agree_reduce(sums=False), _zeros_reduce),
+    }
+)
