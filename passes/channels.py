@@ -11,7 +11,7 @@ A mask that shrinks remembers the operator that was the reason, so that zeros th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -73,6 +73,7 @@ class Channels:
     _reasons: dict[Cell, npt.NDArray[np.object_]] = field(default_factory=dict)
     changed: dict[ir.Node, None] = field(default_factory=dict)
     """Nodes to look at again, in the order in which they were found."""
+    _seen: set[Cell] = field(default_factory=set)
     settled: bool = False
     """All operators agree: what none of them looked at stays."""
 
@@ -94,6 +95,7 @@ class Channels:
     def cut(self, value: ir.Value, axis: int) -> Mask:
         """Channels of `axis` that can be cut, as far as is known."""
         cell = (value, axis)
+        self._seen.add(cell)
         if cell not in self._cut:
             shape = self.shape(value)
             assert shape is not None
@@ -116,6 +118,15 @@ class Channels:
         for node in (value.producer(), *(use.node for use in value.uses())):
             if node is not None:
                 self.changed[node] = None
+
+    def consult(self, node: ir.Node, agree: Callable[[Channels, ir.Node], None]) -> None:
+        """Let a rule shrink what `node` touches; an axis that the rule does not look at stays as it is."""
+        self._seen.clear()
+        agree(self, node)
+        for value in (*node.inputs, *node.outputs):
+            if value is not None and (shape := self.shape(value)) is not None:
+                missed = [axis for axis in range(len(shape)) if (value, axis) not in self._seen]
+                self.keep(value, node, f"the rule for {node.op_type} does not speak of this axis", axes=missed)
 
     def tie(self, cells: Iterable[Cell], node: ir.Node, limit: Mask | None = None, why: str = NOT_ZERO) -> None:
         """These axes lose the same channels, and only those that `limit` allows."""

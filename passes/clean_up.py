@@ -45,14 +45,11 @@ class CleanUp(ir.passes.InPlacePass):
             return None
         if node.op_type == "Identity":
             return node.inputs[0]
+        if node.op_type == "Expand":
+            return node.inputs[0] if _same_shape(node.inputs[0], node.outputs[0]) else None
         if node.op_type == "Mul":
             for value, other in (node.inputs, node.inputs[::-1]):
-                if (
-                    value is not None
-                    and other is not None
-                    and self._is_ones(other)
-                    and _same_shape(value, node.outputs[0])
-                ):
+                if other is not None and self._is_ones(other) and _same_shape(value, node.outputs[0]):
                     return value
         return None
 
@@ -63,9 +60,9 @@ class CleanUp(ir.passes.InPlacePass):
         return bool(np.all(tensor.numpy() == 1))
 
 
-def _same_shape(value: ir.Value, out: ir.Value) -> bool:
+def _same_shape(value: ir.Value | None, out: ir.Value) -> bool:
     """Whether both certainly have the same shape: an unknown dimension equals nothing."""
-    if value.shape is None or out.shape is None or value.shape.has_unknown_dim():
+    if value is None or value.shape is None or out.shape is None or value.shape.has_unknown_dim():
         return False
     return bool(value.shape == out.shape)
 

@@ -24,6 +24,7 @@ import onnx_ir as ir
 from cpcompile.passes.channel_rules import rule_of
 from cpcompile.passes.channels import EMPTY, Channels, Mask
 from cpcompile.passes.clean_up import CleanUp, stand_in
+from cpcompile.passes.constant_copies import merge_copies, separate_constants
 from cpcompile.passes.symbolic_shapes import SINCE, ShapeTable, is_standard, opset_of
 
 KeptChannels = Mapping[str, tuple[npt.NDArray[np.intp] | None, ...]]
@@ -59,15 +60,18 @@ class EliminateDeadChannels(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> Elimination:
         """Edit `model`; `modified` counts removed terms, tensors that got smaller and what was cleaned up."""
         graph = model.graph
+        if (opset := opset_of(graph)) < SINCE:
+            why = f"the model is in opset {opset}, the rules hold from {SINCE} on: convert it first"
+            whole = {name: (None,) * len(v.shape or ()) for name, v in graph.initializers.items()}
+            return Elimination(model, False, whole, (Blocked("", 0, 0, "", "", why),))
+        edits = int(self.clean_up(model).modified)  # what nothing needs must not keep channels
+        copies = separate_constants(graph)
         kept: dict[str, tuple[npt.NDArray[np.intp] | None, ...]] = {
             name: (None,) * len(value.const_value.shape)
             for name, value in graph.initializers.items()
             if value.const_value is not None
         }
-        if (opset := opset_of(graph)) < SINCE:
-            why = f"the model is in opset {opset}, the rules hold from {SINCE} on: convert it first"
-            return Elimination(model, False, kept, (Blocked("", 0, 0, "", "", why),))
-        edits, round_edits = 0, 1
+        round_edits = 1
         blocked: tuple[Blocked, ...] = ()
         while round_edits:
             round_edits = self.clean_up(model).modified + _remove_zero_terms(graph)
@@ -78,6 +82,7 @@ class EliminateDeadChannels(ir.passes.InPlacePass):
             round_edits += values
             edits += round_edits
             blocked = _blocked(channels)
+        merge_copies(graph, copies, kept)
         kept = {name: axes for name, axes in kept.items() if name in graph.initializers}
         return Elimination(model, edits > 0, kept, blocked)
 
@@ -104,7 +109,7 @@ def find_channels(graph: ir.Graph) -> Channels:
         node = next(iter(channels.changed))
         del channels.changed[node]
         if node.graph is graph and (rule := rule_of(node)):  # nodes of sub-graphs may read values of this one
-            rule.agree(channels, node)
+            channels.consult(node, rule.agree)
         if not channels.changed:
             _spare_one(channels)
     channels.settled = True
@@ -165,12 +170,17 @@ def _remove_zero_terms(graph: ir.Graph) -> int:
 
 
 def _drop(node: ir.Node, kept: ir.Value) -> bool:
-    """Let `kept` stand in for the result of `node`; False where that is impossible."""
-    done = stand_in(kept, node.outputs[0])
-    if done:
-        assert node.graph is not None
-        node.graph.remove(node, safe=True)
-    return done
+    """Let `kept` stand in for the result of `node`, by a copy where it cannot itself be an output of the model."""
+    graph, out = node.graph, node.outputs[0]
+    assert graph is not None
+    if not stand_in(kept, out):
+        copy = ir.node("Identity", [kept], name=node.name)
+        name, copy.outputs[0].type, copy.outputs[0].shape = out.name, out.type, out.shape
+        graph.insert_before(node, copy)
+        ir.convenience.replace_all_uses_with(out, copy.outputs[0], replace_graph_outputs=True)
+        out.name, copy.outputs[0].name = f"{name}.replaced", name
+    graph.remove(node, safe=True)
+    return True
 
 
 def _rewrite(graph: ir.Graph, channels: Channels) -> tuple[int, dict[str, tuple[npt.NDArray[np.intp] | None, ...]]]:

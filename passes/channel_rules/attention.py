@@ -9,8 +9,8 @@ import numpy as np
 import onnx_ir as ir
 
 from cpcompile.passes.channel_rules.rule import Rule, keep_all, value_of
-from cpcompile.passes.channels import Channels, Zeros
-from cpcompile.passes.symbolic_shapes import ONE
+from cpcompile.passes.channels import Cell, Channels, Zeros
+from cpcompile.passes.symbolic_shapes import ONE, Axis
 
 
 def _agree_attention(channels: Channels, node: ir.Node) -> None:
@@ -30,16 +30,26 @@ def _agree_attention(channels: Channels, node: ir.Node) -> None:
     heads, groups = channels.cut(query, 1).size, channels.cut(key, 1).size
     mask = node.inputs[3] if len(node.inputs) > 3 else None
     mask_heads = (channels.shape(mask) or (None,) * 3)[-3:-2] if mask is not None else ()
-    if heads % groups or mask_heads not in ((), (ONE,)):
-        for tensor in (query, key, value, out):
-            channels.keep(tensor, node, "its mask has heads of its own", axes=[1])
+    with_queries: list[Cell] = [(query, 1), (out, 1)]
+    if mask is not None and mask_heads == (Axis((), heads),):
+        rank = len(channels.shape(mask) or ())
+        with_queries.append((mask, rank - 3))
+        channels.keep(mask, node, "attention works along the sequence", axes=[a for a in range(rank) if a != rank - 3])
+    elif mask_heads in ((), (ONE,)):
+        channels.keep(mask, node, "attention works along the sequence")
+    else:
+        groups = 0
+    if not groups or heads % groups:
+        keep_all(channels, node, "heads of its mask are not understood")
         return
+    channels.tie(with_queries, node)
+    if groups == 1:
+        return  # one key head serves whatever queries are left
     per_group = heads // groups
-    both = (channels.cut(query, 1) & channels.cut(out, 1)).reshape(groups, per_group)
-    whole = np.asarray(both.all(axis=1))
+    whole = np.asarray(channels.cut(query, 1).reshape(groups, per_group).all(axis=1))
     channels.tie([(key, 1), (value, 1)], node, limit=whole, why="a query head of the group has to stay")
     group_cut = np.repeat(channels.cut(key, 1), per_group)
-    channels.tie([(query, 1), (out, 1)], node, limit=group_cut, why="another head of its group has to stay")
+    channels.tie(with_queries, node, limit=group_cut, why="another head of its group has to stay")
 
 
 def _zeros_attention(channels: Channels, node: ir.Node) -> Sequence[Zeros] | None:
@@ -56,6 +66,6 @@ def _zeros_attention(channels: Channels, node: ir.Node) -> Sequence[Zeros] | Non
 
 RULES: Mapping[str, Rule] = MappingProxyType(
     {
-        "Attention": Rule(_agree_attention, _zeros_attention, data=3),
+        "Attention": Rule(_agree_attention, _zeros_attention, data=4),
     }
 )

@@ -247,6 +247,8 @@ def _agree_shape(channels: Channels, node: ir.Node) -> None:
     start, end = number_of(node, "start", 0), number_of(node, "end", rank)
     asked = range(rank)[start:end]
     channels.keep(node.inputs[0], node, "its length is asked for", axes=asked)
+    for axis in set(range(rank)) - set(asked):
+        channels.tie([(value_of(node, 0), axis)], node)  # free to lose what others can spare
     channels.keep(node.outputs[0], node, "it holds lengths")
 
 

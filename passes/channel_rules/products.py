@@ -16,20 +16,24 @@ from cpcompile.passes.symbolic_shapes import ONE, number_of
 def _agree_matmul(channels: Channels, node: ir.Node) -> None:
     first, second, out = value_of(node, 0), value_of(node, 1), node.outputs[0]
     a, b, c = channels.shape(first), channels.shape(second), channels.shape(out)
-    if a is None or b is None or c is None or min(len(a), len(b)) < 2 or a[-1] != b[-2]:
+    if not a or not b or c is None or a[-1] != b[max(len(b) - 2, 0)]:
         keep_all(channels, node, "its shapes do not tell what it contracts")
         return
-    for axis in range(len(c) - 2):
+    # A vector has neither rows nor columns of its own, and the result lacks them.
+    k, batch_axes = max(len(b) - 2, 0), len(c) - (len(a) > 1) - (len(b) > 1)
+    for axis in range(batch_axes):
         cells: list[Cell] = [(out, axis)]
         for value, shape in ((first, a), (second, b)):
-            at = axis - (len(c) - len(shape))
+            at = axis - (batch_axes - max(len(shape) - 2, 0))
             if at >= 0 and shape[at] != ONE:
                 cells.append((value, at))
         channels.tie(cells, node)
-    channels.tie([(first, len(a) - 2), (out, len(c) - 2)], node)
-    channels.tie([(second, len(b) - 1), (out, len(c) - 1)], node)
-    contracted = channels.zero(first).axes[-1] | channels.zero(second).axes[-2]
-    channels.tie([(first, len(a) - 1), (second, len(b) - 2)], node, limit=contracted)
+    if len(a) > 1:
+        channels.tie([(first, len(a) - 2), (out, batch_axes)], node)
+    if len(b) > 1:
+        channels.tie([(second, len(b) - 1), (out, len(c) - 1)], node)
+    contracted = channels.zero(first).axes[-1] | channels.zero(second).axes[k]
+    channels.tie([(first, len(a) - 1), (second, k)], node, limit=contracted)
 
 
 def _zeros_matmul(channels: Channels, node: ir.Node) -> Sequence[Zeros] | None:

@@ -44,8 +44,10 @@ def test_two_outputs_keep_their_names(graphs):
     graphs.assert_same(before, after, {"x": X}, 0)
 
 
-def test_ones_that_stretch_an_unknown_shape_stay(graphs):
-    model = graphs.build("(float x) => (float[U] y) { a = Neg(x) b = Mul(a, ones) y = Neg(b) }", ones=np.ones(3))
+@pytest.mark.parametrize("infer", [True, False])
+def test_ones_that_stretch_an_unknown_shape_stay(graphs, infer):
+    text = "(float x) => (float[U] y) { a = Neg(x) b = Mul(a, ones) y = Neg(b) }"
+    model = graphs.build(text, infer=infer, ones=np.ones(3))
     assert not CleanUp()(model).modified
     assert graphs.run(model, {"x": np.array(2, np.float32)})["y"].shape == (3,)
 
@@ -66,3 +68,10 @@ def test_unused_initializers_go_and_used_ones_keep_their_names(graphs):
     )
     assert CleanUp()(model).modified
     assert set(model.graph.initializers) == {"used"}
+
+
+def test_expand_to_the_same_shape_goes(graphs):
+    text = "(float[2,4] x) => (float[2,4] y) { a = Expand(x, size) y = Neg(a) }"
+    model = graphs.build(text, size=np.array([1, 4]))
+    assert CleanUp()(model).modified
+    assert graphs.operators(model) == ["Neg"]
