@@ -5,6 +5,7 @@ Exit codes: 0 pass, 1 fail, 2 usage, 3 inconclusive.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Callable
@@ -59,6 +60,7 @@ def main(debug: bool) -> None:
     cpcompile build model.pt -o model.cpc
     cpcompile validate model.cpc --model model.pt
     cpcompile export model.cpc english -o english.onnx
+    cpcompile opt any.onnx -o smaller.onnx --check
     """
 
 
@@ -274,6 +276,71 @@ def export(bundle: Path, context: str, out: Path | None, variant: str) -> None:
     path = out or Path(f"{context}.onnx")
     export_standalone(bundle, context, path, variant=variant)
     click.echo(f"wrote {path} ({path.stat().st_size:,} bytes)", err=True)
+
+
+@main.command(context_settings={"show_default": True})
+@click.argument("model", type=FilePath)
+@click.option("--out", "-o", type=FilePath, required=True, help="ONNX file to write.")
+@click.option("--passes", "names", metavar="NAMES", help="Comma-separated, in order; see `cpcompile passes`.")
+@click.option("--check", is_flag=True, help="Compare the outputs; write nothing if they differ.")
+@click.option("--input", "inputs", type=FilePath, multiple=True, help="An .npz with inputs by name, for --check.")
+@click.option("--explain", is_flag=True, help="List zero channels that had to stay, with node and reason.")
+@click.option("--dump", type=FilePath, help="Folder for the graph after each pass.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+def opt(
+    model: Path,
+    out: Path,
+    names: str | None,
+    check: bool,
+    inputs: tuple[Path, ...],
+    explain: bool,
+    dump: Path | None,
+    as_json: bool,
+) -> None:
+    """Run graph passes on any ONNX file.
+
+    \b
+    Examples:
+      cpcompile opt model.onnx -o small.onnx --check
+      cpcompile opt model.onnx -o small.onnx --passes fold_constants,eliminate_dead_channels --explain
+      cpcompile opt all.onnx -o one.onnx --passes bind_context:context=2,fold_constants,eliminate_dead_channels
+
+    Without --passes: what keeps inputs, outputs and the names of parameters, in the order that is best.
+    """
+    from cpcompile.console import stage_progress
+    from cpcompile.optimize import DEFAULT, load_inputs, optimize_file
+    from cpcompile.report import render_optimization
+
+    with stage_progress() as stage:
+        result = optimize_file(
+            model,
+            out,
+            _names(names) or DEFAULT,
+            check=check,
+            inputs=[load_inputs(path) for path in inputs],
+            dump=dump,
+            progress=stage,
+        )
+    plain = dataclasses.asdict(result)
+    if as_json:
+        click.echo(json.dumps(plain, indent=1))
+    else:
+        from rich.console import Console
+
+        Console().print(render_optimization(plain, explain=explain))
+    click.echo(f"wrote {out}" if result.bytes_written else f"{out} was not written", err=True)
+    sys.exit(VERDICT_EXIT_CODES[result.comparison.verdict if result.comparison is not None else "pass"])
+
+
+@main.command()
+def passes() -> None:
+    """List the graph passes that `cpcompile opt --passes` can name, with their settings."""
+    from cpcompile.optimize import PASSES, settings_of
+
+    for name, kind in PASSES.items():
+        summary = (kind.__doc__ or "").strip().splitlines()[0]
+        settings = "".join(f":{setting}=..." for setting in settings_of(kind))
+        click.echo(f"{name + settings:<42} {summary}")
 
 
 @main.command(context_settings={"show_default": True})

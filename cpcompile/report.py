@@ -51,6 +51,7 @@ BRANCH_MEANING: Mapping[str, str] = {
 DENSE_SIZE_UNKNOWN = "the size of the dense model is unknown"
 GRAPH_BYTES = 200_000
 """What an engine may add to the weights: its graph, its part of manifest and tokenizer."""
+VERDICT_STYLE = {"pass": "bold green", "fail": "bold red", "inconclusive": "bold yellow"}
 NOISE = 0.002
 """Relative difference of perplexities that one seed cannot tell from chance."""
 
@@ -257,6 +258,41 @@ def controls_table(training: Mapping[str, Any] | None) -> RenderableType:
     return Group(table, *(Text(f"• {finding}") for finding in training["findings"]))
 
 
+def render_optimization(result: Mapping[str, Any], *, explain: bool) -> Group:
+    """What `cpcompile opt` did: size after every pass, outputs compared, zero channels that stayed."""
+    table = Table(box=box.SIMPLE)
+    for column in ("pass", "nodes", "parameters", "bytes", "seconds"):
+        table.add_column(column, justify="left" if column == "pass" else "right")
+    rows = [("(before)", result["before"], None), *((s["name"], s["size"], s["seconds"]) for s in result["steps"])]
+    for name, size, seconds in rows:
+        cells = (str(size["nodes"]), f"{size['parameters']:,}", f"{size['bytes']:,}", _number(seconds, ".2f"))
+        table.add_row(Text(name), *cells)
+    parts: list[RenderableType] = [table]
+    if explain and not result["blocked"]:
+        parts.append(Text("no zero channel had to stay"))
+    elif explain:
+        stayed = Table("tensor", "axis", "zero channels", "kept by", "because", box=box.SIMPLE)
+        for b in result["blocked"]:
+            keeper = f"{b['operator']} {b['node']}".strip()
+            stayed.add_row(*(Text(str(cell)) for cell in (b["value"], b["axis"], b["channels"], keeper, b["reason"])))
+        parts.append(stayed)
+    if (comparison := result["comparison"]) is not None:
+        parts.append(_comparison_text(comparison))
+    return Group(*parts)
+
+
+def _comparison_text(comparison: Mapping[str, Any]) -> Text:
+    lines = []
+    for out in comparison["outputs"]:
+        error, tolerance = (_number(out[key], ".2g") for key in ("max_abs_error", "tolerance"))
+        lines.append(f"{out['name']}: max abs difference {error} of {tolerance}")
+    if comparison["runs"]:
+        lines.append(f"tolerance: {comparison['tolerance_source']}; {comparison['runs']} inputs")
+    text = Text("\n".join([*lines, ""]))
+    text.append(f"check: {comparison['verdict']}", style=VERDICT_STYLE[comparison["verdict"]])
+    return text.append(f": {comparison['reason']}" if comparison["reason"] else "")
+
+
 def footnotes(report: Mapping[str, Any]) -> Text:
     """Why there are gaps in the table: each reason once, with the engines or the fields that it concerns."""
     concerned: dict[str, list[str]] = {}
@@ -281,8 +317,7 @@ def verdict_text(report: Mapping[str, Any]) -> Text:
     if build["seconds"] is not None:
         text.append(f"built in {build['seconds']:.1f} s, peak {_bytes(build['peak_rss_bytes'])}; ")
     text.append(f"bundle {_bytes(bundle['bytes'])}, dense model {_bytes(bundle['dense_bytes'])}\n")
-    colour = {"pass": "bold green", "fail": "bold red", "inconclusive": "bold yellow"}[report["verdict"]]
-    text.append(f"verdict: {report['verdict']}", style=colour)
+    text.append(f"verdict: {report['verdict']}", style=VERDICT_STYLE[report["verdict"]])
     for reason in report["reasons"]:
         text.append(f"\n• {reason}")
     return text

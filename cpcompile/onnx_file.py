@@ -1,0 +1,99 @@
+"""ONNX files: any file that somebody gives is read with care, any file that we write appears whole or not at all.
+
+Weights stay where they are: tensors of external data are mapped, and read when they are used. Source: ONNX,
+docs/ExternalData.md.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import onnx_ir as ir
+
+from cpcompile.errors import CpcompileError, UsageError
+
+PROTOBUF_LIMIT = 2**31 - 1
+"""Bytes that one protobuf file can hold; weights of larger models lie beside it."""
+ROOM_FOR_THE_GRAPH = 1 << 27
+
+
+def load_onnx(path: Path) -> ir.Model:
+    """The model in `path`; UsageError if it is no model, or its external data is missing, too short or elsewhere."""
+    try:
+        model = ir.load(path)
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror}); give the path of an .onnx file") from error
+    except Exception as error:  # a parser meets whatever bytes there are
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UsageError(f"{path}: is not a valid ONNX model ({first}); export it again") from error
+    if not model.ir_version or not (len(model.graph) or model.graph.outputs):
+        raise UsageError(f"{path}: holds no graph; give an .onnx file")
+    for tensor in external_tensors(model):
+        _require_data(path, tensor)
+    return model
+
+
+def save_onnx(model: ir.Model, path: Path, accept: Callable[[Path], bool] = lambda _: True) -> int:
+    """Write `model`, with its weights beside it in `<name>.data` if they do not fit; returns the bytes written.
+
+    An older file stays as it is until the new one is complete and `accept` has said yes to it; 0 if it says no.
+    """
+    weights = sum(tensor.nbytes for tensor in tensors_of(model))
+    beside = f"{path.name}.data" if weights > PROTOBUF_LIMIT - ROOM_FOR_THE_GRAPH else None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+            if beside is None:
+                _map_data(model)
+            ir.save(model, Path(folder) / path.name, format="protobuf", external_data=beside)
+            files = sorted(Path(folder).iterdir(), key=lambda file: file.name == path.name)
+            written = sum(file.stat().st_size for file in files)
+            if not accept(Path(folder) / path.name):
+                return 0
+            for file in files:  # the graph last: what it refers to is there before it
+                file.replace(path.parent / file.name)
+    except OSError as error:
+        raise CpcompileError(f"{path}: cannot be written ({error.strerror}); choose another --out") from error
+    return written
+
+
+def tensors_of(model: ir.Model) -> Iterator[ir.TensorProtocol]:
+    """All tensors of the model: initializers of every graph, and constants."""
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            if value.const_value is not None:
+                yield value.const_value
+        for node in graph:
+            for attribute in node.attributes.values():
+                if attribute.type == ir.AttributeType.TENSOR and attribute.value is not None:
+                    yield attribute.as_tensor()
+
+
+def external_tensors(model: ir.Model) -> Iterator[ir.ExternalTensor]:
+    """The tensors whose data lies in other files."""
+    return (tensor for tensor in tensors_of(model) if isinstance(tensor, ir.ExternalTensor))
+
+
+def _map_data(model: ir.Model) -> None:
+    """Make tensors of other files tensors of this model, still mapped: only a file of its own has them inside."""
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            if isinstance(tensor := value.const_value, ir.ExternalTensor):
+                value.const_value = ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=tensor.name)
+
+
+def _require_data(path: Path, tensor: ir.ExternalTensor) -> None:
+    """The data of `tensor` lies in the folder of the model and is long enough."""
+    data = Path(tensor.path)
+    if not data.resolve().is_relative_to(path.parent.resolve()):
+        raise UsageError(f"{path}: the tensor {tensor.name} refers to {data}, outside of the model's folder: refused")
+    if not data.is_file():
+        raise UsageError(f"{path}: the weights file {data} of the tensor {tensor.name} is missing; put it back")
+    end = (tensor.offset or 0) + (tensor.length if tensor.length is not None else tensor.nbytes)
+    if (tensor.offset or 0) < 0 or end > data.stat().st_size or end - (tensor.offset or 0) < tensor.nbytes:
+        raise UsageError(
+            f"{path}: the tensor {tensor.name} needs the bytes up to {end:,} of {data}, "
+            f"which has {data.stat().st_size:,}: the file is truncated or another one; copy it again"
+        )

@@ -1,0 +1,193 @@
+"""Two ONNX files: do they compute the same?
+
+Both run in ONNX Runtime on the same inputs. The tolerance is measured, not chosen: the original runs with and
+without the runtime's graph optimisations, and the largest difference between the two, times a stated multiple,
+is what a rewrite may differ by; at least a stated number of roundings of the largest output, for models
+in which the runtime optimises nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import onnxruntime as ort
+
+Array = npt.NDArray[Any]
+Feeds = Mapping[str, Array]
+
+MULTIPLE = 8.0
+ROUNDINGS = 64
+LENGTHS = ((2, 3, 5, 7), (1, 4, 6, 8), (8, 16, 32, 64))
+"""Lengths that the symbolic axes get, in the order in which they appear; one run for each row."""
+
+
+@dataclass(frozen=True)
+class OutputComparison:
+    """One output over all runs."""
+
+    name: str
+    max_abs_error: float | None
+    """None if shapes or types differ."""
+    tolerance: float | None
+    reason: str | None
+    """Why it is not equal."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Whether two files are the same function; true if they are."""
+
+    verdict: Literal["pass", "fail", "inconclusive"]
+    reason: str | None = None
+    runs: int = 0
+    """Inputs on which both were compared."""
+    outputs: Sequence[OutputComparison] = ()
+    tolerance_source: str = (
+        f"{MULTIPLE:g} x the original with against without runtime optimisations, "
+        f"at least {ROUNDINGS} roundings of the largest value"
+    )
+
+    def __bool__(self) -> bool:
+        return self.verdict == "pass"
+
+
+def compare_files(
+    original: Path,
+    candidate: Path,
+    *,
+    inputs: Sequence[Feeds] = (),
+    bound: Mapping[str, int] | None = None,
+    seed: int = 0,
+) -> Comparison:
+    """Run both on `inputs` and on random inputs.
+
+    `bound` gives inputs of the original that are constants in the candidate.
+    """
+    bound = bound or {}
+    try:
+        plain, optimised = _open(original, optimise=False), _open(original, optimise=True)
+    except Exception as error:  # ONNX Runtime has no common error class
+        return Comparison(verdict="inconclusive", reason=f"ONNX Runtime cannot load the original: {_first_line(error)}")
+    try:
+        other = _open(candidate, optimise=False)
+    except Exception as error:
+        return _different(f"ONNX Runtime cannot load the result: {_first_line(error)}")
+    names, got_names = ([out.name for out in session.get_outputs()] for session in (plain, other))
+    if names != got_names:
+        return _different(f"the outputs are {', '.join(got_names)} instead of {', '.join(names)}")
+    wanted = [value.name for value in plain.get_inputs() if value.name not in bound]
+    if wanted != [value.name for value in other.get_inputs()]:
+        return _different(f"the inputs are no longer {', '.join(wanted)}")
+
+    worst: dict[str, OutputComparison] = {}
+    runs, refusal = 0, "there are no inputs to try"
+    for given, feeds in [*((True, f) for f in inputs), *((False, f) for f in random_inputs(plain, seed))]:
+        feeds = {**feeds, **{v.name: _bound_array(v, bound[v.name]) for v in plain.get_inputs() if v.name in bound}}
+        try:
+            expected, noise = (session.run(names, feeds) for session in (plain, optimised))
+        except Exception as error:
+            if given:
+                return Comparison(verdict="inconclusive", reason=f"the original refuses an input: {_first_line(error)}")
+            refusal = f"the original refuses random inputs ({_first_line(error)}); give --input"
+            continue
+        try:
+            got = other.run(names, {name: feeds[name] for name in wanted})
+        except Exception as error:
+            return _different(f"the result refuses what the original takes: {_first_line(error)}")
+        runs += 1
+        for name, *arrays in zip(names, expected, noise, got, strict=True):
+            now = _compare(name, *arrays)
+            worst[name] = max(worst.get(name, now), now, key=_badness)
+    if not runs:
+        return Comparison(verdict="inconclusive", reason=refusal)
+    wrong = [out for out in worst.values() if out.reason]
+    return Comparison(
+        verdict="fail" if wrong else "pass",
+        reason=f"{wrong[0].name}: {wrong[0].reason}" if wrong else None,
+        runs=runs,
+        outputs=tuple(worst.values()),
+    )
+
+
+def _different(reason: str) -> Comparison:
+    return Comparison(verdict="fail", reason=reason)
+
+
+def random_inputs(session: ort.InferenceSession, seed: int = 0) -> Iterator[Feeds]:
+    """Normal numbers, and zeros and ones for integers, which are indices more often than not."""
+    rng = np.random.default_rng(seed)
+    symbols = list(dict.fromkeys(d for v in session.get_inputs() for d in v.shape if not isinstance(d, int)))
+    for row in LENGTHS if symbols else LENGTHS[:1]:
+        lengths = {symbol: row[i % len(row)] for i, symbol in enumerate(symbols)}
+        feeds = {}
+        for value in session.get_inputs():
+            dtype = _dtype(value)
+            if dtype is None:
+                return
+            shape = [d if isinstance(d, int) else lengths[d] for d in value.shape]
+            if dtype.kind in "iub":
+                feeds[value.name] = rng.integers(0, 2, shape).astype(dtype)
+            else:
+                feeds[value.name] = rng.standard_normal(shape).astype(dtype)
+        yield feeds
+
+
+def _open(path: Path, *, optimise: bool) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    level = ort.GraphOptimizationLevel
+    options.graph_optimization_level = level.ORT_ENABLE_ALL if optimise else level.ORT_DISABLE_ALL
+    return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def _dtype(value: Any) -> np.dtype[Any] | None:
+    """The type of a tensor input; None for strings, sequences and optionals."""
+    name = value.type.removeprefix("tensor(").removesuffix(")").replace("double", "float64").upper()
+    name = {"FLOAT32": "FLOAT", "FLOAT64": "DOUBLE"}.get(name, name)
+    known = ir.DataType.__members__.get(name)
+    return None if known is None or known == ir.DataType.STRING else known.numpy()
+
+
+def _bound_array(value: Any, number: int) -> Array:
+    return np.asarray(number, dtype=_dtype(value))
+
+
+def _compare(name: str, expected: Any, noise: Any, got: Any) -> OutputComparison:
+    if not isinstance(expected, np.ndarray) or not isinstance(got, np.ndarray):
+        same = expected == got
+        return OutputComparison(name, None, None, None if same else "it is another sequence")
+    if expected.shape != got.shape or expected.dtype != got.dtype:
+        reason = f"it is {got.dtype} {list(got.shape)} instead of {expected.dtype} {list(expected.shape)}"
+        return OutputComparison(name, None, None, reason)
+    if expected.dtype.kind not in "fc":
+        different = int((expected != got).sum())
+        missed = f"{different} of {got.size} elements differ"
+        return OutputComparison(name, float(different > 0), 0.0, missed if different else None)
+    finite = np.isfinite(expected)
+    if not np.array_equal(expected[~finite], got[~finite], equal_nan=True):
+        return OutputComparison(name, None, None, "it is not finite elsewhere than the original")
+    if not np.isfinite(got[finite]).all():
+        return OutputComparison(name, None, None, "it is not finite where the original is")
+    exact = expected[finite].astype(np.float64)
+    error = float(np.abs(got[finite].astype(np.float64) - exact).max(initial=0.0))
+    runtime = np.nan_to_num(np.abs(noise[finite].astype(np.float64) - exact), posinf=0.0).max(initial=0.0)
+    rounding = ROUNDINGS * float(np.finfo(expected.dtype).eps) * float(np.abs(exact).max(initial=0.0))
+    tolerance = max(MULTIPLE * float(runtime), rounding)
+    missed = f"it differs by {error:.2g}, allowed are {tolerance:.2g}"
+    return OutputComparison(name, error, tolerance, None if error <= tolerance else missed)
+
+
+def _badness(out: OutputComparison) -> tuple[bool, float]:
+    if out.max_abs_error is None or not out.tolerance:
+        return out.reason is not None, out.max_abs_error or 0.0
+    return out.reason is not None, out.max_abs_error / out.tolerance
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
