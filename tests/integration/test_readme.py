@@ -45,6 +45,8 @@ def test_the_readme_names_these_commands_and_no_others() -> None:
         ["cpcompile", "build"],
         ["cpcompile", "validate"],
         ["cpcompile", "export"],
+        ["cpcompile", "opt"],
+        ["cpcompile", "passes"],
     ]
 
 
@@ -73,6 +75,7 @@ def test_the_commands_run_one_after_the_other(folder: Path) -> None:
         if failed.exists():
             shutil.move(failed, folder / "model.cpc")
     assert (folder / "english.onnx").is_file()
+    assert (folder / "smaller.onnx").is_file()
     for block in blocks("python"):
         done = run(folder, sys.executable, "-c", block)
         assert done.returncode == 0, done.stderr
