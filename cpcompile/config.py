@@ -10,6 +10,7 @@ each validates itself when it is made and says how to put a wrong value right.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import tomllib
 import types
@@ -61,6 +62,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in ("vocabulary", "width", "layers", "heads", "kv_heads", "ffn", "align"):
             _require(getattr(self, name) >= 1, f"model.{name} is {getattr(self, name)}: it has to be at least 1")
+        for name in ("rope_base", "norm_eps"):
+            _require(getattr(self, name) > 0, f"model.{name} is {getattr(self, name)}: it has to be positive")
         _require(self.width % self.heads == 0, f"model.width {self.width} is not a multiple of heads {self.heads}")
         _require(self.head_dim % 2 == 0, f"model: head_dim {self.head_dim} is odd; rotary positions need pairs")
         _require(
@@ -208,7 +211,10 @@ def load_toml(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def override(config: T, values: Mapping[str, Any], *, where: str) -> T:
-    """A copy of the dataclass `config` with `values` in place of its own; None leaves a field alone."""
+    """A copy of the dataclass `config` with `values` in place of its own; None leaves a field alone.
+
+    A table replaces those entries that it has.
+    """
     assert dataclasses.is_dataclass(config) and not isinstance(config, type)
     hints = typing.get_type_hints(type(config))
     changes = {}
@@ -216,7 +222,8 @@ def override(config: T, values: Mapping[str, Any], *, where: str) -> T:
         if value is None:
             continue
         _require(name in hints, f"{where}: there is no setting {name!r}; there are {', '.join(hints)}")
-        changes[name] = _coerce(value, hints[name], f"{where}.{name}")
+        own, new = getattr(config, name), _coerce(value, hints[name], f"{where}.{name}")
+        changes[name] = {**own, **new} if isinstance(new, dict) else new
     return dataclasses.replace(config, **changes)
 
 
@@ -227,8 +234,10 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
         return tuple(value)
     if origin is not None:
         _require(isinstance(value, Mapping), f"{where} is {value!r}: a table is needed")
-        return dict(value)
+        item = typing.get_args(hint)[1]
+        return {key: _coerce(each, item, f"{where}.{key}") for key, each in value.items()}
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     _require(type(value) is hint, f"{where} is {value!r}: {hint.__name__} is needed")
+    _require(hint is not float or math.isfinite(value), f"{where} is {value}: a finite number is needed")
     return value

@@ -101,7 +101,7 @@ class Branch:
                 loss = self._loss(corpus, config, step, context, kept[context])
                 torch.autograd.backward(loss / len(contexts))
                 losses.append(loss.item())
-            self._refuse_non_finite(step, losses, config)
+            self._refuse_non_finite(step, losses, config, folder)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             step += 1
@@ -148,14 +148,14 @@ class Branch:
         distance = divergence(log_probabilities, *self.teacher.targets(step, context, inputs))
         return (1 - config.distill) * cross_entropy + config.distill * distance
 
-    def _refuse_non_finite(self, step: int, losses: Sequence[float], config: TrainConfig) -> None:
+    def _refuse_non_finite(self, step: int, losses: Sequence[float], config: TrainConfig, folder: Path) -> None:
         norm = nn.utils.clip_grad_norm_(self.state.model.parameters(), config.clip)
         if not (math.isfinite(norm) and all(map(math.isfinite, losses))):
             raise CpcompileError(
                 f"{self.name}: the loss or its gradient is not finite at step {step} "
                 f"(losses {losses}, gradient norm {float(norm)}); the update was not made. "
                 f"Try a lower learning rate than {config.learning_rate} or a longer warm-up than "
-                f"{config.warmup_fraction:.0%} of the steps; then start again, without --resume"
+                f"{config.warmup_fraction:.0%} of the steps: delete {folder} and start again"
             )
 
     def _kept(self) -> Sequence[Kept | None]:
