@@ -25,6 +25,7 @@ from cpcompile.passes.canonicalize_shapes import CanonicalizeShapes
 from cpcompile.passes.clean_up import CleanUp
 from cpcompile.passes.eliminate_dead_channels import Blocked, EliminateDeadChannels, Elimination
 from cpcompile.passes.fold_constants import FoldConstants
+from cpcompile.passes.fold_gates import FoldGates
 from cpcompile.passes.strip_metadata import StripMetadata
 from cpcompile.passes.transpose_parameters import TransposeParameters
 from cpcompile.validation.compare import Comparison, Feeds, compare_files
@@ -36,6 +37,7 @@ PASSES: Mapping[str, type[ir.passes.InPlacePass]] = MappingProxyType(
         "clean_up": CleanUp,
         "canonicalize_shapes": CanonicalizeShapes,
         "eliminate_dead_channels": EliminateDeadChannels,
+        "fold_gates": FoldGates,
         "transpose_parameters": TransposeParameters,
         "strip_metadata": StripMetadata,
     }
