@@ -21,4 +21,6 @@ class Artifact:
     files: tuple[str, ...]
     shared_bytes: int
     """Bytes of the shared weights file that this engine maps."""
+    contexts: tuple[str, ...] = ()
+    """The contexts that the engine serves by its input `context`, in the order of their numbers; none if it is of one."""
     session_options: Mapping[str, str] = field(default_factory=dict)

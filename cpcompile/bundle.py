@@ -3,6 +3,7 @@
     manifest.json                       components, and under additional_metadata.cpcompile the digest of every file
     <context>/component.json            variants = runtime + precision
     <context>/<variant>/model.onnx      graph; its weights are slices of one shared file
+    router/cpu-fp32-merged/model.onnx   all contexts in one graph, which has the context as an input
     shared_assets/sha256-<hex>/         weights.bin; tokenizer.json
     report.json                         what validation found (outside of the digests)
 
@@ -31,8 +32,10 @@ from typing import Any
 from cpcompile.artifact import Artifact
 from cpcompile.errors import CpcompileError, UsageError
 
-BUNDLE_VERSION = 1
+BUNDLE_VERSION = 2
 MANIFEST = "manifest.json"
+ROUTER = "router"
+"""The component of engines that serve several contexts."""
 REPORTS = ("report.json", "report.html")
 WEIGHTS_OPTION = "session.model_external_initializers_file_folder_path"
 
@@ -50,6 +53,8 @@ class Variant:
     weights: Path | None
     """Folder of the shared weights."""
     session_options: Mapping[str, str]
+    feeds: Mapping[str, int]
+    """Inputs that choose the context, of an engine that serves several."""
     bytes: int
     """Of its own files and of its share of the weights."""
 
@@ -79,9 +84,12 @@ class Bundle:
 
     def variants(self, context: str) -> tuple[Variant, ...]:
         """The engines of `context`; UsageError lists the contexts there are."""
-        if context not in self.components:
+        if context not in self.contexts:
             raise UsageError(f"{self.root}: has no context {context!r}; it has {', '.join(self.contexts)}")
-        return tuple(self._variant(context, name) for name in self.components[context]["variants"])
+        own = [self._variant(context, context, name) for name in self.components[context]["variants"]]
+        routed = self.components.get(ROUTER, {"variants": {}})["variants"]
+        served = [name for name in routed if context in routed[name]["executor_info"]["cpcompile"]["contexts"]]
+        return (*own, *(self._variant(context, ROUTER, name) for name in served))
 
     def variant(self, context: str, name: str) -> Variant:
         """One engine; UsageError lists what there is."""
@@ -106,12 +114,13 @@ class Bundle:
         for name, digest in self.metadata["files"].items():
             _verify_file(_inside(self.root, name), digest)
 
-    def _variant(self, context: str, name: str) -> Variant:
-        body = self.components[context]["variants"][name]
+    def _variant(self, context: str, component: str, name: str) -> Variant:
+        body = self.components[component]["variants"][name]
         own, ort = body["executor_info"]["cpcompile"], body["executor_info"]["ort"]
         options = dict(ort.get("session_options", {}))
         weights = options.pop(WEIGHTS_OPTION, None)
-        folder = f"{context}/{body.get('variant_directory', name)}"
+        folder = f"{component}/{body.get('variant_directory', name)}"
+        contexts = own["contexts"]
         return Variant(
             context=context,
             name=name,
@@ -121,6 +130,7 @@ class Bundle:
             model=_inside(self.root, f"{folder}/{ort['model_file']}"),
             weights=self._asset(weights) if weights else None,
             session_options=options,
+            feeds={"context": contexts.index(context)} if contexts else {},
             bytes=own["bytes"],
         )
 
@@ -151,7 +161,11 @@ def open_bundle(path: Path) -> Bundle:
     except (KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{path / MANIFEST}: lacks or garbles {error}; build the bundle again") from error
     return Bundle(
-        root=path, name=manifest["package_name"], contexts=tuple(components), metadata=metadata, components=components
+        root=path,
+        name=manifest["package_name"],
+        contexts=tuple(name for name in components if name != ROUTER),
+        metadata=metadata,
+        components=components,
     )
 
 
@@ -230,6 +244,7 @@ class BundleWriter:
                 "cpcompile": {
                     "runtime": artifact.runtime,
                     "precision": artifact.precision,
+                    "contexts": list(artifact.contexts),
                     "bytes": own + artifact.shared_bytes,
                 },
             },

@@ -181,6 +181,7 @@ def run_training(
 @click.option("--contexts", help="Comma-separated names; all by default.")
 @click.option("--opset", type=click.Choice(["20", "23"]), default="23", help="ONNX opset of the graphs.")
 @click.option("--standalone", is_flag=True, help="Self-contained models instead of shared weights.")
+@click.option("--merged", is_flag=True, help="Add one engine for all contexts, with the context as an input.")
 @click.option("--data", type=FilePath, help="Corpus whose held-out text replaces the checkpoint's.")
 @click.option("--rounds", default=ValidateConfig.rounds, help="Interleaved timing rounds per shape.")
 @click.option("--no-speed", is_flag=True, help="Leave the timings out.")
@@ -192,6 +193,7 @@ def build(
     contexts: str | None,
     opset: str,
     standalone: bool,
+    merged: bool,
     data: Path | None,
     rounds: int,
     no_speed: bool,
@@ -204,6 +206,7 @@ def build(
     Examples:
       cpcompile build model.pt
       cpcompile build model.pt -o model.cpc --contexts english,python
+      cpcompile build model.pt --merged               # for a server of many contexts
       cpcompile build model.pt --json > report.json
     """
     from cpcompile.console import stage_progress
@@ -217,6 +220,7 @@ def build(
             contexts=_names(contexts),
             opset=int(opset),
             standalone=standalone,
+            merged=merged,
             data=data,
             config=config,
             progress=stage,

@@ -24,7 +24,8 @@ from cpcompile.errors import UsageError
 
 T = TypeVar("T")
 
-CONTEXT_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
+CONTEXT_NAME = re.compile(r"(?!router$)[a-z0-9][a-z0-9._-]*")
+"""`router` is where a bundle keeps what serves several contexts."""
 
 CONTROLS = (
     "one-mask",

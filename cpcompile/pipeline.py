@@ -23,16 +23,17 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from cpcompile.accounting import Accounting, account
-from cpcompile.bundle import Bundle, BundleWriter, open_bundle
+from cpcompile.bundle import ROUTER, Bundle, BundleWriter, open_bundle
 from cpcompile.capture import capture
 from cpcompile.checkpoint import Checkpoint, load_checkpoint
 from cpcompile.config import ModelConfig, TrainConfig, ValidateConfig
 from cpcompile.errors import CpcompileError, UsageError
-from cpcompile.exporters.onnxruntime_exporter import export_onnxruntime
+from cpcompile.exporters.onnxruntime_exporter import MERGED, SINGLE, export_onnxruntime
 from cpcompile.exporters.weights_file import Location, write_weights
 from cpcompile.measure import environment, peak_resident_bytes, reset_peak
 from cpcompile.models.decoder import Decoder, parameter_kind
 from cpcompile.passes.freeze import Frozen, freeze
+from cpcompile.passes.merge_contexts import merge_contexts
 from cpcompile.passes.share_weights import Run, ShareWeights, plan_runs
 from cpcompile.report import (
     BuildResult,
@@ -93,15 +94,21 @@ def build_bundle(
     data: Path | None,
     config: ValidateConfig,
     progress: Progress,
+    merged: bool = False,
 ) -> tuple[Report, Path]:
     """`cpcompile build`: checkpoint `model` -> bundle with its report; returns the report and where the bundle is.
 
-    A bundle that fails its validation does not replace an older one: it goes to `out`.failed.
+    `merged` adds one engine for all contexts. A bundle that fails its validation does not replace an older one: it
+    goes to `out`.failed.
     """
+    if merged and standalone:
+        raise UsageError("--merged is one engine whose weights all contexts share; leave out --standalone")
     stages = _Stages(progress)
     with stages("load"):
         checkpoint, dense = _load(model)
         chosen = _choose(contexts, checkpoint, model)
+        if merged and len(chosen) < 2:
+            raise UsageError(f"--merged joins several contexts, and there is only {chosen[0]}; leave it out")
         held_out = _held_out(checkpoint, data, progress)
     with stages("capture"):
         eager = checkpoint.model()
@@ -111,7 +118,9 @@ def build_bundle(
         accounts = {context: _account(context, frozen[context], eager, checkpoint) for context in chosen}
     with BundleWriter(out) as writer:
         with stages("export"):
-            bundle = _export(writer, dynamic, frozen, accounts, checkpoint, name=model.stem, shared=not standalone)
+            bundle = _export(
+                writer, dynamic, frozen, accounts, checkpoint, name=model.stem, shared=not standalone, merged=merged
+            )
         build = stages.result()
         results = validate(
             bundle,
@@ -212,6 +221,7 @@ def _export(
     *,
     name: str,
     shared: bool,
+    merged: bool,
 ) -> Bundle:
     """Write weights, tokenizer and engines, and seal the bundle."""
     uri: str | None = None
@@ -234,14 +244,16 @@ def _export(
     staging = writer.stage("tokenizer")
     (staging / "tokenizer.json").write_text(checkpoint.tokenizer, encoding="utf-8")
     tokenizer = writer.add_asset(staging)
+    weights = writer.asset(uri) / WEIGHTS_FILE if uri else None
     for context in frozen:
-        artifact = export_onnxruntime(
-            frozen[context].model,
-            writer.folder(context, "cpu-fp32"),
-            weights=writer.asset(uri) / WEIGHTS_FILE if uri else None,
-            locations=locations,
-        )
+        folder = writer.folder(context, SINGLE)
+        artifact = export_onnxruntime(frozen[context].model, folder, weights=weights, locations=locations)
         writer.add_variant(context, artifact, weights=uri)
+    if merged:
+        one = merge_contexts({context: frozen[context].model for context in frozen})
+        folder = writer.folder(ROUTER, MERGED)
+        artifact = export_onnxruntime(one, folder, weights=weights, locations=locations, contexts=tuple(frozen))
+        writer.add_variant(ROUTER, artifact, weights=uri)
     return writer.seal(
         name=name,
         metadata={

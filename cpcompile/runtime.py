@@ -32,7 +32,7 @@ class Engine:
             raise UsageError(
                 f"input_ids is {input_ids.dtype} of shape {input_ids.shape}; int64 (batch, sequence) is needed"
             )
-        (logits,) = self.session.run(["logits"], {"input_ids": input_ids})
+        (logits,) = self.session.run(["logits"], feeds_of(self.variant, input_ids))
         result: npt.NDArray[np.float32] = logits
         return result
 
@@ -61,6 +61,11 @@ def load_engine(bundle: Bundle, context: str, variant: str = "cpu-fp32", *, thre
     if chosen.weights is not None:
         bundle.verify(chosen.weights)
     return Engine(chosen, create_session(chosen, options))
+
+
+def feeds_of(variant: Variant, input_ids: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[np.int64]]:
+    """All inputs of an engine: the tokens, and what chooses the context where it serves several."""
+    return {"input_ids": input_ids, **{name: np.asarray(number) for name, number in variant.feeds.items()}}
 
 
 def session_options(variant: Variant, *, threads: int = 0) -> Any:

@@ -139,8 +139,8 @@ def _context(path: Path) -> str:
         name = name.removesuffix(suffix)
     if not CONTEXT_NAME.fullmatch(name):
         raise UsageError(
-            f"{path}: {name!r} cannot name a context; a name matches {CONTEXT_NAME.pattern} "
-            "(letters, digits, and . _ - after the first); rename it"
+            f"{path}: {name!r} cannot name a context; a name has lower-case letters, digits, and . _ - "
+            "after the first, and is not router; rename it"
         )
     return name
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cpcompile.bundle import Variant
-from cpcompile.runtime import create_session, session_options
+from cpcompile.runtime import create_session, feeds_of, session_options
 from cpcompile.validation.quality import IntArray
 
 
@@ -53,7 +53,7 @@ def measure_placement(variant: Variant, input_ids: IntArray) -> Placement:
         options.enable_profiling = True
         options.profile_file_prefix = str(Path(folder) / "run")
         session = create_session(variant, options)
-        session.run(None, {"input_ids": input_ids})
+        session.run(None, feeds_of(variant, input_ids))
         events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
     nodes = tuple(
         PlacedNode(

@@ -20,7 +20,7 @@ from cpcompile.config import ValidateConfig
 from cpcompile.errors import UsageError
 from cpcompile.measure import ProcessMemory, available_cores
 from cpcompile.models.decoder import Decoder
-from cpcompile.runtime import Engine, create_session, load_engine, session_options
+from cpcompile.runtime import Engine, create_session, feeds_of, load_engine, session_options
 from cpcompile.validation.memory import Memory, compare_memory, measure_eager, measure_engine
 from cpcompile.validation.parity import EagerReference, EngineRun, Parity, check_parity
 from cpcompile.validation.placement import Placement, measure_placement
@@ -184,7 +184,7 @@ def _validate_variant(
 def all_outputs(engine: Engine) -> EngineRun:
     """Run `engine` for every output that its graph declares, not only for the one that is expected."""
     names = [output.name for output in engine.session.get_outputs()]
-    return lambda ids: dict(zip(names, engine.session.run(names, {"input_ids": ids}), strict=True))
+    return lambda ids: dict(zip(names, engine.session.run(names, feeds_of(engine.variant, ids)), strict=True))
 
 
 def eager_run(model: Decoder) -> Run:

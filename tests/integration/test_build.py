@@ -68,6 +68,39 @@ def test_the_report_follows_its_schema(bundle: Path) -> None:
         )
 
 
+def test_one_engine_serves_all_contexts(model: Path, tmp_path: Path) -> None:
+    result = run("build", model, "-o", tmp_path / "m.cpc", "--merged", "--json", *FAST)
+    assert result.exit_code in (0, 1, 3), result.output
+    opened = open_bundle(next(tmp_path.glob("m.cpc*")))
+    report = json.loads((opened.root / "report.json").read_text())
+    jsonschema.validate(report, json.loads(SCHEMA.read_text()))
+    for context in report["contexts"]:
+        assert [(v["name"], v["parity"]["verdict"]) for v in context["variants"]] == [
+            ("cpu-fp32", "pass"),
+            ("cpu-fp32-merged", "pass"),
+        ]
+    assert opened.contexts == ("cpp", "english", "python")
+    engines = {c: load_engine(opened, c, "cpu-fp32-merged") for c in opened.contexts}
+    assert len({engine.variant.model for engine in engines.values()}) == 1
+    logits = {context: engine.run(IDS) for context, engine in engines.items()}
+    for context in opened.contexts:
+        assert np.abs(logits[context] - load_engine(opened, context).run(IDS)).max() <= 1e-5
+    assert np.abs(logits["cpp"] - logits["python"]).max() > 1e-3
+    weights = {path.name: path.stat().st_size for path in opened.root.rglob("*") if path.is_file()}
+    assert engines["cpp"].variant.bytes <= weights["weights.bin"] + 200_000
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [(["--standalone"], "leave out --standalone"), (["--contexts", "cpp"], "there is only cpp")],
+)
+def test_what_cannot_be_merged_is_refused(model: Path, tmp_path: Path, flags: list[str], says: str) -> None:
+    result = run("build", model, "-o", tmp_path / "m.cpc", "--merged", *flags)
+    assert result.exit_code == 2
+    assert says in result.output
+    assert not list(tmp_path.iterdir())
+
+
 def test_every_parameter_is_accounted_for(bundle: Path, model: Path) -> None:
     dense = load_checkpoint(model.with_name("model.dense.pt")).state
     for context, parameters in open_bundle(bundle).metadata["parameters"].items():
