@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from cpcompile.measure import environment
+from cpcompile.validation.speed import SETTLE_SECONDS
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -27,6 +29,26 @@ def interleave(sides: Mapping[str, Callable[[], object]], *, rounds: int, warm_u
             started = time.perf_counter()
             sides[name]()
             seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def settled(sides: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Interleaved seconds; each side first runs untimed until the threads of the others have gone to sleep."""
+    generator = np.random.default_rng(0)
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for run in sides.values():
+        for _ in range(10):
+            run()
+    gc.disable()
+    for _ in range(rounds):
+        for name in generator.permutation(list(sides)):
+            settle = time.perf_counter() + SETTLE_SECONDS
+            while time.perf_counter() < settle:
+                sides[name]()
+            started = time.perf_counter()
+            sides[name]()
+            seconds[name].append(time.perf_counter() - started)
+    gc.enable()
     return seconds
 
 

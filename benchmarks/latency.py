@@ -8,9 +8,7 @@ graph in ONNX Runtime. The limit is the ratio of multiply-adds in matrix product
 
 from __future__ import annotations
 
-import gc
 import tempfile
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +18,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import torch
-from common import save, spread
+from common import save, settled, spread
 from rich.console import Console
 from rich.table import Table
 
@@ -30,7 +28,7 @@ from cpcompile.checkpoint import load_checkpoint
 from cpcompile.models.decoder import Decoder
 from cpcompile.runtime import Engine, create_session, session_options
 from cpcompile.training.trainer import dense_path
-from cpcompile.validation.speed import NO_SPINNING_AFTER_RUN, SETTLE_SECONDS
+from cpcompile.validation.speed import NO_SPINNING_AFTER_RUN
 
 SHAPES = ((1, 128), (1, 1), (4, 128))
 
@@ -91,26 +89,6 @@ def main(model: Path, bundle: Path, rounds: int) -> None:
     Console().print(table)
     print(f"limit by multiply-adds in matrix products: {limit:.2f}x")
     save("latency", {"context": variant.context, "shapes": result, "limit": limit})
-
-
-def settled(sides: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Interleaved seconds; each side first runs untimed until the threads of the others have gone to sleep."""
-    generator = np.random.default_rng(0)
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for run in sides.values():
-        for _ in range(10):
-            run()
-    gc.disable()
-    for _ in range(rounds):
-        for name in generator.permutation(list(sides)):
-            settle = time.perf_counter() + SETTLE_SECONDS
-            while time.perf_counter() < settle:
-                sides[name]()
-            started = time.perf_counter()
-            sides[name]()
-            seconds[name].append(time.perf_counter() - started)
-    gc.enable()
-    return seconds
 
 
 if __name__ == "__main__":
