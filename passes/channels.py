@@ -11,7 +11,7 @@ A mask that shrinks remembers the operator that was the reason, so that zeros th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -46,9 +46,9 @@ class Zeros:
         return cls(tuple(np.zeros(axis.n, dtype=np.bool_) for axis in shape))
 
     @classmethod
-    def of_constant(cls, array: npt.NDArray[np.generic]) -> Zeros:
-        """The zeros of a floating-point constant."""
-        nonzero = array != 0
+    def of_constant(cls, array: npt.NDArray[np.generic], zero: npt.ArrayLike = 0) -> Zeros:
+        """Where a constant is `zero`."""
+        nonzero = array != zero
         axes = range(array.ndim)
         masks = [~nonzero.any(axis=tuple(other for other in axes if other != axis)) for axis in axes]
         return cls.of(masks, everything=not nonzero.any())
@@ -65,17 +65,27 @@ class Reason:
 
 @dataclass
 class Channels:
-    """The masks of all values of one graph, as the rules see and shrink them."""
+    """The masks of all values of a graph and of the bodies in it, as the rules see and shrink them."""
 
     table: ShapeTable
+    owners: Mapping[ir.Value, ir.Node] = field(default_factory=dict)
+    """Input or output of a body (of an If, Loop, Scan) -> the node that the body belongs to."""
     zeros: dict[ir.Value, Zeros] = field(default_factory=dict)
     _cut: dict[Cell, Mask] = field(default_factory=dict)
     _reasons: dict[Cell, npt.NDArray[np.object_]] = field(default_factory=dict)
     changed: dict[ir.Node, None] = field(default_factory=dict)
     """Nodes to look at again, in the order in which they were found."""
     _seen: set[Cell] = field(default_factory=set)
+    dropped: set[tuple[ir.Node, int]] = field(default_factory=set)
+    """Inputs of Concat of which nothing is left: they go as a whole."""
     settled: bool = False
     """All operators agree: what none of them looked at stays."""
+
+    def neighbours(self, value: ir.Value) -> list[ir.Node]:
+        """Nodes that have a say in `value`: the one that makes it, those that read it, the one whose body it enters."""
+        producer, owner = value.producer(), self.owners.get(value)
+        nodes = [producer, *(use.node for use in value.uses()), owner]
+        return [node for node in nodes if node is not None]
 
     def shape(self, value: ir.Value | None) -> Shape | None:
         return self.table.shape(value)
@@ -114,10 +124,7 @@ class Channels:
         self._cut[cell] = old & mask
         own = self._reasons.setdefault(cell, np.full(old.size, None, dtype=np.object_))
         own[lost] = reasons if isinstance(reasons, Reason) else reasons[lost]
-        value = cell[0]
-        for node in (value.producer(), *(use.node for use in value.uses())):
-            if node is not None:
-                self.changed[node] = None
+        self.changed.update(dict.fromkeys(self.neighbours(cell[0])))
 
     def consult(self, node: ir.Node, agree: Callable[[Channels, ir.Node], None]) -> None:
         """Let a rule shrink what `node` touches; an axis that the rule does not look at stays as it is."""
@@ -146,6 +153,23 @@ class Channels:
         for cell in cells:
             self.shrink(cell, common, reasons)
 
+    def tie_groups(self, cells: Iterable[Cell], groups: int, node: ir.Node, why: str) -> None:
+        """These axes are `groups` equal runs each, which can only be lost whole and together."""
+        cells = list(cells)
+        if any(self.cut(*cell).size % groups for cell in cells):
+            for value, axis in cells:
+                self.keep(value, node, "its groups cannot be told apart", axes=[axis])
+            return
+        runs = [self.cut(*cell).reshape(groups, -1) for cell in cells]
+        common = np.logical_and.reduce([run.all(axis=1) for run in runs])
+        reasons = np.full(groups, reason_of(node, why), dtype=np.object_)
+        for cell, run in zip(cells, runs, strict=True):
+            # What keeps a whole group is the reason also elsewhere; what keeps a part of it is not.
+            whole = ~run.any(axis=1)
+            reasons[whole] = self.reasons(cell).reshape(groups, -1)[whole, 0]
+        for cell, run in zip(cells, runs, strict=True):
+            self.shrink(cell, np.repeat(common, run.shape[1]), np.repeat(reasons, run.shape[1]))
+
     def keep(self, value: ir.Value | None, node: ir.Node, why: str, *, axes: Iterable[int] | None = None) -> None:
         """Nothing of `value`, or of these axes of it, can be cut."""
         shape = self.shape(value)
@@ -163,6 +187,12 @@ class Channels:
     def cells(self) -> Iterable[tuple[Cell, Mask]]:
         """Every axis that was looked at, with its mask."""
         return self._cut.items()
+
+
+def equal_losses(cut: Mask, gone: Mask) -> Mask:
+    """Of `cut` (groups, size) as much as leaves the groups that are not `gone` of one size."""
+    count = cut[~gone].sum(axis=1).min(initial=cut.shape[1])
+    return np.asarray(cut & (gone[:, None] | (np.cumsum(cut, axis=1) <= count)))
 
 
 def reason_of(node: ir.Node, text: str) -> Reason:

@@ -7,7 +7,7 @@ one again. Only vectors: a matrix is a parameter, and stored once.
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -15,45 +15,45 @@ import onnx_ir as ir
 
 Copies = list[list[ir.Value]]
 """Groups of initializers with the same content; the first of each is the original."""
-Kept = MutableMapping[str, tuple[npt.NDArray[np.intp] | None, ...]]
+Axes = tuple[npt.NDArray[np.intp] | None, ...]
+"""Per axis the channels that are kept; None where the axis is whole."""
 
 
-def separate_constants(graph: ir.Graph) -> Copies:
+def separate_constants(graphs: Sequence[ir.Graph]) -> Copies:
     """Give every use of a constant vector its own initializer."""
     groups = []
-    for value in list(graph.initializers.values()):
-        uses = [use for use in value.uses() if use.node.graph is graph]
-        if len(uses) < 2 or len(uses) != len(value.uses()) or not _is_vector(value):
-            continue
-        group = [value]
-        for node, index in uses[1:]:
-            name = _free_name(graph, value.name or "")
-            copy = ir.Value(name=name, shape=value.shape, type=value.type, const_value=value.const_value)
-            graph.register_initializer(copy)
-            node.replace_input_with(index, copy)
-            group.append(copy)
-        groups.append(group)
+    for graph in graphs:
+        for value in list(graph.initializers.values()):
+            uses = list(value.uses())
+            if len(uses) < 2 or not _is_vector(value):
+                continue
+            group = [value]
+            for node, index in uses[1:]:
+                name = _free_name(graph, value.name or "")
+                copy = ir.Value(name=name, shape=value.shape, type=value.type, const_value=value.const_value)
+                graph.register_initializer(copy)
+                node.replace_input_with(index, copy)
+                group.append(copy)
+            groups.append(group)
     return groups
 
 
-def merge_copies(graph: ir.Graph, copies: Copies, kept: Kept) -> None:
+def merge_copies(copies: Copies, kept: Mapping[ir.Value, Axes]) -> None:
     """Make one again of the copies that lost the same channels."""
     for group in copies:
         left: list[ir.Value] = []
         for value in group:
-            name = value.name or ""
-            if name not in graph.initializers:
+            graph = value.graph
+            if not value.is_initializer() or not isinstance(graph, ir.Graph):
                 continue
-            twin = next((other for other in left if _same_kept(kept[other.name or ""], kept[name])), None)
+            twin = next((other for other in left if _same_kept(kept.get(other), kept.get(value))), None)
             if twin is None:
                 left.append(value)
             else:
                 ir.convenience.replace_all_uses_with(value, twin)
-                graph.initializers.pop(name)
-                kept.pop(name)
-        if left and left[0] is not group[0]:
+                graph.initializers.pop(value.name or "")
+        if left and left[0] is not group[0] and isinstance(graph := left[0].graph, ir.Graph):
             # The original is gone: its name goes on with the first copy that is left.
-            kept[group[0].name or ""] = kept.pop(left[0].name or "")
             graph.initializers.pop(left[0].name or "")
             left[0].name = group[0].name
             graph.register_initializer(left[0])
@@ -66,7 +66,9 @@ def _is_vector(value: ir.Value) -> bool:
     return sum(length > 1 for length in tensor.shape.numpy()) == 1
 
 
-def _same_kept(first: Sequence[npt.NDArray[np.intp] | None], second: Sequence[npt.NDArray[np.intp] | None]) -> bool:
+def _same_kept(first: Axes | None, second: Axes | None) -> bool:
+    if first is None or second is None:
+        return first is second
     return all(
         a is b or (a is not None and b is not None and np.array_equal(a, b)) for a, b in zip(first, second, strict=True)
     )

@@ -8,7 +8,8 @@
 
 Works on any graph with structural zeros. A contraction sum(a_k * b_k) loses the terms in which a or b is zero;
 everything tied to such a channel on its way (the matrix columns that make it, the activations
-that carry it) goes with it. Exact for finite values: 0 * x = 0.
+that carry it) goes with it. Exact for finite values: 0 * x = 0. Bodies of If, Loop and Scan are part of the graph;
+a call to a function keeps what it touches, so inline functions first.
 """
 
 from __future__ import annotations
@@ -22,13 +23,19 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from cpcompile.passes.channel_rules import rule_of
-from cpcompile.passes.channels import EMPTY, Channels, Mask
-from cpcompile.passes.clean_up import CleanUp, stand_in
+from cpcompile.passes.channel_rules.fixpoint import find_channels
+from cpcompile.passes.channels import Channels, Mask
+from cpcompile.passes.clean_up import CleanUp
 from cpcompile.passes.constant_copies import merge_copies, separate_constants
-from cpcompile.passes.symbolic_shapes import SINCE, ShapeTable, is_standard, opset_of
+from cpcompile.passes.remove_empty_layers import remove_zero_terms
+from cpcompile.passes.symbolic_shapes import SINCE, bodies_of, complete_shapes, nodes_inside_out, opset_of
 
-KeptChannels = Mapping[str, tuple[npt.NDArray[np.intp] | None, ...]]
-"""Initializer -> per axis the kept channels of the original tensor; None where the axis is whole."""
+__all__ = ["Blocked", "EliminateDeadChannels", "Elimination", "KeptChannels", "find_channels"]
+
+Kept = tuple[npt.NDArray[np.intp] | None, ...]
+"""Per axis the kept channels of the original tensor; None where the axis is whole."""
+KeptChannels = Mapping[str, Kept]
+"""Initializer of the graph (bodies read them from there, too) -> what is left of it."""
 
 
 @dataclass(frozen=True)
@@ -64,126 +71,56 @@ class EliminateDeadChannels(ir.passes.InPlacePass):
             why = f"the model is in opset {opset}, the rules hold from {SINCE} on: convert it first"
             whole = {name: (None,) * len(v.shape or ()) for name, v in graph.initializers.items()}
             return Elimination(model, False, whole, (Blocked("", 0, 0, "", "", why),))
-        edits = int(self.clean_up(model).modified)  # what nothing needs must not keep channels
-        copies = separate_constants(graph)
-        kept: dict[str, tuple[npt.NDArray[np.intp] | None, ...]] = {
-            name: (None,) * len(value.const_value.shape)
-            for name, value in graph.initializers.items()
-            if value.const_value is not None
-        }
+        complete_shapes(model)
+        edits = self._sweep(model)  # what nothing needs must not keep channels
+        copies = separate_constants([graph, *graph.subgraphs()])
+        given = {value for value in graph.initializers.values() if value.const_value is not None}
+        kept: dict[ir.Value, Kept] = {}
         round_edits = 1
         blocked: tuple[Blocked, ...] = ()
         while round_edits:
-            round_edits = self.clean_up(model).modified + _remove_zero_terms(graph)
+            round_edits = self._sweep(model) + len(remove_zero_terms(graph))
             channels = find_channels(graph)
-            values, sliced = _rewrite(graph, channels)
-            for name, own in sliced.items():
-                kept[name] = tuple(_then(before, now) for before, now in zip(kept[name], own, strict=True))
-            round_edits += values
+            smaller, sliced = _rewrite(graph, channels)
+            for value, own in sliced.items():
+                before = kept.get(value, (None,) * len(own))
+                kept[value] = tuple(_then(old, new) for old, new in zip(before, own, strict=True))
+            round_edits += smaller
             edits += round_edits
             blocked = _blocked(channels)
-        merge_copies(graph, copies, kept)
-        kept = {name: axes for name, axes in kept.items() if name in graph.initializers}
-        return Elimination(model, edits > 0, kept, blocked)
+        merge_copies(copies, kept)
+        names = {
+            name: kept.get(value, (None,) * len(value.shape or ()))
+            for name, value in graph.initializers.items()
+            if value in given  # settings that were written anew have no original
+        }
+        return Elimination(model, edits > 0, names, blocked)
+
+    def _sweep(self, model: ir.Model) -> int:
+        """Remove what no output needs, also in bodies."""
+        return _remove_unused(model.graph) + self.clean_up(model).modified
 
 
-def find_channels(graph: ir.Graph) -> Channels:
-    """The zeros and the greatest set of channels that can be cut together."""
-    channels = Channels(ShapeTable(graph))
-    _propagate_zeros(graph, channels)
-    for value in (*graph.inputs, *graph.outputs):
-        producer = value.producer() or next((use.node for use in value.uses()), None)
-        if producer is not None:
-            channels.keep(value, producer, "it is an input or output of the model")
-    for node in graph:
-        rule = rule_of(node)
-        if rule is None:
-            captured = [v for inner in _nodes_inside(node) for v in inner.inputs if v is not None and v.graph is graph]
-            for touched in (*node.inputs, *node.outputs, *captured):
-                channels.keep(touched, node, f"there is no rule for {node.op_type}")
-        else:
-            for setting in node.inputs[rule.data :]:
-                channels.keep(setting, node, "it is a setting")
-    channels.changed.update(dict.fromkeys(graph))
-    while channels.changed:
-        node = next(iter(channels.changed))
-        del channels.changed[node]
-        if node.graph is graph and (rule := rule_of(node)):  # nodes of sub-graphs may read values of this one
-            channels.consult(node, rule.agree)
-        if not channels.changed:
-            _spare_one(channels)
-    channels.settled = True
-    return channels
-
-
-def _propagate_zeros(graph: ir.Graph, channels: Channels) -> None:
-    for node in graph:
-        rule = rule_of(node)
-        zeros = rule.zeros(channels, node) if rule else None
-        for out, known in zip(node.outputs, zeros or (), strict=False):
-            shape = channels.shape(out)
-            if shape is not None and [mask.size for mask in known.axes] == [axis.n for axis in shape]:
-                channels.zeros[out] = known
-
-
-def _spare_one(channels: Channels) -> None:
-    """A tensor that would lose all channels of an axis keeps one: it is zero, and there is no empty tensor."""
-    for (value, axis), mask in list(channels.cells):
-        if mask.size and mask.all():
-            first = np.arange(mask.size) > 0
-            node = value.producer() or next(iter(value.uses())).node
-            channels.tie([(value, axis)], node, limit=first, why=EMPTY)
-            return
-
-
-def _nodes_inside(node: ir.Node) -> list[ir.Node]:
-    """All nodes of the sub-graphs of `node`."""
-    graphs = [g for a in node.attributes.values() for g in _graphs_of(a)]
-    return [inner for graph in graphs for inner in graph.all_nodes()]
-
-
-def _graphs_of(attribute: ir.Attr) -> list[ir.Graph]:
-    if attribute.type == ir.AttributeType.GRAPH:
-        return [attribute.as_graph()]
-    if attribute.type == ir.AttributeType.GRAPHS:
-        return list(attribute.as_graphs())
-    return []
-
-
-def _remove_zero_terms(graph: ir.Graph) -> int:
-    """x + 0 -> x and x - 0 -> x, where x has the shape of the sum."""
-    channels = Channels(ShapeTable(graph))
-    _propagate_zeros(graph, channels)
+def _remove_unused(graph: ir.Graph) -> int:
+    """Nodes of the graph and its bodies, and initializers of bodies, that nothing needs."""
     removed = 0
-    for node in list(graph):
-        if node.op_type not in ("Add", "Sub") or not is_standard(node):
+    for node in reversed(graph):
+        if not any(out.uses() or out.is_graph_output() for out in node.outputs):
+            for inner in (inner for body in bodies_of(node) for inner in body.all_nodes()):
+                inner.resize_inputs(0)  # what it reads from outside is not read any more
+            graph.remove(node, safe=True)
+            removed += 1
             continue
-        first, second = node.inputs
-        for kept, gone in ((first, second), (second, first))[: 2 if node.op_type == "Add" else 1]:
-            if kept is None or gone is None:
-                continue
-            same = channels.shape(kept) is not None and channels.shape(kept) == channels.shape(node.outputs[0])
-            if same and channels.shape(gone) is not None and channels.zero(gone).everything:
-                removed += _drop(node, kept)
-                break
+        for body in bodies_of(node):
+            removed += _remove_unused(body)
+            for name, value in list(body.initializers.items()):
+                if not (value.uses() or value.is_graph_output() or value.is_graph_input()):
+                    body.initializers.pop(name)
+                    removed += 1
     return removed
 
 
-def _drop(node: ir.Node, kept: ir.Value) -> bool:
-    """Let `kept` stand in for the result of `node`, by a copy where it cannot itself be an output of the model."""
-    graph, out = node.graph, node.outputs[0]
-    assert graph is not None
-    if not stand_in(kept, out):
-        copy = ir.node("Identity", [kept], name=node.name)
-        name, copy.outputs[0].type, copy.outputs[0].shape = out.name, out.type, out.shape
-        graph.insert_before(node, copy)
-        ir.convenience.replace_all_uses_with(out, copy.outputs[0], replace_graph_outputs=True)
-        out.name, copy.outputs[0].name = f"{name}.replaced", name
-    graph.remove(node, safe=True)
-    return True
-
-
-def _rewrite(graph: ir.Graph, channels: Channels) -> tuple[int, dict[str, tuple[npt.NDArray[np.intp] | None, ...]]]:
+def _rewrite(graph: ir.Graph, channels: Channels) -> tuple[int, dict[ir.Value, Kept]]:
     """Cut what the masks say.
 
     Returns how many values got smaller, and per sliced initializer the kept channels of every axis.
@@ -192,7 +129,7 @@ def _rewrite(graph: ir.Graph, channels: Channels) -> tuple[int, dict[str, tuple[
     for (value, axis), mask in channels.cells:
         if mask.any():
             cut.setdefault(value, {})[axis] = mask
-    for node in list(graph):
+    for node in list(nodes_inside_out(graph)):
         if (rule := rule_of(node)) and any(value in cut for value in (*node.inputs, *node.outputs)):
             rule.rewrite(channels, node)
     sliced = {}
@@ -200,20 +137,16 @@ def _rewrite(graph: ir.Graph, channels: Channels) -> tuple[int, dict[str, tuple[
         if value.shape is not None:
             dims = list(value.shape)
             for axis, mask in masks.items():
-                if isinstance(dims[axis], int):
-                    dims[axis] = int((~mask).sum())
-                else:
-                    dims[axis] = ir.SymbolicDim(None)
+                dims[axis] = int((~mask).sum()) if isinstance(dims[axis], int) else ir.SymbolicDim(None)
             value.shape = ir.Shape(dims)
         if value.is_initializer():
             rank = len(value.const_value.shape) if value.const_value is not None else 0
-            own = tuple(np.flatnonzero(~masks[axis]) if axis in masks else None for axis in range(rank))
-            _slice_initializer(value, own)
-            sliced[value.name or ""] = own
+            sliced[value] = tuple(np.flatnonzero(~masks[axis]) if axis in masks else None for axis in range(rank))
+            _slice_initializer(value, sliced[value])
     return len(cut), sliced
 
 
-def _slice_initializer(value: ir.Value, kept: tuple[npt.NDArray[np.intp] | None, ...]) -> None:
+def _slice_initializer(value: ir.Value, kept: Kept) -> None:
     """Replace the tensor by its slice, which is made only when it is read."""
     tensor = value.const_value
     assert tensor is not None and value.shape is not None

@@ -11,11 +11,12 @@ of such axes. `ShapeTable` holds both for every value of a graph.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 
 import onnx_ir as ir
+from onnx_ir.passes.common import ShapeInferencePass
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,12 @@ class Axis:
     @property
     def is_static(self) -> bool:
         return not self.outer
+
+    @property
+    def dimension(self) -> int | ir.SymbolicDim:
+        """As a dimension of a value: a number, a name, or unknown."""
+        named = self.n == 1 and len(self.outer) == 1 and not self.outer[0].startswith("?")
+        return self.n if self.is_static else ir.SymbolicDim(self.outer[0] if named else None)
 
     def __mul__(self, other: Axis) -> Axis:
         """This axis merged with the one to its right."""
@@ -92,13 +99,52 @@ def _divide(total: Sequence[Axis], parts: Sequence[Axis]) -> Axis | None:
     return Axis(tuple(outer), number // part_number)
 
 
+def bodies_of(node: ir.Node) -> list[ir.Graph]:
+    """The sub-graphs of `node`."""
+    bodies: list[ir.Graph] = []
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH:
+            bodies.append(attribute.as_graph())
+        elif attribute.type == ir.AttributeType.GRAPHS:
+            bodies += attribute.as_graphs()
+    return bodies
+
+
+def nodes_inside_out(graph: ir.Graph) -> Iterator[ir.Node]:
+    """All nodes, those of bodies before the node that the bodies belong to."""
+    for node in graph:
+        for body in bodies_of(node):
+            yield from nodes_inside_out(body)
+        yield node
+
+
+def complete_shapes(model: ir.Model) -> None:
+    """Give values the shapes that inference leaves open and the table derives, and let inference go on from there.
+
+    Not with sequences: onnx_ir writes them as tensors for inference, and would get their type wrong.
+    """
+    made = [(node, out) for node in nodes_inside_out(model.graph) for out in node.outputs]
+    if any(isinstance(out.type, ir.SequenceType | ir.OptionalType) for _, out in made):
+        return
+    found = True
+    while found:
+        found, table = False, ShapeTable(model.graph)
+        for node, out in made:
+            if node.op_type == "GroupNormalization" and is_standard(node) and node.inputs[0] is not None:
+                out.type = node.inputs[0].type  # inference says nothing of it
+            if out.shape is None and out.type is not None and (shape := table.shape(out)) is not None:
+                out.shape, found = ir.Shape(axis.dimension for axis in shape), True
+        if found:
+            ShapeInferencePass(check_type=False, strict_mode=False)(model)
+
+
 class ShapeTable:
-    """Symbolic shapes of all values of a graph, and the contents of its small integer vectors."""
+    """Symbolic shapes of all values of a graph and its bodies, and the contents of its small integer vectors."""
 
     def __init__(self, graph: ir.Graph) -> None:
         self._shapes: dict[ir.Value, Shape | None] = {}
         self._contents: dict[ir.Value, Shape] = {}
-        for node in graph:
+        for node in nodes_inside_out(graph):
             if not is_standard(node):
                 continue
             if content := _CONTENT.get(node.op_type):
@@ -109,6 +155,8 @@ class ShapeTable:
                 derived = shape(self, node)
                 if derived is not None:
                     self._shapes[node.outputs[0]] = derived
+            if shapes := _SHAPES.get(node.op_type):
+                self._shapes.update(shapes(self, node))
 
     def shape(self, value: ir.Value | None) -> Shape | None:
         """The axes of `value`; None if not even their number is known."""
@@ -159,6 +207,29 @@ def number_of(node: ir.Node, name: str, default: int) -> int:
     """An integer attribute or its default."""
     attribute = node.attributes.get(name)
     return default if attribute is None else attribute.as_int()
+
+
+def axes_left(table: ShapeTable, node: ir.Node) -> dict[int, int] | None:
+    """Axes of the input that a reduction leaves -> axes of its output; None if they are not known."""
+    shape = table.shape(node.inputs[0])
+    axes = axes_of(table, node, len(shape)) if shape is not None else None
+    if shape is None or axes is None:
+        return None
+    explicit = "axes" in node.attributes or (len(node.inputs) > 1 and node.inputs[1] is not None)
+    if not (explicit and axes):
+        axes = [] if number_of(node, "noop_with_empty_axes", 0) else list(range(len(shape)))
+    left = [axis for axis in range(len(shape)) if axis not in axes]
+    return {axis: axis if number_of(node, "keepdims", 1) else at for at, axis in enumerate(left)}
+
+
+def padding_of(table: ShapeTable, node: ir.Node) -> list[tuple[int, int]] | None:
+    """Per axis how much a Pad puts before and after it; None if that is not constant."""
+    shape, pads = table.shape(node.inputs[0]), table.integers(node.inputs[1])
+    axes = axes_of(table, node, len(shape), index=3) if shape is not None else None
+    if shape is None or pads is None or axes is None or len(pads) != 2 * len(axes):
+        return None
+    given = dict(zip(axes, zip(pads[: len(axes)], pads[len(axes) :], strict=True), strict=True))
+    return [given.get(axis, (0, 0)) for axis in range(len(shape))]
 
 
 # Contents: vectors of lengths.
@@ -280,6 +351,52 @@ def _same(table: ShapeTable, node: ir.Node) -> Shape | None:
     return table.shape(node.inputs[0])
 
 
+def _pad(table: ShapeTable, node: ir.Node) -> Shape | None:
+    shape, padding = table.shape(node.inputs[0]), padding_of(table, node)
+    if shape is None or padding is None:
+        return None
+    axes = []
+    for at, (axis, (before, after)) in enumerate(zip(shape, padding, strict=True)):
+        longer = Axis((), axis.n + before + after) if axis.is_static else Axis((f"?{node.outputs[0].name}.{at}",), 1)
+        axes.append(longer if before or after else axis)
+    return tuple(axes)
+
+
+def _reduce(table: ShapeTable, node: ir.Node) -> Shape | None:
+    shape, left = table.shape(node.inputs[0]), axes_left(table, node)
+    if shape is None or left is None:
+        return None
+    if number_of(node, "keepdims", 1):
+        return tuple(axis if at in left else ONE for at, axis in enumerate(shape))
+    return tuple(shape[at] for at in left)
+
+
+def _looped(table: ShapeTable, node: ir.Node) -> dict[ir.Value, Shape]:
+    """What a Loop makes: an axis of a state that is the same before, in and after an iteration is it at the end."""
+    (body,) = bodies_of(node)
+    shapes: dict[ir.Value, Shape] = {}
+    states = len(node.inputs) - 2
+    for element, out in zip(body.outputs[1 + states :], node.outputs[states:], strict=True):
+        if (own := table.shape(element)) is not None:
+            shapes[out] = (Axis((f"?{out.name}.0",), 1), *own)
+    for values in zip(node.inputs[2:], body.inputs[2:], body.outputs[1:], node.outputs, strict=False):
+        known = [shape for shape in map(table.shape, values[:3]) if shape is not None]
+        if len(known) == 3 and len({len(shape) for shape in known}) == 1:
+            unknown = (Axis((f"?{values[3].name}.{at}",), 1) for at in range(len(known[0])))
+            axes = zip(*known, unknown, strict=True)
+            shapes[values[3]] = tuple(a if a == b == c else other for a, b, c, other in axes)
+    return shapes
+
+
+def _caches(table: ShapeTable, node: ir.Node) -> dict[ir.Value, Shape]:
+    """What an Attention makes of its caches: longer ones."""
+    shapes: dict[ir.Value, Shape] = {}
+    for past, present in zip(node.inputs[4:6], node.outputs[1:3], strict=False):
+        if (shape := table.shape(past)) is not None and len(shape) == 4:
+            shapes[present] = (*shape[:2], Axis((f"?{present.name}.2",), 1), shape[3])
+    return shapes
+
+
 def _unsqueeze(table: ShapeTable, node: ir.Node) -> Shape | None:
     shape = table.shape(node.inputs[0])
     attribute = node.attributes.get("axes")
@@ -308,6 +425,11 @@ ELEMENTWISE = (
 )
 """Elementwise operators of several operands, which stretch to a common shape."""
 
+REDUCTIONS = (
+    *("ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd"),
+    *("ReduceSum", "ReduceSumSquare"),
+)
+
 _Rule = Callable[[ShapeTable, ir.Node], Shape | None]
 
 _CONTENT: dict[str, _Rule] = {
@@ -331,8 +453,14 @@ _SHAPE: dict[str, _Rule] = {
     "Expand": _expand,
     "MatMul": _matmul,
     "Unsqueeze": _unsqueeze,
+    "Pad": _pad,
+    **dict.fromkeys(REDUCTIONS, _reduce),
     **dict.fromkeys(ELEMENTWISE, _broadcast),
     **dict.fromkeys(ZERO_AT_ZERO + NOT_ZERO_AT_ZERO, _same),
     **dict.fromkeys(("CastLike", "Clip", "Trilu", "RotaryEmbedding", "BatchNormalization"), _same),
+    **dict.fromkeys(("GroupNormalization", "InstanceNormalization", "QuantizeLinear", "DequantizeLinear"), _same),
     **dict.fromkeys(("Softmax", "LogSoftmax", "Hardmax", "LayerNormalization", "RMSNormalization"), _same),
 }
+
+_SHAPES: dict[str, Callable[[ShapeTable, ir.Node], dict[ir.Value, Shape]]] = {"Loop": _looped, "Attention": _caches}
+"""Of results other than the first."""

@@ -12,10 +12,15 @@ import onnx_ir as ir
 
 from cpcompile.passes.channel_rules import (
     attention,
+    bodies,
+    channel_norms,
     convolutions,
+    einsum,
     elementwise,
+    pad,
     parts,
     products,
+    quantization,
     reductions,
     reshapes,
     whole_axes,
@@ -23,7 +28,10 @@ from cpcompile.passes.channel_rules import (
 from cpcompile.passes.channel_rules.rule import Rule
 from cpcompile.passes.symbolic_shapes import is_standard
 
-FAMILIES = (elementwise, products, attention, convolutions, whole_axes, reductions, reshapes, parts)
+FAMILIES = (
+    *(elementwise, products, einsum, quantization, attention, convolutions, channel_norms, whole_axes, reductions),
+    *(reshapes, parts, pad, bodies),
+)
 
 RULES: Mapping[str, Rule] = MappingProxyType(
     {operator: rule for family in FAMILIES for operator, rule in family.RULES.items()}
@@ -32,9 +40,5 @@ RULES: Mapping[str, Rule] = MappingProxyType(
 
 
 def rule_of(node: ir.Node) -> Rule | None:
-    """The rule of `node`; None for other domains, operators with sub-graphs, and what is not in the table."""
-    if not is_standard(node) or any(
-        attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for attribute in node.attributes.values()
-    ):
-        return None
-    return RULES.get(node.op_type)
+    """The rule of `node`; None for other domains (functions among them) and what is not in the table."""
+    return RULES.get(node.op_type) if is_standard(node) else None

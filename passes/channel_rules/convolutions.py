@@ -1,53 +1,92 @@
-"""Convolutions and what follows them: data (batch, channels, ...), weight (out channels, channels / group, ...)."""
+"""Convolutions: data (batch, groups * a, ...) becomes (batch, groups * b, ...), every group by weights of its own.
+
+    Conv             weight (groups * b, a, ...)
+    ConvTranspose    weight (groups * a, b, ...)
+
+A group goes as a whole if nobody needs what it makes. The groups that stay have to stay of one size: channels on the
+first axis of the weight are told apart by group, so each group may lose others, but as many; the second axis
+stands for the channels of every group, which lose the same.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
 
 import numpy as np
 import onnx_ir as ir
 
 from cpcompile.passes.channel_rules.rule import Rule, keep_all, value_of
-from cpcompile.passes.channels import Cell, Channels, Zeros
+from cpcompile.passes.channels import NOT_ZERO, Cell, Channels, Mask, Zeros, equal_losses
 from cpcompile.passes.symbolic_shapes import Axis, number_of
 
 
-def _is_depthwise(channels: Channels, node: ir.Node) -> bool:
-    """Whether every channel has a filter of its own."""
-    data, weight, group = channels.shape(node.inputs[0]), channels.shape(node.inputs[1]), number_of(node, "group", 1)
-    return bool(data and weight) and group > 1 and Axis((), group) == (data or ())[1] == (weight or ())[0]
+@dataclass(frozen=True)
+class _Layout:
+    """The axis that runs along with the first of the weight, and the one that its second stands for."""
+
+    groups: int
+    own: Cell
+    shared: Cell
+
+
+def _layout(channels: Channels, node: ir.Node) -> _Layout | None:
+    """None if shapes do not tell."""
+    value, weight, out = value_of(node, 0), value_of(node, 1), node.outputs[0]
+    a, w, b = channels.shape(value), channels.shape(weight), channels.shape(out)
+    if a is None or w is None or b is None or len({len(a), len(w), len(b)}) > 1:
+        return None
+    groups, pair = number_of(node, "group", 1), [((out, 1), b[1]), ((value, 1), a[1])]
+    (own, first), (shared, second) = pair[:: -1 if node.op_type == "ConvTranspose" else 1]
+    fits = first == w[0] and first.is_static and first.n % groups == 0 and w[1].is_static
+    return _Layout(groups, own, shared) if fits and second == Axis((), groups * w[1].n) else None
+
+
+def _zero_terms(channels: Channels, node: ir.Node, groups: int) -> Mask:
+    """Channels of the data that contribute nothing."""
+    weight = channels.zero(value_of(node, 1))
+    contracted = weight.axes[0] if node.op_type == "ConvTranspose" else np.tile(weight.axes[1], groups)
+    return channels.zero(value_of(node, 0)).axes[1] | contracted
 
 
 def _agree_conv(channels: Channels, node: ir.Node) -> None:
     value, weight, out = value_of(node, 0), value_of(node, 1), node.outputs[0]
-    a, b, c = (channels.shape(tensor) for tensor in (value, weight, out))
-    if a is None or b is None or c is None or len({len(a), len(b), len(c)}) > 1:
+    layout = _layout(channels, node)
+    if layout is None:
         keep_all(channels, node, "its shapes are unknown")
         return
     for tensor in (value, weight, out):
-        channels.keep(tensor, node, "it slides along this axis", axes=range(2, len(a)))
+        channels.keep(tensor, node, "it slides along this axis", axes=range(2, len(channels.shape(tensor) or ())))
     channels.tie([(value, 0), (out, 0)], node)
-    made: list[Cell] = [(out, 1), (weight, 0), *((bias, 0) for bias in node.inputs[2:3] if bias is not None)]
-    if _is_depthwise(channels, node):
-        channels.tie([(value, 1), *made], node)
-    elif number_of(node, "group", 1) == 1 and a[1] == b[1]:
-        channels.tie(made, node)
-        contracted = channels.zero(value).axes[1] | channels.zero(weight).axes[1]
-        channels.tie([(value, 1), (weight, 1)], node, limit=contracted)
-    else:
-        for tensor, axis in ((value, 1), (weight, 1), *made):
-            channels.keep(tensor, node, "it has groups of several channels", axes=[axis])
+    groups, own_cells, shared_cells = layout.groups, [layout.own, (weight, 0)], [layout.shared]
+    made = own_cells if layout.own[0] is out else shared_cells
+    made += [(bias, 0) for bias in node.inputs[2:3] if bias is not None]
+    channels.tie(own_cells, node)
+    channels.tie(shared_cells, node)
+    own, shared = (channels.cut(*cell).reshape(groups, -1) for cell in (layout.own, layout.shared))
+    gone = np.asarray(own.all(axis=1) & shared.all(axis=1))
+    spared = _zero_terms(channels, node, groups).reshape(groups, -1) | gone[:, None]
+    for cells in (own_cells, shared_cells):
+        if cells is not made:
+            channels.tie(cells, node, limit=spared.reshape(-1), why=NOT_ZERO)
+    own, shared = (channels.cut(*cell).reshape(groups, -1) for cell in (layout.own, layout.shared))
+    channels.tie(own_cells, node, limit=equal_losses(own, gone).reshape(-1), why="its groups have to stay of one size")
+    limit = np.asarray(shared[~gone].all(axis=0))
+    channels.tie([(weight, 1)], node, limit=limit, why=NOT_ZERO if groups == 1 else "its groups lose the same channels")
+    limit = gone[:, None] | channels.cut(weight, 1)
+    channels.tie(shared_cells, node, limit=limit.reshape(-1), why="its groups lose the same channels")
 
 
 def _zeros_conv(channels: Channels, node: ir.Node) -> Sequence[Zeros] | None:
-    value, weight, out = value_of(node, 0), value_of(node, 1), channels.shape(node.outputs[0])
-    if channels.shape(value) is None or channels.shape(weight) is None or out is None:
+    weight, out, layout = value_of(node, 1), channels.shape(node.outputs[0]), _layout(channels, node)
+    if layout is None or out is None:
         return None
+    zeros, groups = channels.zero(weight), layout.groups
     masks = [np.zeros(axis.n, dtype=np.bool_) for axis in out]
-    masks[1] = channels.zero(weight).axes[0].copy()
-    if _is_depthwise(channels, node):
-        masks[1] |= channels.zero(value).axes[1]
+    terms = _zero_terms(channels, node, groups).reshape(groups, -1).all(axis=1)
+    masks[1] = np.repeat(terms, out[1].n // groups)
+    masks[1] |= np.tile(zeros.axes[1], groups) if node.op_type == "ConvTranspose" else zeros.axes[0]
     for bias in node.inputs[2:3]:
         if bias is not None:
             masks[1] &= channels.zero(bias).axes[0] if channels.shape(bias) is not None else False
@@ -55,24 +94,11 @@ def _zeros_conv(channels: Channels, node: ir.Node) -> Sequence[Zeros] | None:
 
 
 def _rewrite_conv(channels: Channels, node: ir.Node) -> None:
-    if _is_depthwise(channels, node):
-        node.attributes["group"] = ir.AttrInt64("group", int((~channels.cut(node.outputs[0], 1)).sum()))
-
-
-def _agree_batch_norm(channels: Channels, node: ir.Node) -> None:
-    value, out = value_of(node, 0), node.outputs[0]
-    shape = channels.shape(value)
-    if shape is None or channels.shape(out) is None or len(node.outputs) > 1:
-        keep_all(channels, node, "it is training, or its shapes are unknown")
-        return
-    for axis in range(len(shape)):
-        statistics: list[Cell] = [(value_of(node, i), 0) for i in range(1, 5)] if axis == 1 else []
-        channels.tie([(value, axis), (out, axis), *statistics], node)
+    if (layout := _layout(channels, node)) is not None and layout.groups > 1:
+        left = ~channels.cut(*layout.own).reshape(layout.groups, -1).all(axis=1)
+        node.attributes["group"] = ir.AttrInt64("group", int(left.sum()))
 
 
 RULES: Mapping[str, Rule] = MappingProxyType(
-    {
-        "Conv": Rule(_agree_conv, _zeros_conv, _rewrite_conv, data=3),
-        "BatchNormalization": Rule(_agree_batch_norm, data=5),
-    }
+    dict.fromkeys(("Conv", "ConvTranspose"), Rule(_agree_conv, _zeros_conv, _rewrite_conv, data=3))
 )

@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from cpcompile.passes.channel_rules.rule import Rule, keep_all, value_of
 from cpcompile.passes.channels import Channels, Zeros
-from cpcompile.passes.shape_inputs import set_integers
+from cpcompile.passes.shape_inputs import pick_channels, set_integers
 from cpcompile.passes.symbolic_shapes import axes_of, constant_of, number_of
 
 
@@ -25,14 +25,12 @@ def _pieces(channels: Channels, whole: ir.Value, parts: Sequence[ir.Value], axis
     return [slice(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 
 
-def _agree_pieces(
-    channels: Channels, node: ir.Node, whole: ir.Value, parts: Sequence[ir.Value], default_axis: int | None
-) -> None:
+def _agree_pieces(channels: Channels, node: ir.Node, whole: ir.Value, parts: Sequence[ir.Value]) -> None:
     shape = channels.shape(whole)
     if shape is None or any(channels.shape(part) is None for part in parts):
         keep_all(channels, node, "its shapes are unknown")
         return
-    axis = number_of(node, "axis", default_axis or 0) % len(shape)
+    axis = number_of(node, "axis", 0) % len(shape)
     for other in range(len(shape)):
         if other != axis:
             channels.tie([(whole, other), *((part, other) for part in parts)], node)
@@ -42,22 +40,24 @@ def _agree_pieces(
             channels.keep(tensor, node, "it joins or splits a dynamic axis", axes=[axis])
         return
     mask, reasons = channels.cut(whole, axis).copy(), channels.reasons((whole, axis)).copy()
-    for part, piece in zip(parts, pieces, strict=True):
+    dropped = {at for at, piece in enumerate(pieces) if (node, at) in channels.dropped and mask[piece].all()}
+    present = [own for at, own in enumerate(zip(parts, pieces, strict=True)) if at not in dropped]
+    for part, piece in present:
         lost = mask[piece] & ~channels.cut(part, axis)
         reasons[piece][lost] = channels.reasons((part, axis))[lost]
         mask[piece] &= ~lost
     channels.shrink((whole, axis), mask, reasons)
-    for part, piece in zip(parts, pieces, strict=True):
+    for part, piece in present:
         channels.shrink((part, axis), mask[piece], reasons[piece])
 
 
 def _agree_concat(channels: Channels, node: ir.Node) -> None:
     parts = [value for value in node.inputs if value is not None]
-    _agree_pieces(channels, node, node.outputs[0], parts, None)
+    _agree_pieces(channels, node, node.outputs[0], parts)
 
 
 def _agree_split(channels: Channels, node: ir.Node) -> None:
-    _agree_pieces(channels, node, value_of(node, 0), node.outputs, 0)
+    _agree_pieces(channels, node, value_of(node, 0), node.outputs)
 
 
 def _zeros_concat(channels: Channels, node: ir.Node) -> Sequence[Zeros] | None:
@@ -93,6 +93,21 @@ def _zeros_split(channels: Channels, node: ir.Node) -> Sequence[Zeros] | None:
     ]
 
 
+def _rewrite_concat(channels: Channels, node: ir.Node) -> None:
+    """Leave out the parts of which nothing is left."""
+    out, parts = node.outputs[0], [value for value in node.inputs if value is not None]
+    axis = number_of(node, "axis", 0) % len(channels.shape(out) or (0,))
+    pieces = _pieces(channels, out, parts, axis) or []
+    cut = channels.cut(out, axis)
+    left = [part for at, part in enumerate(parts) if (node, at) not in channels.dropped or not cut[pieces[at]].all()]
+    node.resize_inputs(len(left))
+    for at, part in enumerate(left):
+        node.replace_input_with(at, part)
+    if len(left) == 1 < len(parts):
+        node.op_type = "Identity"
+        node.attributes.clear()
+
+
 def _rewrite_split(channels: Channels, node: ir.Node) -> None:
     shape = channels.shape(value_of(node, 0))
     assert shape is not None
@@ -103,7 +118,7 @@ def _rewrite_split(channels: Channels, node: ir.Node) -> None:
 
 
 def _window(channels: Channels, node: ir.Node) -> dict[int, npt.NDArray[np.intp]] | None:
-    """Per axis that a Slice cuts the channels that it takes; None unless bounds are constant and steps are 1.
+    """Per axis that a Slice cuts the channels that it takes, in their order; None unless bounds are constant.
 
     Nothing is known of the channels taken from a dynamic axis: there are none.
     """
@@ -114,11 +129,9 @@ def _window(channels: Channels, node: ir.Node) -> dict[int, npt.NDArray[np.intp]
     axes = axes_of(channels.table, node, len(shape), index=3) if shape is not None else None
     if shape is None or axes is None or starts is None or ends is None or steps is None:
         return None
-    if any(step != 1 for step in steps):
-        return None
     return {
-        axis: np.arange(0 if shape[axis].outer else shape[axis].n)[slice(start, end)]
-        for axis, start, end in zip(axes, starts, ends, strict=False)
+        axis: np.arange(0 if shape[axis].outer else shape[axis].n)[slice(start, end, step)]
+        for axis, start, end, step in zip(axes, starts, ends, steps or [1] * len(starts), strict=False)
     }
 
 
@@ -126,7 +139,7 @@ def _agree_slice(channels: Channels, node: ir.Node) -> None:
     value, out = value_of(node, 0), node.outputs[0]
     shape, window = channels.shape(value), _window(channels, node)
     if shape is None or window is None or channels.shape(out) is None:
-        keep_all(channels, node, "its bounds are not constant, or its steps are not 1")
+        keep_all(channels, node, "its bounds are not constant")
         return
     for axis, length in enumerate(shape):
         taken = window.get(axis)
@@ -158,19 +171,31 @@ def _zeros_slice(channels: Channels, node: ir.Node) -> Sequence[Zeros] | None:
 
 
 def _rewrite_slice(channels: Channels, node: ir.Node) -> None:
+    """Take what is left of each window: by bounds and a step where they can say it, else by a Gather before."""
     value, window = value_of(node, 0), _window(channels, node)
     shape = channels.shape(value)
     if window is None or shape is None or not any(channels.cut(value, axis).any() for axis in window):
         return
     axes = axes_of(channels.table, node, len(shape), index=3) or []
     starts, ends = channels.table.integers(node.inputs[1]) or [], channels.table.integers(node.inputs[2]) or []
+    steps = (channels.table.integers(node.inputs[4]) if len(node.inputs) > 4 else None) or [1] * len(starts)
     for at, axis in enumerate(axes):
-        if axis in window and not shape[axis].outer:
-            kept = np.flatnonzero(~channels.cut(value, axis))
-            inside = np.flatnonzero(np.isin(kept, window[axis]))
-            starts[at], ends[at] = (int(inside[0]), int(inside[-1]) + 1) if inside.size else (0, 0)
-    set_integers(node, 1, starts)
-    set_integers(node, 2, ends)
+        if axis not in window or shape[axis].outer:
+            continue
+        gone = channels.cut(value, axis)
+        position = np.cumsum(~gone) - 1
+        asked = position[window[axis][~gone[window[axis]]]]
+        gaps = np.unique(np.diff(asked))
+        if gaps.size > 1:
+            pick_channels(node, axis, asked)
+            starts[at], ends[at], steps[at] = 0, asked.size, 1
+        elif asked.size:
+            steps[at] = int(gaps[0]) if gaps.size else 1
+            beyond = int(asked[-1]) + steps[at]
+            starts[at], ends[at] = int(asked[0]), beyond if beyond >= 0 else -1 - int((~gone).sum())
+    for index, numbers in ((1, starts), (2, ends), (4, steps)):
+        if index < len(node.inputs):
+            set_integers(node, index, numbers)
 
 
 def _agree_gather(channels: Channels, node: ir.Node) -> None:
@@ -254,7 +279,7 @@ def _agree_shape(channels: Channels, node: ir.Node) -> None:
 
 RULES: Mapping[str, Rule] = MappingProxyType(
     {
-        "Concat": Rule(_agree_concat, _zeros_concat, data=2**10),
+        "Concat": Rule(_agree_concat, _zeros_concat, _rewrite_concat, data=2**10),
         "Split": Rule(_agree_split, _zeros_split, _rewrite_split),
         "Slice": Rule(_agree_slice, _zeros_slice, _rewrite_slice),
         "Gather": Rule(_agree_gather, _zeros_gather, _rewrite_gather),

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from cpcompile.passes.channel_rules.rule import AgreeRule, Rule, keep_all, value_of
 from cpcompile.passes.channels import Channels, Zeros
-from cpcompile.passes.symbolic_shapes import axes_of, number_of
+from cpcompile.passes.symbolic_shapes import axes_left
 
 
 def _agree_reduce(sums: bool) -> AgreeRule:
@@ -19,7 +19,7 @@ def _agree_reduce(sums: bool) -> AgreeRule:
     def agree(channels: Channels, node: ir.Node) -> None:
         value, out = value_of(node, 0), node.outputs[0]
         shape, out_shape = channels.shape(value), channels.shape(out)
-        through = _not_reduced(channels, node)
+        through = axes_left(channels.table, node)
         if shape is None or out_shape is None or through is None or len(out_shape) <= max(through.values(), default=-1):
             keep_all(channels, node, "its axes are unknown")
             return
@@ -34,23 +34,9 @@ def _agree_reduce(sums: bool) -> AgreeRule:
     return agree
 
 
-def _not_reduced(channels: Channels, node: ir.Node) -> dict[int, int] | None:
-    """Axes of the input that a reduction leaves -> axes of its output; None if they are not known."""
-    shape = channels.shape(node.inputs[0])
-    axes = axes_of(channels.table, node, len(shape)) if shape is not None else None
-    if shape is None or axes is None:
-        return None
-    explicit = "axes" in node.attributes or (len(node.inputs) > 1 and node.inputs[1] is not None)
-    if not (explicit and axes):
-        axes = [] if number_of(node, "noop_with_empty_axes", 0) else list(range(len(shape)))
-    left = [axis for axis in range(len(shape)) if axis not in axes]
-    keeps_axes = bool(number_of(node, "keepdims", 1))
-    return {axis: axis if keeps_axes else at for at, axis in enumerate(left)}
-
-
 def _zeros_reduce(channels: Channels, node: ir.Node) -> Sequence[Zeros] | None:
     """Zeros have the sum and the mean 0 (nothing at all has the product 1)."""
-    through, out = _not_reduced(channels, node), channels.shape(node.outputs[0])
+    through, out = axes_left(channels.table, node), channels.shape(node.outputs[0])
     if through is None or out is None or len(out) <= max(through.values(), default=-1):
         return None
     zeros = channels.zero(value_of(node, 0))

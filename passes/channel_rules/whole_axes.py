@@ -1,4 +1,4 @@
-"""Operators that treat some axes as a whole and leave the others alone: softmax, norms, rotation, pooling."""
+"""Operators that treat some axes as a whole and leave the others alone: softmax, norms, pooling."""
 
 from __future__ import annotations
 
@@ -68,10 +68,6 @@ def _from_axis(_channels: Channels, node: ir.Node, rank: int) -> Sequence[int]:
     return range(number_of(node, "axis", -1) % rank, rank)
 
 
-def _beside_heads(_channels: Channels, _node: ir.Node, rank: int) -> Sequence[int]:
-    return [0, 2, 3] if rank == 4 else range(rank)
-
-
 def _spatial(_channels: Channels, node: ir.Node, rank: int) -> Sequence[int]:
     return range(2, rank) if len(node.outputs) == 1 else range(rank)
 
@@ -89,7 +85,6 @@ RULES: Mapping[str, Rule] = MappingProxyType(
         **dict.fromkeys(("Softmax", "LogSoftmax", "Hardmax"), Rule(_whole_axes(_one_axis(-1), _OVER_AXIS))),
         "LayerNormalization": Rule(_whole_axes(_from_axis, _OTHER_NORM), data=3),
         "RMSNormalization": Rule(_whole_axes(_from_axis, _OTHER_NORM), _zeros_beside(_from_axis), data=2),
-        "RotaryEmbedding": Rule(_whole_axes(_beside_heads, "it rotates along this axis"), _zeros_beside(_beside_heads)),
         "Trilu": Rule(_whole_axes(_last_two, _OVER_AXIS), first_zero),
         **dict.fromkeys(
             ("AveragePool", "GlobalAveragePool", "GlobalMaxPool", "MaxPool"),

@@ -8,54 +8,30 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx
 import onnx_ir as ir
-import onnxruntime as ort
 import pytest
 import torch
-from onnx_ir.passes.common import ShapeInferencePass
 
 from cpcompile.capture import capture
 from cpcompile.config import ModelConfig, preset
 from cpcompile.models.decoder import Decoder
 from cpcompile.selection import Selection, UnitKind
+from tests.unit.passes import graph_text
 
 Array = npt.NDArray[Any]
 CONTEXTS = ("random", "no-ffn-in-0", "no-heads-in-1", "nothing")
 
 
 class Graphs:
-    """What every test of a pass does with a graph."""
+    """What every test of a pass does with a graph, by the helpers of `graph_text`."""
+
+    run = staticmethod(graph_text.run)
+    check = staticmethod(graph_text.check)
 
     @staticmethod
     def build(text: str, *, opset: int = 20, infer: bool = True, **initializers: Array) -> ir.Model:
-        """A model from the text of its graph, shapes inferred as exporters do; constants become float32."""
-        proto = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["" : {opset}]> g {text}')
-        for name, array in initializers.items():
-            single = array.astype(np.float32) if array.dtype == np.float64 else array
-            proto.graph.initializer.append(onnx.numpy_helper.from_array(single, name))
-        model = ir.from_proto(proto)
-        if infer:
-            ShapeInferencePass(check_type=False, strict_mode=False)(model)
-        return model
-
-    @staticmethod
-    def run(model: ir.Model, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """Outputs by name, from ONNX Runtime on one thread, unoptimised: the graph itself is what is tested."""
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = 1
-        options.log_severity_level = 3
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        session = ort.InferenceSession(
-            ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
-        names = [output.name for output in session.get_outputs()]
-        return dict(zip(names, session.run(names, dict(feeds)), strict=True))
-
-    @staticmethod
-    def check(model: ir.Model) -> None:
-        """The standard's checker with full shape inference."""
-        onnx.checker.check_model(ir.to_proto(model), full_check=True)
+        """A model from the text of its graph."""
+        return graph_text.parse(text, initializers, opset=opset, infer=infer)
 
     @staticmethod
     def shapes(model: ir.Model) -> dict[str, tuple[int, ...]]:
@@ -70,14 +46,10 @@ class Graphs:
     def operators(model: ir.Model) -> list[str]:
         return [node.op_type for node in model.graph]
 
-    def assert_same(self, before: ir.Model, after: ir.Model, feeds: Mapping[str, Array], tolerance: float) -> None:
+    @staticmethod
+    def assert_same(before: ir.Model, after: ir.Model, feeds: Mapping[str, Array], tolerance: float) -> None:
         """Same outputs by name, shape and value; the tolerance is relative to the largest value."""
-        expected, got = self.run(before, feeds), self.run(after, feeds)
-        assert got.keys() == expected.keys()
-        for name, array in expected.items():
-            assert got[name].shape == array.shape
-            assert np.isfinite(array).all()
-            assert np.abs(got[name] - array).max(initial=0) <= tolerance * max(1.0, np.abs(array).max(initial=0))
+        graph_text.assert_same_values(before, after, feeds, tolerance=tolerance)
 
 
 @pytest.fixture(scope="session")

@@ -172,16 +172,12 @@ def test_a_reduction_over_no_axes_is_a_copy(graphs):
         ("k = Softmax <axis = -1> (h)", "Softmax", "works along this axis"),
         ("k = LayerNormalization (h, v)", "LayerNormalization", "norm over fewer channels"),
         ("k = CumSum(h, one)", "CumSum", "no rule for CumSum"),
-        ("k = Slice(h, zero, eight, axis, minus)", "Slice", "steps are not 1"),
         ("r = Shape(h) s = Expand(zero, r) t = Cast <to = 1> (s) k = Add(h, t)", "Shape", "length is asked for"),
     ],
 )
 def test_refusals_say_which_operator_and_why(graphs, body, operator, reason):
-    constants = {"v": np.arange(1.0, 9.0), "one": np.array(1), "axis": np.array([1]), "minus": np.array([-1])}
-    bounds = {"zero": np.array([0]), "eight": np.array([-9])}
-    if operator == "Slice":
-        bounds["zero"] = np.array([7])
-    after, result = _eliminate(graphs, _through(body), FEEDS, g=GATE, **LINEAR, **constants, **bounds)
+    constants = {"v": np.arange(1.0, 9.0), "one": np.array(1), "zero": np.array([0])}
+    after, result = _eliminate(graphs, _through(body), FEEDS, g=GATE, **LINEAR, **constants)
     assert {name: graphs.shapes(after)[name] for name in WHOLE} == WHOLE
     (blocked,) = [b for b in result.blocked if b.value == "z"]
     assert (blocked.axis, blocked.channels, blocked.operator) == (1, 3, operator)
@@ -511,11 +507,11 @@ def test_a_dead_residual_branch_disappears_with_its_parameters(graphs, sum_):
     assert result.kept == {}
 
 
-def test_zero_minus_x_is_not_x(graphs):
+def test_zero_minus_x_is_its_negative(graphs):
     text = """(float[N,4] x) => (float[N,4] y) {
         h = MatMul(x, a) z = Mul(h, g) d = MatMul(z, b) s = Sub(d, x) y = Relu(s) }"""
     after, _ = _eliminate(graphs, text, FEEDS, g=np.zeros(8), **_weights(a=(4, 8), b=(8, 4)))
-    assert "Sub" in graphs.operators(after)
+    assert graphs.operators(after) == ["Neg", "Relu"]
 
 
 def test_a_zero_term_that_widens_the_sum_stays(graphs):

@@ -42,33 +42,6 @@ def test_an_operator_of_another_domain_blocks_even_if_it_has_a_known_name() -> N
     assert blocked_by(result) == [("z", 1, 2, "Relu", "there is no rule for Relu")]
 
 
-@pytest.mark.parametrize(
-    ("operator", "body"),
-    [
-        ("If", "u = If(c)<then_branch = t () => (float[N,2] p) {BODY}, else_branch = e () => (float[N,2] q) {ELSE}>"),
-        (
-            "Loop",
-            "u = Loop(two, c, zero)<body = l (int64 i, bool go, float[N,2] s) => (bool on, float[N,2] r) "
-            "{ on = Identity(go) BODY r = Add(s, p) }>",
-        ),
-    ],
-)
-def test_what_a_sub_graph_reads_is_kept_and_its_own_weights_are_not_touched(operator: str, body: str) -> None:
-    """The body holds a gate and a matrix of its own, which nothing may cut while its operand stays whole."""
-    inner = "k = Mul(z, g2) p = MatMul(k, b2)"
-    body = body.replace("BODY", inner).replace("ELSE", "q = MatMul(z, b2)")
-    text = (
-        "(float[N,3] x, bool c) => (float[N,2] y) { h = MatMul(x, a) z = Mul(h, g) "
-        + body
-        + " v = MatMul(z, b) y = Add(u, v) }"
-    )
-    more = {"g2": np.array([0.0, 1.0, 0.0, 1.0]), "b2": (4, 2), "two": np.array(2), "zero": np.zeros((3, 2))}
-    blocked = whole(text, WEIGHTS | more, ["a", "g", "b", "g2", "b2"])
-    assert [(b.value, b.channels, b.operator, b.reason) for b in blocked] == [
-        ("z", 2, operator, f"there is no rule for {operator}")
-    ]
-
-
 def test_outputs_and_inputs_of_the_model_are_never_cut() -> None:
     text = """(float[N,3] x, float[N,4] h) => (float[N,2] y, float[N,4] z) {
         z = Mul(h, g) w = Relu(h) k = Mul(w, g) y = MatMul(k, b)

@@ -43,6 +43,27 @@ class _Writer:
     def gate(self, shape: tuple[int, ...]) -> str:
         return self.constant(self.rng.uniform(0.5, 1.5, shape) * (self.rng.random(shape) < 0.6))
 
+    def body(self, x: str, *, loops: bool) -> str:
+        """A sub-graph on the 8 channels of `x`, which it reads from outside, and those of its state if it loops."""
+        outside, self.lines = self.lines, []
+        self.count += 1
+        state = f"s{self.count}"
+        h = self.add(f"Mul({x}, {self.gate((8,))})")
+        h = self.add(f"MatMul({h}, {self.weight(8, 6)})")
+        h = self.add(f"Mul({h}, {self.gate((6,))})")
+        h = self.add(f"MatMul({h}, {self.weight(6, 8)})")
+        dead = self.add(f"Mul({h}, {self.constant(np.zeros(8))})")
+        h = self.add(f"Add({h}, {dead})")
+        if loops:
+            h = self.add(f"Add({h}, {state})")
+        inside, self.lines = self.lines, outside
+        out = f"float[B,S,8] {h}"
+        if not loops:
+            return f"g{self.count} () => ({out}) {{ {' '.join(inside)} }}"
+        arguments = f"int64 i{self.count}, bool go{self.count}, float[B,S,8] {state}"
+        inside.append(f"on{self.count} = Identity(go{self.count})")
+        return f"g{self.count} ({arguments}) => (bool on{self.count}, {out}) {{ {' '.join(inside)} }}"
+
     def block(self, kind: str, x: str) -> str:
         """A block from 12 channels to 12 channels."""
         numbers = np.array
@@ -102,6 +123,75 @@ class _Writer:
             h = self.add(f"Reshape({h}, {self.constant(numbers([0, 0, 12]))})")
             h = self.add(f"Mul({h}, {self.gate((12,))})")
             return self.add(f"MatMul({h}, {self.weight(12, WIDTH)})")
+        if kind == "steps":
+            bounds = self.rng.choice([[0, 12, 2], [1, 99, 3], [-1, -13, -1], [10, 0, -4], [4, 5, 1]])
+            start, end, step = (self.constant(numbers([n])) for n in bounds)
+            h = self.add(f"MatMul({x}, {self.weight(WIDTH, WIDTH)})")
+            other = self.add(f"Slice({h}, {start}, {end}, {self.constant(numbers([2]))}, {step})")
+            width = len(range(12)[slice(*bounds.tolist())])
+            other = self.add(f"MatMul({other}, {self.weight(width, WIDTH)})")
+            h = self.add(f"Mul({h}, {self.gate((WIDTH,))})")
+            h = self.add(f"MatMul({h}, {self.weight(WIDTH, WIDTH)})")
+            return self.add(f"Add({h}, {other})")
+        if kind == "pad":
+            pads, number = self.constant(numbers([2, 1])), self.constant(np.array(self.rng.choice([0.0, 1.0])))
+            h = self.add(f"MatMul({x}, {self.weight(WIDTH, 7)})")
+            h = self.add(f"Mul({h}, {self.gate((7,))})")
+            h = self.add(f"Pad({h}, {pads}, {number}, {self.constant(numbers([-1]))})")
+            h = self.add(f"Mul({h}, {self.gate((10,))})")
+            return self.add(f"MatMul({h}, {self.weight(10, WIDTH)})")
+        if kind == "einsum":
+            h = self.add(f'Einsum <equation = "bsc,hcd->bhsd"> ({x}, {self.weight(3, WIDTH, 4)})')
+            h = self.add(f"Mul({h}, {self.gate((3, 1, 1))})")
+            h = self.add(f"Mul({h}, {self.gate((4,))})")
+            return self.add(f'Einsum <equation = "bhsd, hdc -> bsc"> ({h}, {self.weight(3, 4, WIDTH)})')
+        if kind == "attention":
+            q = self.add(f"MatMul({x}, {self.weight(WIDTH, 16)})")
+            k, v = (self.add(f"MatMul({x}, {self.weight(WIDTH, 8)})") for _ in "kv")
+            angles = self.rng.normal(size=(8, 1))
+            cos, sin, at = (self.constant(array) for array in (np.cos(angles), np.sin(angles), numbers([[0]])))
+            at = self.add(f"Expand({at}, {self.add(f'Shape <start = 0, end = 2> ({x})')})")
+            q = self.add(f"RotaryEmbedding <num_heads = 8> ({q}, {cos}, {sin}, {at})")
+            h = self.add(f"Attention <q_num_heads = 8, kv_num_heads = 4> ({q}, {k}, {v})")
+            h = self.add(f"Mul({h}, {self.constant(np.repeat(self.rng.random(8) < 0.4, 2) * 1.5)})")
+            return self.add(f"MatMul({h}, {self.weight(16, WIDTH)})")
+        if kind == "convolutions":
+            groups, others = (int(n) for n in self.rng.choice([1, 2, 3, 4, 6], 2))
+            h = self.add(f"Transpose <perm = [0, 2, 1]> ({x})")
+            h = self.add(f"Conv ({h}, {self.weight(WIDTH, WIDTH, 1)})")
+            h = self.add(f"Mul({h}, {self.gate((WIDTH, 1))})")
+            w, v = self.weight(2 * WIDTH, WIDTH // groups, 1), self.weight(2 * WIDTH, WIDTH // others, 1)
+            h = self.add(f"Conv <group = {groups}> ({h}, {w})")
+            if self.rng.random() < 0.7:
+                scale, bias = self.weight(2 * WIDTH), self.gate((2 * WIDTH,))
+                norm = self.rng.choice(["GroupNormalization <num_groups = 8>", "InstanceNormalization"])
+                h = self.add(f"{norm} ({h}, {scale}, {bias})")
+            h = self.add(f"Mul({h}, {self.gate((2 * WIDTH, 1)) if groups != 3 else self.gate((1, 1))})")
+            h = self.add(f"ConvTranspose <group = {others}> ({h}, {v}, {self.gate((WIDTH,))})")
+            h = self.add(f"Mul({h}, {self.gate((WIDTH, 1))})")
+            h = self.add(f"Conv ({h}, {self.weight(WIDTH, WIDTH, 1)})")
+            return self.add(f"Transpose <perm = [0, 2, 1]> ({h})")
+        if kind == "quantized":
+            weight, point = self.rng.integers(-9, 9, (WIDTH, 8)), self.rng.integers(-3, 3, 8)
+            weight[:, self.rng.random(8) < 0.4] = 0
+            scales = [self.constant(self.rng.uniform(0.05, 0.1, n)) for n in (8, 1)]
+            w = self.add(f"DequantizeLinear <axis = 1> ({self.constant(weight.astype(np.int8))}, {scales[0]})")
+            h = self.add(f"MatMul({x}, {w})")
+            h = self.add(f"Mul({h}, {self.gate((8,))})")
+            zero = self.constant(point.astype(np.int8))
+            q = self.add(f"QuantizeLinear <axis = 2> ({h}, {scales[0]}, {zero})")
+            h = self.add(f"DequantizeLinear <axis = 2> ({q}, {scales[0]}, {zero})")
+            return self.add(f"MatMul({h}, {self.weight(8, WIDTH)})")
+        if kind in ("if", "loop"):
+            h = self.add(f"MatMul({x}, {self.weight(WIDTH, 8)})")
+            z = self.add(f"Mul({h}, {self.gate((8,))})")
+            bodies = [self.body(z, loops=kind == "loop") for _ in range(1 if kind == "loop" else 2)]
+            if kind == "if":
+                h = self.add(f"If (c) <then_branch = {bodies[0]}, else_branch = {bodies[1]}>")
+            else:
+                h = self.add(f"Loop ({self.constant(np.array(2))}, , {h}) <body = {bodies[0]}>")
+            h = self.add(f"Mul({h}, {self.gate((8,))})")
+            return self.add(f"MatMul({h}, {self.weight(8, WIDTH)})")
         if kind == "norm":
             return self.add(f"LayerNormalization({x}, {self.weight(WIDTH)}, {self.weight(WIDTH)})")
         if kind == "sum":
@@ -115,7 +205,10 @@ class _Writer:
         return self.add(f"Add({h}, {x})")
 
 
-BLOCKS = ["mlp", "heads", "fused", "concat", "slice", "gather", "repeat", "norm", "sum", "dead"]
+BLOCKS = [
+    *("mlp", "heads", "fused", "concat", "slice", "gather", "repeat", "norm", "sum", "dead", "steps", "pad"),
+    *("einsum", "attention", "convolutions", "quantized", "if", "loop"),
+]
 
 
 def _zero_terms_left(model: ir.Model) -> list[tuple[str, Mask]]:
@@ -148,13 +241,16 @@ def test_values_stay_and_zeros_go_or_are_explained(graphs, seed, blocks, two_out
     if two_outputs:
         outputs += ", float[B,S,12] z"
         writer.lines.append(f"z = Neg({seen[len(seen) // 2]})")
-    before = graphs.build(f"(float[B,S,12] x) => ({outputs}) {{ {chr(10).join(writer.lines)} }}", **writer.arrays)
+    before = graphs.build(
+        f"(float[B,S,12] x, bool c) => ({outputs}) {{ {chr(10).join(writer.lines)} }}", opset=23, **writer.arrays
+    )
     after, twin = before.clone(), before.clone()
 
     result = EliminateDeadChannels()(after)
     graphs.check(after)
     for shape in ((1, 1, WIDTH), (2, 3, WIDTH)):
-        graphs.assert_same(before, after, {"x": writer.rng.normal(size=shape).astype(np.float32)}, TOLERANCE)
+        x = writer.rng.normal(size=shape).astype(np.float32)
+        graphs.assert_same(before, after, {"x": x, "c": np.array(shape[0] > 1)}, TOLERANCE)
     for name, axes in result.kept.items():
         array = before.graph.initializers[name.partition(".")[0]].const_value.numpy()
         for axis, channels in enumerate(axes):

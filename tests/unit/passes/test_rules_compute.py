@@ -214,3 +214,128 @@ def test_convolution_and_batch_norm() -> None:
     }
     kept["b"] = (ALL, LEFT, ALL, ALL)
     assert_becomes(text, expected, weights, kept)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [("nsc,chd->nhsd", "nhsd,hde->nse"), ("nsc, chd -> shnd", "shnd, hde -> nse"), ("...c,chd->...hd", None)],
+)
+def test_einsum_by_its_letters(first: str, second: str | None) -> None:
+    """Two of three heads and the middle of three channels of each: letters that are summed over spare zeros."""
+    text = f"""(float[N,S,2] x) => (float[N,S,5] y) {{
+        h = Einsum<equation="{first}">(x, a) z = Mul(h, g) i = Mul(z, f)
+        y = Einsum<equation="{second or "nshd,hde->nse"}">(i, b)
+    }}"""
+    heads, channels = np.array([0.0, 2, 3]), np.array([1.5, 0, 2])
+    shape = {"nsc,chd->nhsd": (3, 1, 1), "nsc, chd -> shnd": (3, 1, 1)}.get(first, (3, 1))
+    weights = {"a": (2, 3, 3), "g": heads.reshape(shape), "f": channels, "b": (3, 3, 5)}
+    if second is None:
+        assert {b.reason for b in whole(text, weights, ["a", "b"])} == {"axes behind an ellipsis have no letter"}
+        return
+    kept = {
+        **{"a": (ALL, [1, 2], [0, 2]), "g": ([1, 2], ALL, ALL), "f": ([0, 2],)},
+        **{"b": ([1, 2], [0, 2], ALL)},
+    }
+    assert assert_becomes(text, text, weights, kept).blocked == ()
+
+
+def test_einsum_of_one_operand_and_without_an_arrow() -> None:
+    text = """(float[N,3] x) => (float[N] y) {
+        h = MatMul(x, a) z = Mul(h, g) y = Einsum<equation="nc->n">(z)
+    }"""
+    assert_becomes(text, text, {"a": (3, 4), "g": GATE}, {"a": (ALL, LEFT), "g": (LEFT,)})
+    product = text.replace("float[N] y", "float[N,2] y").replace('"nc->n">(z)', '"bj,jk">(z, b)')
+    kept = {"a": (ALL, LEFT), "g": (LEFT,), "b": (LEFT, ALL)}
+    assert_becomes(product, product, {"a": (3, 4), "g": GATE, "b": (4, 2)}, kept)
+
+
+def test_a_diagonal_blocks() -> None:
+    text = """(float[3,4] x) => (float[4] y) {
+        h = Gemm<transA=1>(x, a) z = Mul(h, g) y = Einsum<equation="ii->i">(z)
+    }"""
+    (only,) = whole(text, {"a": (3, 4), "g": GATE}, ["a"])
+    assert (only.operator, only.channels, only.reason) == ("Einsum", 2, "a repeated letter is a diagonal")
+
+
+QUANTIZED = """(float[N,3] x) => (float[N,2] y) {
+    h = MatMul(x, a) z = Mul(h, g) q = QuantizeLinear(z, s, p) d = DequantizeLinear(q, t, p) y = MatMul(d, b)
+}"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "scale", "points"),
+    [
+        (np.int8, np.array(0.05), np.array(0)),
+        (np.uint8, np.array(0.05), np.array(128)),
+        (np.int8, np.array([0.05, 0.02, 0.03, 0.04]), np.array([3, -1, 0, 7])),
+        (np.int16, np.array([0.001, 0.002, 0.003, 0.004]), np.zeros(4)),
+    ],
+)
+def test_zeros_stay_zero_through_quantization(kind: type, scale: np.ndarray, points: np.ndarray) -> None:
+    """They are stored as the zero point; scales and zero points per channel go with their channels."""
+    weights = {"a": (3, 4), "g": GATE, "s": scale, "t": scale, "p": points.astype(kind), "b": (4, 2)}
+    vector = (LEFT,) if scale.ndim else ()
+    kept = {"a": (ALL, LEFT), "g": (LEFT,), "s": vector, "t": vector, "p": vector, "b": (LEFT, ALL)}
+    assert_becomes(QUANTIZED, QUANTIZED, weights, kept)
+
+
+def test_another_zero_point_makes_something_of_zeros() -> None:
+    text = QUANTIZED.replace("(q, t, p)", "(q, t, r)")
+    one = {"s": np.array(0.1), "t": np.array(0.1), "p": np.array(3, np.int8), "r": np.array(2, np.int8)}
+    result = eliminate(text, {"a": (3, 4), "g": GATE, "b": (4, 2)} | one)
+    assert blocked_by(result) == [("z", 1, 2, "MatMul", "its channels are not zero")]
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_stored_zeros_of_a_quantized_weight_are_its_zero_point(axis: int, per_channel: bool) -> None:
+    """The weight that makes the channels is quantized along them, or along its rows, or as a whole."""
+    text = """(float[N,3] x) => (float[N,2] y) {
+        w = DequantizeLinear<axis=AXIS>(q, s, p) h = MatMul(x, w) y = MatMul(h, b)
+    }""".replace("AXIS", str(axis))
+    size = (3, 4)[axis]
+    points = np.arange(5, 5 + size) if per_channel else np.array(5)
+    stored = np.random.default_rng(1).integers(20, 90, (3, 4))
+    spread = points.reshape((-1, 1) if axis == 0 and per_channel else (-1,)) * np.ones((3, 4), np.int64)
+    stored[:, [1, 3]] = spread[:, [1, 3]]
+    scales = np.linspace(0.05, 0.1, size) if per_channel else np.array(0.05)
+    weights = {"q": stored.astype(np.uint8), "s": scales, "p": points.astype(np.uint8), "b": (4, 2)}
+    vector = () if not per_channel else (LEFT,) if axis == 1 else (ALL,)
+    kept = {"q": (ALL, LEFT), "s": vector, "p": vector, "b": (LEFT, ALL)}
+    result = eliminate(text, weights)
+    assert {n: [None if a is None else a.tolist() for a in axes] for n, axes in result.kept.items()} == {
+        name: list(axes) for name, axes in kept.items()
+    }
+
+
+def test_a_block_of_quantized_channels_goes_as_a_whole() -> None:
+    """Blocks of 2 rows share their scales: rows 0 and 1 go, row 4 stays with row 5."""
+    text = """(float[N,3] x) => (float[N,2] y) {
+        h = MatMul(x, a) z = Mul(h, g) w = DequantizeLinear<axis=0, block_size=2>(q, s) y = MatMul(z, w)
+    }"""
+    rng = np.random.default_rng(1)
+    weights = {
+        **{"a": (3, 6), "g": np.array([0.0, 0, 1, 2, 0, 3]), "s": rng.uniform(0.05, 0.1, (3, 2))},
+        **{"q": rng.integers(-90, 90, (6, 2)).astype(np.int8)},
+    }
+    left = [2, 3, 4, 5]
+    kept = {"a": (ALL, left), "g": (left,), "q": (left, ALL), "s": ([1, 2], ALL)}
+    result = assert_becomes(text, text, weights, kept)
+    assert blocked_by(result) == [("z", 1, 1, "DequantizeLinear", "a block shares its scale")]
+
+
+@pytest.mark.parametrize("operator", ["DynamicQuantizeLinear", "MatMulInteger"])
+def test_quantization_without_a_rule_blocks_by_name(operator: str) -> None:
+    text = """(float[N,3] x) => (int32[N,2] y) {
+        h = MatMul(x, a) z = Mul(h, g) PRODUCT
+    }""".replace(
+        "PRODUCT",
+        "q, s, p = DynamicQuantizeLinear(z) y = MatMulInteger(q, w, p)"
+        if operator[0] == "D"
+        else "q = QuantizeLinear(z, s, p) y = MatMulInteger(q, w, p)",
+    )
+    weights = {"a": (3, 4), "g": GATE, "w": np.arange(8, dtype=np.int8).reshape(4, 2)}
+    if operator[0] == "M":
+        weights |= {"s": np.array(0.1), "p": np.array(0, np.uint8)}
+    blocked = whole(text, weights, ["a", "w"])
+    assert ("z", f"there is no rule for {operator}") in {(b.value, b.reason) for b in blocked}

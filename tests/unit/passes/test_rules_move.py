@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.unit.passes.graph_text import assert_becomes, blocked_by, eliminate, whole
+from tests.unit.passes.graph_text import assert_becomes, blocked_by, canonical, eliminate, whole
 
 ALL = None
 
@@ -60,13 +60,34 @@ def test_concat_and_its_parts() -> None:
     assert blocked_by(result) == [("z", 1, 1, "MatMul", "its channels are not zero")]
 
 
-def test_a_part_with_nothing_left_keeps_a_channel_and_says_so() -> None:
+def test_a_part_with_nothing_left_goes_with_what_makes_it() -> None:
+    text = """(float[N,3] x) => (float[N,2] y) {
+        p = MatMul(x, a) q = MatMul(x, e) r = Tanh(p) c = Concat<axis=1>(p, q, r) z = Mul(c, g) y = MatMul(z, b)
+    }"""
+    weights = {"a": (3, 3), "e": (3, 2), "g": gate(3, 4, of=8), "b": (8, 2)}
+    left = [0, 1, 2, 5, 6, 7]
+    kept = {"a": (ALL, ALL), "g": (left,), "b": (left, ALL)}
+    expected = text.replace("q = MatMul(x, e) ", "").replace("p, q, r", "p, r")
+    assert assert_becomes(text, expected, weights, kept).blocked == ()
+
+
+def test_the_only_part_with_something_left_takes_the_place_of_the_whole() -> None:
+    before = """(float[N,3] x) => (float[N,2] y) {
+        p = MatMul(x, a) q = MatMul(x, e) c = Concat<axis=1>(p, q, p) z = Mul(c, g) y = MatMul(z, b)
+    }"""
+    expected = "(float[N,3] x) => (float[N,2] y) { q = MatMul(x, e) z = Mul(q, g) y = MatMul(z, b) }"
+    weights = {"a": (3, 3), "e": (3, 2), "g": gate(0, 1, 2, 3, 5, 6, 7, of=8), "b": (8, 2)}
+    kept = {"e": (ALL, [1]), "g": ([4],), "b": ([4], ALL)}
+    assert assert_becomes(before, expected, weights, kept).blocked == ()
+
+
+def test_a_concat_with_nothing_left_keeps_one_channel() -> None:
     text = """(float[N,3] x) => (float[N,2] y) {
         p = MatMul(x, a) q = MatMul(x, e) c = Concat<axis=1>(p, q) z = Mul(c, g) y = MatMul(z, b)
     }"""
-    result = eliminate(text, {"a": (3, 3), "e": (3, 2), "g": gate(3, 4, of=5), "b": (5, 2)})
-    assert result.model.graph.initializers["e"].shape == [3, 1]
-    assert blocked_by(result) == [("z", 1, 1, "MatMul", "it would be empty: one channel has to stay")]
+    expected = "(float[N,3] x) => (float[N,2] y) { p = MatMul(x, a) z = Mul(p, g) y = MatMul(z, b) }"
+    weights = {"a": (3, 3), "e": (3, 2), "g": np.zeros(5), "b": (5, 2)}
+    assert_becomes(text, expected, weights, {"a": (ALL, [0]), "g": ([0],), "b": ([0], ALL)})
 
 
 @pytest.mark.parametrize("equal", [True, False])
@@ -110,14 +131,84 @@ def test_slice_moves_its_window_and_frees_what_lies_outside() -> None:
     assert_becomes(text % (2, -1), text % (0, 2), weights, kept)
 
 
-@pytest.mark.parametrize("bounds", ["int64[1] from = {1}, int64[1] to = {6}, int64[1] axis = {1}, int64[1] step = {2}"])
-def test_slice_with_steps_says_why_not(bounds: str) -> None:
-    text = f"""(float[N,3] x) => (float[N,2] y) <{bounds}> {{
-        h = MatMul(x, a) s = Slice(h, from, to, axis, step) z = Mul(s, g) y = MatMul(z, b)
-    }}"""
-    (only,) = whole(text, {"a": (3, 6), "g": gate(0, of=3), "b": (3, 2)}, ["a", "b"])
-    assert (only.value, only.operator) == ("z", "Slice")
-    assert only.reason == "its bounds are not constant, or its steps are not 1"
+STEPS = """(float[N,3] x) => (float[N,2] y)
+    <int64[1] from = {%s}, int64[1] to = {%s}, int64[1] axis = {1}, int64[1] step = {%s}> {
+    h = MatMul(x, a) s = Slice(h, from, to, axis, step) z = Mul(s, g) y = MatMul(z, b)
+}"""
+
+
+@pytest.mark.parametrize(
+    ("bounds", "dead", "left", "order", "after"),
+    [
+        ((1, 6, 2), [0], [3, 5], [1, 2], (0, 2, 1)),  # 1, 3, 5: the first is dead, nobody asks for what lies between
+        ((-1, -7, -1), [2], [0, 1, 2, 4, 5], [0, 1, 3, 4, 5], (4, -6, -1)),
+        ((5, 0, -2), [1], [1, 5], [0, 2], (1, -3, -1)),
+    ],
+)
+def test_slice_with_steps(
+    bounds: tuple[int, ...], dead: list[int], left: list[int], order: list[int], after: tuple[int, ...]
+) -> None:
+    size = len(range(6)[slice(*bounds)])
+    weights = {"a": (3, 6), "g": gate(*dead, of=size), "b": (size, 2)}
+    kept = {"a": (ALL, left), "g": (order,), "b": (order, ALL)}
+    if bounds == (-1, -7, -1):
+        kept["a"] = (ALL, [0, 1, 2, 4, 5])
+        weights["g"] = gate(2, of=6)
+    assert_becomes(STEPS % bounds, STEPS % after, weights, kept)
+
+
+def test_what_steps_cannot_say_is_picked() -> None:
+    """Columns 0, 2, 4, 6 are taken, 2 is dead, and another reader keeps column 1: 0, 3, 4 of what is left."""
+    text = """(float[N,3] x) => (float[N,2] y, float[N,2] w)
+        <int64[2] from = {0, 0}, int64[2] to = {9, 99}, int64[2] axes = {1, 0}, int64[2] step = {2, 1},
+         int64[2] odd = {1, 3}> {
+        h = MatMul(x, a) o = Gather<axis=1>(h, odd) w = MatMul(o, c)
+        s = Slice(h, from, to, axes, step) z = Mul(s, g) y = MatMul(z, b)
+    }"""
+    result = eliminate(text, {"a": (3, 8), "c": (2, 2), "g": gate(1, of=4), "b": (4, 2)})
+    assert [a.tolist() for a in result.kept["a"] if a is not None] == [[0, 1, 3, 4, 6]]
+    nodes = {node.outputs[0].name: canonical(result.model)[1:][at] for at, node in enumerate(result.model.graph)}
+    assert nodes["s.channels"] == ("Gather", ["h", [0, 3, 4]], ["s.channels"], [("axis", "1")])
+    assert nodes["s"] == ("Slice", ["s.channels", [0, 0], [3, 99], [1, 0], [1, 1]], ["s"], [])
+    assert nodes["o"] == ("Gather", ["h", [1, 2]], ["o"], [("axis", "1")])
+
+
+def test_slice_with_bounds_that_are_no_constants_says_so() -> None:
+    text = """(float[N,4] x, int64[1] from) => (float[N,T] y) <int64[1] to = {4}, int64[1] axis = {1}> {
+        h = MatMul(x, a) z = Mul(h, g) y = Slice(z, from, to, axis)
+    }"""
+    (only,) = whole(text, {"a": (4, 4), "g": gate(1, of=4)}, ["a"])
+    assert (only.operator, only.reason) == ("Slice", "its bounds are not constant")
+
+
+@pytest.mark.parametrize(("number", "zero"), [(None, True), (0.0, True), (1.5, False)])
+def test_pad_beside_and_along_the_channels(number: float | None, zero: bool) -> None:
+    """Channel 1 of 3 is dead; so are the channels of the padding, if it is zero, or if nobody needs them."""
+    text = """(float[N,S,3] x) => (float[N,T,2] y) <int64[4] pads = {1, %s, 0, %s}, int64[2] axes = {1, -1}> {
+        h = MatMul(x, a) k = Mul(h, f) p = Pad(k, pads, NUMBER, axes) z = Mul(p, g) y = MatMul(z, b)
+    }""".replace("NUMBER", "" if number is None else "number")
+    weights = {"a": (3, 3), "f": gate(1, of=3), "g": gate(0, 6, of=7), "b": (7, 2)}
+    if number is not None:
+        weights["number"] = np.array(number)
+    if zero:
+        result = eliminate(text % (2, 2), weights)
+        assert [a.tolist() for a in result.kept["b"] if a is not None] == [[2, 4]]
+        assert [a.tolist() for a in result.kept["a"] if a is not None] == [[0, 2]]
+    else:
+        kept = {"a": (ALL, ALL), "f": (ALL,), "g": ([1, 2, 3, 4, 5],), "b": ([1, 2, 3, 4, 5], ALL), "number": ()}
+        result = assert_becomes(text % (2, 2), text % (1, 1), weights, kept)
+        assert blocked_by(result) == [("k", 2, 1, "MatMul", "its channels are not zero")]
+
+
+def test_pad_with_what_is_there_keeps_its_axis_and_lets_the_others_go() -> None:
+    text = """(float[N,5,3] x) => (float[N,7,2] y) <int64[6] pads = {0, 1, 0, 0, 1, 0}> {
+        h = MatMul(x, a) k = Mul(h, f) p = Pad<mode="reflect">(k, pads) y = MatMul(p, b)
+    }"""
+    weights = {"a": (3, 3), "f": gate(1, of=3), "b": (3, 2)}
+    assert_becomes(text, text, weights, {"a": (ALL, [0, 2]), "f": ([0, 2],), "b": ([0, 2], ALL)})
+    (only,) = whole(text.replace("{0, 1, 0, 0, 1, 0}", "{0, 1, 1, 0, 1, 0}"), weights | {"b": (4, 2)}, ["a"])
+    assert (only.value, only.operator) == ("k", "Pad")
+    assert only.reason == "it pads this axis with more than a constant, or crops it"
 
 
 def test_slice_of_a_dynamic_axis_keeps_it_and_lets_the_others_go() -> None:

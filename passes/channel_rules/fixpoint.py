@@ -1,0 +1,111 @@
+"""What all rules agree on: the zeros of every value, and the greatest set of channels that can be cut together.
+
+One set of masks spans the graph and the bodies of its If, Loop and Scan: a value that a body reads from outside is
+the same value there. A call to a function has no rule and keeps what it touches: inline functions first
+(onnx_ir's InlinePass, which `cpcompile opt` runs).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from cpcompile.passes.channel_rules import rule_of
+from cpcompile.passes.channel_rules.bodies import common_zeros, owners, strands_of
+from cpcompile.passes.channels import EMPTY, Channels, Zeros
+from cpcompile.passes.symbolic_shapes import ShapeTable, bodies_of, is_standard, nodes_inside_out, number_of
+
+
+def find_zeros(graph: ir.Graph) -> Channels:
+    """Which slices are zero whatever the inputs are; nothing is said of what can be cut."""
+    channels = Channels(ShapeTable(graph), owners(graph))
+    _propagate_zeros(channels, graph)
+    return channels
+
+
+def _propagate_zeros(channels: Channels, graph: ir.Graph) -> None:
+    for node in graph:
+        _enter_bodies(channels, node)
+        rule = rule_of(node)
+        for out in node.outputs:
+            channels.zeros.pop(out, None)
+        zeros = rule.zeros(channels, node) if rule else None
+        for out, known in zip(node.outputs, zeros or (), strict=False):
+            shape = channels.shape(out)
+            if shape is not None and [mask.size for mask in known.axes] == [axis.n for axis in shape]:
+                channels.zeros[out] = known
+
+
+def _enter_bodies(channels: Channels, node: ir.Node) -> None:
+    """Zeros inside of bodies: a state that starts as zero is taken for zero as long as each iteration leaves it so."""
+    entering = [(strand.inside, strand.sources) for strand in strands_of(channels, node) if strand.inside]
+    for inside, sources in entering:
+        if (start := common_zeros(channels, inside, sources[:1])) is not None:
+            channels.zeros[inside[0]] = start
+    weaker = True
+    while weaker:
+        weaker = False
+        for body in bodies_of(node):
+            _propagate_zeros(channels, body)
+        for inside, sources in entering:
+            left = common_zeros(channels, inside, [inside, *sources])
+            before = channels.zeros.get(inside[0])
+            if left is not None and before is not None and _count(left) < _count(before):
+                channels.zeros[inside[0]] = left
+                weaker = True
+
+
+def _count(zeros: Zeros) -> int:
+    return zeros.everything + sum(int(mask.sum()) for mask in zeros.axes)
+
+
+def find_channels(graph: ir.Graph) -> Channels:
+    """The zeros and the greatest set of channels that can be cut together."""
+    channels = find_zeros(graph)
+    nodes = list(nodes_inside_out(graph))
+    for value in (*graph.inputs, *graph.outputs):
+        for node in channels.neighbours(value)[:1]:
+            channels.keep(value, node, "it is an input or output of the model")
+    for node in nodes:
+        rule = rule_of(node)
+        if rule is None:
+            borders = [value for body in bodies_of(node) for value in (*body.inputs, *body.outputs)]
+            for touched in (*node.inputs, *node.outputs, *borders):
+                channels.keep(touched, node, f"there is no rule for {node.op_type}")
+        else:
+            for setting in node.inputs[rule.data :]:
+                channels.keep(setting, node, "it is a setting")
+    channels.changed = dict.fromkeys(nodes)
+    while channels.changed:
+        node = next(iter(channels.changed))
+        del channels.changed[node]
+        if rule := rule_of(node):
+            channels.consult(node, rule.agree)
+        if not channels.changed:
+            _spare_one(channels)
+    channels.settled = True
+    return channels
+
+
+def _spare_one(channels: Channels) -> None:
+    """A tensor that would lose all channels of an axis keeps one: it is zero, and there is no empty tensor.
+
+    But a part of a Concat can go as a whole, if another part stays.
+    """
+    empty = [cell for cell, mask in channels.cells if mask.size and mask.all()]
+    for value, axis in empty:
+        for node, index in value.uses():
+            if (node, index) not in channels.dropped and _joins_along(channels, node, axis):
+                channels.dropped.add((node, index))
+                channels.changed[node] = None
+    if empty and not channels.changed:
+        value, axis = empty[0]
+        first = np.arange(channels.cut(value, axis).size) > 0
+        channels.tie([(value, axis)], channels.neighbours(value)[0], limit=first, why=EMPTY)
+
+
+def _joins_along(channels: Channels, node: ir.Node, axis: int) -> bool:
+    """Whether `node` is a Concat along `axis` of which something stays."""
+    rank = len(channels.shape(node.outputs[0]) or ())
+    joins = is_standard(node) and node.op_type == "Concat" and rank > 0
+    return joins and number_of(node, "axis", 0) % rank == axis and not channels.cut(node.outputs[0], axis).all()
