@@ -22,5 +22,5 @@ class Artifact:
     shared_bytes: int
     """Bytes of the shared weights file that this engine maps."""
     contexts: tuple[str, ...] = ()
-    """The contexts that the engine serves by its input `context`, in the order of their numbers; none if it is of one."""
+    """The contexts that the input `context` chooses from, in the order of their numbers; none for an engine of one."""
     session_options: Mapping[str, str] = field(default_factory=dict)

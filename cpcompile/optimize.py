@@ -26,6 +26,7 @@ from cpcompile.passes.clean_up import CleanUp
 from cpcompile.passes.eliminate_dead_channels import Blocked, EliminateDeadChannels, Elimination
 from cpcompile.passes.fold_constants import FoldConstants
 from cpcompile.passes.fold_gates import FoldGates
+from cpcompile.passes.remove_empty_layers import RemoveEmptyLayers
 from cpcompile.passes.strip_metadata import StripMetadata
 from cpcompile.passes.transpose_parameters import TransposeParameters
 from cpcompile.validation.compare import Comparison, Feeds, compare_files
@@ -37,6 +38,7 @@ PASSES: Mapping[str, type[ir.passes.InPlacePass]] = MappingProxyType(
         "clean_up": CleanUp,
         "canonicalize_shapes": CanonicalizeShapes,
         "eliminate_dead_channels": EliminateDeadChannels,
+        "remove_empty_layers": RemoveEmptyLayers,
         "fold_gates": FoldGates,
         "transpose_parameters": TransposeParameters,
         "strip_metadata": StripMetadata,

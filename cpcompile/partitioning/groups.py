@@ -1,0 +1,262 @@
+"""Groups: from ties between channels to what can be gated.
+
+Channels with the same component are removed together. Components that run through the same parameters form a group
+(the hidden channels of one feed-forward network, the heads of one attention); a group is divided into units.
+All places where channels of a group end, its consumers, get the same gates.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+from torch import fx
+
+from cpcompile.partitioning.flow import Exit, Flow, module_path, place
+from cpcompile.partitioning.labels import Facet, varied
+from cpcompile.partitioning.trace import Traced
+from cpcompile.selection import UnitKind
+
+IntArray = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Consumer:
+    """A module whose input is gated."""
+
+    module: str
+    parameter: str
+    axis: int
+    """Of the module's first input; counted from the end, or 1 for channels of a convolution."""
+    unit_of_channel: IntArray
+
+
+@dataclass(frozen=True)
+class Group:
+    """Coupled channels that can be removed unit by unit."""
+
+    name: str
+    kind: UnitKind
+    units: int
+    width: int
+    """Channels of one unit at the first consumer; the last unit may be smaller."""
+    consumers: tuple[Consumer, ...]
+    parameters: Mapping[str, tuple[IntArray | None, ...]]
+    """Parameter -> per axis the unit of every position, -1 where none; None for an axis that stays whole."""
+
+
+@dataclass(frozen=True)
+class Refused:
+    """Channels that a linear layer or convolution reads, and why they cannot be gated."""
+
+    name: str
+    channels: int
+    consumers: tuple[str, ...]
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.channels} channels): {self.reason}"
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """Components that end at the same places."""
+
+    exits: tuple[Exit, ...]
+    roots: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Found:
+    """All groups of a graph, with the components and calls behind each."""
+
+    groups: tuple[Group, ...]
+    refused: tuple[Refused, ...]
+    _units: tuple[Mapping[int, int], ...]
+    _calls: tuple[Counter[str], ...]
+
+    def unit_numbers(self, groups: Sequence[Group]) -> dict[int, int]:
+        """Component -> unit, numbered over `groups`."""
+        numbers: dict[int, int] = {}
+        first = 0
+        for group in groups:
+            own = self._units[self.groups.index(group)]
+            numbers |= {root: first + unit for root, unit in own.items()}
+            first += group.units
+        return numbers
+
+    def calls(self, groups: Sequence[Group]) -> Counter[tuple[str, str]]:
+        """How often one forward pass reads channels of a group by a consumer: (group, module) -> calls."""
+        pairs = [(group.name, self._calls[self.groups.index(group)]) for group in groups]
+        return Counter({(name, module): count for name, calls in pairs for module, count in calls.items()})
+
+
+def find_groups(traced: Traced, align: int) -> Found:
+    """What can be gated in units of at least `align` channels (a head is always one unit), and what cannot."""
+    flow = traced.flow
+    blocked, merged, attention = flow.labels.blocked(), flow.labels.merged(), flow.labels.attention()
+    groups: list[Group] = []
+    refused: list[Refused] = []
+    numbers: list[Mapping[int, int]] = []
+    calls: list[Counter[str]] = []
+    for candidate in _candidates(traced):
+        reasons = {root: blocked[root] for root in candidate.roots if root in blocked}
+        open_roots = [root for root in candidate.roots if root not in reasons]
+        for reason in dict.fromkeys(reasons.values()):
+            refused.append(_refused(traced, candidate, [r for r, why in reasons.items() if why == reason], reason))
+        if not open_roots:
+            continue
+        is_attention = attention.issuperset(open_roots)
+        why = "" if len(open_roots) > 1 or is_attention else merged.get(open_roots[0], "it is a single channel")
+        unit_of_root, units, width = _units(flow, candidate.exits[0], open_roots, 1 if is_attention else align)
+        if not why and units == 1 and not is_attention:
+            count = _channels(flow, candidate.exits[0], open_roots)
+            why = f"its {count} channels are one unit of {align}: choose a smaller align"
+        consumers = why or _consumers(traced, candidate.exits, unit_of_root)
+        if isinstance(consumers, str):
+            refused.append(_refused(traced, candidate, open_roots, consumers))
+            continue
+        cut = _cut_of(traced, unit_of_root)
+        kind = UnitKind.HEAD if is_attention else UnitKind.FFN
+        calls.append(Counter(consumer.module for consumer in consumers))
+        numbers.append(unit_of_root)
+        once = tuple({consumer.module: consumer for consumer in consumers}.values())
+        groups.append(Group(_name(cut, once), kind, units, width, once, cut))
+    return Found(_with_own_names(groups), tuple(refused), tuple(numbers), tuple(calls))
+
+
+def _candidates(traced: Traced) -> list[_Candidate]:
+    """Components that run through the same parameter axes and end at the same places, in the order of the graph."""
+    flow = traced.flow
+    touched: dict[int, set[object]] = defaultdict(set)
+    ends: dict[int, list[int]] = defaultdict(list)
+    for name, axes in traced.parameter_axes.items():
+        for axis, labels in enumerate(axes):
+            for root in np.unique(flow.labels.find(labels)) if labels is not None else ():
+                touched[int(root)].add((name, axis))
+    order: dict[int, int] = {}
+    for index, end in enumerate(flow.exits):
+        roots, positions = np.unique(flow.labels.find(end.labels), return_index=True)
+        for root, position in zip(roots.tolist(), positions.tolist(), strict=True):
+            ends[root].append(index)
+            order.setdefault(root, (index << 32) + position)
+    together: dict[object, list[int]] = defaultdict(list)
+    for root in sorted(order, key=order.__getitem__):
+        together[frozenset(touched[root]), tuple(ends[root])].append(root)
+    return [
+        _Candidate(tuple(flow.exits[index] for index in ends[roots[0]]), tuple(roots)) for roots in together.values()
+    ]
+
+
+def _units(flow: Flow, end: Exit, roots: Sequence[int], align: int) -> tuple[dict[int, int], int, int]:
+    """Component -> unit, the number of units, and the channels of one."""
+    per_root = _channels(flow, end, roots) // len(roots)
+    block = max(1, -(-align // per_root))
+    unit_of_root = {root: index // block for index, root in enumerate(roots)}
+    return unit_of_root, -(-len(roots) // block), block * per_root
+
+
+def _channels(flow: Flow, end: Exit, roots: Iterable[int]) -> int:
+    return int(np.isin(flow.labels.find(end.labels), list(roots)).sum())
+
+
+def _consumers(traced: Traced, exits: Sequence[Exit], unit_of_root: Mapping[int, int]) -> list[Consumer] | str:
+    """The consumer of every exit; or why there is none."""
+    consumers: dict[str, Consumer] = {}
+    calls = []
+    for end in exits:
+        consumer = _consumer(traced, end, unit_of_root)
+        if isinstance(consumer, str):
+            return consumer
+        before = consumers.setdefault(consumer.module, consumer)
+        if before.axis != consumer.axis or not np.array_equal(before.unit_of_channel, consumer.unit_of_channel):
+            return f"{consumer.module} reads other channels in another call"
+        calls.append(consumer)
+    return calls
+
+
+def _consumer(traced: Traced, end: Exit, unit_of_root: Mapping[int, int]) -> Consumer | str:
+    """The module whose input the gate multiplies; or why there is none."""
+    parameter, path = traced.parameter_of(end.weight), module_path(end.node)
+    if parameter is None:
+        return f"{place(end.node)} computes its weight"
+    tensor = traced.parameters[parameter]
+    if not any(own is tensor for own in traced.model.get_submodule(path).parameters(recurse=False)):
+        return f"{place(end.node)} uses {parameter} by a function: let a module such as nn.Linear do it"
+    entry = _entry(end.source, path)
+    if entry is None or _inputs(traced, end.node) != {entry}:
+        name = path or type(traced.model).__name__
+        return f"{name} computes what {place(end.node)} reads: let a module of its own, such as nn.Linear, read it"
+    value = traced.flow.values[entry]
+    wanted = traced.flow.labels.find(end.labels)
+    for axis in range(value.rank):
+        for facet in value.facets:
+            roots = traced.flow.labels.find(facet.reshape(-1))
+            if varied(facet) <= {axis} and value.shape[axis] == wanted.size and (wanted == roots).all():
+                units = np.array([unit_of_root.get(int(root), -1) for root in wanted], dtype=np.int64)
+                return Consumer(path, parameter, axis - value.rank, units)
+    return f"the channels that {path} reads do not lie along one axis of its input"
+
+
+def _inputs(traced: Traced, node: fx.Node) -> set[fx.Node]:
+    """Activations from outside that the call of the innermost module around `node` reads."""
+    stack = list(node.meta["nn_module_stack"])
+    inside = {n for n in node.graph.nodes if list(n.meta.get("nn_module_stack") or ())[: len(stack)] == stack}
+    read = {source for n in inside for source in n.all_input_nodes} - inside
+    values = {source: traced.flow.value(source) for source in read}
+    return {source for source, value in values.items() if value is not None and not value.constant}
+
+
+def _entry(source: fx.Node, path: str) -> fx.Node | None:
+    """Back from `source` through what module `path` does to the shape of its input."""
+    while source.op == "call_function" and module_path(source) == path:
+        before = source.args[0]
+        if not isinstance(before, fx.Node) or str(source.target).split(".")[1] not in _SHAPES:
+            return None
+        source = before
+    return source
+
+
+_SHAPES = ("view", "reshape", "flatten", "contiguous", "clone", "to", "_to_copy")
+"""Operators that a module may apply to its input before it reads the channels."""
+
+
+def _cut_of(traced: Traced, unit_of_root: Mapping[int, int]) -> dict[str, tuple[IntArray | None, ...]]:
+    """Parameters that lose positions with the units, per axis the unit of every position."""
+    cut: dict[str, tuple[IntArray | None, ...]] = {}
+    for name, axes in traced.parameter_axes.items():
+        units = tuple(None if labels is None else _units_of(traced.flow, labels, unit_of_root) for labels in axes)
+        if any(axis is not None for axis in units):
+            cut[name] = units
+    return cut
+
+
+def _units_of(flow: Flow, labels: Facet, unit_of_root: Mapping[int, int]) -> IntArray | None:
+    units = np.array([unit_of_root.get(int(root), -1) for root in flow.labels.find(labels)], dtype=np.int64)
+    return units if (units >= 0).any() else None
+
+
+def _name(cut: Mapping[str, object], consumers: Sequence[Consumer]) -> str:
+    """The module that all parameters of the group belong to; the consumer where that is the whole model."""
+    owners = [name.split(".")[:-1] for name in cut]
+    common = []
+    for parts in zip(*owners, strict=False):
+        if len(set(parts)) > 1:
+            break
+        common.append(parts[0])
+    return ".".join(common) or consumers[0].module
+
+
+def _with_own_names(groups: Sequence[Group]) -> tuple[Group, ...]:
+    """Groups of one module are told apart by their consumers."""
+    count = Counter(group.name for group in groups)
+    return tuple(replace(g, name=g.consumers[0].module) if count[g.name] > 1 else g for g in groups)
+
+
+def _refused(traced: Traced, candidate: _Candidate, roots: Sequence[int], reason: str) -> Refused:
+    names = [traced.parameter_of(end.weight) or place(end.node) for end in candidate.exits]
+    modules = tuple(dict.fromkeys(name.rpartition(".")[0] or name for name in names))
+    return Refused(modules[0], _channels(traced.flow, candidate.exits[0], roots), modules, reason)

@@ -1,0 +1,114 @@
+"""Hugging Face models: from a folder, never from the network, with a forward function of tensors alone.
+
+    ready = load_hugging_face(Path("SmolLM2-135M"))
+    module = partition(ready.model, ready.example_inputs, forward=ready.forward, dynamic_shapes=ready.dynamic_shapes)
+
+The model stays unwrapped, so parameters and groups go by its own names. Needs the extra `hf`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cpcompile.errors import UsageError
+from cpcompile.partitioning.trace import Forward
+
+
+@dataclass(frozen=True)
+class Ready:
+    """The arguments of `partition` for one model."""
+
+    model: nn.Module
+    forward: Forward
+    example_inputs: tuple[Tensor, ...]
+    dynamic_shapes: tuple[Any, ...]
+
+
+def language_model(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Any:
+    """Logits (batch, sequence, vocabulary)."""
+    return model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+
+
+def text_encoder(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Any:
+    """Last hidden state (batch, sequence, width)."""
+    return model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+
+
+def image_encoder(model: nn.Module, pixel_values: Tensor) -> Any:
+    """Last hidden state (batch, patches, width)."""
+    return model(pixel_values=pixel_values).last_hidden_state
+
+
+def load_hugging_face(folder: Path, *, gguf_file: str | None = None) -> Ready:
+    """The model in `folder` in single precision: a causal language model where its config names one, else its base."""
+    transformers = _transformers()
+    if not folder.is_dir():
+        raise UsageError(f"{folder}: there is no such folder; models are read from disk, never downloaded")
+    settings: dict[str, Any] = {"local_files_only": True, "dtype": torch.float32}
+    if gguf_file is not None:
+        settings["gguf_file"] = gguf_file
+    try:
+        config = transformers.AutoConfig.from_pretrained(
+            folder, local_files_only=True, **({} if gguf_file is None else {"gguf_file": gguf_file})
+        )
+        names = tuple(config.architectures or ())
+        causal = gguf_file is not None or any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names)
+        loader = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
+        if "T5EncoderModel" in names:
+            loader = transformers.T5EncoderModel
+        return prepare_hugging_face(loader.from_pretrained(folder, **settings))
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UsageError(
+            f"{folder}: cannot be read as a Hugging Face model: {str(error).splitlines()[0]}; it needs config.json "
+            "and weights, or gguf_file"
+        ) from error
+
+
+def prepare_hugging_face(model: Any) -> Ready:
+    """Inputs and forward function of a model that is in memory; it is made exportable in place."""
+    transformers = _transformers()
+    model.eval()
+    config = model.config
+    batch = torch.export.Dim("batch")
+    if config.model_type == "t5":
+        # sdpa with a position bias gives strides that torch.onnx cannot decompose (torch 2.13).
+        model.set_attn_implementation("eager")
+    _apply_conv1d_without_views(model)
+    if model.main_input_name == "pixel_values":
+        size = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
+        example = torch.zeros(2, config.num_channels, size, size)
+        return Ready(model, image_encoder, (example,), ({0: batch},))
+    longest = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    sequence = torch.export.Dim("sequence", max=longest) if longest else torch.export.Dim("sequence")
+    ids = torch.zeros((2, 8), dtype=torch.int64)
+    causal = type(model).__name__ in (
+        *transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(),
+    )
+    axes = {0: batch, 1: sequence}
+    return Ready(model, language_model if causal else text_encoder, (ids, torch.ones_like(ids)), (axes, axes))
+
+
+def _apply_conv1d_without_views(model: nn.Module) -> None:
+    """GPT-2's Conv1D flattens batch and sequence, which hides their lengths from the graph; a product does not."""
+    from transformers.pytorch_utils import Conv1D
+
+    class Product(Conv1D):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.matmul(x, self.weight) + self.bias
+
+    for module in model.modules():
+        if type(module) is Conv1D:
+            module.__class__ = Product
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise UsageError("Hugging Face models need transformers: pip install 'cpcompile[hf]'") from error
+    return transformers

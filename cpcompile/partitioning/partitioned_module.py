@@ -1,0 +1,199 @@
+"""A module with gates in front of every consumer of a group.
+
+    forward(*inputs, context) = model(*inputs), consumers reading  x * table[context, unit of channel]
+
+The model stays the object that it was, with its names; forward pre-hooks multiply. With all gates at 1 it computes what
+it computed before. Gates are the same as those of our own decoder (`cpcompile.models.gates`), so the captured graph
+freezes in the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cpcompile.errors import UsageError
+from cpcompile.models.gates import Gate
+from cpcompile.partitioning.footprint import Footprint
+from cpcompile.partitioning.groups import Group, Refused
+from cpcompile.partitioning.trace import Forward
+from cpcompile.selection import BoolArray, Selection, UnitKind, Units
+
+
+class GroupGate(Gate):
+    """The gates of one group, and for each of its consumers the unit of every channel."""
+
+    def __init__(self, contexts: int, group: Group) -> None:
+        super().__init__(contexts, group.units, group.width)
+        for index, consumer in enumerate(group.consumers):
+            # A channel that belongs to no unit reads the 1 that is appended to the row.
+            units = np.where(consumer.unit_of_channel < 0, group.units, consumer.unit_of_channel)
+            self.register_buffer(f"unit_of_channel_{index}", torch.from_numpy(units), persistent=False)
+        self._open = tuple(bool((consumer.unit_of_channel < 0).any()) for consumer in group.consumers)
+
+    def per_channel(self, row: Tensor, consumer: int) -> Tensor:
+        """Gate of every channel of a consumer: row (units,) or (batch, units) -> (channels,) or (batch, channels)."""
+        if self._open[consumer]:
+            row = torch.cat((row, torch.ones_like(row[..., :1])), dim=-1)
+        return row.index_select(-1, self.get_buffer(f"unit_of_channel_{consumer}"))
+
+
+@dataclass
+class _Active:
+    """Gate rows of the forward pass under way, one per group."""
+
+    rows: Sequence[Tensor] | None = None
+    calls: dict[tuple[int, int], int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Multiply:
+    """The hook of one consumer."""
+
+    active: _Active
+    gate: GroupGate
+    group: int
+    consumer: int
+    module: str
+    axis: int
+
+    def __call__(self, _module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        if self.active.rows is None:
+            raise UsageError(f"{self.module} has gates: call the PartitionedModule, with a context")
+        x: Tensor = inputs[0]
+        key = (self.group, self.consumer)
+        self.active.calls[key] = self.active.calls.get(key, 0) + 1
+        scale = self.gate.per_channel(self.active.rows[self.group], self.consumer)
+        shape = [1] * x.ndim
+        shape[self.axis] = scale.shape[-1]
+        if scale.ndim == 2:
+            if x.shape[0] != scale.shape[0]:
+                raise UsageError(
+                    f"{self.module}: gates per sequence need the batch as first axis of its input, got {tuple(x.shape)}"
+                )
+            shape[0] = scale.shape[0]
+        return (x * scale.reshape(shape).to(x.dtype), *inputs[1:])
+
+
+class PartitionedModule(nn.Module):
+    """`model` with one row of gates per context. Made by `cpcompile.partition`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        forward: Forward | None,
+        *,
+        contexts: int,
+        groups: tuple[Group, ...],
+        refused: tuple[Refused, ...],
+        footprint: Footprint,
+        example_inputs: tuple[Tensor, ...],
+        dynamic_shapes: tuple[Any, ...] | None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.contexts = contexts
+        self.groups = groups
+        self.refused = refused
+        self.footprint = footprint
+        self.example_inputs = example_inputs
+        self.dynamic_shapes = dynamic_shapes
+        self.gates = nn.ModuleList(GroupGate(contexts, group) for group in groups)
+        self._forward = forward
+        self._active = _Active()
+        for index, (group, gate) in enumerate(zip(groups, self.group_gates, strict=True)):
+            for number, consumer in enumerate(group.consumers):
+                multiply = _Multiply(self._active, gate, index, number, consumer.module, consumer.axis)
+                model.get_submodule(consumer.module).register_forward_pre_hook(multiply)
+
+    @property
+    def group_gates(self) -> Sequence[GroupGate]:
+        """The gates, one per group, typed."""
+        return cast(Sequence[GroupGate], self.gates)
+
+    def forward(self, *inputs: Tensor, context: Tensor) -> Any:
+        """What the model gives for `inputs` with the gates of `context` (int64 scalar)."""
+        return self.with_rows(*inputs, rows=[gate.row(context) for gate in self.group_gates])
+
+    def with_rows(self, *inputs: Tensor, rows: Sequence[Tensor]) -> Any:
+        """The same with gate values given per group: (units,), or (batch, units) for gates per sequence."""
+        self._active.rows = rows
+        self._active.calls.clear()
+        try:
+            return self.model(*inputs) if self._forward is None else self._forward(self.model, *inputs)
+        finally:
+            self._active.rows = None
+
+    @property
+    def calls(self) -> dict[tuple[str, str], int]:
+        """How often the last forward pass applied gates, by group and consumer."""
+        return {
+            (self.groups[group].name, self.groups[group].consumers[number].module): count
+            for (group, number), count in self._active.calls.items()
+        }
+
+    def of_kind(self, kind: UnitKind) -> list[int]:
+        """Groups of one kind, in the order in which a selection lists them as layers."""
+        return [index for index, group in enumerate(self.groups) if group.kind is kind]
+
+    def units(self) -> tuple[Units, ...]:
+        """Kinds of units; every group of a kind is a layer. Groups may have fewer units than `count`: see `exists`."""
+        found = []
+        for kind in dict.fromkeys(group.kind for group in self.groups):
+            groups = [self.groups[index] for index in self.of_kind(kind)]
+            count, width = max(group.units for group in groups), max(group.width for group in groups)
+            found.append(Units(kind=kind, layers=len(groups), count=count, width=width))
+        return tuple(found)
+
+    def exists(self, kind: UnitKind) -> BoolArray:
+        """(layers, units): which entries of a selection stand for a unit."""
+        groups = [self.groups[index] for index in self.of_kind(kind)]
+        count = max(group.units for group in groups)
+        return np.array([np.arange(count) < group.units for group in groups])
+
+    def gate_row(self, context: int) -> Tensor:
+        """The `context` input of `forward` for that context, int64 scalar."""
+        return torch.tensor(context if self.contexts > 1 else 0)
+
+    def select(self, selection: Selection) -> None:
+        """Set every gate to `selection`; gates that stay keep their learned scale. A kind that is absent is whole."""
+        self._check(selection)
+        for kind in {group.kind for group in self.groups}:
+            for layer, index in enumerate(self.of_kind(kind)):
+                gate = self.group_gates[index]
+                if kind in selection.kept:
+                    kept = torch.from_numpy(selection.kept[kind][: self.contexts, layer, : gate.units].copy())
+                else:
+                    kept = torch.ones(self.contexts, gate.units, dtype=torch.bool)
+                gate.select(kept.to(gate.table.device))
+
+    def alive(self, selection: Selection, context: str) -> BoolArray:
+        """The units that `context` keeps, over all groups in order."""
+        self._check(selection)
+        row = selection.row(context)
+        parts = [np.ones(group.units, dtype=np.bool_) for group in self.groups]
+        for kind in row.keys() & {group.kind for group in self.groups}:
+            for layer, index in enumerate(self.of_kind(kind)):
+                parts[index] = row[kind][layer, : self.groups[index].units]
+        return np.concatenate(parts)
+
+    def kept_sizes(self, selection: Selection, context: str) -> dict[str, int]:
+        """Elements of every parameter of the model, by its own name, that `context` keeps."""
+        return self.footprint.kept(self.alive(selection, context))
+
+    def parameter_kind(self, name: str) -> UnitKind | None:
+        """The kind of unit whose removal makes the parameter `name` smaller; None if nothing does."""
+        return next((group.kind for group in self.groups if name in group.parameters), None)
+
+    def _check(self, selection: Selection) -> None:
+        known = {units.kind: (units.layers, units.count) for units in self.units()}
+        for kind, table in selection.kept.items():
+            if kind in known and table.shape[1:] != known[kind]:
+                raise UsageError(f"selection of {kind} has (layers, units) {table.shape[1:]}, the model {known[kind]}")
+            if kind not in known and not table.all():
+                raise UsageError(f"the selection removes units of kind {kind}, of which the model has none")

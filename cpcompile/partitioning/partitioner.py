@@ -1,0 +1,79 @@
+"""`partition`: find the groups of a model, put gates in front of their consumers, and prove that nothing changed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from cpcompile.errors import CpcompileError, UsageError
+from cpcompile.partitioning.footprint import footprint
+from cpcompile.partitioning.groups import find_groups
+from cpcompile.partitioning.partitioned_module import PartitionedModule
+from cpcompile.partitioning.trace import Forward, trace
+from cpcompile.selection import UnitKind
+
+
+def partition(
+    model: nn.Module,
+    example_inputs: tuple[Tensor, ...],
+    *,
+    contexts: int = 1,
+    forward: Forward | None = None,
+    dynamic_shapes: tuple[Any, ...] | None = None,
+    align: int = 32,
+    kinds: Collection[UnitKind] = (UnitKind.FFN, UnitKind.HEAD),
+) -> PartitionedModule:
+    """`model` with gates on all its coupled channel groups, one row of them per context, all at 1.
+
+    model: any module that torch.export takes; it is changed in place (hooks), its parameters stay its own
+    forward: forward(model, *example_inputs), where the model's own forward has other arguments or results
+    dynamic_shapes: per input a dict axis -> torch.export.Dim, as torch.export takes them
+    align: channels of a unit; a head is always one unit
+    kinds: the kinds of groups to gate
+
+    UsageError: the model cannot be exported, has gates already, or has nothing to gate.
+    """
+    if any(hook.__class__.__name__ == "_Multiply" for m in model.modules() for hook in m._forward_pre_hooks.values()):
+        raise UsageError(f"{type(model).__name__} has gates already: partition a fresh copy of it")
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        traced = trace(model, example_inputs, forward, dynamic_shapes)
+        found = find_groups(traced, align)
+        groups = tuple(group for group in found.groups if group.kind in kinds)
+        if not groups:
+            reasons = "".join(f"\n  {refused}" for refused in found.refused)
+            raise UsageError(f"{type(model).__name__} has no channels that can be gated{reasons}")
+        with torch.no_grad():
+            before = forward(model, *example_inputs) if forward else model(*example_inputs)
+        partitioned = PartitionedModule(
+            model,
+            forward,
+            contexts=contexts,
+            groups=groups,
+            refused=found.refused,
+            footprint=footprint(traced, groups, found.unit_numbers(groups)),
+            example_inputs=example_inputs,
+            dynamic_shapes=dynamic_shapes,
+        )
+        with torch.no_grad():
+            after = partitioned(*example_inputs, context=partitioned.gate_row(0))
+        _prove(partitioned, before, after, found.calls(groups))
+    finally:
+        for module in training:
+            module.training = True
+    return partitioned
+
+
+def _prove(module: PartitionedModule, before: object, after: object, expected: Counter[tuple[str, str]]) -> None:
+    """Same outputs, and every gate applied as often as the graph says."""
+    for old, new in zip(pytree.tree_leaves(before), pytree.tree_leaves(after), strict=True):
+        if isinstance(old, Tensor) and not torch.equal(old, new):
+            raise CpcompileError("a model with all gates at 1 gives other outputs; its forward pass is not repeatable")
+    if module.calls != dict(expected):
+        raise CpcompileError(f"gates were applied {module.calls}, the exported graph says {dict(expected)}")

@@ -1,0 +1,122 @@
+"""Trace: a torch module as an exported graph, with labels on every parameter axis."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from cpcompile.errors import UsageError
+from cpcompile.partitioning.flow import Flow
+from cpcompile.partitioning.labels import Facet
+from cpcompile.partitioning.rules import propagate
+
+Forward = Callable[..., Any]
+"""forward(model, *inputs) -> output; how to call a model whose own forward takes or gives other things."""
+
+
+class Call(nn.Module):
+    """`model` under one signature: forward(*inputs)."""
+
+    def __init__(self, model: nn.Module, forward: Forward | None) -> None:
+        super().__init__()
+        self.model = model
+        self._forward = forward
+
+    def forward(self, *inputs: Tensor) -> Any:
+        return self.model(*inputs) if self._forward is None else self._forward(self.model, *inputs)
+
+
+@dataclass
+class Traced:
+    """A graph after labels have flowed through it."""
+
+    model: nn.Module
+    graph: fx.Graph
+    flow: Flow
+    parameters: Mapping[str, Tensor]
+    """By the model's own names; a parameter with several names has the first of them."""
+    parameter_axes: Mapping[str, tuple[Facet | None, ...]]
+    """Per axis the labels of its positions; None for an axis of length 1."""
+    placeholders: Mapping[fx.Node, str] = field(default_factory=dict)
+
+    def parameter_of(self, node: fx.Node) -> str | None:
+        """The parameter that `node` is, or is a view of."""
+        while node not in self.placeholders:
+            if node.op != "call_function" or len(node.all_input_nodes) != 1:
+                return None
+            node = node.all_input_nodes[0]
+        return self.placeholders[node]
+
+
+def trace(
+    model: nn.Module, inputs: tuple[Tensor, ...], forward: Forward | None, dynamic_shapes: tuple[Any, ...] | None
+) -> Traced:
+    """Export `model` in evaluation mode and let labels flow; UsageError says why it cannot be exported."""
+    try:
+        with quiet():
+            program = torch.export.export(
+                Call(model, forward).eval(),
+                inputs,
+                dynamic_shapes=None if dynamic_shapes is None else {"inputs": dynamic_shapes},
+                strict=False,
+            )
+    except Exception as error:  # of any kind: torch.export runs the model's own code
+        raise UsageError(
+            f"{type(model).__name__}: torch.export cannot export it: {str(error).splitlines()[0]}; "
+            "make the example inputs, dynamic_shapes and forward fit the model"
+        ) from error
+    signature = program.graph_signature
+    names = {id(tensor): name for name, tensor in reversed(list(model.named_parameters(remove_duplicate=False)))}
+    parameters = dict(model.named_parameters())
+    flow = Flow()
+    axes: dict[str, tuple[Facet | None, ...]] = {}
+    for name, tensor in parameters.items():
+        axes[name] = tuple(flow.labels.fresh((n,)) if n > 1 else None for n in tensor.shape)
+    placeholders: dict[fx.Node, str] = {}
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            example = node.meta["val"]
+            target = signature.inputs_to_parameters.get(node.name)
+            constant = target is not None or node.name in signature.inputs_to_buffers
+            constant = constant or node.name in signature.inputs_to_lifted_tensor_constants
+            if not isinstance(example, Tensor):
+                continue
+            value = flow.plain(example, constant=constant)
+            if target is not None:
+                name = names[id(program.state_dict[target])]
+                placeholders[node] = name
+                own = [_along(labels, axis, value.rank) for axis, labels in enumerate(axes[name]) if labels is not None]
+                value = value.with_facets(own)
+            flow.values[node] = value
+        elif node.op == "call_function":
+            flow.values[node] = propagate(flow, node)
+        elif node.op == "output":
+            flow.block_all(flow.tensors(node), "it is an output of the model")
+    return Traced(model, program.graph, flow, parameters, axes, placeholders)
+
+
+def _along(labels: Facet, axis: int, rank: int) -> Facet:
+    return labels.reshape([-1 if a == axis else 1 for a in range(rank)])
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Exporters log and warn about packages that nobody asked for."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
