@@ -27,10 +27,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from cpcompile.artifact import Artifact
 from cpcompile.errors import CpcompileError, UsageError
+
+T = TypeVar("T")
 
 BUNDLE_VERSION = 2
 MANIFEST = "manifest.json"
@@ -107,7 +109,7 @@ class Bundle:
             if not expected:
                 raise UsageError(f"{path}: is not listed in {self.root / MANIFEST}; build the bundle again")
             for name in sorted(expected):
-                _verify_file(self.root / name, digests[name])
+                _verify_file(_inside(self.root, name), digests[name])
 
     def verify_all(self) -> None:
         """Check every file that the manifest lists."""
@@ -158,15 +160,47 @@ def open_bundle(path: Path) -> Bundle:
             component = _inside(path, f"{folder}/component.json")
             _verify_file(component, metadata["files"][f"{folder}/component.json"])
             components[name] = _read_json(component)
-    except (KeyError, TypeError, AttributeError) as error:
+        bundle = Bundle(
+            root=path,
+            name=manifest["package_name"],
+            contexts=tuple(name for name in components if name != ROUTER),
+            metadata=metadata,
+            components=components,
+        )
+        _require_readable(bundle)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UsageError(f"{path / MANIFEST}: lacks or garbles {error}; build the bundle again") from error
-    return Bundle(
-        root=path,
-        name=manifest["package_name"],
-        contexts=tuple(name for name in components if name != ROUTER),
-        metadata=metadata,
-        components=components,
-    )
+    return bundle
+
+
+def _require_readable(bundle: Bundle) -> None:
+    """Everything that is read later has the form that `seal` gives it; TypeError, KeyError or ValueError otherwise."""
+    metadata = bundle.metadata
+    _require(metadata["shared_weights"], bool, "shared_weights")
+    _require(metadata["tokenizer"], str, "tokenizer")
+    for name, digest in _require(metadata["files"], dict, "files").items():
+        _require(digest, str, f"the digest of {name}")
+    for context in bundle.contexts:
+        parameters = _require(metadata["parameters"], dict, "parameters")[context]
+        for key in ("total", "kept", "removed"):
+            if _require(parameters[key], int, f"parameters of {context}") < (key == "total"):
+                raise ValueError(f"parameters of {context}: {key}")
+        for kind, removed in _require(parameters["removed_by_kind"], dict, "removed_by_kind").items():
+            _require(removed, int, f"removed {kind} of {context}")
+        if not _require(bundle.components[context]["variants"], dict, f"variants of {context}"):
+            raise ValueError(f"variants of {context}: there are none")
+        for variant in bundle.variants(context):
+            _require(variant.bytes, int, f"bytes of {variant.name}")
+            for field in (variant.name, variant.runtime, variant.precision, variant.provider):
+                _require(field, str, f"variant of {context}")
+            for key, value in variant.session_options.items():
+                _require(value, str, f"session option {key}")
+
+
+def _require(value: Any, kind: type[T], what: str) -> T:
+    if type(value) is not kind:
+        raise TypeError(f"{what} (a {type(value).__name__} instead of {kind.__name__})")
+    return value
 
 
 class BundleWriter:

@@ -6,6 +6,7 @@ Exit codes: 0 pass, 1 fail, 2 usage, 3 inconclusive.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import sys
 from collections.abc import Callable
@@ -39,9 +40,10 @@ class _Group(click.Group):
             click.echo(f"Error: {error}", err=True)
             ctx.exit(error.exit_code)
         except OSError as error:
-            if ctx.params.get("debug") or error.filename is None:
+            if ctx.params.get("debug") or error.errno == errno.EPIPE:  # click ends quietly when nobody reads on
                 raise
-            click.echo(f"Error: {error.filename}: {error.strerror}", err=True)
+            where = f"{error.filename}: " if error.filename is not None else ""
+            click.echo(f"Error: {where}{error.strerror or error}", err=True)
             ctx.exit(1)
         except MemoryError:
             click.echo("Error: out of memory; use a smaller model, batch or sequence", err=True)

@@ -2,12 +2,15 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cpcompile.artifact import Artifact
-from cpcompile.bundle import BundleWriter, asset_uri, open_bundle
+from cpcompile.bundle import BundleWriter, _file_digest, _manifest_digest, asset_uri, open_bundle
 from cpcompile.errors import CpcompileError, UsageError
 
 ARTIFACT = Artifact(
@@ -35,8 +38,36 @@ def write(target: Path, *, content: bytes = b"model", contexts: tuple[str, ...] 
         for context in contexts:
             (writer.folder(context, ARTIFACT.variant) / "model.onnx").write_bytes(content)
             writer.add_variant(context, ARTIFACT, weights=uri)
-        writer.seal(name="test", metadata={"tokenizer": words})
+        counts = {"total": 5, "kept": 3, "removed": 2, "removed_by_kind": {"ffn": 2}, "by_name": {"w": [5, 3]}}
+        parameters = dict.fromkeys(contexts, counts)
+        writer.seal(name="test", metadata={"tokenizer": words, "shared_weights": True, "parameters": parameters})
         return writer.commit()
+
+
+@contextmanager
+def edited_manifest(bundle: Path) -> Iterator[dict[str, Any]]:
+    """The manifest to edit; its digest fits afterwards, as that of somebody who means harm would."""
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    yield manifest
+    metadata = manifest["additional_metadata"]
+    if isinstance(metadata, dict) and isinstance(metadata.get("cpcompile"), dict):
+        metadata["cpcompile"]["manifest_digest"] = _manifest_digest(manifest)
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+
+
+def put(tree: Any, path: str, value: object) -> None:
+    """Set what lies at `path` in nested containers; REMOVE takes it away."""
+    *parents, last = path.split("/")
+    for key in parents:
+        tree = tree[key]
+    if value is REMOVE:
+        del tree[last]
+    else:
+        tree[last] = value
+
+
+REMOVE = object()
+GARBAGE = (None, 5, -1.5, "x", [], {}, [[1]], "\0", REMOVE)
 
 
 @pytest.fixture
@@ -108,16 +139,62 @@ def test_an_unknown_context_or_variant_lists_what_there_is(bundle: Path) -> None
 
 @pytest.mark.parametrize("path", ["../outside", "/etc", "a/../../outside"])
 def test_a_path_that_leaves_the_bundle_is_refused(bundle: Path, path: str) -> None:
-    manifest = json.loads((bundle / "manifest.json").read_text())
-    manifest["components"]["a"] = path
-    from cpcompile.bundle import _manifest_digest
-
-    metadata = manifest["additional_metadata"]["cpcompile"]
-    metadata["files"][f"{path}/component.json"] = "0" * 64
-    metadata["manifest_digest"] = _manifest_digest(manifest)
-    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    with edited_manifest(bundle) as manifest:
+        manifest["components"]["a"] = path
+        manifest["additional_metadata"]["cpcompile"]["files"][f"{path}/component.json"] = "0" * 64
     with pytest.raises(UsageError, match="leaves the bundle"):
         open_bundle(bundle)
+
+
+@pytest.mark.parametrize("value", GARBAGE, ids=repr)
+@pytest.mark.parametrize(
+    "path", ["components", "files", "parameters", "parameters/a", "parameters/a/kept", "shared_weights", "tokenizer"]
+)
+def test_a_manifest_of_other_forms_is_refused(bundle: Path, path: str, value: object) -> None:
+    if path == "tokenizer" and isinstance(value, str):
+        return  # an asset that is not there is found when it is asked for
+    if path == "parameters/a/kept" and value == 5:
+        return
+    with edited_manifest(bundle) as manifest:
+        put(manifest if path == "components" else manifest["additional_metadata"]["cpcompile"], path, value)
+    with pytest.raises(UsageError, match=r"garbles|no context|is missing") as caught:
+        open_bundle(bundle).variants("a")
+    assert str(bundle) in str(caught.value)
+
+
+@pytest.mark.parametrize("value", GARBAGE, ids=repr)
+@pytest.mark.parametrize(
+    "path",
+    [
+        "variants",
+        "variants/cpu-fp32",
+        "variants/cpu-fp32/ep",
+        "variants/cpu-fp32/executor_info",
+        "variants/cpu-fp32/executor_info/ort",
+        "variants/cpu-fp32/executor_info/cpcompile/bytes",
+    ],
+)
+def test_a_component_of_other_forms_is_refused(bundle: Path, path: str, value: object) -> None:
+    if path.endswith("/ep") and isinstance(value, str):
+        return  # a name that no runtime has is found when it is asked for
+    component = bundle / "a" / "component.json"
+    body = json.loads(component.read_text())
+    put(body, path, 5.5 if value == 5 and path.endswith("bytes") else value)
+    component.write_text(json.dumps(body))
+    with edited_manifest(bundle) as manifest:
+        manifest["additional_metadata"]["cpcompile"]["files"]["a/component.json"] = _file_digest(component)
+    with pytest.raises(UsageError, match="garbles"):
+        open_bundle(bundle)
+
+
+def test_weights_behind_a_link_are_refused(bundle: Path, tmp_path: Path) -> None:
+    variant = open_bundle(bundle).variant("a", "cpu-fp32")
+    assert variant.weights is not None
+    weights = variant.weights / "weights.bin"
+    weights.rename(tmp_path / "weights.bin")
+    weights.symlink_to(tmp_path / "weights.bin")
+    with pytest.raises(UsageError, match="leaves the bundle"):
+        open_bundle(bundle).verify(variant.weights)
 
 
 def test_a_link_that_leaves_the_bundle_is_refused(bundle: Path, tmp_path: Path) -> None:

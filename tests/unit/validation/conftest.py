@@ -90,7 +90,10 @@ def make_bundle(captured: ir.Model, tmp_path_factory: pytest.TempPathFactory) ->
                     change(model.graph)
                 artifact = export_onnxruntime(model, writer.folder(name, "cpu-fp32"), weights=None, locations={})
                 writer.add_variant(name, artifact, weights=None)
-            writer.seal(name="test", metadata={})
+            counts = {"total": 5, "kept": 3, "removed": 2, "removed_by_kind": {"ffn": 2}}
+            parameters = dict.fromkeys(contexts or CONTEXTS, counts)
+            tokenizer = {"tokenizer": f"sha256:{'0' * 64}", "shared_weights": False}
+            writer.seal(name="test", metadata=tokenizer | {"parameters": parameters})
             return open_bundle(writer.commit())
 
     return make
