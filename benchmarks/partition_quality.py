@@ -23,7 +23,7 @@ from cpcompile.config import preset
 from cpcompile.demo import TRAIN
 from cpcompile.pipeline import train_from_data
 from cpcompile.training.branch import StepReport
-from cpcompile.training.trainer import mean_perplexity
+from cpcompile.report import mean_perplexity
 
 CONTROLS = ("one-mask", "random-per-context", "dense-distilled")
 
@@ -51,7 +51,7 @@ def train_once(corpus: Path, seed: int, console: Console) -> dict[str, float]:
         )
     training = checkpoint.training
     branches = training["perplexity"] | {name: c["perplexity"] for name, c in training["controls"].items()}
-    return {name: mean_perplexity(perplexity) for name, perplexity in branches.items()}
+    return {name: mean_perplexity(list(perplexity.values())) for name, perplexity in branches.items()}
 
 
 @click.command()

@@ -15,13 +15,10 @@ The format: microsoft/onnxruntime, model_package/README.md.
 from __future__ import annotations
 
 import ctypes
-import errno
-import glob
 import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -31,10 +28,11 @@ from typing import Any, TypeVar
 
 from cpcompile.artifact import Artifact
 from cpcompile.errors import CpcompileError, UsageError
+from cpcompile.files import NO_ROOM, file_digest, remove_leftovers, temporary_path
 
 T = TypeVar("T")
 
-BUNDLE_VERSION = 2
+BUNDLE_VERSION = 3
 MANIFEST = "manifest.json"
 ROUTER = "router"
 """The component of engines that serve several contexts."""
@@ -178,6 +176,7 @@ def _require_readable(bundle: Bundle) -> None:
     metadata = bundle.metadata
     _require(metadata["shared_weights"], bool, "shared_weights")
     _require(metadata["tokenizer"], str, "tokenizer")
+    _require(metadata["checkpoint"], str, "checkpoint")
     for name, digest in _require(metadata["files"], dict, "files").items():
         _require(digest, str, f"the digest of {name}")
     for context in bundle.contexts:
@@ -206,24 +205,25 @@ def _require(value: Any, kind: type[T], what: str) -> T:
 class BundleWriter:
     """Collects a bundle in a temporary folder beside `target` and renames it when complete.
 
-    `seal` makes it a bundle, `commit` moves it. Until then the old bundle is untouched; leaving the
-    block without `commit` removes the new one.
+    `seal` makes it a bundle, `commit` moves it; one that failed its validation to `<target>.failed`. Until then the
+    old bundle is untouched; leaving the block without `commit` removes the new one.
     """
 
     def __init__(self, target: Path) -> None:
-        if target.exists() and not (target / MANIFEST).is_file() and (not target.is_dir() or any(target.iterdir())):
-            raise UsageError(f"{target}: exists and is not a bundle; choose another output or remove it")
-        self.target = target
+        self.target = Path(os.path.realpath(target))
+        if not self.target.name:
+            raise UsageError(f"{target}: cannot be a bundle; choose another output, such as model.cpc")
+        self.failed = self.target.with_name(f"{self.target.name}.failed")
+        for path in (self.target, self.failed):
+            _require_replaceable(path)
         self._components: dict[str, dict[str, Any]] = {}
 
     def __enter__(self) -> BundleWriter:
+        self.root = temporary_path(self.target)
         try:
             self.target.parent.mkdir(parents=True, exist_ok=True)
-            _remove_leftovers(self.target)
-            self.root = Path(
-                tempfile.mkdtemp(prefix=f"{_temporary_prefix(self.target)}{os.getpid()}-", dir=self.target.parent)
-            )
-            self.root.chmod(0o755)
+            remove_leftovers(self.target)
+            self.root.mkdir()
         except OSError as error:
             raise CpcompileError(
                 f"{self.target}: cannot be written ({error.strerror}); choose another output"
@@ -234,7 +234,7 @@ class BundleWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         shutil.rmtree(self.root, ignore_errors=True)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
             raise CpcompileError(
                 f"{self.target}: the disk is full; free space or choose another output (the previous bundle is intact)"
             ) from error
@@ -289,7 +289,7 @@ class BundleWriter:
         for context, component in self._components.items():
             _write_json(self.root / context / "component.json", component)
         files = {
-            path.relative_to(self.root).as_posix(): _file_digest(path)
+            path.relative_to(self.root).as_posix(): file_digest(path)
             for path in sorted(self.root.rglob("*"))
             if path.is_file() and path.name not in REPORTS
         }
@@ -304,9 +304,9 @@ class BundleWriter:
         _write_json(self.root / MANIFEST, manifest)
         return open_bundle(self.root)
 
-    def commit(self, target: Path | None = None) -> Path:
-        """Put the sealed bundle in its place, or at `target`; returns where it is."""
-        target = target or self.target
+    def commit(self, *, failed: bool = False) -> Path:
+        """Put the sealed bundle in its place; returns where it is."""
+        target = self.failed if failed else self.target
         _put_in_place(self.root, target)
         return target
 
@@ -314,7 +314,7 @@ class BundleWriter:
 def asset_uri(folder: Path) -> str:
     """The canonical URI of a shared asset: the digest over the digests and names of its files."""
     lines = [
-        f"{_file_digest(path)}  {path.relative_to(folder).as_posix()}\n"
+        f"{file_digest(path)}  {path.relative_to(folder).as_posix()}\n"
         for path in sorted(folder.rglob("*"), key=lambda p: p.relative_to(folder).as_posix())
         if path.is_file()
     ]
@@ -332,7 +332,7 @@ def _inside(root: Path, name: str) -> Path:
 
 def _verify_file(path: Path, digest: str) -> None:
     try:
-        actual = _file_digest(path)
+        actual = file_digest(path)
     except FileNotFoundError as error:
         raise UsageError(f"{path}: is missing from the bundle; build it again or copy it whole") from error
     except OSError as error:
@@ -341,11 +341,6 @@ def _verify_file(path: Path, digest: str) -> None:
         raise UsageError(
             f"{path}: differs from what was built (digest mismatch); build the bundle again or copy it whole"
         )
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _manifest_digest(manifest: Mapping[str, Any]) -> str:
@@ -366,27 +361,29 @@ def _write_json(path: Path, content: object) -> None:
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def _temporary_prefix(target: Path) -> str:
-    return f".{target.name}.building-"
-
-
-def _remove_leftovers(target: Path) -> None:
-    """Folders of builds that were killed; one whose process lives is another build at work."""
-    prefix = _temporary_prefix(target)
-    for folder in target.parent.glob(f"{glob.escape(prefix)}*"):
-        process = folder.name.removeprefix(prefix).split("-")[0]
-        if process.isdigit() and not _is_alive(int(process)):
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _is_alive(process: int) -> bool:
+def _require_replaceable(target: Path) -> None:
+    """Nothing is at `target`, or an empty folder, or a bundle of any version with nothing else in its folder."""
+    if not os.path.lexists(target):
+        return
+    refusal = f"{target}: exists and is not a bundle; choose another output or remove it"
+    if not target.is_dir():
+        raise UsageError(refusal)
+    for report in REPORTS:
+        remove_leftovers(target / report)
+    there = {path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_symlink() or path.is_file()}
+    if not there and not any(target.iterdir()):
+        return
+    if MANIFEST not in there:
+        raise UsageError(refusal)
     try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+        ours = set(_read_json(target / MANIFEST)["additional_metadata"]["cpcompile"]["files"])
+    except (UsageError, KeyError, TypeError) as error:
+        raise UsageError(refusal) from error
+    foreign = sorted(there - ours - {MANIFEST, *REPORTS})
+    if foreign:
+        raise UsageError(
+            f"{target}: {foreign[0]} lies there and is no part of the bundle; take it away, or choose another output"
+        )
 
 
 def _put_in_place(folder: Path, target: Path) -> None:

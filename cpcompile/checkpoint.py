@@ -11,12 +11,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import pickle
-import tempfile
 import warnings
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,8 +23,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from cpcompile.config import ModelConfig
+from cpcompile.config import ModelConfig, TrainConfig, override, require_context_name
 from cpcompile.errors import CpcompileError, UsageError
+from cpcompile.files import whole_file
 from cpcompile.models.decoder import Decoder
 from cpcompile.selection import Selection
 
@@ -46,7 +44,7 @@ class Checkpoint:
     """The text of tokenizer.json."""
     selection: Selection | None = None
     training: Mapping[str, Any] = field(default_factory=dict)
-    """Settings, seed, data digests, versions, metrics, controls: plain containers."""
+    """Run, settings, seed, data digests, versions, metrics, controls: plain containers."""
     held_out: Mapping[str, npt.NDArray[np.int32]] = field(default_factory=dict)
     """Held-out token ids per context, 1-D; empty where they were left out."""
 
@@ -104,7 +102,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
             training=plain["training"],
             held_out={context: ids.numpy() for context, ids in plain["held_out"].items()},
         )
-        checkpoint.model()
+        _require_consistent(checkpoint)
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from error
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
@@ -112,24 +110,41 @@ def load_checkpoint(path: Path) -> Checkpoint:
     return checkpoint
 
 
+def _require_consistent(checkpoint: Checkpoint) -> None:
+    """What is read later has the forms and ranges that training gives it; ValueError or UsageError otherwise."""
+    contexts, config, training = checkpoint.contexts, checkpoint.config, checkpoint.training
+    for context in contexts:
+        require_context_name(context, "contexts")
+    if not contexts or len(set(contexts)) < len(contexts):
+        raise ValueError(f"contexts {list(contexts)} are none or not distinct")
+    if config.layers > len(checkpoint.state):
+        raise ValueError(f"{config.layers} layers and {len(checkpoint.state)} parameters")
+    model = checkpoint.model()
+    if (selection := checkpoint.selection) is not None:
+        units = {units.kind: (len(contexts), units.layers, units.count) for units in model.units()}
+        shapes = {kind: table.shape for kind, table in selection.kept.items()}
+        if selection.contexts != contexts or any(shape != units.get(kind) for kind, shape in shapes.items()):
+            raise ValueError(f"the selection has {shapes} for {selection.contexts}, the model {units} for {contexts}")
+    for context, ids in checkpoint.held_out.items():
+        if context not in contexts or ids.ndim != 1 or ids.dtype != np.int32:
+            raise ValueError(f"held_out of {context!r} is no list of token ids of one of the contexts")
+        if ids.size and not 0 <= ids.min() <= ids.max() < config.vocabulary:
+            raise ValueError(f"held_out of {context!r} has ids outside of the vocabulary of {config.vocabulary}")
+    if not isinstance(checkpoint.tokenizer, str):
+        raise ValueError("the tokenizer is no text")
+    override(TrainConfig(), training.get("settings", {}), where="training.settings")
+
+
 def save_atomically(plain: object, path: Path) -> None:
-    """torch.save to a temporary file beside `path`, then rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
+    """torch.save; a reader sees the old file or the new one."""
+    with whole_file(path) as temporary, temporary.open("wb") as file:
+        try:
             torch.save(plain, file)
+        except RuntimeError as error:  # torch's writer reports a write that failed as a position it did not expect
             file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise CpcompileError(
-            f"{path}: cannot be written ({error.strerror}); free space or choose another --out"
-        ) from error
-    finally:
-        with suppress(FileNotFoundError):
-            temporary.unlink()
+            raise CpcompileError(
+                f"{path}: cannot be written, the disk seems full; free space or choose another --out"
+            ) from error
 
 
 def load_plain(path: Path) -> Any:

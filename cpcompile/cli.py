@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import io
 import json
 import sys
 from collections.abc import Callable
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 Command = TypeVar("Command", bound=Callable[..., Any])
 FilePath = click.Path(path_type=Path)
 
+NO_MEMORY = "not enough memory"
+"""What torch's RuntimeError says of an allocation that failed."""
 VERDICT_EXIT_CODES = {"pass": 0, "fail": 1, "inconclusive": 3}
 
 
@@ -45,7 +48,9 @@ class _Group(click.Group):
             where = f"{error.filename}: " if error.filename is not None else ""
             click.echo(f"Error: {where}{error.strerror or error}", err=True)
             ctx.exit(1)
-        except MemoryError:
+        except (MemoryError, RuntimeError) as error:
+            if ctx.params.get("debug") or not (isinstance(error, MemoryError) or NO_MEMORY in str(error)):
+                raise
             click.echo("Error: out of memory; use a smaller model, batch or sequence", err=True)
             ctx.exit(1)
 
@@ -64,6 +69,9 @@ def main(debug: bool) -> None:
     cpcompile export model.cpc english -o english.onnx
     cpcompile opt any.onnx -o smaller.onnx --check
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without Unicode shows a question mark, no traceback
 
 
 @main.command(context_settings={"show_default": True})
@@ -215,10 +223,11 @@ def build(
     from cpcompile.pipeline import build_bundle
 
     config = ValidateConfig(rounds=rounds, speed=not no_speed, memory=not no_memory)
+    out = out or _beside(model, ".cpc")
     with stage_progress() as stage:
         report, bundle = build_bundle(
             model,
-            out or model.with_suffix(".cpc"),
+            out,
             contexts=_names(contexts),
             opset=int(opset),
             standalone=standalone,
@@ -227,9 +236,10 @@ def build(
             config=config,
             progress=stage,
         )
-    kept = " (the verdict is fail: an older bundle stays as it is)" if report["verdict"] == "fail" else ""
-    click.echo(f"wrote {bundle}{kept}", err=True)
-    _show(report, as_json=as_json)
+    stays = f"; {out} stays as it was" if out.exists() else ""
+    click.echo(f"wrote {bundle}" + (f" (the verdict is fail{stays})" if report["verdict"] == "fail" else ""), err=True)
+    _print_report(report, as_json=as_json)
+    _exit(report)
 
 
 @main.command(context_settings={"show_default": True})
@@ -258,11 +268,17 @@ def validate(
     """
     from cpcompile.console import stage_progress
     from cpcompile.pipeline import validate_bundle
+    from cpcompile.report import write_report
 
     config = ValidateConfig(rounds=rounds, speed=not no_speed, memory=not no_memory)
     with stage_progress() as stage:
-        report = validate_bundle(bundle, model or bundle.with_suffix(".pt"), data=data, config=config, progress=stage)
-    _show(report, as_json=as_json)
+        report = validate_bundle(bundle, model or _beside(bundle, ".pt"), data=data, config=config, progress=stage)
+    _print_report(report, as_json=as_json)
+    if no_speed or no_memory:
+        click.echo(f"{bundle / 'report.json'} stays as it was: not everything was measured now", err=True)
+    else:
+        write_report(report, bundle)
+    _exit(report)
 
 
 @main.command(context_settings={"show_default": True})
@@ -365,19 +381,26 @@ def demo(out: Path) -> None:
     _exit(run_demo(out, train=run_training, show=_print_report))
 
 
+def _beside(path: Path, suffix: str) -> Path:
+    """`path` with another suffix; also of `.`, which has no name."""
+    path = path if path.name else path.absolute()
+    return path.with_name(f"{path.stem}{suffix}") if path.name else path
+
+
 def _names(text: str | None) -> tuple[str, ...] | None:
-    return tuple(name.strip() for name in text.split(",") if name.strip()) if text else None
+    """The names in a comma-separated list, each once."""
+    if text is None:
+        return None
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    if not names:
+        raise UsageError(f"{text!r} names nothing; separate names by commas, or leave the option out")
+    return names
 
 
-def _show(report: Report, *, as_json: bool) -> None:
+def _print_report(report: Report, *, as_json: bool = False) -> None:
     if as_json:
         click.echo(json.dumps(report, indent=1))
-    else:
-        _print_report(report)
-    _exit(report)
-
-
-def _print_report(report: Report) -> None:
+        return
     from rich.console import Console
 
     from cpcompile.report import render_report

@@ -24,8 +24,11 @@ from cpcompile.errors import UsageError
 
 T = TypeVar("T")
 
-CONTEXT_NAME = re.compile(r"(?!router$)[a-z0-9][a-z0-9._-]*")
-"""`router` is where a bundle keeps what serves several contexts."""
+CONTEXT_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}")
+RESERVED_NAMES = ("router", "shared_assets", "manifest.json", "report.json", "report.html")
+"""What a bundle has beside its contexts."""
+LARGEST = 2**31 - 1
+"""Of integer settings: what every library below can hold."""
 
 CONTROLS = (
     "one-mask",
@@ -36,6 +39,15 @@ CONTROLS = (
     "small-dense-distilled",
     "dense-distilled",
 )
+
+
+def require_context_name(name: object, where: str) -> None:
+    """UsageError unless `name` can be a context's, and so a folder of a bundle."""
+    _require(
+        isinstance(name, str) and CONTEXT_NAME.fullmatch(name) is not None and name not in RESERVED_NAMES,
+        f"{where}: {name!r} cannot name a context; a name has lower-case letters, digits, and . _ - after the first, "
+        f"is not longer than 100 and none of {', '.join(RESERVED_NAMES)}; rename it",
+    )
 
 
 def _require(condition: bool, message: str) -> None:
@@ -64,7 +76,8 @@ class ModelConfig:
         for name in ("vocabulary", "width", "layers", "heads", "kv_heads", "ffn", "align"):
             _require(getattr(self, name) >= 1, f"model.{name} is {getattr(self, name)}: it has to be at least 1")
         for name in ("rope_base", "norm_eps"):
-            _require(getattr(self, name) > 0, f"model.{name} is {getattr(self, name)}: it has to be positive")
+            value = getattr(self, name)
+            _require(0 < value < math.inf, f"model.{name} is {value}: it has to be positive")
         _require(self.width % self.heads == 0, f"model.width {self.width} is not a multiple of heads {self.heads}")
         _require(self.head_dim % 2 == 0, f"model: head_dim {self.head_dim} is odd; rotary positions need pairs")
         _require(
@@ -150,12 +163,14 @@ class TrainConfig:
             "recalibrate_until",
         ):
             _require(0 <= getattr(self, name) <= 1, f"train.{name} is {getattr(self, name)}: it lies from 0 to 1")
+        _require(self.seed >= 0, f"train.seed is {self.seed}: it cannot be negative")
         _require(self.recalibrations >= 0, f"train.recalibrations is {self.recalibrations}: it cannot be negative")
         _require(self.weight_decay >= 0, f"train.weight_decay is {self.weight_decay}: it cannot be negative")
         _require(self.steps >= 2, "train.steps: one dense step and one partition step are the least")
         for kind, budget in self.budgets.items():
             _require(kind in ("ffn", "head"), f"train.budgets: {kind!r} is not a kind that is trained (ffn, head)")
             _require(0 < budget <= 1, f"train.budgets: {kind} = {budget}; a budget is above 0 and at most 1")
+        _require(set(self.budgets) == {"ffn", "head"}, "train.budgets: name both kinds, ffn and head; 1.0 keeps all")
         _require(self.core_fractions.keys() == self.budgets.keys(), "train.core_fractions: name the kinds of budgets")
         for kind, fraction in self.core_fractions.items():
             _require(0 <= fraction <= 1, f"train.core_fractions: {kind} = {fraction}; it lies from 0 to 1")
@@ -204,7 +219,7 @@ def load_toml(path: Path) -> dict[str, dict[str, Any]]:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror}); give the path of a TOML file") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{path}: is not valid TOML: {error}") from error
     for name, table in tables.items():
         _require(isinstance(table, dict), f"{path}: {name!r} stands outside of a table; use [model] or [train]")
@@ -237,8 +252,9 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
         _require(isinstance(value, Mapping), f"{where} is {value!r}: a table is needed")
         item = typing.get_args(hint)[1]
         return {key: _coerce(each, item, f"{where}.{key}") for key, each in value.items()}
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+    if type(value) is int:
+        _require(abs(value) <= LARGEST, f"{where}: is beyond {LARGEST:,} in size")
+        value = float(value) if hint is float else value
     _require(type(value) is hint, f"{where} is {value!r}: {hint.__name__} is needed")
     _require(hint is not float or math.isfinite(value), f"{where} is {value}: a finite number is needed")
     return value

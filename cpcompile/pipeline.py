@@ -27,9 +27,10 @@ from cpcompile.bundle import ROUTER, Bundle, BundleWriter, open_bundle
 from cpcompile.capture import capture
 from cpcompile.checkpoint import Checkpoint, load_checkpoint
 from cpcompile.config import ModelConfig, TrainConfig, ValidateConfig
-from cpcompile.errors import CpcompileError, UsageError
+from cpcompile.errors import UsageError
 from cpcompile.exporters.onnxruntime_exporter import MERGED, SINGLE, export_onnxruntime
 from cpcompile.exporters.weights_file import Location, write_weights
+from cpcompile.files import file_digest, require_file_path, whole_file
 from cpcompile.measure import environment, peak_resident_bytes, reset_peak
 from cpcompile.models.decoder import Decoder, parameter_kind
 from cpcompile.passes.freeze import Frozen, freeze
@@ -40,13 +41,15 @@ from cpcompile.report import (
     BuildStage,
     ContextResult,
     Report,
+    build_of,
     make_report,
     training_summary,
     write_report,
 )
 from cpcompile.training.branch import Observer
 from cpcompile.training.corpus import load_corpus
-from cpcompile.training.trainer import dense_path, train
+from cpcompile.training.tokenization import parse_tokenizer, vocabulary_size
+from cpcompile.training.trainer import dense_path, require_outputs, train
 from cpcompile.validation.validator import VariantResult, validate
 
 Progress = Callable[[str, int, int | None], None]
@@ -69,6 +72,9 @@ def train_from_data(
     observer: Observer,
 ) -> Checkpoint:
     """`cpcompile train`: text in `data` -> checkpoint `out`, and its dense baseline beside it."""
+    require_outputs(out)
+    if out.resolve().is_relative_to(data.resolve()):
+        raise UsageError(f"{out}: lies in {data}, where every file is text; choose another --out")
     corpus = load_corpus(
         data,
         vocabulary=model_config.vocabulary,
@@ -118,9 +124,7 @@ def build_bundle(
         accounts = {context: _account(context, frozen[context], eager, checkpoint) for context in chosen}
     with BundleWriter(out) as writer:
         with stages("export"):
-            bundle = _export(
-                writer, dynamic, frozen, accounts, checkpoint, name=model.stem, shared=not standalone, merged=merged
-            )
+            bundle = _export(writer, dynamic, frozen, accounts, checkpoint, model, shared=not standalone, merged=merged)
         build = stages.result()
         results = validate(
             bundle,
@@ -133,17 +137,20 @@ def build_bundle(
         )
         report = _report(bundle, checkpoint, dense, results, build, config)
         write_report(report, writer.root)
-        failed = report["verdict"] == "fail"
-        return report, writer.commit(out.with_name(f"{out.name}.failed") if failed else out)
+        return report, writer.commit(failed=report["verdict"] == "fail")
 
 
 def validate_bundle(
     path: Path, model: Path, *, data: Path | None, config: ValidateConfig, progress: Progress
 ) -> Report:
-    """`cpcompile validate`: measure the bundle `path` anew, and write its report."""
+    """`cpcompile validate`: measure the bundle `path` anew; what its build took stands in its report already."""
     bundle = open_bundle(path)
     bundle.verify_all()
+    if not model.exists():
+        raise UsageError(f"{model}: there is no such file; --model names the checkpoint that {path} was built from")
     checkpoint, dense = _load(model)
+    if file_digest(model) != bundle.metadata["checkpoint"]:
+        raise UsageError(f"{path}: was not built from {model}; give its own checkpoint with --model, or build it again")
     results = validate(
         bundle,
         checkpoint,
@@ -153,44 +160,49 @@ def validate_bundle(
         sequence=_sequence(checkpoint),
         progress=progress,
     )
-    only_validated = "the bundle was validated, not built"
-    build = BuildResult(
-        seconds=None, peak_rss_bytes=None, not_measured={"seconds": only_validated, "peak_rss_bytes": only_validated}
-    )
-    report = _report(bundle, checkpoint, dense, results, build, config)
-    write_report(report, path)
-    return report
+    return _report(bundle, checkpoint, dense, results, build_of(path), config)
 
 
 def export_standalone(path: Path, context: str, out: Path, *, variant: str) -> None:
     """`cpcompile export`: one self-contained ONNX file of one engine of the bundle `path`."""
     bundle = open_bundle(path)
+    if require_file_path(out, ".onnx").is_relative_to(bundle.root.resolve()):
+        raise UsageError(f"{out}: lies in the bundle; choose another --out")
     chosen = bundle.variant(context, variant)
     bundle.verify(chosen.model, *([chosen.weights] if chosen.weights else []))
     model = ir.load(chosen.model)
     for value in model.graph.initializers.values():
         if isinstance(value.const_value, ir.ExternalTensor) and chosen.weights is not None:
             value.const_value.base_dir = chosen.weights
-    temporary = out.with_name(f".{out.name}.tmp")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        ir.save(ir.external_data.load_to_model(model), temporary)
-        temporary.replace(out)
-    except OSError as error:
-        raise CpcompileError(f"{out}: cannot be written ({error.strerror}); choose another --out") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(out) as temporary:
+        ir.save(ir.external_data.load_to_model(model), temporary, format="protobuf")
 
 
 def _load(model: Path) -> tuple[Checkpoint, Checkpoint | None]:
-    """The partitioned model and, where it lies beside it, its dense baseline."""
+    """The partitioned model and, where it lies beside it, the dense baseline of the same run."""
     checkpoint = load_checkpoint(model)
     if checkpoint.selection is None:
         raise UsageError(
             f"{model}: is a dense checkpoint and has no contexts to build; give the partitioned one, such as model.pt"
         )
-    dense = dense_path(model)
-    return checkpoint, load_checkpoint(dense) if dense.exists() else None
+    try:
+        entries = vocabulary_size(parse_tokenizer(checkpoint.tokenizer))
+        training_summary(checkpoint.training, checkpoint.contexts)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"{model}: its tokenizer or training record is garbled ({error}); train it again") from error
+    if entries > checkpoint.config.vocabulary:
+        raise UsageError(f"{model}: its tokenizer has {entries} entries, the model {checkpoint.config.vocabulary}")
+    path = dense_path(model)
+    if not path.exists():
+        return checkpoint, None
+    dense = load_checkpoint(path)
+    same_run = dense.training.get("run") == checkpoint.training.get("run")
+    if dense.selection is not None or not same_run or dense.tokenizer != checkpoint.tokenizer:
+        raise UsageError(
+            f"{path}: is not the dense baseline that was trained with {model}; put that one there (a training that was "
+            "interrupted goes on with --resume), or take it away to build without a comparison"
+        )
+    return checkpoint, dense
 
 
 def _choose(contexts: Sequence[str] | None, checkpoint: Checkpoint, model: Path) -> tuple[str, ...]:
@@ -218,8 +230,8 @@ def _export(
     frozen: Mapping[str, Frozen],
     accounts: Mapping[str, Accounting],
     checkpoint: Checkpoint,
+    model: Path,
     *,
-    name: str,
     shared: bool,
     merged: bool,
 ) -> Bundle:
@@ -255,8 +267,9 @@ def _export(
         artifact = export_onnxruntime(one, folder, weights=weights, locations=locations, contexts=tuple(frozen))
         writer.add_variant(ROUTER, artifact, weights=uri)
     return writer.seal(
-        name=name,
+        name=model.stem,
         metadata={
+            "checkpoint": file_digest(model),
             "tokenizer": tokenizer,
             "shared_weights": shared,
             "parameters": {context: _parameters(accounts[context]) for context in frozen},
@@ -334,7 +347,7 @@ def _held_out(checkpoint: Checkpoint, data: Path | None, progress: Progress) -> 
             vocabulary=checkpoint.config.vocabulary,
             sequence=_sequence(checkpoint),
             held_out_fraction=settings.held_out_fraction,
-            seed=checkpoint.training.get("seed", settings.seed),
+            seed=checkpoint.training.get("settings", {}).get("seed", settings.seed),
             tokenizer=tokenizer,
             progress=progress,
         )

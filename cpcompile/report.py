@@ -19,10 +19,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -32,7 +29,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from cpcompile.errors import CpcompileError
+from cpcompile.files import whole_file
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -67,7 +64,7 @@ class BuildStage:
 
 @dataclass(frozen=True, kw_only=True)
 class BuildResult:
-    """What a build took; all None where a bundle was only validated."""
+    """What a build took; all None where that is not known."""
 
     seconds: float | None
     peak_rss_bytes: int | None
@@ -199,19 +196,28 @@ def training_summary(training: Mapping[str, Any], contexts: Sequence[str]) -> di
 def write_report(report: Report, folder: Path) -> Path:
     """Write `folder`/report.json in one step: a reader sees the old report or the new one."""
     path = folder / "report.json"
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=folder)
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(json.dumps(report, indent=1, allow_nan=False) + "\n")
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    except OSError as error:
-        raise CpcompileError(f"{path}: cannot be written ({error.strerror}); free space and validate again") from error
-    finally:
-        with suppress(FileNotFoundError):
-            temporary.unlink()
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     return path
+
+
+def build_of(folder: Path) -> BuildResult:
+    """What the report in the bundle `folder` says of its build; nulls with the reason if there is none to be read."""
+    try:
+        build = json.loads((folder / "report.json").read_text(encoding="utf-8"))["build"]
+        return BuildResult(
+            seconds=float(build["seconds"]),
+            peak_rss_bytes=int(build["peak_rss_bytes"]),
+            stages=tuple(
+                BuildStage(name=str(s["name"]), seconds=float(s["seconds"]), peak_rss_bytes=int(s["peak_rss_bytes"]))
+                for s in build["stages"]
+            ),
+        )
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        unknown = "the bundle was validated, and has no report of its build"
+        return BuildResult(
+            seconds=None, peak_rss_bytes=None, not_measured=dict.fromkeys(("seconds", "peak_rss_bytes"), unknown)
+        )
 
 
 def render_report(report: Mapping[str, Any]) -> RenderableType:

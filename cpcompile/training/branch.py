@@ -47,6 +47,8 @@ class StepReport:
 
 
 Observer = Callable[[StepReport], None]
+DIVERGED = 100.0
+"""Nats per token beyond which a perplexity says nothing: chance is the logarithm of the vocabulary, about 10."""
 Moments = dict[str, dict[str, Tensor]]
 """AdamW's state by parameter name."""
 
@@ -300,6 +302,12 @@ def held_out_perplexity(
             for part in torch.split(windows, 16):
                 logits = model(part[:, :-1], index, kept=kept)
                 total += F.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="sum").item()
-            result[context] = math.exp(total / (windows.shape[0] * (windows.shape[1] - 1)))
+            loss = total / (windows.shape[0] * (windows.shape[1] - 1))
+            if not loss < DIVERGED:
+                raise CpcompileError(
+                    f"{context}: the held-out loss is {loss:.3g} per token: training has diverged; "
+                    f"try a lower learning rate than {config.learning_rate}"
+                )
+            result[context] = math.exp(loss)
     model.train()
     return result

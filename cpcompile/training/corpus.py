@@ -14,7 +14,6 @@ complete; one process builds, others wait for it.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import itertools
 import json
@@ -35,6 +34,7 @@ import tokenizers
 from tokenizers import Tokenizer
 
 from cpcompile.errors import CpcompileError, UsageError
+from cpcompile.files import NO_ROOM
 from cpcompile.training.text_sources import Source, find_sources, pieces
 from cpcompile.training.tokenization import (
     END,
@@ -62,7 +62,6 @@ BATCH = 32
 BYTES_PER_TOKEN = 3
 """About what small vocabularies reach; for saying how much room token files need."""
 PLACES = 2**64
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True, eq=False)

@@ -25,7 +25,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from cpcompile.config import CONTEXT_NAME
+from cpcompile.config import require_context_name
 from cpcompile.errors import UsageError
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
@@ -137,11 +137,7 @@ def _context(path: Path) -> str:
                 "(a leading dot)"
             )
         name = name.removesuffix(suffix)
-    if not CONTEXT_NAME.fullmatch(name):
-        raise UsageError(
-            f"{path}: {name!r} cannot name a context; a name has lower-case letters, digits, and . _ - "
-            "after the first, and is not router; rename it"
-        )
+    require_context_name(name, str(path))
     return name
 
 
@@ -154,7 +150,9 @@ def _files(path: Path, root: Path) -> tuple[Path, ...]:
 
     An entry that is itself a link out of the folder is an error: skipping it would lose a whole context.
     """
-    if not path.resolve().is_relative_to(root):
+    with _reading(path):
+        target = path.resolve()
+    if not target.is_relative_to(root):
         raise UsageError(f"{path}: is a link that leaves {root}; move or copy what it points to into the folder")
     if not path.is_dir():
         if not path.is_file():
@@ -178,6 +176,8 @@ def _reading(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UsageError(f"{error.filename or path}: cannot be read ({error.strerror or error})") from error
+    except RuntimeError as error:  # pathlib, of links that lead to themselves
+        raise UsageError(f"{path}: cannot be read ({error})") from error
 
 
 def _content(path: Path) -> str:
@@ -250,7 +250,7 @@ def _parquet(path: Path, field: str) -> Iterator[str]:
         import pyarrow as pa
         from pyarrow import parquet
     except ImportError as error:
-        raise UsageError(f"{path}: Parquet needs pyarrow; pip install cpcompile[parquet]") from error
+        raise UsageError(f"{path}: Parquet needs the package pyarrow (the extra `parquet`); install it") from error
     row = 0
     try:
         with parquet.ParquetFile(path) as table:

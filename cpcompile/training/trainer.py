@@ -12,11 +12,12 @@ decided differently here stands in `allocation.py` and the benchmarks.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
-import math
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,10 @@ import numpy.typing as npt
 import torch
 
 import cpcompile
-from cpcompile.checkpoint import Checkpoint, save_checkpoint
+from cpcompile.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from cpcompile.config import ModelConfig, TrainConfig
 from cpcompile.errors import UsageError
+from cpcompile.files import only_process, require_file_path, whole_file
 from cpcompile.models.decoder import Decoder
 from cpcompile.selection import BoolArray, Selection, UnitKind
 from cpcompile.training.allocation import Scores, allocate, allocate_one_for_all, allocate_random, kept_units
@@ -106,7 +108,24 @@ def train(
     observer: Observer | None = None,
 ) -> Checkpoint:
     """Train all branches and write `out` and `<out>.dense.pt`; an interrupted run goes on with `resume`."""
-    folder = _work_folder(out, corpus, model_config, config, resume=resume)
+    identity = _identity(corpus, model_config, config)
+    with _work_folder(out, identity, resume=resume) as folder:
+        return _train(
+            corpus, model_config, config, out, folder=folder, identity=identity, held_out=held_out, observer=observer
+        )
+
+
+def _train(
+    corpus: Corpus,
+    model_config: ModelConfig,
+    config: TrainConfig,
+    out: Path,
+    *,
+    folder: Path,
+    identity: Mapping[str, Any],
+    held_out: bool,
+    observer: Observer | None,
+) -> Checkpoint:
     run = Run(corpus=corpus, model_config=model_config, config=config, folder=folder, observer=observer)
     budgets = {UnitKind(kind): budget for kind, budget in config.budgets.items()}
     cores = {UnitKind(kind): fraction for kind, fraction in config.core_fractions.items()}
@@ -130,15 +149,12 @@ def train(
         for name in config.controls
     }
     training = {
+        "run": _digest(identity),
         "settings": _plain(config),
         "seed": config.seed,
         "data_digests": dict(corpus.digests),
-        "versions": {
-            "cpcompile": cpcompile.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
-        "threads": torch.get_num_threads(),
+        "versions": identity["versions"] | {"python": platform.python_version()},
+        "threads": identity["threads"],
         "tokens": config.steps * len(corpus.contexts) * config.batch * config.sequence,
         "tokens_per_second": {
             "dense": baseline.tokens_per_second,
@@ -163,7 +179,6 @@ def train(
     checkpoint = Checkpoint(state=partition.model.state_dict(), selection=by_partition, **shared)
     save_checkpoint(Checkpoint(state=baseline.model.state_dict(), **shared), dense_path(out))
     save_checkpoint(checkpoint, out)
-    shutil.rmtree(folder)
     return checkpoint
 
 
@@ -255,37 +270,76 @@ def _plain(config: TrainConfig) -> dict[str, Any]:
     return settings
 
 
-def _work_folder(out: Path, corpus: Corpus, model_config: ModelConfig, config: TrainConfig, *, resume: bool) -> Path:
-    """The run's folder: new, or that of the interrupted run with the same settings and data."""
-    folder = work_path(out)
-    identity = {
-        "model": dataclasses.asdict(model_config),
-        "train": {k: v for k, v in _plain(config).items() if k not in ("snapshot_seconds", "controls")},
-        "data": dict(corpus.digests),
-        "versions": {"cpcompile": cpcompile.__version__, "torch": torch.__version__},
-        "threads": torch.get_num_threads(),
-    }
-    record = folder / "run.json"
-    if record.exists() and not resume:
-        raise UsageError(
-            f"{folder}: an interrupted run is there; go on with --resume, or delete that folder to start anew"
+def require_outputs(out: Path) -> None:
+    """UsageError unless `train` should write `out` and its dense baseline: nothing is there, or checkpoints are."""
+    for path in (out, dense_path(require_file_path(out))):
+        if require_file_path(path).exists():
+            try:
+                load_checkpoint(path)
+            except UsageError as error:
+                raise UsageError(f"{error}. It stays as it is: choose another --out, or remove it") from error
+
+
+def _identity(corpus: Corpus, model_config: ModelConfig, config: TrainConfig) -> dict[str, Any]:
+    """What decides the outcome of a run, in plain containers."""
+    plain: dict[str, Any] = json.loads(
+        json.dumps(
+            {
+                "model": dataclasses.asdict(model_config),
+                "train": {k: v for k, v in _plain(config).items() if k not in ("snapshot_seconds", "controls")},
+                "data": dict(corpus.digests),
+                "tokenizer": _digest(corpus.tokenizer),
+                "versions": {"cpcompile": cpcompile.__version__, "torch": torch.__version__},
+                "threads": torch.get_num_threads(),
+            }
         )
-    if record.exists():
-        before = json.loads(record.read_text(encoding="utf-8"))
-        changed = [key for key in identity if before.get(key) != json.loads(json.dumps(identity[key]))]
-        if changed:
-            raise UsageError(
-                f"{folder}: the interrupted run had other settings ({', '.join(changed)}); "
-                "resume with the same ones, or delete the folder to start anew"
-            )
-        return folder
-    if resume:
+    )
+    return plain
+
+
+def _digest(plain: object) -> str:
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+@contextmanager
+def _work_folder(out: Path, identity: Mapping[str, Any], *, resume: bool) -> Iterator[Path]:
+    """The run's folder: new, or that of the interrupted run with the same settings and data; removed at the end."""
+    folder = work_path(out)
+    if resume and not folder.exists():
         raise UsageError(f"{folder}: there is no interrupted run to go on with; leave --resume out")
-    folder.mkdir(parents=True, exist_ok=True)
-    record.write_text(json.dumps(identity, indent=1), encoding="utf-8")
-    return folder
+    with only_process(folder / "lock", f"{folder}: another process is training there; wait for it, or stop it"):
+        record = folder / "run.json"
+        if any(path.name != "lock" for path in folder.iterdir()):
+            if not resume:
+                raise UsageError(
+                    f"{folder}: an interrupted run is there; go on with --resume, or delete that folder to start anew"
+                )
+            _require_same(record, identity)
+        else:
+            with whole_file(record) as temporary:
+                temporary.write_text(json.dumps(identity, indent=1), encoding="utf-8")
+        yield folder
+    shutil.rmtree(folder)
 
 
-def mean_perplexity(perplexity: Mapping[str, float]) -> float:
-    """Geometric mean over contexts: exp of the mean loss."""
-    return math.exp(sum(math.log(p) for p in perplexity.values()) / len(perplexity))
+def _require_same(record: Path, identity: Mapping[str, Any]) -> None:
+    """The run that wrote `record` had the same settings and data."""
+    try:
+        before = json.loads(record.read_text(encoding="utf-8"))
+        changed = [
+            f"{group} {name}: {then.get(name)} then, {now.get(name)} now".strip()
+            for group, now, then in ((key, _table(identity[key]), _table(before.get(key))) for key in identity)
+            for name in sorted(now.keys() | then.keys())
+            if now.get(name) != then.get(name)
+        ]
+    except (OSError, ValueError, AttributeError) as error:
+        raise UsageError(f"{record}: cannot be read ({error}); delete {record.parent} to start anew") from error
+    if changed:
+        raise UsageError(
+            f"{record.parent}: the interrupted run had other settings ({'; '.join(changed)}); "
+            "resume with the same ones, or delete the folder to start anew"
+        )
+
+
+def _table(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {"": value}

@@ -198,14 +198,64 @@ def test_without_a_dense_baseline_quality_is_null_with_the_reason(model: Path, t
 
 
 def test_validate_measures_a_bundle_anew(bundle: Path, corpus_folder: Path) -> None:
-    before = json.loads((bundle / "report.json").read_text())
+    text = (bundle / "report.json").read_text()
+    before = json.loads(text)
     result = run("validate", bundle, *FAST, "--json")
     assert result.exit_code in (0, 1), result.output
-    after = json.loads((bundle / "report.json").read_text())
-    assert after["contexts"][0]["variants"][0]["parity"] == before["contexts"][0]["variants"][0]["parity"]
-    assert after["build"]["seconds"] is None
-    elsewhere = run("validate", bundle, *FAST, "--data", corpus_folder)
+    part = json.loads(result.stdout)
+    assert part["contexts"][0]["variants"][0]["parity"] == before["contexts"][0]["variants"][0]["parity"]
+    assert (bundle / "report.json").read_text() == text  # a part does not replace the whole
+    assert "report.json stays as it was" in result.stderr
+    elsewhere = run("validate", bundle, "--rounds", 2, "--data", corpus_folder)
     assert elsewhere.exit_code in (0, 1), elsewhere.output
+    after = json.loads((bundle / "report.json").read_text())
+    jsonschema.validate(after, json.loads(SCHEMA.read_text()))
+    assert after["build"] == before["build"]
+    (bundle / "report.json").write_text('{"build": {"seconds": "long", "peak_rss_bytes": 1, "stages": []}}')
+    assert "has no report of its build" in run("validate", bundle, *FAST, "--json").stdout
+    (bundle / "report.json").write_text(text)
+    # Where nothing can be written, what was measured is still shown.
+    (bundle / "report.json").unlink()
+    (bundle / "report.json").mkdir()
+    shown = run("validate", bundle, "--rounds", 2, "--json")
+    (bundle / "report.json").rmdir()
+    (bundle / "report.json").write_text(text)
+    assert shown.exit_code == 2
+    assert json.loads(shown.stdout)["contexts"]
+    assert "report.json: is a folder" in shown.stderr
+
+
+def test_checkpoints_of_other_runs_are_refused(model: Path, bundle: Path, tmp_path: Path) -> None:
+    plain = torch.load(model, weights_only=True)
+    plain["training"]["run"] = "0" * 64
+    torch.save(plain, tmp_path / "model.pt")
+    result = run("validate", bundle, "--model", tmp_path / "model.pt", *FAST)
+    assert result.exit_code == 2
+    assert "was not built from" in result.output
+    for dense in (model.with_name("model.dense.pt"), model):  # of another run, and no dense one
+        shutil.copy(dense, tmp_path / "model.dense.pt")
+        result = run("build", tmp_path / "model.pt", *FAST)
+        assert result.exit_code == 2
+        assert "is not the dense baseline that was trained with" in result.output
+    shutil.copy(model, tmp_path / "model.pt")
+    assert run("build", tmp_path / "model.pt", *FAST).exit_code == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.dense.pt", "model.pt"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("tokenizer", "{}"),
+        ("training", {"perplexity": {"partition": 3}}),
+        ("training", {"perplexity": {"partition": {}}}),
+    ],
+)
+def test_a_checkpoint_with_a_garbled_record_is_refused(model: Path, tmp_path: Path, field: str, value: object) -> None:
+    plain = torch.load(model, weights_only=True)
+    torch.save(plain | {field: value}, tmp_path / "model.pt")
+    result = run("build", tmp_path / "model.pt", *FAST)
+    assert result.exit_code == 2
+    assert "is garbled" in result.output
 
 
 def test_kill_9_during_a_build_leaves_the_old_bundle(bundle: Path, model: Path, tmp_path: Path) -> None:
@@ -266,6 +316,9 @@ def test_errors_of_the_command_line(model: Path, bundle: Path, tmp_path: Path) -
     (tmp_path / "evil.pt").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "precious").write_text("mine")
+    (tmp_path / "config.toml").write_text("[train]\nsteps = 5\n")
+    (tmp_path / "deep.toml").write_text("x = " + "[" * 5000)
+    (tmp_path / "huge.toml").write_text(f"[train]\nlearning_rate = {10**400}\n")
     cases = {
         ("build", truncated): "model.pt: is not a torch file or is truncated",
         ("build", tmp_path / "evil.pt"): "evil.pt: ",
@@ -276,6 +329,21 @@ def test_errors_of_the_command_line(model: Path, bundle: Path, tmp_path: Path) -
         ("validate", tmp_path / "folder"): "is not a bundle",
         ("export", bundle, "klingon"): "no context 'klingon'",
         ("export", bundle, "english", "--variant", "tpu"): "no variant 'tpu'; it has cpu-fp32",
+        ("export", bundle, "english", "-o", tmp_path / "config.toml"): "config.toml: exists and is not named .onnx",
+        ("export", bundle, "english", "-o", "/dev/null"): "/dev/null: is not a regular file",
+        ("export", bundle, "english", "-o", bundle / "english.onnx"): "lies in the bundle",
+        ("export", bundle, "english", "-o", tmp_path): "is a folder",
+        ("build", ""): "is a folder",
+        ("build", model, "--contexts", ","): "names nothing",
+        ("build", model, "-o", "/"): "choose another output",
+        ("validate", bundle, "--model", tmp_path / "nowhere.pt"): "--model names the checkpoint",
+        ("train", "--data", tmp_path, "-o", tmp_path / "config.toml"): "It stays as it is: choose another --out",
+        ("train", "--data", tmp_path, "-o", tmp_path / "folder"): "folder: is a folder",
+        ("train", "--data", tmp_path, "-o", ""): "is a folder",
+        ("train", "--data", tmp_path, "-o", tmp_path / "new.pt"): "where every file is text",
+        ("train", "--data", tmp_path, "--config", tmp_path / "deep.toml"): "deep.toml: is not valid TOML",
+        ("train", "--data", tmp_path, "--config", tmp_path / "huge.toml"): "train.learning_rate: is beyond",
+        ("train", "--data", tmp_path, "--seed", 10**30): "train.seed: is beyond",
         ("train", "--data", tmp_path / "nowhere"): "nowhere",
         ("train", "--data", tmp_path, "--steps", "1"): "train.steps",
         ("train", "--data", tmp_path, "--ffn-budget", "0"): "budget",
@@ -290,15 +358,30 @@ def test_errors_of_the_command_line(model: Path, bundle: Path, tmp_path: Path) -
         assert message in " ".join(result.output.split()), (arguments, result.output)
         assert "Traceback" not in result.output
     assert (tmp_path / "folder" / "precious").read_text() == "mine"
+    assert (tmp_path / "config.toml").read_text() == "[train]\nsteps = 5\n"
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_disk_is_a_sentence(bundle: Path, tmp_path: Path) -> None:
-    (tmp_path / ".x.onnx.tmp").symlink_to("/dev/full")
-    result = run("export", bundle, "english", "-o", tmp_path / "x.onnx")
-    assert result.exit_code == 1
-    assert "cannot be written (No space left on device)" in result.output
-    assert not (tmp_path / "x.onnx").exists()
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on the size of files")
+def test_a_full_disk_is_a_sentence(bundle: Path, model: Path, corpus_folder: Path, tmp_path: Path) -> None:
+    """A limit on the size of files stands for the disk: the same writes fail, with EFBIG instead of ENOSPC."""
+    limited = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), -1)); "
+        "from cpcompile.cli import main; main(sys.argv[2:])"
+    )
+    train = ["train", "--data", corpus_folder, "--preset", "nano", "--steps", 2, "--sequence", 16]
+    for limit, command in {
+        50_000: ["export", bundle, "english", "-o", tmp_path / "x.onnx"],
+        60_000: ["build", model, "-o", tmp_path / "x.cpc", *FAST],
+        700_000: [*train, "-o", tmp_path / "x.pt", "--cache", tmp_path / "cache"],
+    }.items():
+        arguments = [sys.executable, "-c", limited, str(limit), *map(str, command)]
+        result = subprocess.run(arguments, capture_output=True, text=True, timeout=300, check=False)
+        assert result.returncode == 1, (command, result.stderr)
+        assert "File too large" in result.stderr or "disk" in result.stderr, (command, result.stderr)
+        assert "free space or choose another" in result.stderr, (command, result.stderr)
+        assert "Traceback" not in result.stderr, (command, result.stderr)
+    assert {path.name for path in tmp_path.iterdir()} <= {"cache", "x.pt.work"}
 
 
 @pytest.mark.parametrize("command", [[], ["train"], ["build"], ["validate"], ["export"], ["demo"]])

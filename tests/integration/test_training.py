@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from cpcompile.checkpoint import Checkpoint, load_checkpoint
+from cpcompile.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from cpcompile.config import CONTROLS, ModelConfig, TrainConfig
 from cpcompile.errors import CpcompileError, UsageError
+from cpcompile.files import only_process
 from cpcompile.selection import UnitKind
 from cpcompile.training.branch import StepReport, learning_rate, swap_fraction
 from cpcompile.training.corpus import Corpus
@@ -89,9 +90,51 @@ def test_an_interrupted_run_resumes_to_the_same_result(
     assert not out.exists()
     with pytest.raises(UsageError, match="--resume"):
         train(corpus, model_config, TRAIN, out)
-    with pytest.raises(UsageError, match="other settings"):
+    with pytest.raises(UsageError, match=r"other settings \(train seed: 0 then, 9 now\)"):
         train(corpus, model_config, dataclasses.replace(TRAIN, seed=9), out, resume=True)
+    with (
+        only_process(work_path(out) / "lock", "unused"),
+        pytest.raises(UsageError, match="another process is training there"),
+    ):
+        train(corpus, model_config, TRAIN, out, resume=True)
     assert same(train(corpus, model_config, TRAIN, out, resume=True), load_checkpoint(trained))
+
+
+@pytest.mark.parametrize("record", [None, "", "[]", "\xff"])
+def test_a_work_folder_without_its_record_is_not_used(
+    corpus: Corpus, model_config: ModelConfig, tmp_path: Path, record: str | None
+) -> None:
+    folder = work_path(tmp_path / "model.pt")
+    folder.mkdir()
+    (folder / "parent.pt").write_bytes(b"of some other run")
+    if record is not None:
+        (folder / "run.json").write_text(record, encoding="latin-1")
+    with pytest.raises(UsageError, match="an interrupted run is there"):
+        train(corpus, model_config, TRAIN, tmp_path / "model.pt")
+    with pytest.raises(UsageError, match=r"run.json: cannot be read .*delete .*model.pt.work"):
+        train(corpus, model_config, TRAIN, tmp_path / "model.pt", resume=True)
+
+
+def test_kill_between_the_two_checkpoints_and_resume(
+    trained: Path, corpus: Corpus, model_config: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The new baseline beside an older model is not a pair, and the run can be ended."""
+    out = tmp_path / "model.pt"
+    train(corpus, model_config, dataclasses.replace(TRAIN, steps=4, controls=()), out)
+
+    def save_one(checkpoint: Checkpoint, path: Path) -> None:
+        if path == out:
+            raise StopRunError
+        save_checkpoint(checkpoint, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("cpcompile.training.trainer.save_checkpoint", save_one)
+        with pytest.raises(StopRunError):
+            train(corpus, model_config, TRAIN, out)
+    runs = [load_checkpoint(path).training["run"] for path in (out, dense_path(out))]
+    assert runs[0] != runs[1]
+    assert same(train(corpus, model_config, TRAIN, out, resume=True), load_checkpoint(trained))
+    assert load_checkpoint(out).training["run"] == load_checkpoint(dense_path(out)).training["run"] == runs[1]
 
 
 def test_kill_9_and_resume(trained: Path, corpus_folder: Path, cache: Path, tmp_path: Path) -> None:
@@ -129,6 +172,14 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(
     config = dataclasses.replace(TRAIN, learning_rate=1e18, warmup_fraction=0.0, clip=1e18)
     with pytest.raises(CpcompileError, match=r"not finite at step \d+.*update was not made.*lower learning rate"):
         train(corpus, model_config, config, tmp_path / "model.pt")
+
+
+def test_a_run_that_diverges_without_infinities_is_a_sentence(
+    corpus: Corpus, model_config: ModelConfig, tmp_path: Path
+) -> None:
+    config = dataclasses.replace(TRAIN, learning_rate=1e3, controls=())
+    with pytest.raises(CpcompileError, match=r"diverged; try a lower learning rate|not finite"):
+        train(corpus, model_config, config, tmp_path / "model.pt", observer=lambda _: None)
 
 
 def test_every_control_can_be_trained(corpus: Corpus, model_config: ModelConfig, tmp_path: Path) -> None:

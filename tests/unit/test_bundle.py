@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from cpcompile.artifact import Artifact
-from cpcompile.bundle import BundleWriter, _file_digest, _manifest_digest, asset_uri, open_bundle
+from cpcompile.bundle import BundleWriter, _manifest_digest, asset_uri, open_bundle
 from cpcompile.errors import CpcompileError, UsageError
+from cpcompile.files import file_digest
 
 ARTIFACT = Artifact(
     variant="cpu-fp32",
@@ -39,8 +40,8 @@ def write(target: Path, *, content: bytes = b"model", contexts: tuple[str, ...] 
             (writer.folder(context, ARTIFACT.variant) / "model.onnx").write_bytes(content)
             writer.add_variant(context, ARTIFACT, weights=uri)
         counts = {"total": 5, "kept": 3, "removed": 2, "removed_by_kind": {"ffn": 2}, "by_name": {"w": [5, 3]}}
-        parameters = dict.fromkeys(contexts, counts)
-        writer.seal(name="test", metadata={"tokenizer": words, "shared_weights": True, "parameters": parameters})
+        more = {"shared_weights": True, "parameters": dict.fromkeys(contexts, counts)}
+        writer.seal(name="test", metadata={"tokenizer": words, "checkpoint": "0" * 64} | more)
         return writer.commit()
 
 
@@ -182,9 +183,40 @@ def test_a_component_of_other_forms_is_refused(bundle: Path, path: str, value: o
     put(body, path, 5.5 if value == 5 and path.endswith("bytes") else value)
     component.write_text(json.dumps(body))
     with edited_manifest(bundle) as manifest:
-        manifest["additional_metadata"]["cpcompile"]["files"]["a/component.json"] = _file_digest(component)
+        manifest["additional_metadata"]["cpcompile"]["files"]["a/component.json"] = file_digest(component)
     with pytest.raises(UsageError, match="garbles"):
         open_bundle(bundle)
+
+
+def test_only_a_bundle_is_replaced(tmp_path: Path) -> None:
+    mine = tmp_path / "extension"
+    mine.mkdir()
+    (mine / "manifest.json").write_text('{"name": "a web extension"}')
+    (mine / "precious.js").write_text("mine")
+    with pytest.raises(UsageError, match="exists and is not a bundle"):
+        write(mine)
+    assert (mine / "precious.js").read_text() == "mine"
+    with pytest.raises(UsageError, match="exists and is not a bundle"):
+        write(mine / "precious.js")
+    with pytest.raises(UsageError, match="choose another output"):
+        write(Path("/"))
+
+
+def test_a_file_that_somebody_put_into_a_bundle_is_not_lost(bundle: Path) -> None:
+    (bundle / "a" / "notes.txt").write_text("mine")
+    with pytest.raises(UsageError, match=r"a/notes.txt lies there and is no part of the bundle"):
+        write(bundle)
+    (bundle / "a" / "notes.txt").unlink()
+    (bundle / "report.json").write_text("{}")
+    assert write(bundle, content=b"new") == bundle
+
+
+def test_a_link_to_a_bundle_stays_one(bundle: Path, tmp_path: Path) -> None:
+    link = tmp_path / "current"
+    link.symlink_to(bundle)
+    write(link, content=b"new")
+    assert link.is_symlink()
+    assert (bundle / "a" / "cpu-fp32" / "model.onnx").read_bytes() == b"new"
 
 
 def test_weights_behind_a_link_are_refused(bundle: Path, tmp_path: Path) -> None:

@@ -114,6 +114,47 @@ def test_a_state_that_does_not_fit_its_config_is_refused(path: Path) -> None:
         load_checkpoint(path)
 
 
+CHANGES: dict[str, tuple[str, object, str]] = {
+    "path as a context": ("contexts", ["../../evil", "b"], "cannot name a context"),
+    "reserved context": ("contexts", ["router", "b"], "cannot name a context"),
+    "context twice": ("contexts", ["a", "a"], "not distinct"),
+    "no context": ("contexts", [], "none or not distinct"),
+    "number as context": ("contexts", [1, 2], "cannot name a context"),
+    "other contexts": ("contexts", ["a", "c"], "the selection has"),
+    "a unit too many": (
+        "selection",
+        {"contexts": ["a", "b"], "kept": {"ffn": np.ones((2, 2, 17), int).tolist()}},
+        "the selection",
+    ),
+    "training is no table": ("training", [], "incomplete or inconsistent"),
+    "settings of another form": ("training", {"settings": {"sequence": "x"}}, "training.settings.sequence"),
+    "tokenizer is no text": ("tokenizer", 5, "tokenizer is no text"),
+    "floats as tokens": ("held_out", {"a": torch.ones(3)}, "no list of token ids"),
+    "tokens of nobody": ("held_out", {"z": torch.ones(3, dtype=torch.int32)}, "no list of token ids"),
+    "tokens beyond": ("held_out", {"a": torch.tensor([1, 512], dtype=torch.int32)}, "outside of the vocabulary"),
+    "tokens below": ("held_out", {"a": torch.tensor([-1], dtype=torch.int32)}, "outside of the vocabulary"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_garbled_field_is_refused(path: Path, change: str) -> None:
+    key, value, message = CHANGES[change]
+    plain = torch.load(path, weights_only=True)
+    plain[key] = value
+    torch.save(plain, path)
+    with pytest.raises(UsageError, match=f"model.pt: .*{message}"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize(("key", "value"), [("norm_eps", float("nan")), ("width", 64.5), ("layers", 10**9)])
+def test_a_garbled_architecture_is_refused(path: Path, key: str, value: object) -> None:
+    plain = torch.load(path, weights_only=True)
+    plain["architecture"]["config"][key] = value
+    torch.save(plain, path)
+    with pytest.raises(UsageError, match="model.pt: "):
+        load_checkpoint(path)
+
+
 def test_no_file_a_folder_and_text_are_named(tmp_path: Path) -> None:
     (tmp_path / "text.pt").write_text("hello")
     for name, message in {"nowhere.pt": "no such file", ".": "is a folder", "text.pt": "not a torch file"}.items():
@@ -123,6 +164,6 @@ def test_no_file_a_folder_and_text_are_named(tmp_path: Path) -> None:
 
 def test_writing_fails_with_a_sentence_and_leaves_nothing(checkpoint: Checkpoint, tmp_path: Path) -> None:
     (tmp_path / "model.pt").mkdir()
-    with pytest.raises(CpcompileError, match=r"model.pt: cannot be written"):
+    with pytest.raises(CpcompileError, match=r"model.pt: is a folder"):
         save_checkpoint(checkpoint, tmp_path / "model.pt")
     assert [p.name for p in tmp_path.iterdir()] == ["model.pt"]

@@ -702,7 +702,7 @@ class TestErrors:
     def test_parquet_without_pyarrow(self, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         write_parquet(data / "py.parquet", documents_of("py"))
         monkeypatch.setitem(sys.modules, "pyarrow", None)
-        self.fail(data, r"data/py\.parquet: Parquet needs pyarrow; pip install cpcompile\[parquet\]")
+        self.fail(data, r"data/py\.parquet: Parquet needs the package pyarrow")
 
     @pytest.mark.parametrize(
         ("change", "match"),

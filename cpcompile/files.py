@@ -1,0 +1,112 @@
+"""Files that others rely on: written whole or not at all, over nothing that is not ours, by one process at a time.
+
+A file grows under a hidden name beside its target that carries the process id, and is renamed when complete; what
+a killed process left is removed by the next one.
+"""
+
+from __future__ import annotations
+
+import errno
+import glob
+import hashlib
+import os
+import secrets
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from cpcompile.errors import CpcompileError, UsageError
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def require_file_path(path: Path, suffix: str | None = None) -> Path:
+    """`path` without links, where a file can be put: nothing is there, or a regular file (that ends in `suffix`)."""
+    if not path.name or path.is_dir():
+        raise UsageError(f"{path}: is a folder; give the path of a file")
+    target = Path(os.path.realpath(path))
+    if os.path.lexists(target) and not target.is_file():
+        raise UsageError(f"{path}: is not a regular file; choose another output")
+    if suffix and target.exists() and target.suffix != suffix:
+        raise UsageError(f"{path}: exists and is not named {suffix}, so it stays; choose another output or remove it")
+    return target
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A new empty file to write to, which takes the place of `path` when the block ends without an error.
+
+    UsageError: `path` is a folder, a device or the like. CpcompileError: it cannot be written.
+    """
+    target = require_file_path(path)
+    temporary = temporary_path(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(target)
+        # New, whatever lies there, with the permissions that the user's umask gives.
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())  # a file renamed before its bytes are on the disk can be empty after a power cut
+        temporary.replace(target)
+    except OSError as error:
+        raise CpcompileError(
+            f"{path}: cannot be written ({error.strerror or error}); free space or choose another output"
+        ) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of the content, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def only_process(lock: Path, message: str) -> Iterator[None]:
+    """Hold the file `lock`; UsageError with `message` while another process does. It goes with the process."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("wb") as file:
+        if sys.platform != "win32":
+            import fcntl
+
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UsageError(message) from None
+        yield
+
+
+def temporary_path(target: Path) -> Path:
+    """Where what shall be at `target` can grow: a hidden name beside it that says whose it is."""
+    return target.with_name(f"{_prefix(target)}{os.getpid()}-{secrets.token_hex(4)}")
+
+
+def remove_leftovers(target: Path) -> None:
+    """What killed processes left of `target`; where the process lives, it is at work."""
+    prefix = _prefix(target)
+    for path in target.parent.glob(f"{glob.escape(prefix)}*"):
+        process = path.name.removeprefix(prefix).split("-")[0]
+        if process.isdigit() and not _is_alive(int(process)):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def _prefix(target: Path) -> str:
+    return f".{target.name}.building-"
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
