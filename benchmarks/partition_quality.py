@@ -22,8 +22,8 @@ from rich.table import Table
 from cpcompile.config import preset
 from cpcompile.demo import TRAIN
 from cpcompile.pipeline import train_from_data
-from cpcompile.training.branch import StepReport
 from cpcompile.report import mean_perplexity
+from cpcompile.training.branch import StepReport
 
 CONTROLS = ("one-mask", "random-per-context", "dense-distilled")
 

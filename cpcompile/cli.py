@@ -156,9 +156,12 @@ def run_training(
     held_out: bool,
 ) -> None:
     """Corpus, training with progress, and a closing summary."""
+    from rich.console import Console
+
     from cpcompile.console import TrainProgress, console, stage_progress
     from cpcompile.pipeline import train_from_data
-    from cpcompile.training.trainer import planned_steps, work_path
+    from cpcompile.report import controls_table, training_summary
+    from cpcompile.training.trainer import dense_path, planned_steps, work_path
 
     try:
         with stage_progress() as stage, TrainProgress(planned_steps(train_config)) as progress:
@@ -178,11 +181,8 @@ def run_training(
     except KeyboardInterrupt:
         kept = "; go on with the same command and --resume" if work_path(out).exists() else ""
         raise CpcompileError(f"interrupted{kept}") from None
-    from cpcompile.report import controls_table, training_summary
-
-    summary = training_summary(checkpoint.training, checkpoint.contexts)
-    console.print(controls_table(summary))
-    console.print(f"wrote {out}")
+    Console().print(controls_table(training_summary(checkpoint.training, checkpoint.contexts)))
+    console.print(f"wrote {out} and {dense_path(out)}, its dense baseline")
 
 
 @main.command(context_settings={"show_default": True})

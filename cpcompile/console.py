@@ -14,15 +14,15 @@ from rich.progress import (
     Progress,
     TaskID,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 
 if TYPE_CHECKING:
     from cpcompile.training.branch import StepReport
 
-console = Console(stderr=True, highlight=False)
-"""Progress and messages go to standard error; results go to standard output."""
+console = Console(stderr=True, highlight=False, soft_wrap=True)
+"""Progress and messages go to standard error, a record per line however long; results go to standard output."""
 
 Stage = Callable[[str, int, int | None], None]
 """stage(name, done, total): how far a stage of the work has come."""
@@ -93,12 +93,11 @@ class TrainProgress:
 
 def _bars() -> Progress:
     return Progress(
-        TextColumn("{task.description:<22}"),
-        BarColumn(bar_width=24),
+        TextColumn("{task.description:<21}"),
+        BarColumn(bar_width=None, table_column=Column(ratio=1, max_width=24)),
         MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        TextColumn("{task.fields[note]}", table_column=Column(no_wrap=True)),
         console=console,
+        expand=console.width < 100,  # so that a narrow terminal shortens the bar, not the figures
     )

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from cpcompile.config import TrainConfig, load_toml, override, preset
+
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -59,6 +61,14 @@ def test_make_knows_its_targets() -> None:
 def test_the_extra_of_the_readme_resolves() -> None:
     done = run(ROOT, sys.executable, "-m", "pip", "install", "--dry-run", "--no-deps", "--no-build-isolation", ".[cpu]")
     assert done.returncode == 0, done.stderr
+
+
+def test_the_settings_of_the_readme_are_settings(folder: Path) -> None:
+    (settings,) = blocks("toml")
+    (folder / "settings.toml").write_text(settings, encoding="utf-8")
+    tables = load_toml(folder / "settings.toml")
+    assert override(preset("tiny"), tables["model"], where="model").layers == 6
+    assert override(TrainConfig(), tables["train"], where="train").steps == 5000
 
 
 def test_the_commands_run_one_after_the_other(folder: Path) -> None:
