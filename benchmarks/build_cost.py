@@ -31,7 +31,7 @@ from cpcompile.measure import peak_resident_bytes
 import onnx_ir as ir
 import cpcompile.pipeline
 empty = peak_resident_bytes()
-model = load_checkpoint(Path(sys.argv[1])).model()
+model = load_checkpoint(Path(sys.argv[1])).model
 started = time.perf_counter()
 ir.save(capture_dense(model), sys.argv[2] + "/dense.onnx")
 print(json.dumps({"seconds": time.perf_counter() - started, "peak": peak_resident_bytes(), "empty": empty}))

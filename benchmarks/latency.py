@@ -53,7 +53,7 @@ def matrix_work(parameters: dict[str, list[int]], which: int) -> int:
 @click.argument("bundle", type=click.Path(path_type=Path), default="demo/model.cpc")
 @click.option("--rounds", default=60)
 def main(model: Path, bundle: Path, rounds: int) -> None:
-    opened, dense = open_bundle(bundle), load_checkpoint(dense_path(model)).model()
+    opened, dense = open_bundle(bundle), load_checkpoint(dense_path(model)).model
     variant = opened.variants(opened.contexts[0])[0]
     options = session_options(variant, threads=torch.get_num_threads())
     for key, value in NO_SPINNING_AFTER_RUN.items():

@@ -82,7 +82,7 @@ def main(model: Path, bundle: Path, rounds: int) -> None:
     contexts = opened.contexts
     with tempfile.TemporaryDirectory() as folder:
         dense = Path(folder) / "dense.onnx"
-        ir.save(capture_dense(load_checkpoint(dense_path(model)).model()), dense)
+        ir.save(capture_dense(load_checkpoint(dense_path(model)).model), dense)
         peaks = {
             "one context": peak_of(BUNDLE_SIDE, bundle, "cpu-fp32", contexts[0]),
             f"{len(contexts)} engines": peak_of(BUNDLE_SIDE, bundle, "cpu-fp32", *contexts),

@@ -16,23 +16,23 @@ import onnx_ir as ir
 import torch
 
 from cpcompile.errors import CpcompileError
-from cpcompile.models.decoder import Decoder
+from cpcompile.models.language_model import LanguageModel
 
 OPSETS = (20, 23)
 """With opset 23 attention and RMSNorm are single operators; 20 spells them out."""
 
 
-def capture(model: Decoder, *, opset: int = 23) -> ir.Model:
-    """The dynamic graph of a gated decoder; any context, full cost."""
+def capture(model: LanguageModel, *, opset: int = 23) -> ir.Model:
+    """The dynamic graph of a gated model; any context, full cost."""
     return _export(model, {"context": torch.tensor(0)}, opset)
 
 
-def capture_dense(model: Decoder, *, opset: int = 23) -> ir.Model:
-    """The graph of an ungated decoder: what a plain export of the dense baseline gives."""
+def capture_dense(model: LanguageModel, *, opset: int = 23) -> ir.Model:
+    """The graph of an ungated model: what a plain export of the dense baseline gives."""
     return _export(model, {}, opset)
 
 
-def _export(model: Decoder, context: dict[str, torch.Tensor], opset: int) -> ir.Model:
+def _export(model: LanguageModel, context: dict[str, torch.Tensor], opset: int) -> ir.Model:
     ids = torch.zeros((2, 16), dtype=torch.int64)
     dynamic = {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence")}
     with _quiet():
@@ -50,7 +50,12 @@ def _export(model: Decoder, context: dict[str, torch.Tensor], opset: int) -> ir.
     if program is None:
         raise CpcompileError("torch.onnx.export gave no program; this torch is not supported")
     captured: ir.Model = program.model
-    parameters = {name for name, _ in model.named_parameters()}
+    own_names = {id(tensor): name for name, tensor in model.named_parameters()}
+    every = dict(model.named_parameters(remove_duplicate=False))
+    for name, value in list(captured.graph.initializers.items()):
+        if name in every:  # a parameter under two names goes by the first
+            value.name = own_names[id(every[name])]
+    parameters = set(own_names.values())
     missing = parameters - set(captured.graph.initializers)
     if missing:
         raise CpcompileError(f"capture lost the parameters {', '.join(sorted(missing))}; this is a defect of cpcompile")

@@ -10,6 +10,7 @@ contexts, tokenizer, training, held_out
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import pickle
 import warnings
@@ -23,21 +24,27 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from cpcompile.config import ModelConfig, TrainConfig, override, require_context_name
+from cpcompile.config import ModelConfig, PretrainedConfig, TrainConfig, override, require_context_name
 from cpcompile.errors import CpcompileError, UsageError
 from cpcompile.files import whole_file
 from cpcompile.models.decoder import Decoder
+from cpcompile.models.language_model import LanguageModel
+from cpcompile.partitioning.pretrained import PretrainedDecoder
 from cpcompile.selection import Selection
 
 FORMAT = "cpcompile-checkpoint"
 VERSION = 1
+ARCHITECTURES: Mapping[str, type[ModelConfig | PretrainedConfig]] = {
+    "decoder": ModelConfig,
+    "hugging_face": PretrainedConfig,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
     """A trained model with everything that is needed to build and validate it elsewhere."""
 
-    config: ModelConfig
+    config: ModelConfig | PretrainedConfig
     state: Mapping[str, Tensor]
     contexts: tuple[str, ...]
     tokenizer: str
@@ -48,12 +55,24 @@ class Checkpoint:
     held_out: Mapping[str, npt.NDArray[np.int32]] = field(default_factory=dict)
     """Held-out token ids per context, 1-D; empty where they were left out."""
 
-    def model(self) -> Decoder:
-        """The eager model in eval mode: gated if there is a selection, else dense."""
-        gated = self.selection is not None
-        model = Decoder(self.config, contexts=len(self.contexts) if gated else 0)
+    @functools.cached_property
+    def model(self) -> LanguageModel:
+        """The eager model in eval mode, made once and only read: gated if there is a selection, else dense."""
+        model = make_model(self.config, contexts=len(self.contexts) if self.selection is not None else 0)
         model.load_state_dict(dict(self.state))
         return model.eval()
+
+
+def architecture(config: ModelConfig | PretrainedConfig) -> str:
+    """The name of the architecture that `config` shapes."""
+    return next(name for name, kind in ARCHITECTURES.items() if isinstance(config, kind))
+
+
+def make_model(config: ModelConfig | PretrainedConfig, *, contexts: int = 0) -> LanguageModel:
+    """An untrained model of that architecture, with a row of gates per context."""
+    if isinstance(config, ModelConfig):
+        return Decoder(config, contexts=contexts)
+    return PretrainedDecoder(config, contexts=contexts)
 
 
 def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
@@ -62,7 +81,10 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
         {
             "format": FORMAT,
             "version": VERSION,
-            "architecture": {"name": "decoder", "config": dataclasses.asdict(checkpoint.config)},
+            "architecture": {
+                "name": architecture(checkpoint.config),
+                "config": dataclasses.asdict(checkpoint.config),
+            },
             "state": {name: tensor.detach().clone() for name, tensor in checkpoint.state.items()},
             "selection": checkpoint.selection.to_plain() if checkpoint.selection else None,
             "contexts": list(checkpoint.contexts),
@@ -90,11 +112,11 @@ def load_checkpoint(path: Path) -> Checkpoint:
             "train it again or use the cpcompile that wrote it"
         )
     try:
-        architecture = plain["architecture"]
-        if architecture["name"] != "decoder":
-            raise UsageError(f"{path}: unknown architecture {architecture['name']!r}")
+        name, settings = plain["architecture"]["name"], plain["architecture"]["config"]
+        if name not in ARCHITECTURES:
+            raise UsageError(f"unknown architecture {name!r}; there are {', '.join(ARCHITECTURES)}")
         checkpoint = Checkpoint(
-            config=ModelConfig(**architecture["config"]),
+            config=ARCHITECTURES[name](**settings),
             state=plain["state"],
             selection=Selection.from_plain(plain["selection"]) if plain["selection"] else None,
             contexts=tuple(plain["contexts"]),
@@ -117,9 +139,9 @@ def _require_consistent(checkpoint: Checkpoint) -> None:
         require_context_name(context, "contexts")
     if not contexts or len(set(contexts)) < len(contexts):
         raise ValueError(f"contexts {list(contexts)} are none or not distinct")
-    if config.layers > len(checkpoint.state):
+    if isinstance(config, ModelConfig) and config.layers > len(checkpoint.state):
         raise ValueError(f"{config.layers} layers and {len(checkpoint.state)} parameters")
-    model = checkpoint.model()
+    model = checkpoint.model
     if (selection := checkpoint.selection) is not None:
         units = {units.kind: (len(contexts), units.layers, units.count) for units in model.units()}
         shapes = {kind: table.shape for kind, table in selection.kept.items()}

@@ -17,7 +17,17 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 import cpcompile
-from cpcompile.config import CONTROLS, PRESETS, ModelConfig, TrainConfig, ValidateConfig, load_toml, override, preset
+from cpcompile.config import (
+    CONTROLS,
+    PRESETS,
+    PRETRAINED_TRAIN,
+    ModelConfig,
+    TrainConfig,
+    ValidateConfig,
+    load_toml,
+    override,
+    preset,
+)
 from cpcompile.errors import CpcompileError, UsageError
 
 if TYPE_CHECKING:
@@ -78,7 +88,8 @@ def main(debug: bool) -> None:
 @click.option("--data", type=FilePath, required=True, help="Folder with a sub-folder or a file per context.")
 @click.option("--out", "-o", type=FilePath, default="model.pt", help="Checkpoint to write.")
 @click.option("--config", type=FilePath, help="TOML file with the tables [model] and [train]; flags win.")
-@click.option("--preset", "preset_name", type=click.Choice(list(PRESETS)), default="tiny", help="Model shape.")
+@click.option("--preset", "preset_name", type=click.Choice(list(PRESETS)), help="Model shape.  [default: tiny]")
+@click.option("--from-pretrained", type=FilePath, metavar="DIR", help="Folder of a Hugging Face model, or its GGUF.")
 @click.option("--steps", type=int, help=f"Updates of the whole schedule.  [default: {TrainConfig.steps}]")
 @click.option("--batch", type=int, help=f"Sequences per context and step.  [default: {TrainConfig.batch}]")
 @click.option("--sequence", type=int, help=f"Tokens per sequence.  [default: {TrainConfig.sequence}]")
@@ -96,7 +107,8 @@ def train(
     data: Path,
     out: Path,
     config: Path | None,
-    preset_name: str,
+    preset_name: str | None,
+    from_pretrained: Path | None,
     controls: str,
     tokenizer: Path | None,
     text_field: str,
@@ -114,6 +126,7 @@ def train(
       cpcompile train --data corpus/ --out model.pt
       cpcompile train --data corpus/ --preset small --steps 20000 --controls one-mask,small-dense
       cpcompile train --data corpus/ --out model.pt --resume
+      cpcompile train --data corpus/ --from-pretrained SmolLM2-135M/ --steps 0    # partition it, no training
 
     DATA has one entry per context: a sub-folder of text files, or a .txt, .jsonl, .jsonl.gz or .parquet file.
     """
@@ -121,8 +134,11 @@ def train(
     for name in tables:
         if name not in ("model", "train"):
             raise UsageError(f"{config}: there is no table [{name}]; there are [model] and [train]")
-    model_config = override(preset(preset_name), tables.get("model", {}), where=f"{config}: model")
-    train_config = override(TrainConfig(), tables.get("train", {}), where=f"{config}: train")
+    if from_pretrained and (preset_name or tokenizer or tables.get("model")):
+        raise UsageError("--from-pretrained brings shape and tokenizer: leave --preset, [model] and --tokenizer out")
+    shape = override(preset(preset_name or "tiny"), tables.get("model", {}), where=f"{config}: model")
+    train_config = PRETRAINED_TRAIN if from_pretrained else TrainConfig()
+    train_config = override(train_config, tables.get("train", {}), where=f"{config}: train")
     budgets = dict(train_config.budgets) | {
         kind: budget for kind, budget in (("ffn", ffn_budget), ("head", head_budget)) if budget is not None
     }
@@ -133,7 +149,7 @@ def train(
     run_training(
         data,
         out,
-        model_config,
+        from_pretrained or shape,
         train_config,
         tokenizer=tokenizer,
         text_field=text_field,
@@ -146,7 +162,7 @@ def train(
 def run_training(
     data: Path,
     out: Path,
-    model_config: ModelConfig,
+    source: ModelConfig | Path,
     train_config: TrainConfig,
     *,
     tokenizer: Path | None,
@@ -168,7 +184,7 @@ def run_training(
             checkpoint = train_from_data(
                 data,
                 out,
-                model_config,
+                source,
                 train_config,
                 tokenizer=tokenizer,
                 text_field=text_field,

@@ -90,6 +90,28 @@ class ModelConfig:
         return self.width // self.heads
 
 
+@dataclass(frozen=True, kw_only=True)
+class PretrainedConfig:
+    """A Hugging Face causal language model (`cpcompile.partitioning.pretrained`)."""
+
+    settings: Mapping[str, Any]
+    """Its config.json."""
+    align: int = 32
+    """Channels of one FFN unit, at least."""
+
+    def __post_init__(self) -> None:
+        _require(isinstance(self.settings, dict), "pretrained.settings: the content of a config.json is needed")
+        for name in ("model_type", "vocab_size"):
+            _require(name in self.settings, f"pretrained.settings: {name} is missing")
+        _require(type(self.vocabulary) is int and self.vocabulary > 0, "pretrained.settings: vocab_size is no number")
+        _require(type(self.align) is int and self.align >= 1, f"pretrained.align is {self.align}: at least 1 is needed")
+
+    @property
+    def vocabulary(self) -> int:
+        size: int = self.settings["vocab_size"]
+        return size
+
+
 PRESETS: Mapping[str, ModelConfig] = types.MappingProxyType(
     {
         "nano": ModelConfig(vocabulary=512, width=64, layers=2, heads=4, kv_heads=2, ffn=256, align=16),
@@ -111,8 +133,9 @@ class TrainConfig:
     steps: int = 1000
     """Updates of the whole schedule: dense phase and partition phase together."""
     dense_fraction: float = 0.25
-    """Part of `steps` that trains the dense parent; there all branches part. Early, because masked steps
-    are cheaper and specialisation takes training: at one half the demo's model loses 3.7 %, at a quarter nothing."""
+    """Part of `steps` that trains the dense parent; there all branches part. 0 for a pretrained one. Early, because
+    masked steps are cheaper and specialisation takes training: at one half the demo's model loses 3.7 %, at a
+    quarter nothing."""
     learning_rate: float = 2e-3
     warmup_fraction: float = 0.05
     decay_fraction: float = 0.3
@@ -148,13 +171,16 @@ class TrainConfig:
     """Extra branches to train and compare with; see CONTROLS."""
 
     def __post_init__(self) -> None:
-        for name in ("sequence", "batch", "steps", "importance_sequences", "teacher_top", "held_out_tokens"):
+        for name in ("sequence", "batch", "importance_sequences", "teacher_top", "held_out_tokens"):
             _require(getattr(self, name) >= 1, f"train.{name} is {getattr(self, name)}: it has to be at least 1")
         for name in ("learning_rate", "clip", "snapshot_seconds"):
             _require(getattr(self, name) > 0, f"train.{name} is {getattr(self, name)}: it has to be positive")
-        for name in ("dense_fraction", "held_out_fraction"):
-            _require(0 < getattr(self, name) < 1, f"train.{name} is {getattr(self, name)}: it lies between 0 and 1")
+        _require(
+            0 < self.held_out_fraction < 1,
+            f"train.held_out_fraction is {self.held_out_fraction}: it lies between 0 and 1",
+        )
         for name in (
+            "dense_fraction",
             "warmup_fraction",
             "decay_fraction",
             "floor",
@@ -166,7 +192,11 @@ class TrainConfig:
         _require(self.seed >= 0, f"train.seed is {self.seed}: it cannot be negative")
         _require(self.recalibrations >= 0, f"train.recalibrations is {self.recalibrations}: it cannot be negative")
         _require(self.weight_decay >= 0, f"train.weight_decay is {self.weight_decay}: it cannot be negative")
-        _require(self.steps >= 2, "train.steps: one dense step and one partition step are the least")
+        _require(self.steps >= 0, f"train.steps is {self.steps}: it cannot be negative")
+        _require(
+            self.steps >= 2 or self.dense_fraction == 0,
+            f"train.steps is {self.steps}: one dense step and one partition step are the least",
+        )
         for kind, budget in self.budgets.items():
             _require(kind in ("ffn", "head"), f"train.budgets: {kind!r} is not a kind that is trained (ffn, head)")
             _require(0 < budget <= 1, f"train.budgets: {kind} = {budget}; a budget is above 0 and at most 1")
@@ -179,7 +209,20 @@ class TrainConfig:
 
     @property
     def dense_steps(self) -> int:
+        if self.dense_fraction == 0:
+            return 0
         return min(max(1, round(self.steps * self.dense_fraction)), self.steps - 1)
+
+
+PRETRAINED_TRAIN = TrainConfig(
+    steps=200,
+    batch=2,
+    dense_fraction=0.0,
+    learning_rate=1e-4,
+    budgets={"ffn": 0.5, "head": 0.75},
+    snapshot_seconds=300.0,
+)
+"""How a pretrained model is partitioned and trained on: no dense phase, small steps."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,14 +25,15 @@ import onnx_ir as ir
 from cpcompile.accounting import Accounting, account
 from cpcompile.bundle import ROUTER, Bundle, BundleWriter, open_bundle
 from cpcompile.capture import capture
-from cpcompile.checkpoint import Checkpoint, load_checkpoint
-from cpcompile.config import ModelConfig, TrainConfig, ValidateConfig
+from cpcompile.checkpoint import Checkpoint, architecture, load_checkpoint
+from cpcompile.config import ModelConfig, PretrainedConfig, TrainConfig, ValidateConfig
 from cpcompile.errors import UsageError
 from cpcompile.exporters.onnxruntime_exporter import MERGED, SINGLE, export_onnxruntime
 from cpcompile.exporters.weights_file import Location, write_weights
 from cpcompile.files import file_digest, require_file_path, whole_file
 from cpcompile.measure import environment, peak_resident_bytes, reset_peak
-from cpcompile.models.decoder import Decoder, parameter_kind
+from cpcompile.models.language_model import LanguageModel
+from cpcompile.partitioning.pretrained import read_pretrained
 from cpcompile.passes.freeze import Frozen, freeze
 from cpcompile.passes.merge_contexts import merge_contexts
 from cpcompile.passes.share_weights import Run, ShareWeights, plan_runs
@@ -60,7 +61,7 @@ FLOAT32_BYTES = 4
 def train_from_data(
     data: Path,
     out: Path,
-    model_config: ModelConfig,
+    source: ModelConfig | Path,
     config: TrainConfig,
     *,
     tokenizer: Path | None,
@@ -71,23 +72,46 @@ def train_from_data(
     progress: Progress,
     observer: Observer,
 ) -> Checkpoint:
-    """`cpcompile train`: text in `data` -> checkpoint `out`, and its dense baseline beside it."""
+    """`cpcompile train`: text in `data` -> checkpoint `out`, and its dense baseline beside it.
+
+    source: the shape of a model to train from scratch, or the folder of a pretrained one.
+    """
     require_outputs(out)
     if out.resolve().is_relative_to(data.resolve()):
         raise UsageError(f"{out}: lies in {data}, where every file is text; choose another --out")
-    corpus = load_corpus(
-        data,
-        vocabulary=model_config.vocabulary,
-        sequence=config.sequence,
-        held_out_fraction=config.held_out_fraction,
-        seed=config.seed,
-        text_field=text_field,
-        tokenizer=tokenizer,
-        cache=cache,
-        progress=progress,
+    pretrained = None
+    model_config: ModelConfig | PretrainedConfig
+    if isinstance(source, Path):
+        progress("read the pretrained model", 0, 1)
+        pretrained = read_pretrained(source)
+        progress("read the pretrained model", 1, 1)
+        model_config = pretrained.config
+    else:
+        model_config = source
+    with _tokenizer_file(pretrained.tokenizer if pretrained else None) as own_tokenizer:
+        corpus = load_corpus(
+            data,
+            vocabulary=model_config.vocabulary,
+            sequence=config.sequence,
+            held_out_fraction=config.held_out_fraction,
+            seed=config.seed,
+            text_field=text_field,
+            tokenizer=own_tokenizer or tokenizer,
+            cache=cache,
+            progress=progress,
+        )
+    if isinstance(model_config, ModelConfig):
+        model_config = dataclasses.replace(model_config, vocabulary=corpus.vocabulary)
+    return train(
+        corpus,
+        model_config,
+        config,
+        out,
+        pretrained=pretrained.state if pretrained else None,
+        resume=resume,
+        held_out=held_out,
+        observer=observer,
     )
-    model_config = dataclasses.replace(model_config, vocabulary=corpus.vocabulary)
-    return train(corpus, model_config, config, out, resume=resume, held_out=held_out, observer=observer)
 
 
 def build_bundle(
@@ -117,7 +141,7 @@ def build_bundle(
             raise UsageError(f"--merged joins several contexts, and there is only {chosen[0]}; leave it out")
         held_out = _held_out(checkpoint, data, progress)
     with stages("capture"):
-        eager = checkpoint.model()
+        eager = checkpoint.model
         dynamic = capture(eager, opset=opset)
     with stages("freeze"):
         frozen = {context: freeze(dynamic, checkpoint.contexts.index(context)) for context in chosen}
@@ -212,15 +236,15 @@ def _choose(contexts: Sequence[str] | None, checkpoint: Checkpoint, model: Path)
     return tuple(contexts or checkpoint.contexts)
 
 
-def _account(context: str, frozen: Frozen, eager: Decoder, checkpoint: Checkpoint) -> Accounting:
+def _account(context: str, frozen: Frozen, eager: LanguageModel, checkpoint: Checkpoint) -> Accounting:
     assert checkpoint.selection is not None
-    total = {name: p.numel() for name, p in eager.named_parameters() if not name.endswith("_gate.table")}
+    total = eager.parameter_sizes()
     return account(
         context,
         frozen.model.graph,
         total=total,
         expected=eager.kept_sizes(checkpoint.selection, context),
-        kinds={name: kind for name in total if (kind := parameter_kind(name)) is not None},
+        kinds={name: kind for name in total if (kind := eager.parameter_kind(name)) is not None},
     )
 
 
@@ -301,6 +325,12 @@ def _parameters(accounting: Accounting) -> dict[str, Any]:
     }
 
 
+def _shape(config: ModelConfig | PretrainedConfig) -> dict[str, Any]:
+    """The settings of an architecture that are numbers, strings or flags."""
+    settings = config.settings if isinstance(config, PretrainedConfig) else dataclasses.asdict(config)
+    return {name: value for name, value in settings.items() if isinstance(value, int | float | str)}
+
+
 def _report(
     bundle: Bundle,
     checkpoint: Checkpoint,
@@ -313,8 +343,8 @@ def _report(
     return make_report(
         model={
             "name": bundle.name,
-            "architecture": "decoder",
-            "config": dataclasses.asdict(checkpoint.config),
+            "architecture": architecture(checkpoint.config),
+            "config": _shape(checkpoint.config),
         },
         environment=environment(),
         build=build,
@@ -339,9 +369,7 @@ def _held_out(checkpoint: Checkpoint, data: Path | None, progress: Progress) -> 
     if data is None:
         return checkpoint.held_out
     settings = TrainConfig()
-    with tempfile.TemporaryDirectory(prefix="cpcompile-") as folder:
-        tokenizer = Path(folder) / "tokenizer.json"
-        tokenizer.write_text(checkpoint.tokenizer, encoding="utf-8")
+    with _tokenizer_file(checkpoint.tokenizer) as tokenizer:
         corpus = load_corpus(
             data,
             vocabulary=checkpoint.config.vocabulary,
@@ -356,6 +384,18 @@ def _held_out(checkpoint: Checkpoint, data: Path | None, progress: Progress) -> 
         raise UsageError(f"{data}: has no text for {', '.join(missing)}; it has {', '.join(corpus.contexts)}")
     limit = checkpoint.training.get("settings", {}).get("held_out_tokens", settings.held_out_tokens)
     return {c: np.asarray(corpus.held_out[c].ids[: limit + 1], dtype=np.int32) for c in checkpoint.contexts}
+
+
+@contextmanager
+def _tokenizer_file(text: str | None) -> Iterator[Path | None]:
+    """A temporary tokenizer.json with that text; None for None."""
+    if text is None:
+        yield None
+        return
+    with tempfile.TemporaryDirectory(prefix="cpcompile-") as folder:
+        path = Path(folder) / "tokenizer.json"
+        path.write_text(text, encoding="utf-8")
+        yield path
 
 
 def _sequence(checkpoint: Checkpoint) -> int:

@@ -18,15 +18,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cpcompile.config import ModelConfig
 from cpcompile.models.gates import Gate, apply_gate, channels_of
-from cpcompile.selection import BoolArray, Selection, UnitKind, Units
+from cpcompile.models.language_model import LanguageModel, Rows, partition_order
+from cpcompile.selection import Selection, UnitKind, Units
 
 
 @dataclass(frozen=True)
@@ -38,17 +37,6 @@ class LayerKept:
     key_channels: Tensor
     ffn_units: Tensor
     ffn_channels: Tensor
-
-
-@dataclass(frozen=True)
-class LayerGates:
-    """Gate values of one layer for the units that are computed: (units,) or (batch, 1, units)."""
-
-    head: Tensor
-    ffn: Tensor
-
-
-Kept = Sequence[LayerKept]
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -127,22 +115,25 @@ class Layer(nn.Module):
             self.head_gate = Gate(contexts, config.kv_heads, self.attention.unit_width)
             self.ffn_gate = Gate(contexts, config.ffn // config.align, config.align)
 
-    def gates(self, context: Tensor) -> LayerGates:
-        """All gate values of `context` in this layer."""
-        return LayerGates(self.head_gate.row(context), self.ffn_gate.row(context))
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, gates: LayerGates | None, kept: LayerKept | None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), cos, sin, gates and gates.head, kept)
-        fed: Tensor = self.ffn(self.ffn_norm(x), gates and gates.ffn, kept)
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        head: Tensor | None,
+        ffn: Tensor | None,
+        kept: LayerKept | None,
+    ) -> Tensor:
+        """`head` and `ffn` are the gates of the units that are computed: (units,) or (batch, 1, units)."""
+        x = x + self.attention(self.attention_norm(x), cos, sin, head, kept)
+        fed: Tensor = self.ffn(self.ffn_norm(x), ffn, kept)
         return x + fed
 
 
-class Decoder(nn.Module):
-    """The language model.
+class Decoder(LanguageModel):
+    """The decoder that `cpcompile train` trains from scratch."""
 
-    With `contexts=0` it has no gates: the dense parent and the dense baseline. With `contexts=1` all contexts share
-    their gates: a pruned model.
-    """
+    config: ModelConfig
 
     def __init__(self, config: ModelConfig, *, contexts: int = 0) -> None:
         super().__init__()
@@ -173,26 +164,21 @@ class Decoder(nn.Module):
         input_ids: Tensor,
         context: Tensor | None = None,
         *,
-        gates: Sequence[LayerGates] | None = None,
-        kept: Kept | None = None,
+        rows: Rows | None = None,
+        kept: Sequence[LayerKept] | None = None,
     ) -> Tensor:
-        """Logits (batch, sequence, vocabulary) of input_ids (batch, sequence, int64).
-
-        `context` (int64 scalar) picks the gates; `gates` gives them directly (importance);
-        with `kept` only those units are computed.
-        """
         x = self.embedding(input_ids)
         cos, sin = self._rotary(input_ids.shape[1], x.dtype)
         for index, layer in enumerate(self.blocks):
             layer_kept = kept[index] if kept is not None else None
-            layer_gates = gates[index] if gates is not None else None
-            if context is not None and layer_gates is None:
-                layer_gates = layer.gates(context)
+            head = ffn = None
+            if rows is not None:
+                head, ffn = (_per_token(rows[kind][index]) for kind in (UnitKind.HEAD, UnitKind.FFN))
+            elif context is not None:
+                head, ffn = layer.head_gate.row(context), layer.ffn_gate.row(context)
                 if layer_kept is not None:
-                    layer_gates = LayerGates(
-                        layer_gates.head[layer_kept.head_units], layer_gates.ffn[layer_kept.ffn_units]
-                    )
-            x = layer(x, cos, sin, layer_gates, layer_kept)
+                    head, ffn = head[layer_kept.head_units], ffn[layer_kept.ffn_units]
+            x = layer(x, cos, sin, head, ffn, layer_kept)
         head = self.embedding.weight if self.config.tied else self.head.weight
         return F.linear(self.norm(x), head)
 
@@ -207,27 +193,18 @@ class Decoder(nn.Module):
         return cast(Sequence[Layer], self.layers)
 
     def units(self) -> tuple[Units, ...]:
-        """The kinds of units that this architecture is divided into."""
         config = self.config
         group = config.heads // config.kv_heads * config.head_dim
         return (
             Units(kind=UnitKind.FFN, layers=config.layers, count=config.ffn // config.align, width=config.align),
             Units(kind=UnitKind.HEAD, layers=config.layers, count=config.kv_heads, width=group),
-            Units(kind=UnitKind.VOCABULARY, layers=1, count=config.vocabulary, width=1),
         )
 
-    def gate_row(self, context: int) -> Tensor | None:
-        """The `context` input of `forward` for that context, int64 scalar; None without gates."""
-        return torch.tensor(context if self.contexts > 1 else 0) if self.contexts else None
+    def gates(self, kind: UnitKind) -> Sequence[Gate]:
+        return [layer.head_gate if kind is UnitKind.HEAD else layer.ffn_gate for layer in self.blocks]
 
-    def select(self, selection: Selection) -> None:
-        """Set every gate to `selection`; gates that stay keep their learned scale."""
-        for index, layer in enumerate(self.blocks):
-            for kind, gate in ((UnitKind.HEAD, layer.head_gate), (UnitKind.FFN, layer.ffn_gate)):
-                gate.select(torch.from_numpy(selection.kept[kind][: self.contexts, index]))
-
-    def kept(self, selection: Selection, context: str) -> Kept:
-        """The indices that `context` keeps, layer by layer, for the `kept` form of the forward pass."""
+    def kept(self, selection: Selection, context: str) -> Sequence[LayerKept]:
+        """The indices that `context` keeps, layer by layer."""
         row = selection.row(context)
         result = []
         for index, layer in enumerate(self.blocks):
@@ -245,9 +222,8 @@ class Decoder(nn.Module):
         return result
 
     def kept_sizes(self, selection: Selection, context: str) -> dict[str, int]:
-        """Elements of every parameter but the gates that `context` keeps, by name."""
         kept = self.kept(selection, context)
-        sizes = {name: p.numel() for name, p in self.named_parameters() if not name.endswith("_gate.table")}
+        sizes = self.parameter_sizes()
         for index, layer in enumerate(kept):
             per_channel = self.config.width
             cut = {
@@ -268,14 +244,10 @@ class Decoder(nn.Module):
         return sizes
 
     def sort_units(self, selection: Selection) -> Selection:
-        """Reorder units so that partitions lie side by side; returns the selection in the new order.
-
-        The function computed stays the same. Weights of one partition are then one run of rows.
-        """
         kept = {kind: table.copy() for kind, table in selection.kept.items()}
         for index, layer in enumerate(self.blocks):
-            heads = _partition_order(kept[UnitKind.HEAD][:, index])
-            blocks = _partition_order(kept[UnitKind.FFN][:, index])
+            heads = partition_order(kept[UnitKind.HEAD][:, index])
+            blocks = partition_order(kept[UnitKind.FFN][:, index])
             kept[UnitKind.HEAD][:, index] = kept[UnitKind.HEAD][:, index, heads]
             kept[UnitKind.FFN][:, index] = kept[UnitKind.FFN][:, index, blocks]
             attention, ffn = layer.attention, layer.ffn
@@ -297,20 +269,16 @@ class Decoder(nn.Module):
                 layer.ffn_gate.table.copy_(layer.ffn_gate.table[:, blocks])
         return Selection(selection.contexts, kept)
 
+    def parameter_kind(self, name: str) -> UnitKind | None:
+        if ".ffn." in name:
+            return UnitKind.FFN
+        if ".attention." in name:
+            return UnitKind.HEAD
+        if name.startswith(("embedding.", "head.")):
+            return UnitKind.VOCABULARY
+        return None
 
-def _partition_order(kept: BoolArray) -> npt.NDArray[np.int64]:
-    """Order of the units of one layer, kept (contexts, units): units of more contexts first, then by context."""
-    contexts = kept.shape[0]
-    code = (kept * (1 << np.arange(contexts - 1, -1, -1, dtype=object))[:, None]).sum(axis=0)
-    return np.asarray(sorted(range(kept.shape[1]), key=lambda u: (-int(kept[:, u].sum()), -code[u], u)), dtype=np.int64)
 
-
-def parameter_kind(name: str) -> UnitKind | None:
-    """The kind of unit whose removal makes the parameter `name` smaller; None if nothing does."""
-    if ".ffn." in name:
-        return UnitKind.FFN
-    if ".attention." in name:
-        return UnitKind.HEAD
-    if name.startswith(("embedding.", "head.")):
-        return UnitKind.VOCABULARY
-    return None
+def _per_token(row: Tensor) -> Tensor:
+    """(batch, units) -> (batch, 1, units); (units,) as it is."""
+    return row.unsqueeze(1) if row.ndim == 2 else row

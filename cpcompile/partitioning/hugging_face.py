@@ -46,7 +46,7 @@ def image_encoder(model: nn.Module, pixel_values: Tensor) -> Any:
 
 def load_hugging_face(folder: Path, *, gguf_file: str | None = None) -> Ready:
     """The model in `folder` in single precision: a causal language model where its config names one, else its base."""
-    transformers = _transformers()
+    transformers = transformers_package()
     if not folder.is_dir():
         raise UsageError(f"{folder}: there is no such folder; models are read from disk, never downloaded")
     settings: dict[str, Any] = {"local_files_only": True, "dtype": torch.float32}
@@ -71,7 +71,7 @@ def load_hugging_face(folder: Path, *, gguf_file: str | None = None) -> Ready:
 
 def prepare_hugging_face(model: Any) -> Ready:
     """Inputs and forward function of a model that is in memory; it is made exportable in place."""
-    transformers = _transformers()
+    transformers = transformers_package()
     model.eval()
     config = model.config
     batch = torch.export.Dim("batch")
@@ -106,7 +106,8 @@ def _apply_conv1d_without_views(model: nn.Module) -> None:
             module.__class__ = Product
 
 
-def _transformers() -> Any:
+def transformers_package() -> Any:
+    """The package transformers; UsageError if it is not installed."""
     try:
         import transformers
     except ImportError as error:

@@ -1,108 +1,101 @@
 """Recovery without gradients: what a consumer reads of the channels that are left makes up for those that are gone.
 
-    min over W'  E |W h - W' h_kept|^2 + ridge |W'|^2      =>      W' = W G[:, kept] (G[kept, kept] + r I)^-1
+    min over W'  E |W t - W' k|^2 + r |W'|^2      =>      W' = W E[t k^T] (E[k k^T] + r I)^-1
 
-with G = E[h h^T], the second moments of the consumer's input on the context's text, all channels; layer by layer, the
-layers before already cut and fitted, r = ridge * mean of the diagonal of G[kept, kept].
+where a consumer reads t, all channels, or k, those that the context of the sequence keeps; the mean runs over the
+tokens of all contexts at once, so that one weight serves them all. One forward pass does everything: every consumer is
+fitted as it is reached, the layers before it already cut and fitted. r = ridge * mean of the diagonal of E[k k^T].
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cpcompile.errors import UsageError
+from cpcompile.partitioning.gating import GroupGate
 from cpcompile.partitioning.partitioned_module import PartitionedModule
-from cpcompile.selection import Selection
-
-
-class _Seen(Exception):  # noqa: N818 - no error
-    """The consumer has been reached: the rest of the model need not run."""
+from cpcompile.selection import Selection, UnitKind
 
 
 def recover_least_squares(
     module: PartitionedModule,
-    batches: Iterable[tuple[Tensor, ...]],
-    context: str,
+    inputs: tuple[Tensor, ...],
+    contexts: Sequence[str],
     selection: Selection,
     *,
     ridge: float = 1e-3,
-) -> dict[str, Tensor]:
-    """New weights of all consumers that lose channels, by parameter name, for `context`; the module stays as it was.
+) -> tuple[str, ...]:
+    """Re-fit in place the weights of all consumers that lose channels; returns the names of these parameters.
 
-    batches: inputs of forward passes over text of the context. Consumers are linear layers (nn.Linear, or (in, out)
-    weights as of GPT-2); others, such as convolutions, and weights shared between consumers keep their weights.
-    The weights have their full shape; columns of channels that are gone are 0. Learned scales of gates stay.
+    inputs: of one forward pass, sequences along the first axis; contexts: the context of every sequence. Consumers are
+    linear layers (nn.Linear, or (in, out) weights as of GPT-2); others, such as convolutions and experts, and those that
+    are called or share their weight more than once keep their weights. Columns of channels that no context keeps stay as they are.
+    Learned scales of gates stay.
     """
-    inputs = list(batches)
-    if not inputs:
-        raise UsageError(f"{context}: recovery needs at least one batch of its text")
-    alive = torch.from_numpy(module.alive(selection, context))
-    at = selection.contexts.index(context) if module.contexts > 1 else 0
-    scales = [torch.where(gate.table[at] == 0, 1.0, gate.table[at]).detach() for gate in module.group_gates]
-    parts = torch.split(alive, [group.units for group in module.groups])
-    rows = [scale * part for scale, part in zip(scales, parts, strict=True)]
-    current = list(scales)
-    parameters: dict[str, Tensor] = dict(module.model.named_parameters())
-    before: dict[str, Tensor] = {}
+    if not contexts or any(len(contexts) != value.shape[0] for value in inputs):
+        raise UsageError("recovery needs sequences, and the context of each")
     with torch.no_grad():
-        try:
-            for index, group in enumerate(module.groups):
-                for consumer in group.consumers:
-                    weight = parameters[consumer.parameter]
-                    channels = torch.from_numpy(consumer.unit_of_channel)
-                    kept = (channels < 0) | parts[index][channels.clamp(min=0)]
-                    shared = sum(c.parameter == consumer.parameter for g in module.groups for c in g.consumers) > 1
-                    if kept.all() or not kept.any() or weight.ndim != 2 or shared:
-                        continue
-                    layer = module.model.get_submodule(consumer.module)
-                    moments = _second_moments(module, layer, inputs, current, kept.numel())
-                    before[consumer.parameter] = weight.clone()
-                    turned = not isinstance(layer, nn.Linear)
-                    fitted = _fit((weight.T if turned else weight).double(), moments, kept, ridge)
-                    weight.copy_((fitted.T if turned else fitted).to(weight.dtype))
-                current[index] = rows[index]
-            return {name: parameters[name].clone() for name in before}
-        finally:
-            for name, weight in before.items():
-                parameters[name].copy_(weight)
-
-
-def _second_moments(
-    module: PartitionedModule,
-    layer: nn.Module,
-    batches: Sequence[tuple[Tensor, ...]],
-    rows: Sequence[Tensor],
-    channels: int,
-) -> Tensor:
-    """Mean of h h^T over all tokens that `layer` reads, (channels, channels) in double precision."""
-    total, tokens = torch.zeros(channels, channels, dtype=torch.float64), 0
-
-    def collect(_layer: nn.Module, read: tuple[Tensor, ...]) -> None:
-        nonlocal total, tokens
-        hidden = read[0].reshape(-1, channels).double()
-        total += hidden.T @ hidden
-        tokens += hidden.shape[0]
-        raise _Seen
-
-    handle = layer.register_forward_pre_hook(collect)
+        module.with_rows(*(value[:1] for value in inputs), rows=[gate.table[0] for gate in module.group_gates])
+    users = Counter(consumer.parameter for group in module.groups for consumer in group.consumers)
+    parameters: dict[str, Tensor] = dict(module.model.named_parameters())
+    rows, fits = [], []
+    alive = {c: torch.split(torch.from_numpy(module.alive(selection, c)), _units(module)) for c in set(contexts)}
+    for index, gate in enumerate(module.group_gates):
+        whole = torch.stack([_scale(gate, selection.contexts.index(c), module.contexts) for c in contexts])
+        rows.append(whole * torch.stack([alive[c][index] for c in contexts]))
+        for number, consumer in enumerate(module.groups[index].consumers):
+            weight = parameters[consumer.parameter]
+            once = users[consumer.parameter] == 1 and module.calls[module.groups[index].name, consumer.module] == 1
+            linear = weight.ndim == 2 and module.groups[index].kind is not UnitKind.EXPERT
+            if linear and once and not torch.equal(whole, rows[-1]):
+                layer = module.model.get_submodule(consumer.module)
+                values = (gate.per_channel(whole, number), gate.per_channel(rows[-1], number))
+                fits.append((consumer.parameter, layer, _Fit(weight, *values, ridge)))
+    handles = [layer.register_forward_pre_hook(fit, prepend=True) for _, layer, fit in fits]
     try:
-        for batch in batches:
-            with suppress(_Seen):
-                module.with_rows(*batch, rows=rows)
+        with torch.no_grad():
+            module.with_rows(*inputs, rows=rows)
     finally:
-        handle.remove()
-    return total / tokens
+        for handle in handles:
+            handle.remove()
+    return tuple(name for name, _, _ in fits)
 
 
-def _fit(weight: Tensor, moments: Tensor, kept: Tensor, ridge: float) -> Tensor:
-    """The weight (out, in) that reads the kept channels alone."""
-    own = moments[kept][:, kept]
-    damping = ridge * own.diagonal().mean() * torch.eye(own.shape[0], dtype=own.dtype)
-    solved = torch.linalg.solve(own + damping, moments[kept] @ weight.T)
-    fitted = torch.zeros_like(weight)
-    fitted[:, kept] = solved.T
-    return fitted
+@dataclass(frozen=True)
+class _Fit:
+    """The hook that fits one consumer; it sees the input before the gates do."""
+
+    weight: Tensor
+    whole: Tensor
+    """(sequences, channels): scales of all channels."""
+    kept: Tensor
+    """The same, 0 where the context of the sequence does not keep a channel."""
+    ridge: float
+
+    def __call__(self, layer: nn.Module, read: tuple[Any, ...]) -> None:
+        hidden: Tensor = read[0].double().flatten(1, -2) if read[0].ndim > 2 else read[0].double()[:, None]
+        kept = (hidden * self.kept[:, None]).flatten(0, 1)
+        whole = (hidden * self.whole[:, None]).flatten(0, 1)
+        used = (self.kept != 0).any(0)
+        moments = kept[:, used].T @ kept[:, used]
+        damping = self.ridge * moments.diagonal().mean().clamp_min(torch.finfo(moments.dtype).tiny)
+        moments.diagonal().add_(damping)
+        weight = self.weight if isinstance(layer, nn.Linear) else self.weight.T
+        target = kept[:, used].T @ whole @ weight.double().T
+        weight[:, used] = torch.linalg.solve(moments, target).T.to(weight.dtype)
+
+
+def _scale(gate: GroupGate, context: int, contexts: int) -> Tensor:
+    """The learned scales of a context's gates; 1 where the gate is 0."""
+    row = gate.table[context if contexts > 1 else 0].detach()
+    return torch.where(row == 0, 1.0, row)
+
+
+def _units(module: PartitionedModule) -> list[int]:
+    return [group.units for group in module.groups]

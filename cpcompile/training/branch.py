@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from cpcompile.checkpoint import load_plain, save_atomically
 from cpcompile.config import TrainConfig
 from cpcompile.errors import CpcompileError
-from cpcompile.models.decoder import Decoder, Kept
+from cpcompile.models.language_model import Kept, LanguageModel
 from cpcompile.selection import Selection
 from cpcompile.training.allocation import swap_units
 from cpcompile.training.corpus import Corpus
@@ -57,7 +57,7 @@ Moments = dict[str, dict[str, Tensor]]
 class BranchState:
     """A model and its optimiser at the end of a branch: where others may start."""
 
-    model: Decoder
+    model: LanguageModel
     moments: Moments
     selection: Selection | None = None
     importance: Importance | None = None
@@ -82,6 +82,8 @@ class Branch:
 
     def train(self, corpus: Corpus, config: TrainConfig, folder: Path, observer: Observer | None = None) -> BranchState:
         """Train to the end, or go on from the snapshot in `folder`; a finished branch is only read."""
+        if self.first == self.last:
+            return self.state
         finished, snapshot = folder / f"{self.name}.pt", folder / f"{self.name}.snapshot.pt"
         if finished.exists():
             self._restore(load_plain(finished))
@@ -103,6 +105,7 @@ class Branch:
                 loss = self._loss(corpus, config, step, context, kept[context])
                 torch.autograd.backward(loss / len(contexts))
                 losses.append(loss.item())
+            self._leave_removed_units_alone()
             self._refuse_non_finite(step, losses, config, folder)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -149,6 +152,12 @@ class Branch:
         cross_entropy = F.nll_loss(log_probabilities, labels)
         distance = divergence(log_probabilities, *self.teacher.targets(step, context, inputs))
         return (1 - config.distill) * cross_entropy + config.distill * distance
+
+    def _leave_removed_units_alone(self) -> None:
+        """Where all units are computed, gates at 0 have gradients too: followed, they would open again."""
+        for name, parameter in self.state.model.named_parameters():
+            if name.endswith(".table") and parameter.grad is not None:
+                parameter.grad[parameter == 0] = 0.0
 
     def _refuse_non_finite(self, step: int, losses: Sequence[float], config: TrainConfig, folder: Path) -> None:
         norm = nn.utils.clip_grad_norm_(self.state.model.parameters(), config.clip)
@@ -248,7 +257,7 @@ def swap_fraction(done: int, total: int, config: TrainConfig) -> float:
     return config.swap_fraction * (1 - done / until)
 
 
-def make_optimizer(model: Decoder, moments: Moments, config: TrainConfig) -> torch.optim.Optimizer:
+def make_optimizer(model: LanguageModel, moments: Moments, config: TrainConfig) -> torch.optim.Optimizer:
     """AdamW with its state restored by name; matrices decay, norms and gates do not."""
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and not n.endswith("table")]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or n.endswith("table")]
@@ -264,7 +273,7 @@ def make_optimizer(model: Decoder, moments: Moments, config: TrainConfig) -> tor
     return optimizer
 
 
-def moments_of(model: Decoder, optimizer: torch.optim.Optimizer) -> Moments:
+def moments_of(model: LanguageModel, optimizer: torch.optim.Optimizer) -> Moments:
     """AdamW's state by parameter name."""
     return {name: dict(optimizer.state[p]) for name, p in model.named_parameters() if p in optimizer.state}
 

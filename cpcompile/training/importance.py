@@ -17,50 +17,41 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cpcompile.models.decoder import Decoder, LayerGates
+from cpcompile.models.language_model import LanguageModel
 from cpcompile.selection import UnitKind
 
 Importance = dict[UnitKind, npt.NDArray[np.float64]]
 """Per kind an array (contexts, layers, units)."""
 
 
-def measure_importance(model: Decoder, batches: Iterable[Tensor], context: int | None) -> Importance:
+def measure_importance(model: LanguageModel, batches: Iterable[Tensor], context: int | None) -> Importance:
     """Importance of every unit for one context, arrays (layers, units).
 
     `batches` are token windows (sequences, length + 1). With `context` the gates stand at the
     model's table, else all at 1 (the dense parent).
     """
-    config = model.config
-    blocks = config.ffn // config.align
-    head_sum = torch.zeros(config.layers, config.kv_heads, dtype=torch.float64)
-    ffn_sum = torch.zeros(config.layers, blocks, dtype=torch.float64)
+    kinds = [units.kind for units in model.units()]
+    sums = {units.kind: torch.zeros(units.layers, units.count, dtype=torch.float64) for units in model.units()}
     sequences = 0
     for windows in batches:
         count = windows.shape[0]
-        gates = []
-        for layer in model.blocks:
-            if context is None:
-                head, ffn = torch.ones(config.kv_heads), torch.ones(blocks)
-            else:
-                head, ffn = layer.head_gate.table[context].detach(), layer.ffn_gate.table[context].detach()
-            gates.append(
-                LayerGates(
-                    head.repeat(count, 1, 1).requires_grad_(),
-                    ffn.repeat(count, 1, 1).requires_grad_(),
-                )
-            )
-        logits = model(windows[:, :-1], gates=gates)
+        rows = {
+            kind: [
+                (torch.ones(gate.units) if context is None else gate.table[context].detach())
+                .repeat(count, 1)
+                .requires_grad_()
+                for gate in model.gates(kind)
+            ]
+            for kind in kinds
+        }
+        logits = model(windows[:, :-1], rows=rows)
         # Summed over tokens and sequences: each sequence's gates see their own loss alone.
         loss = F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten(), reduction="sum") / windows.shape[1]
-        leaves = [g for layer_gates in gates for g in (layer_gates.head, layer_gates.ffn)]
-        gradients = torch.autograd.grad(loss, leaves)
-        head_sum += torch.stack([g[:, 0].double().square().sum(0) for g in gradients[0::2]])
-        ffn_sum += torch.stack([g[:, 0].double().square().sum(0) for g in gradients[1::2]])
+        gradients = iter(torch.autograd.grad(loss, [row for kind in kinds for row in rows[kind]]))
+        for kind in kinds:
+            sums[kind] += torch.stack([next(gradients).double().square().sum(0) for _ in rows[kind]])
         sequences += count
-    return {
-        UnitKind.HEAD: (head_sum / sequences).numpy(),
-        UnitKind.FFN: (ffn_sum / sequences).numpy(),
-    }
+    return {kind: (total / sequences).numpy() for kind, total in sums.items()}
 
 
 def stack_contexts(per_context: list[Importance]) -> Importance:

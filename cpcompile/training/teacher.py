@@ -17,13 +17,15 @@ import torch
 from torch import Tensor
 
 from cpcompile.errors import CpcompileError
-from cpcompile.models.decoder import Decoder
+from cpcompile.models.language_model import LanguageModel
 
 
 class Teacher:
     """Targets for `steps` x `contexts` batches of `tokens` tokens, `top` log-probabilities each."""
 
-    def __init__(self, model: Decoder, folder: Path, *, steps: range, contexts: int, tokens: int, top: int) -> None:
+    def __init__(
+        self, model: LanguageModel, folder: Path, *, steps: range, contexts: int, tokens: int, top: int
+    ) -> None:
         self.model = model
         self.steps = steps
         top = min(top, model.config.vocabulary - 1)

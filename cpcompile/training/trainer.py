@@ -25,13 +25,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 import cpcompile
-from cpcompile.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from cpcompile.config import ModelConfig, TrainConfig
+from cpcompile.checkpoint import Checkpoint, load_checkpoint, make_model, save_checkpoint
+from cpcompile.config import ModelConfig, PretrainedConfig, TrainConfig
 from cpcompile.errors import UsageError
 from cpcompile.files import only_process, require_file_path, whole_file
-from cpcompile.models.decoder import Decoder
+from cpcompile.models.language_model import LanguageModel
 from cpcompile.selection import BoolArray, Selection, UnitKind
 from cpcompile.training.allocation import Scores, allocate, allocate_one_for_all, allocate_random, kept_units
 from cpcompile.training.branch import (
@@ -62,9 +63,10 @@ class Run:
     """Everything the branches of one run have in common, and the folder that makes it resumable."""
 
     corpus: Corpus
-    model_config: ModelConfig
+    model_config: ModelConfig | PretrainedConfig
     config: TrainConfig
     folder: Path
+    pretrained: Mapping[str, Tensor] | None
     observer: Observer | None
 
     def branch(self, name: str, state: BranchState, **settings: Any) -> BranchState:
@@ -73,23 +75,32 @@ class Run:
         return Branch(name=name, state=state, **settings).train(self.corpus, self.config, self.folder, self.observer)
 
     def fresh(self) -> BranchState:
-        """An untrained dense model; the same for the same seed."""
+        """An untrained dense model, the same for the same seed; or the pretrained one."""
         torch.manual_seed(self.config.seed)
-        return BranchState(model=Decoder(self.model_config), moments={})
+        model = make_model(self.model_config)
+        if self.pretrained is not None:
+            model.load_state_dict(dict(self.pretrained))
+        return BranchState(model=model, moments={})
 
     def dense(self, parent: BranchState) -> BranchState:
         """A copy of the parent to train on whole."""
-        model = Decoder(self.model_config)
+        model = make_model(self.model_config)
         model.load_state_dict(parent.model.state_dict())
         return BranchState(model=model, moments=parent.moments)
 
     def gated(
-        self, parent: BranchState, selection: Selection, importance: Importance, *, one_for_all: bool = False
+        self,
+        parent: BranchState,
+        selection: Selection | None = None,
+        importance: Importance | None = None,
+        *,
+        one_for_all: bool = False,
     ) -> BranchState:
-        """A copy of the parent with gates that stand at `selection`; contexts share them if it is `one_for_all`."""
-        model = Decoder(self.model_config, contexts=1 if one_for_all else len(self.corpus.contexts))
+        """A copy of the parent with gates at `selection`, or all at 1; contexts share them if it is `one_for_all`."""
+        model = make_model(self.model_config, contexts=1 if one_for_all else len(self.corpus.contexts))
         model.load_state_dict(parent.model.state_dict(), strict=False)
-        model.select(selection)
+        if selection is not None:
+            model.select(selection)
         return BranchState(model=model, moments=parent.moments, selection=selection, importance=importance)
 
     def perplexity(self, state: BranchState, swap: Mapping[str, str] | None = None) -> dict[str, float]:
@@ -99,50 +110,55 @@ class Run:
 
 def train(
     corpus: Corpus,
-    model_config: ModelConfig,
+    model_config: ModelConfig | PretrainedConfig,
     config: TrainConfig,
     out: Path,
     *,
+    pretrained: Mapping[str, Tensor] | None = None,
     resume: bool = False,
     held_out: bool = True,
     observer: Observer | None = None,
 ) -> Checkpoint:
-    """Train all branches and write `out` and `<out>.dense.pt`; an interrupted run goes on with `resume`."""
-    identity = _identity(corpus, model_config, config)
+    """Train all branches and write `out` and `<out>.dense.pt`; an interrupted run goes on with `resume`.
+
+    pretrained: the state that the parent starts with, instead of a random one.
+    """
+    identity = _identity(corpus, model_config, config, pretrained)
     with _work_folder(out, identity, resume=resume) as folder:
-        return _train(
-            corpus, model_config, config, out, folder=folder, identity=identity, held_out=held_out, observer=observer
+        run = Run(
+            corpus=corpus,
+            model_config=model_config,
+            config=config,
+            folder=folder,
+            pretrained=pretrained,
+            observer=observer,
         )
+        return _train(run, out, identity, held_out=held_out)
 
 
-def _train(
-    corpus: Corpus,
-    model_config: ModelConfig,
-    config: TrainConfig,
-    out: Path,
-    *,
-    folder: Path,
-    identity: Mapping[str, Any],
-    held_out: bool,
-    observer: Observer | None,
-) -> Checkpoint:
-    run = Run(corpus=corpus, model_config=model_config, config=config, folder=folder, observer=observer)
+def _train(run: Run, out: Path, identity: Mapping[str, Any], *, held_out: bool) -> Checkpoint:
+    corpus, config = run.corpus, run.config
     budgets = {UnitKind(kind): budget for kind, budget in config.budgets.items()}
     cores = {UnitKind(kind): fraction for kind, fraction in config.core_fractions.items()}
 
     parent = run.branch("parent", run.fresh(), first=0, last=config.dense_steps)
     baseline = run.branch("dense-baseline", run.dense(parent))
-    importance = dense_importance(parent.model, corpus, config)
+    partition = run.gated(parent)
+    importance = dense_importance(partition.model, corpus, config)
     selection = allocate(corpus.contexts, importance, budgets, core_fractions=cores, floor=config.floor)
-    teacher = Teacher(
-        baseline.model.eval(),
-        folder / "teacher",
-        steps=range(config.dense_steps, config.steps),
-        contexts=len(corpus.contexts),
-        tokens=config.batch * config.sequence,
-        top=config.teacher_top,
-    )
-    partition = run.branch("partition", run.gated(parent, selection, importance), teacher=teacher, recalibrate=True)
+    teacher = None
+    if config.steps > config.dense_steps:
+        teacher = Teacher(
+            baseline.model.eval(),
+            run.folder / "teacher",
+            steps=range(config.dense_steps, config.steps),
+            contexts=len(corpus.contexts),
+            tokens=config.batch * config.sequence,
+            top=config.teacher_top,
+        )
+    partition.model.select(selection)
+    partition.selection, partition.importance = selection, importance
+    partition = run.branch("partition", partition, teacher=teacher, recalibrate=True)
 
     controls = {
         name: _train_control(name, run, parent, baseline, selection, importance, budgets, teacher)
@@ -168,7 +184,7 @@ def _train(
         "swap_matrix": swap_matrix(run, partition),
     }
     shared: dict[str, Any] = {
-        "config": model_config,
+        "config": run.model_config,
         "contexts": corpus.contexts,
         "tokenizer": corpus.tokenizer,
         "training": training,
@@ -202,8 +218,8 @@ def work_path(out: Path) -> Path:
     return out.with_name(f"{out.name}.work")
 
 
-def dense_importance(model: Decoder, corpus: Corpus, config: TrainConfig) -> Importance:
-    """Importance of every unit of the dense parent for every context."""
+def dense_importance(model: LanguageModel, corpus: Corpus, config: TrainConfig) -> Importance:
+    """Importance of every unit of the dense parent for every context; its gates are put to 1 for that."""
     return stack_contexts(
         [
             measure_importance(model, importance_batches(corpus, config, context, salt=0), None)
@@ -227,7 +243,7 @@ def _train_control(
     selection: Selection,
     importance: Importance,
     budgets: Mapping[UnitKind, float],
-    teacher: Teacher,
+    teacher: Teacher | None,
 ) -> dict[str, float]:
     """Train the control `name` and return its held-out perplexity per context."""
     contexts, config = run.corpus.contexts, run.config
@@ -280,7 +296,12 @@ def require_outputs(out: Path) -> None:
                 raise UsageError(f"{error}. It stays as it is: choose another --out, or remove it") from error
 
 
-def _identity(corpus: Corpus, model_config: ModelConfig, config: TrainConfig) -> dict[str, Any]:
+def _identity(
+    corpus: Corpus,
+    model_config: ModelConfig | PretrainedConfig,
+    config: TrainConfig,
+    pretrained: Mapping[str, Tensor] | None,
+) -> dict[str, Any]:
     """What decides the outcome of a run, in plain containers."""
     plain: dict[str, Any] = json.loads(
         json.dumps(
@@ -289,6 +310,7 @@ def _identity(corpus: Corpus, model_config: ModelConfig, config: TrainConfig) ->
                 "train": {k: v for k, v in _plain(config).items() if k not in ("snapshot_seconds", "controls")},
                 "data": dict(corpus.digests),
                 "tokenizer": _digest(corpus.tokenizer),
+                "pretrained": _digest_of_weights(pretrained) if pretrained is not None else None,
                 "versions": {"cpcompile": cpcompile.__version__, "torch": torch.__version__},
                 "threads": torch.get_num_threads(),
             }
@@ -299,6 +321,14 @@ def _identity(corpus: Corpus, model_config: ModelConfig, config: TrainConfig) ->
 
 def _digest(plain: object) -> str:
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+def _digest_of_weights(state: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        digest.update(name.encode())
+        digest.update(state[name].contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 @contextmanager

@@ -87,16 +87,16 @@ def _eager_process(checkpoint: str, threads: str) -> ProcessMemory:
     import torch
 
     from cpcompile.checkpoint import load_checkpoint
-    from cpcompile.models.decoder import Decoder
+    from cpcompile.models.language_model import LanguageModel
 
     torch.set_num_threads(int(threads))
 
-    def run(model: Decoder) -> None:
+    def run(model: LanguageModel) -> None:
         with torch.inference_mode():
             for _ in range(RUNS):
                 model(torch.zeros(SHAPE, dtype=torch.int64))
 
-    return measure_memory(lambda: load_checkpoint(Path(checkpoint)).model(), run)
+    return measure_memory(lambda: load_checkpoint(Path(checkpoint)).model, run)
 
 
 def main(arguments: Sequence[str]) -> None:

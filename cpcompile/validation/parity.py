@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from cpcompile.models.decoder import Decoder
+from cpcompile.models.language_model import LanguageModel
 from cpcompile.validation.quality import IntArray, log_softmax
 
 EngineRun = Callable[[IntArray], Mapping[str, npt.NDArray[Any]]]
@@ -76,11 +76,11 @@ class EagerReference:
     by the same angles, of which float64 only rounds less.
     """
 
-    single: Decoder
-    double: Decoder
+    single: LanguageModel
+    double: LanguageModel
 
     @classmethod
-    def of(cls, model: Decoder) -> EagerReference:
+    def of(cls, model: LanguageModel) -> EagerReference:
         """Both forms of `model`, in eval mode."""
         return cls(model.eval(), copy.deepcopy(model).double().eval())
 

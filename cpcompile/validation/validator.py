@@ -19,7 +19,7 @@ from cpcompile.checkpoint import Checkpoint, save_checkpoint
 from cpcompile.config import ValidateConfig
 from cpcompile.errors import UsageError
 from cpcompile.measure import ProcessMemory, available_cores
-from cpcompile.models.decoder import Decoder
+from cpcompile.models.language_model import LanguageModel
 from cpcompile.runtime import Engine, create_session, feeds_of, load_engine, session_options
 from cpcompile.validation.memory import Memory, compare_memory, measure_eager, measure_engine
 from cpcompile.validation.parity import EagerReference, EngineRun, Parity, check_parity
@@ -89,7 +89,7 @@ class _Against:
 
     checkpoint: Checkpoint
     reference: EagerReference
-    dense: Decoder | None
+    dense: LanguageModel | None
     dense_memory: ProcessMemory | str
     config: ValidateConfig
     threads: int
@@ -125,8 +125,8 @@ def validate(
         report(STAGE, 0, len(variants))
         against = _Against(
             checkpoint=checkpoint,
-            reference=EagerReference.of(checkpoint.model()),
-            dense=dense.model() if dense else None,
+            reference=EagerReference.of(checkpoint.model),
+            dense=dense.model if dense else None,
             dense_memory=_dense_memory(dense, config, threads),
             config=config,
             threads=threads,
@@ -187,7 +187,7 @@ def all_outputs(engine: Engine) -> EngineRun:
     return lambda ids: dict(zip(names, engine.session.run(names, feeds_of(engine.variant, ids)), strict=True))
 
 
-def eager_run(model: Decoder) -> Run:
+def eager_run(model: LanguageModel) -> Run:
     """The ungated eager model as a function of numpy arrays."""
 
     def run(ids: IntArray) -> npt.NDArray[np.float32]:
@@ -198,7 +198,7 @@ def eager_run(model: Decoder) -> Run:
     return run
 
 
-def _dense_score(dense: Decoder | None, windows: IntArray) -> Score | str:
+def _dense_score(dense: LanguageModel | None, windows: IntArray) -> Score | str:
     if dense is None:
         return NO_DENSE
     return measure_score(eager_run(dense), windows) if len(windows) else NO_TEXT

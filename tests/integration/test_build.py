@@ -119,7 +119,7 @@ def test_every_parameter_is_accounted_for(bundle: Path, model: Path) -> None:
 
 def test_engines_equal_the_masked_eager_model(bundle: Path, model: Path) -> None:
     checkpoint = load_checkpoint(model)
-    eager = checkpoint.model()
+    eager = checkpoint.model
     for index, context in enumerate(checkpoint.contexts):
         with torch.no_grad():
             expected = eager(torch.from_numpy(IDS), torch.tensor(index)).numpy()

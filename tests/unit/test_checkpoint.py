@@ -62,7 +62,7 @@ def test_round_trip(checkpoint: Checkpoint, path: Path) -> None:
     assert again.held_out["a"].tolist() == [0, 1, 2, 3, 4]
     ids = torch.arange(12).reshape(1, 12)
     with torch.no_grad():
-        assert torch.equal(again.model()(ids, torch.tensor(1)), checkpoint.model()(ids, torch.tensor(1)))
+        assert torch.equal(again.model(ids, torch.tensor(1)), checkpoint.model(ids, torch.tensor(1)))
 
 
 def test_the_file_loads_without_code(path: Path) -> None:

@@ -60,38 +60,86 @@ def test_importance_of_a_language_model_at_its_table() -> None:
     assert not np.allclose(whole, cut)
 
 
-def test_recovery_comes_closer_and_leaves_the_module_alone() -> None:
+def structured(generator: torch.Generator, sequences: int, dimensions: int = 3) -> Tensor:
+    """Text has structure: inputs that lie in few dimensions."""
+    mixing = torch.randn(dimensions, WIDTH, generator=generator)
+    return torch.randn(sequences, 5, dimensions, generator=generator) @ mixing
+
+
+def outputs(module: PartitionedModule, inputs: Tensor, kept: list[float]) -> Tensor:
+    with torch.no_grad():
+        result: Tensor = module.with_rows(inputs, rows=[torch.tensor(kept)] * 2)
+    return result
+
+
+def test_recovery_comes_closer_on_other_text() -> None:
     module = two_layers()
-    generator = torch.Generator().manual_seed(5)
-    mixing = torch.randn(3, WIDTH, generator=generator)  # text has structure: inputs of three dimensions
-    batches = [(torch.randn(4, 5, 3, generator=generator) @ mixing,) for _ in range(6)]
+    inputs = structured(torch.Generator().manual_seed(5), 24)
     kept = np.zeros((1, 2, 4), dtype=np.bool_)
     kept[0, :, :2] = True
-    selection = Selection(("a",), {UnitKind.FFN: kept})
     before = {name: p.clone() for name, p in module.named_parameters()}
-    weights = recover_least_squares(module, batches[:4], "a", selection)
-    assert all(torch.equal(p, before[name]) for name, p in module.named_parameters())
-    assert set(weights) == {"0.down.weight", "1.down.weight"}
-    assert all(not weight[:, 16:].any() and weight[:, :16].all() for weight in weights.values())
+    wanted = outputs(module, inputs[16:], [1.0] * 4)
+    cut = outputs(module, inputs[16:], [1.0, 1.0, 0.0, 0.0])
+    names = recover_least_squares(module, (inputs[:16],), ["a"] * 16, Selection(("a",), {UnitKind.FFN: kept}))
+    assert names == ("0.down.weight", "1.down.weight")
+    recovered = outputs(module, inputs[16:], [1.0, 1.0, 0.0, 0.0])
+    assert (wanted - recovered).square().sum() < 0.1 * (wanted - cut).square().sum()
+    for name, p in module.named_parameters():
+        if name.removeprefix("model.") in names:
+            assert torch.equal(p[:, 16:], before[name][:, 16:])  # what nobody keeps, nobody reads
+            assert not torch.equal(p[:, :16], before[name][:, :16])
+        else:
+            assert torch.equal(p, before[name])
 
-    def error() -> float:
-        with torch.no_grad():
-            wanted = [module.with_rows(*batch, rows=[torch.ones(4)] * 2) for batch in batches[4:]]
-            rows = [torch.tensor([1.0, 1.0, 0.0, 0.0])] * 2
-            module.model.load_state_dict(weights_now, strict=False)
-            got = [module.with_rows(*batch, rows=rows) for batch in batches[4:]]
-            module.model.load_state_dict({n: before[f"model.{n}"] for n in weights}, strict=False)
-        return float(sum((a - b).square().sum() for a, b in zip(wanted, got, strict=True)))
 
-    weights_now: dict[str, Tensor] = {}
-    without = error()
-    weights_now = weights
-    assert error() < 0.1 * without
+def test_one_weight_serves_all_contexts() -> None:
+    """The normal equations of both contexts at once: no other weight of the first layer has a smaller error."""
+    model = nn.Sequential(Feed(), Feed())
+    randomise(model, 3)
+    module = partition(model, (torch.randn(2, 5, WIDTH),), contexts=2, dynamic_shapes=SHAPES, align=8)
+    generator = torch.Generator().manual_seed(6)
+    inputs = torch.cat((structured(generator, 8), structured(generator, 8)))
+    kept = np.zeros((2, 2, 4), dtype=np.bool_)
+    kept[0, :, :2] = kept[1, :, 1:3] = True
+    rows = [torch.from_numpy(kept[[0] * 8 + [1] * 8, layer]).float() for layer in range(2)]
+    whole = torch.ones(16, 4)
+    layer = module.model.get_submodule("0.down")
+    assert isinstance(layer, nn.Linear)
+    read: list[Tensor] = []
+    handle = layer.register_forward_pre_hook(lambda _module, args: read.append(args[0].double()), prepend=True)
+    with torch.no_grad():
+        module.with_rows(inputs, rows=[whole, whole])
+    handle.remove()
+    wanted = read[0].flatten(0, 1) @ layer.weight.double().T
+    names = recover_least_squares(
+        module, (inputs,), ["a"] * 8 + ["b"] * 8, Selection(("a", "b"), {UnitKind.FFN: kept}), ridge=0.0
+    )
+    assert names == ("0.down.weight", "1.down.weight")
+    masked = (read[0] * rows[0].repeat_interleave(8, dim=1)[:, None]).flatten(0, 1)
+    residual = wanted - masked @ layer.weight.detach().double().T
+    gradient = masked.T @ residual
+    assert gradient.abs().max() < 1e-3 * (masked.T @ wanted).abs().max()
+
+
+def test_what_is_called_twice_keeps_its_weights() -> None:
+    model = SharedWeights()
+    randomise(model, 1)
+    ids = torch.arange(24).reshape(4, 6)
+    module = partition(model, (ids,), dynamic_shapes=SHAPES, align=8)
+    before = {name: p.clone() for name, p in module.named_parameters()}
+    kept = np.zeros((1, len(module.of_kind(UnitKind.FFN)), 4), dtype=np.bool_)
+    kept[..., :2] = True
+    fitted = recover_least_squares(module, (ids,), ["a"] * 4, Selection(("a",), {UnitKind.FFN: kept}))
+    twice = {consumer for (_, consumer), count in module.calls.items() if count > 1}
+    assert twice
+    assert not {name.rpartition(".")[0] for name in fitted} & twice
+    for name, p in module.named_parameters():
+        assert torch.equal(p, before[name]) or name.removeprefix("model.") in fitted
 
 
 def test_nothing_to_recover() -> None:
     module = two_layers()
     whole = Selection(("a",), {UnitKind.FFN: np.ones((1, 2, 4), dtype=np.bool_)})
-    assert recover_least_squares(module, [(torch.randn(1, 3, WIDTH),)], "a", whole) == {}
-    with pytest.raises(UsageError, match="a: recovery needs at least one batch"):
-        recover_least_squares(module, [], "a", whole)
+    assert recover_least_squares(module, (torch.randn(1, 3, WIDTH),), ["a"], whole) == ()
+    with pytest.raises(UsageError, match="recovery needs sequences"):
+        recover_least_squares(module, (torch.randn(2, 3, WIDTH),), ["a"], whole)

@@ -12,7 +12,7 @@ import torch
 
 from cpcompile.accounting import Accounting, account
 from cpcompile.errors import CpcompileError
-from cpcompile.models.decoder import Decoder, parameter_kind
+from cpcompile.models.decoder import Decoder
 from cpcompile.passes.freeze import Frozen, freeze
 from cpcompile.passes.strip_metadata import StripMetadata
 from cpcompile.selection import Selection, UnitKind
@@ -69,7 +69,7 @@ def test_a_context_keeps_what_its_selection_says_and_its_logits(opset: int, kv_h
 def test_a_sub_layer_with_nothing_left_is_gone_with_its_norm() -> None:
     model = random_decoder(2, 3)
     nothing = {u.kind: np.zeros((3, u.layers, u.count), dtype=np.bool_) for u in model.units()}
-    selection = Selection(CONTEXTS, {k: v for k, v in nothing.items() if k is not UnitKind.VOCABULARY})
+    selection = Selection(CONTEXTS, nothing)
     model.select(selection)
     for opset in (20, 23):
         frozen = freeze(dynamic_graph(model, opset), 0)
@@ -134,7 +134,7 @@ def test_planted_faults_stop_the_build(
     model.select(selection)
     frozen = freeze(dynamic_graph(model, 23), 0)
     total = {n: p.numel() for n, p in model.named_parameters() if not n.endswith("_gate.table")}
-    kinds = {name: str(kind) for name in total if (kind := parameter_kind(name)) is not None}
+    kinds = {name: str(kind) for name in total if (kind := model.parameter_kind(name)) is not None}
 
     def accounted() -> Accounting:
         return account("a", frozen.model.graph, total=total, expected=model.kept_sizes(selection, "a"), kinds=kinds)

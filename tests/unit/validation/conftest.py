@@ -69,12 +69,12 @@ def checkpoint(dense: Checkpoint) -> Checkpoint:
 
 @pytest.fixture(scope="session")
 def reference(checkpoint: Checkpoint) -> EagerReference:
-    return EagerReference.of(checkpoint.model())
+    return EagerReference.of(checkpoint.model)
 
 
 @pytest.fixture(scope="session")
 def captured(checkpoint: Checkpoint) -> ir.Model:
-    return capture(checkpoint.model())
+    return capture(checkpoint.model)
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -103,7 +104,7 @@ def test_an_engine_that_raises_fails(bundle: Bundle, reference, held_out: HeldOu
 
 
 def test_an_eager_model_that_diverged_fails(engine_run, checkpoint, held_out: HeldOut) -> None:
-    model = checkpoint.model()
+    model = copy.deepcopy(checkpoint.model)
     with torch.no_grad():
         model.norm.weight[0] = torch.inf
     parity = check_parity(engine_run, EagerReference.of(model), DE, held_out["de"], SHAPES, 8)
@@ -140,7 +141,7 @@ def test_without_text_nothing_is_concluded(engine_run, reference) -> None:
 
 
 def test_the_reference_is_the_same_model_twice(checkpoint) -> None:
-    model = checkpoint.model()
+    model = checkpoint.model
     reference = EagerReference.of(model)
     assert reference.single is model
     assert {p.dtype for p in model.parameters()} == {torch.float32}

@@ -35,7 +35,7 @@ def test_score_sums_over_batches_of_any_size() -> None:
 
 
 def test_score_of_the_eager_model_is_the_cross_entropy_of_torch(dense: Checkpoint) -> None:
-    model = dense.model()
+    model = dense.model
     windows = cut_windows(dense.held_out["de"], 16)
     score = measure_score(eager_run(model), windows)
     ids = torch.from_numpy(windows)

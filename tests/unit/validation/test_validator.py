@@ -68,7 +68,7 @@ def test_the_engine_has_the_quality_of_its_own_eager_model(
     ids = torch.from_numpy(held_out["de"][:289].astype(np.int64))
     inputs = torch.stack([ids[start : start + 16] for start in range(0, 288, 16)])
     with torch.no_grad():
-        logits = checkpoint.model()(inputs, torch.tensor(0)).flatten(0, 1).double()
+        logits = checkpoint.model(inputs, torch.tensor(0)).flatten(0, 1).double()
     loss = torch.nn.functional.cross_entropy(logits, ids[1:])
     assert de.quality.perplexity == pytest.approx(loss.exp().item(), rel=1e-5)
 

@@ -1,0 +1,215 @@
+"""A pretrained Hugging Face causal language model as a `LanguageModel`: its own names, gates on what `partition` finds.
+
+    read_pretrained(folder) -> PretrainedConfig, state, tokenizer         from a folder or a GGUF file in it, no network
+    PretrainedDecoder(config, contexts=3)                                  the same model, gated
+
+Forward passes have no attention mask: sequences are full, and of a causal model those that are padded on the right
+are right where they are not padded. It stays in evaluation mode: without dropout, steps are repeatable.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cpcompile.config import PretrainedConfig
+from cpcompile.errors import UsageError
+from cpcompile.models.gates import Gate
+from cpcompile.models.language_model import Kept, LanguageModel, Rows, partition_order
+from cpcompile.partitioning.groups import Group
+from cpcompile.partitioning.hugging_face import load_hugging_face, prepare_hugging_face, transformers_package
+from cpcompile.partitioning.partitioned_module import PartitionedModule
+from cpcompile.partitioning.partitioner import partition
+from cpcompile.selection import Selection, UnitKind, Units
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pretrained:
+    """What a folder holds."""
+
+    config: PretrainedConfig
+    state: Mapping[str, Tensor]
+    tokenizer: str
+    """The text of tokenizer.json."""
+
+
+def read_pretrained(folder: Path, *, align: int = 32) -> Pretrained:
+    """The causal language model in `folder`, or in the one GGUF file there; UsageError says what is missing."""
+    files = sorted(folder.glob("*.gguf"))
+    gguf_file = files[0].name if len(files) == 1 and not (folder / "config.json").exists() else None
+    if len(files) > 1 and not (folder / "config.json").exists():
+        raise UsageError(f"{folder}: has {len(files)} GGUF files; keep the one that you want in a folder of its own")
+    model: Any = load_hugging_face(folder, gguf_file=gguf_file).model
+    if not hasattr(model, "lm_head"):
+        raise UsageError(f"{folder}: is a {type(model).__name__}; a causal language model is needed")
+    config = PretrainedConfig(settings=json.loads(model.config.to_json_string(use_diff=False)), align=align)
+    wrapped = PretrainedDecoder(config, model=model)
+    return Pretrained(config=config, state=wrapped.state_dict(), tokenizer=_tokenizer(folder, gguf_file))
+
+
+def _tokenizer(folder: Path, gguf_file: str | None) -> str:
+    transformers = transformers_package()
+    extra = {} if gguf_file is None else {"gguf_file": gguf_file}
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, **extra)
+        return str(tokenizer.backend_tokenizer.to_str())
+    except Exception as error:  # of many kinds, from several packages
+        raise UsageError(
+            f"{folder}: its tokenizer cannot be read ({str(error).splitlines()[0]}); a tokenizer.json is needed"
+        ) from error
+
+
+class PretrainedDecoder(LanguageModel):
+    """A causal language model of Hugging Face with gates in front of the consumers of its FFN channels and heads."""
+
+    config: PretrainedConfig
+
+    def __init__(self, config: PretrainedConfig, *, contexts: int = 0, model: nn.Module | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.contexts = contexts
+        model = model if model is not None else _untrained(config)
+        # The children are registered, not the model: parameters keep the model's own names.
+        self._unregistered: list[Any] = [model]
+        for name, child in model.named_children():
+            self.add_module(name, child)
+        if any(True for _ in model.parameters(recurse=False)):
+            raise UsageError(f"{type(model).__name__}: has parameters outside of its modules; it cannot be partitioned")
+        if contexts:
+            partitioned = _partition(model, config, contexts)
+            self._unregistered.append(partitioned)
+            self.group_gates = partitioned.gates
+        names = {id(tensor): name for name, tensor in reversed(list(self.named_parameters(remove_duplicate=False)))}
+        every = dict(self.named_parameters(remove_duplicate=False))
+        self._tied = {name: names[id(tensor)] for name, tensor in every.items() if names[id(tensor)] != name}
+        # A parameter under two names is stored once.
+        self.register_state_dict_post_hook(_without_tied)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_with_tied)  # type: ignore[no-untyped-call]
+        self.eval()
+
+    @property
+    def partitioned(self) -> PartitionedModule:
+        """The module behind the gates."""
+        return cast(PartitionedModule, self._unregistered[1])
+
+    def train(self, mode: bool = True) -> PretrainedDecoder:
+        """Stays in evaluation mode."""
+        super().train(False)
+        return self
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        context: Tensor | None = None,
+        *,
+        rows: Rows | None = None,
+        kept: Kept | None = None,
+    ) -> Tensor:
+        logits: Tensor
+        if rows is not None:
+            per_kind = {kind: iter(of_kind) for kind, of_kind in rows.items()}
+            in_order = [next(per_kind[group.kind]) for group in self.partitioned.groups]
+            logits = self.partitioned.with_rows(input_ids, rows=in_order)
+        elif context is not None:
+            logits = self.partitioned(input_ids, context=context)
+        elif self.contexts:
+            ones = [torch.ones(group.units) for group in self.partitioned.groups]
+            logits = self.partitioned.with_rows(input_ids, rows=ones)
+        else:
+            logits = _logits(self._unregistered[0], input_ids)
+        return logits
+
+    def units(self) -> tuple[Units, ...]:
+        return self.partitioned.units()
+
+    def gates(self, kind: UnitKind) -> Sequence[Gate]:
+        return [self.partitioned.group_gates[index] for index in self.partitioned.of_kind(kind)]
+
+    def kept(self, selection: Selection, context: str) -> None:
+        return None
+
+    def kept_sizes(self, selection: Selection, context: str) -> dict[str, int]:
+        return self.partitioned.kept_sizes(selection, context)
+
+    def parameter_kind(self, name: str) -> UnitKind | None:
+        return self.partitioned.parameter_kind(name)
+
+    def sort_units(self, selection: Selection) -> Selection:
+        kept = {kind: table.copy() for kind, table in selection.kept.items()}
+        parameters = dict(self.named_parameters())
+        with torch.no_grad():
+            for kind, table in kept.items():
+                for layer, index in enumerate(self.partitioned.of_kind(kind)):
+                    group, gate = self.partitioned.groups[index], self.partitioned.group_gates[index]
+                    order = partition_order(table[:, layer])
+                    table[:, layer] = table[:, layer, order]
+                    gate.table.copy_(gate.table[:, torch.from_numpy(order)])
+                    _reorder(parameters, group, order)
+        return Selection(selection.contexts, kept)
+
+
+def _reorder(parameters: Mapping[str, Tensor], group: Group, order: np.ndarray[Any, np.dtype[np.int64]]) -> None:
+    """Move the positions of unit order[i] of every parameter to where those of unit i are."""
+    for name, axes in group.parameters.items():
+        for axis, unit_of_position in enumerate(axes):
+            if unit_of_position is None:
+                continue
+            places = [np.flatnonzero(unit_of_position == unit) for unit in range(group.units)]
+            positions = np.arange(len(unit_of_position))
+            for unit, source in enumerate(order):
+                positions[places[unit]] = places[source]
+            parameter = parameters[name]
+            parameter.copy_(parameter.index_select(axis, torch.from_numpy(positions)))
+
+
+def _untrained(config: PretrainedConfig) -> nn.Module:
+    transformers = transformers_package()
+    settings = dict(config.settings)
+    try:
+        made = transformers.AutoConfig.for_model(settings.pop("model_type"), **settings)
+        model: nn.Module = transformers.AutoModelForCausalLM.from_config(made, dtype=torch.float32)
+    except (ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        raise UsageError(
+            f"transformers {transformers.__version__} cannot make a {config.settings['model_type']} of these "
+            f"settings: {str(error).splitlines()[0]}"
+        ) from error
+    prepare_hugging_face(model)
+    return model
+
+
+def _partition(model: nn.Module, config: PretrainedConfig, contexts: int) -> PartitionedModule:
+    ready = prepare_hugging_face(model)
+    partitioned = partition(
+        model,
+        ready.example_inputs[:1],
+        contexts=contexts,
+        forward=_logits,
+        dynamic_shapes=ready.dynamic_shapes[:1],
+        align=config.align,
+    )
+    for units in partitioned.units():
+        if not partitioned.exists(units.kind).all():
+            raise UsageError(f"{type(model).__name__}: its layers have different numbers of {units.kind} units")
+    return partitioned
+
+
+def _logits(model: nn.Module, input_ids: Tensor) -> Any:
+    return model(input_ids=input_ids, use_cache=False).logits
+
+
+def _without_tied(module: nn.Module, state: dict[str, Any], prefix: str, _metadata: object) -> None:
+    for name in cast(PretrainedDecoder, module)._tied:
+        state.pop(prefix + name, None)
+
+
+def _with_tied(module: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:
+    for name, first in cast(PretrainedDecoder, module)._tied.items():
+        if prefix + first in state:
+            state[prefix + name] = state[prefix + first]

@@ -1,0 +1,101 @@
+"""What trainer, compiler and validator need of a language model whose units are gated per context."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from cpcompile.models.gates import Gate
+from cpcompile.selection import BoolArray, Selection, UnitKind, Units
+
+Kept = Sequence[Any]
+"""What a context keeps, layer by layer, in the form that its model's forward pass takes."""
+Rows = Mapping[UnitKind, Sequence[Tensor]]
+"""Gate values by kind and layer: (units,), or (batch, units) for gates of each sequence."""
+
+
+class Config(Protocol):
+    """The shape of a model, whatever its architecture."""
+
+    @property
+    def vocabulary(self) -> int: ...
+
+
+class LanguageModel(nn.Module):
+    """Token ids -> logits, with one row of gates per context.
+
+    With `contexts=0` a model has no gates: the dense parent and the dense baseline. With `contexts=1` all contexts
+    share their gates: a pruned model. Parameters of gates are named `….table`.
+    """
+
+    config: Config
+    contexts: int
+
+    @abstractmethod
+    def forward(
+        self,
+        input_ids: Tensor,
+        context: Tensor | None = None,
+        *,
+        rows: Rows | None = None,
+        kept: Kept | None = None,
+    ) -> Tensor:
+        """Logits (batch, sequence, vocabulary) of input_ids (batch, sequence, int64).
+
+        `context` (int64 scalar) picks the gates; `rows` gives them directly (importance);
+        with `kept` only those units are computed.
+        """
+
+    @abstractmethod
+    def units(self) -> tuple[Units, ...]:
+        """The kinds of units that are trained and frozen."""
+
+    @abstractmethod
+    def gates(self, kind: UnitKind) -> Sequence[Gate]:
+        """The gates of one kind, a layer each and all of the same size."""
+
+    @abstractmethod
+    def kept(self, selection: Selection, context: str) -> Kept | None:
+        """What `context` keeps, for the `kept` form of the forward pass; None if the model has no such form."""
+
+    @abstractmethod
+    def kept_sizes(self, selection: Selection, context: str) -> dict[str, int]:
+        """Elements of every parameter but the gates that `context` keeps, by name."""
+
+    @abstractmethod
+    def parameter_kind(self, name: str) -> UnitKind | None:
+        """The kind of unit whose removal makes the parameter `name` smaller; None if nothing does."""
+
+    @abstractmethod
+    def sort_units(self, selection: Selection) -> Selection:
+        """Reorder units so that partitions lie side by side; returns the selection in the new order.
+
+        The function computed stays the same. Weights of one partition are then one run of rows.
+        """
+
+    def gate_row(self, context: int) -> Tensor | None:
+        """The `context` input of `forward` for that context, int64 scalar; None without gates."""
+        return torch.tensor(context if self.contexts > 1 else 0) if self.contexts else None
+
+    def select(self, selection: Selection) -> None:
+        """Set every gate to `selection`; gates that stay keep their learned scale."""
+        for kind, kept in selection.kept.items():
+            for layer, gate in enumerate(self.gates(kind)):
+                gate.select(torch.from_numpy(kept[: self.contexts, layer].copy()))
+
+    def parameter_sizes(self) -> dict[str, int]:
+        """Elements of every parameter but the gates, by name."""
+        return {name: p.numel() for name, p in self.named_parameters() if not name.endswith(".table")}
+
+
+def partition_order(kept: BoolArray) -> npt.NDArray[np.int64]:
+    """Order of the units of one layer, kept (contexts, units): units of more contexts first, then by context."""
+    contexts = kept.shape[0]
+    code = (kept * (1 << np.arange(contexts - 1, -1, -1, dtype=object))[:, None]).sum(axis=0)
+    return np.asarray(sorted(range(kept.shape[1]), key=lambda u: (-int(kept[:, u].sum()), -code[u], u)), dtype=np.int64)
