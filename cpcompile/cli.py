@@ -21,6 +21,7 @@ from cpcompile.config import (
     CONTROLS,
     PRESETS,
     PRETRAINED_TRAIN,
+    RECOVERIES,
     ModelConfig,
     TrainConfig,
     ValidateConfig,
@@ -97,6 +98,7 @@ def main(debug: bool) -> None:
 @click.option("--seed", type=int, help=f"Two runs with one seed are equal.  [default: {TrainConfig.seed}]")
 @click.option("--ffn-budget", type=float, help="Part of the FFN blocks that a context keeps.  [default: 0.25]")
 @click.option("--head-budget", type=float, help="Part of the heads that a context keeps.  [default: 0.5]")
+@click.option("--recover", type=click.Choice(RECOVERIES), help="Re-fit a pretrained model after the cut.")
 @click.option("--controls", default="", metavar="NAMES", help=f"Comma-separated, or 'all': {', '.join(CONTROLS)}.")
 @click.option("--tokenizer", type=FilePath, help="A tokenizer.json instead of one trained on the data.")
 @click.option("--text-field", default="text", help="Field of the records in .jsonl and .parquet.")
@@ -126,7 +128,7 @@ def train(
       cpcompile train --data corpus/ --out model.pt
       cpcompile train --data corpus/ --preset small --steps 20000 --controls one-mask,small-dense
       cpcompile train --data corpus/ --out model.pt --resume
-      cpcompile train --data corpus/ --from-pretrained SmolLM2-135M/ --steps 0    # partition it, no training
+      cpcompile train --data corpus/ --from-pretrained SmolLM2-135M/ --recover least-squares --steps 0
 
     DATA has one entry per context: a sub-folder of text files, or a .txt, .jsonl, .jsonl.gz or .parquet file.
     """

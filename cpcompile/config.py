@@ -30,6 +30,7 @@ RESERVED_NAMES = ("router", "shared_assets", "manifest.json", "report.json", "re
 LARGEST = 2**31 - 1
 """Of integer settings: what every library below can hold."""
 
+RECOVERIES = ("none", "least-squares")
 CONTROLS = (
     "one-mask",
     "importance-only",
@@ -96,8 +97,9 @@ class PretrainedConfig:
 
     settings: Mapping[str, Any]
     """Its config.json."""
-    align: int = 32
-    """Channels of one FFN unit, at least."""
+    align: int = 1
+    """Channels of one FFN unit. Single ones: neighbours of a pretrained model have nothing in common, and units are
+    reordered so that partitions lie side by side."""
 
     def __post_init__(self) -> None:
         _require(isinstance(self.settings, dict), "pretrained.settings: the content of a config.json is needed")
@@ -147,6 +149,9 @@ class TrainConfig:
     core_fractions: Mapping[str, float] = field(default_factory=lambda: {"ffn": 0.5, "head": 0.5})
     """Part of the budget of a kind that all contexts share. The shorter the training, the more: each context
     trains its own units alone."""
+    specificity: float = 0.5
+    """How much a context prefers units that the others need less: 0 is importance alone, -1 one choice for all. Above 0
+    own units are disjoint, which is best where they are trained; without training, sharing is best."""
     floor: float = 0.5
     """Every layer keeps at least this part of an even share of the budget."""
     importance_sequences: int = 32
@@ -165,13 +170,24 @@ class TrainConfig:
     """Part of the documents that is never trained on."""
     held_out_tokens: int = 16384
     """Held-out tokens per context for evaluation, and in the checkpoint."""
+    recover: str = "none"
+    """What makes up for removed units before training: see RECOVERIES."""
+    recover_sequences: int = 64
+    """Sequences per context that least squares are fitted on."""
     snapshot_seconds: float = 30.0
     """How much work an interruption may cost."""
     controls: tuple[str, ...] = ()
     """Extra branches to train and compare with; see CONTROLS."""
 
     def __post_init__(self) -> None:
-        for name in ("sequence", "batch", "importance_sequences", "teacher_top", "held_out_tokens"):
+        for name in (
+            "sequence",
+            "batch",
+            "importance_sequences",
+            "recover_sequences",
+            "teacher_top",
+            "held_out_tokens",
+        ):
             _require(getattr(self, name) >= 1, f"train.{name} is {getattr(self, name)}: it has to be at least 1")
         for name in ("learning_rate", "clip", "snapshot_seconds"):
             _require(getattr(self, name) > 0, f"train.{name} is {getattr(self, name)}: it has to be positive")
@@ -204,6 +220,8 @@ class TrainConfig:
         _require(self.core_fractions.keys() == self.budgets.keys(), "train.core_fractions: name the kinds of budgets")
         for kind, fraction in self.core_fractions.items():
             _require(0 <= fraction <= 1, f"train.core_fractions: {kind} = {fraction}; it lies from 0 to 1")
+        _require(-1 <= self.specificity <= 1, f"train.specificity is {self.specificity}: it lies from -1 to 1")
+        _require(self.recover in RECOVERIES, f"train.recover: {self.recover!r} is none of {', '.join(RECOVERIES)}")
         for control in self.controls:
             _require(control in CONTROLS, f"train.controls: {control!r} is none of {', '.join(CONTROLS)}")
 
@@ -220,9 +238,12 @@ PRETRAINED_TRAIN = TrainConfig(
     dense_fraction=0.0,
     learning_rate=1e-4,
     budgets={"ffn": 0.5, "head": 0.75},
+    specificity=-0.5,
+    importance_sequences=64,
+    recalibrations=0,
     snapshot_seconds=300.0,
 )
-"""How a pretrained model is partitioned and trained on: no dense phase, small steps."""
+"""How a pretrained model is partitioned and trained on: no dense phase, small steps, units that are mostly shared."""
 
 
 @dataclass(frozen=True, kw_only=True)

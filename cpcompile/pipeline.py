@@ -111,6 +111,7 @@ def train_from_data(
         resume=resume,
         held_out=held_out,
         observer=observer,
+        progress=progress,
     )
 
 

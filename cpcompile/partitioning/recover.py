@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from cpcompile.errors import UsageError
-from cpcompile.partitioning.gating import GroupGate
-from cpcompile.partitioning.partitioned_module import PartitionedModule
+from cpcompile.partitioning.partitioned_module import GroupGate, PartitionedModule
 from cpcompile.selection import Selection, UnitKind
 
 
@@ -34,9 +33,9 @@ def recover_least_squares(
     """Re-fit in place the weights of all consumers that lose channels; returns the names of these parameters.
 
     inputs: of one forward pass, sequences along the first axis; contexts: the context of every sequence. Consumers are
-    linear layers (nn.Linear, or (in, out) weights as of GPT-2); others, such as convolutions and experts, and those that
-    are called or share their weight more than once keep their weights. Columns of channels that no context keeps stay as they are.
-    Learned scales of gates stay.
+    linear layers (nn.Linear, or (in, out) weights as of GPT-2); others, such as convolutions and experts, and those
+    that are called or share their weight more than once keep their weights. Columns of channels that no context keeps
+    stay as they are. Learned scales of gates stay.
     """
     if not contexts or any(len(contexts) != value.shape[0] for value in inputs):
         raise UsageError("recovery needs sequences, and the context of each")

@@ -4,6 +4,8 @@
     own    each context's further units, by importance relative to the other contexts,
            disjoint as long as there are free units
 
+or, without specificity, the most important units of every context: they share what they agree on.
+
 Units compete over all layers at once; a floor keeps every layer alive. The choice of a core with
 disjoint own units over plain importance is measured, see `benchmarks/`.
 """
@@ -28,13 +30,16 @@ def allocate(
     budgets: Mapping[UnitKind, float],
     *,
     core_fractions: Mapping[UnitKind, float],
+    specificity: float = 0.5,
     floor: float,
 ) -> Selection:
-    """A core of its fraction of each budget, the rest each context's own."""
+    """A core of its fraction of each budget, the rest each context's own; without a core where `specificity` <= 0."""
     return Selection(
         contexts,
         {
-            kind: _allocate_kind(importance[kind], budget, core_fraction=core_fractions[kind], floor=floor)
+            kind: _allocate_kind(
+                importance[kind], budget, core_fraction=core_fractions[kind], specificity=specificity, floor=floor
+            )
             for kind, budget in budgets.items()
         },
     )
@@ -92,7 +97,9 @@ def relative_to_layer_sum(importance: Scores) -> Scores:
     return shares
 
 
-def _allocate_kind(importance: Scores, budget: float, *, core_fraction: float, floor: float) -> BoolArray:
+def _allocate_kind(
+    importance: Scores, budget: float, *, core_fraction: float, specificity: float, floor: float
+) -> BoolArray:
     contexts, layers, units = importance.shape
     shape = (layers, units)
     share = relative_to_layer_sum(importance)
@@ -100,14 +107,17 @@ def _allocate_kind(importance: Scores, budget: float, *, core_fraction: float, f
     least = floor_units(shape, budget, floor)
 
     logarithm = np.log(share + 1e-12)
+    common = logarithm.mean(axis=0)
+    if specificity <= 0:
+        return np.stack([_top(score, keep, least) for score in (1 + specificity) * logarithm - specificity * common])
     core_size = round(keep * core_fraction)
     # Where own units are too few to fill the floors, the core has to be spread.
     spread = min(least, math.ceil(core_size / layers)) if keep - core_size < layers * least else 0
-    core = _top(logarithm.mean(axis=0), core_size, spread)
+    core = _top(common, core_size, spread)
     kept = np.repeat(core[None], contexts, axis=0)
-    # Half way between importance as such and importance relative to the others: the ratio alone finds
+    # Between importance as such and importance relative to the others: the ratio alone finds
     # units that nobody needs (it ranks their noise), importance alone finds the same units for all.
-    specific = logarithm - 0.5 * logarithm.mean(axis=0)
+    specific = logarithm - specificity * common
     owners = core.astype(np.int64) * contexts
 
     # A draft: contexts take turns, each picking the unit that is most its own among the least taken.

@@ -28,11 +28,13 @@ import torch
 from torch import Tensor
 
 import cpcompile
-from cpcompile.checkpoint import Checkpoint, load_checkpoint, make_model, save_checkpoint
+from cpcompile.checkpoint import Checkpoint, load_checkpoint, load_plain, make_model, save_atomically, save_checkpoint
 from cpcompile.config import ModelConfig, PretrainedConfig, TrainConfig
 from cpcompile.errors import UsageError
 from cpcompile.files import only_process, require_file_path, whole_file
 from cpcompile.models.language_model import LanguageModel
+from cpcompile.partitioning.pretrained import PretrainedDecoder
+from cpcompile.partitioning.recover import recover_least_squares
 from cpcompile.selection import BoolArray, Selection, UnitKind
 from cpcompile.training.allocation import Scores, allocate, allocate_one_for_all, allocate_random, kept_units
 from cpcompile.training.branch import (
@@ -42,7 +44,7 @@ from cpcompile.training.branch import (
     held_out_perplexity,
     importance_batches,
 )
-from cpcompile.training.corpus import Corpus
+from cpcompile.training.corpus import Corpus, Progress
 from cpcompile.training.importance import Importance, measure_importance, stack_contexts
 from cpcompile.training.teacher import Teacher
 
@@ -68,6 +70,7 @@ class Run:
     folder: Path
     pretrained: Mapping[str, Tensor] | None
     observer: Observer | None
+    progress: Progress
 
     def branch(self, name: str, state: BranchState, **settings: Any) -> BranchState:
         """Train a branch from the parting of the ways to the end, unless told otherwise."""
@@ -103,6 +106,35 @@ class Run:
             model.select(selection)
         return BranchState(model=model, moments=parent.moments, selection=selection, importance=importance)
 
+    def importance(self, model: LanguageModel) -> Importance:
+        """Importance of every unit of the dense parent for every context: with the gates of `model` all at 1."""
+        path = self.folder / "importance.pt"
+        if path.exists():
+            plain = load_plain(path)
+            return {UnitKind(kind): table.numpy() for kind, table in plain.items()}
+        contexts = self.corpus.contexts
+        measured = []
+        for done, context in enumerate(contexts):
+            self.progress("importance", done, len(contexts))
+            batches = importance_batches(self.corpus, self.config, context, salt=0)
+            measured.append(measure_importance(model, batches, None))
+        self.progress("importance", len(contexts), len(contexts))
+        importance = stack_contexts(measured)
+        save_atomically({kind.value: torch.from_numpy(table) for kind, table in importance.items()}, path)
+        return importance
+
+    def recover(self, model: LanguageModel, selection: Selection) -> None:
+        """Fit the weights of `model` to what `selection` leaves, on training text of all contexts."""
+        if not isinstance(model, PretrainedDecoder):
+            raise UsageError("train.recover: least squares are for pretrained models; one from scratch is trained")
+        self.progress("least squares", 0, 1)
+        config, contexts = self.config, self.corpus.contexts
+        draw = {"step": 0, "sequences": config.recover_sequences, "length": config.sequence, "seed": config.seed + 1}
+        windows = [torch.from_numpy(self.corpus.batch(context, **draw)) for context in contexts]
+        of_sequence = [context for context in contexts for _ in range(config.recover_sequences)]
+        recover_least_squares(model.partitioned, (torch.cat(windows)[:, :-1],), of_sequence, selection)
+        self.progress("least squares", 1, 1)
+
     def perplexity(self, state: BranchState, swap: Mapping[str, str] | None = None) -> dict[str, float]:
         """Held-out perplexity per context."""
         return held_out_perplexity(state, self.corpus, self.config, tokens=self.config.held_out_tokens, swap=swap)
@@ -118,6 +150,7 @@ def train(
     resume: bool = False,
     held_out: bool = True,
     observer: Observer | None = None,
+    progress: Progress | None = None,
 ) -> Checkpoint:
     """Train all branches and write `out` and `<out>.dense.pt`; an interrupted run goes on with `resume`.
 
@@ -132,6 +165,7 @@ def train(
             folder=folder,
             pretrained=pretrained,
             observer=observer,
+            progress=progress or (lambda _stage, _done, _total: None),
         )
         return _train(run, out, identity, held_out=held_out)
 
@@ -144,8 +178,15 @@ def _train(run: Run, out: Path, identity: Mapping[str, Any], *, held_out: bool) 
     parent = run.branch("parent", run.fresh(), first=0, last=config.dense_steps)
     baseline = run.branch("dense-baseline", run.dense(parent))
     partition = run.gated(parent)
-    importance = dense_importance(partition.model, corpus, config)
-    selection = allocate(corpus.contexts, importance, budgets, core_fractions=cores, floor=config.floor)
+    importance = run.importance(partition.model)
+    selection = allocate(
+        corpus.contexts,
+        importance,
+        budgets,
+        core_fractions=cores,
+        specificity=config.specificity,
+        floor=config.floor,
+    )
     teacher = None
     if config.steps > config.dense_steps:
         teacher = Teacher(
@@ -158,6 +199,8 @@ def _train(run: Run, out: Path, identity: Mapping[str, Any], *, held_out: bool) 
         )
     partition.model.select(selection)
     partition.selection, partition.importance = selection, importance
+    if config.recover == "least-squares":
+        run.recover(partition.model, selection)
     partition = run.branch("partition", partition, teacher=teacher, recalibrate=True)
 
     controls = {
@@ -216,16 +259,6 @@ def dense_path(out: Path) -> Path:
 def work_path(out: Path) -> Path:
     """Where a run that has not ended yet keeps its state."""
     return out.with_name(f"{out.name}.work")
-
-
-def dense_importance(model: LanguageModel, corpus: Corpus, config: TrainConfig) -> Importance:
-    """Importance of every unit of the dense parent for every context; its gates are put to 1 for that."""
-    return stack_contexts(
-        [
-            measure_importance(model, importance_batches(corpus, config, context, salt=0), None)
-            for context in corpus.contexts
-        ]
-    )
 
 
 def swap_matrix(run: Run, state: BranchState) -> dict[str, Any]:
