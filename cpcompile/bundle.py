@@ -4,7 +4,7 @@
     <context>/component.json            variants = runtime + precision
     <context>/<variant>/model.onnx      graph; its weights are slices of one shared file
     router/cpu-fp32-merged/model.onnx   all contexts in one graph, which has the context as an input
-    shared_assets/sha256-<hex>/         weights.bin; tokenizer.json
+    shared_assets/sha256-<hex>/         weights.bin; tokenizer.json, and token_ids.npy where it was trimmed
     report.json                         what validation found (outside of the digests)
 
 Reading needs neither torch nor onnxruntime. Everything is checked before it is used: the
@@ -26,6 +26,9 @@ from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any, TypeVar
 
+import numpy as np
+import numpy.typing as npt
+
 from cpcompile.artifact import Artifact
 from cpcompile.errors import CpcompileError, UsageError
 from cpcompile.files import NO_ROOM, file_digest, remove_leftovers, temporary_path
@@ -34,6 +37,8 @@ T = TypeVar("T")
 
 BUNDLE_VERSION = 3
 MANIFEST = "manifest.json"
+TOKEN_IDS = "token_ids.npy"
+"""Beside the tokenizer.json of a context whose vocabulary was trimmed: see `Bundle.token_ids`."""
 ROUTER = "router"
 """The component of engines that serve several contexts."""
 REPORTS = ("report.json", "report.html")
@@ -70,12 +75,22 @@ class Bundle:
     """What the build recorded: context indices, parameter accounting, source checkpoint, digests."""
     components: Mapping[str, Mapping[str, Any]]
 
-    @property
-    def tokenizer(self) -> Path:
-        """The tokenizer.json that all contexts share, verified."""
-        path = self._asset(self.metadata["tokenizer"]) / "tokenizer.json"
+    def tokenizer(self, context: str) -> Path:
+        """The tokenizer.json of `context`, verified."""
+        path = self._asset(self.metadata["tokenizers"][context]) / "tokenizer.json"
         self.verify(path)
         return path
+
+    def token_ids(self, context: str) -> npt.NDArray[np.int64] | None:
+        """The id that each token of `context` has in the whole vocabulary; None where the context has it whole."""
+        path = self._asset(self.metadata["tokenizers"][context]) / TOKEN_IDS
+        if path.relative_to(self.root).as_posix() not in self.metadata["files"]:
+            return None
+        self.verify(path)
+        try:
+            return np.asarray(np.load(path, allow_pickle=False), dtype=np.int64)
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{path}: cannot be read ({error}); build the bundle again") from error
 
     @property
     def bytes(self) -> int:
@@ -175,7 +190,8 @@ def _require_readable(bundle: Bundle) -> None:
     """Everything that is read later has the form that `seal` gives it; TypeError, KeyError or ValueError otherwise."""
     metadata = bundle.metadata
     _require(metadata["shared_weights"], bool, "shared_weights")
-    _require(metadata["tokenizer"], str, "tokenizer")
+    for context in bundle.contexts:
+        _require(_require(metadata["tokenizers"], dict, "tokenizers")[context], str, f"tokenizer of {context}")
     _require(metadata["checkpoint"], str, "checkpoint")
     for name, digest in _require(metadata["files"], dict, "files").items():
         _require(digest, str, f"the digest of {name}")
@@ -256,7 +272,10 @@ class BundleWriter:
         uri = asset_uri(folder)
         target = self.asset(uri)
         target.parent.mkdir(exist_ok=True)
-        folder.rename(target)
+        if target.exists():  # of another context, byte by byte the same
+            shutil.rmtree(folder)
+        else:
+            folder.rename(target)
         return uri
 
     def asset(self, uri: str) -> Path:

@@ -4,7 +4,7 @@ format, version     what the file is
 architecture        name and config of the model
 state               parameter name -> tensor
 selection           which units each context keeps (None in a dense checkpoint)
-contexts, tokenizer, training, held_out
+contexts, tokenizer, training, held_out, token_counts
 """
 
 from __future__ import annotations
@@ -54,6 +54,8 @@ class Checkpoint:
     """Run, settings, seed, data digests, versions, metrics, controls: plain containers."""
     held_out: Mapping[str, npt.NDArray[np.int32]] = field(default_factory=dict)
     """Held-out token ids per context, 1-D; empty where they were left out."""
+    token_counts: Mapping[str, npt.NDArray[np.int64]] = field(default_factory=dict)
+    """How often each token occurs in the training text of a context, (vocabulary,)."""
 
     @functools.cached_property
     def model(self) -> LanguageModel:
@@ -94,6 +96,7 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
             "held_out": {
                 context: torch.from_numpy(np.array(ids, dtype=np.int32)) for context, ids in checkpoint.held_out.items()
             },
+            "token_counts": {c: torch.from_numpy(np.asarray(n)) for c, n in checkpoint.token_counts.items()},
         },
         path,
     )
@@ -123,6 +126,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
             tokenizer=plain["tokenizer"],
             training=plain["training"],
             held_out={context: ids.numpy() for context, ids in plain["held_out"].items()},
+            token_counts={context: counts.numpy() for context, counts in plain.get("token_counts", {}).items()},
         )
         _require_consistent(checkpoint)
     except UsageError as error:
@@ -152,6 +156,9 @@ def _require_consistent(checkpoint: Checkpoint) -> None:
             raise ValueError(f"held_out of {context!r} is no list of token ids of one of the contexts")
         if ids.size and not 0 <= ids.min() <= ids.max() < config.vocabulary:
             raise ValueError(f"held_out of {context!r} has ids outside of the vocabulary of {config.vocabulary}")
+    for context, counts in checkpoint.token_counts.items():
+        if context not in contexts or counts.shape != (config.vocabulary,) or counts.dtype != np.int64:
+            raise ValueError(f"token_counts of {context!r} are not {config.vocabulary} integers of one of the contexts")
     if not isinstance(checkpoint.tokenizer, str):
         raise ValueError("the tokenizer is no text")
     override(TrainConfig(), training.get("settings", {}), where="training.settings")

@@ -210,6 +210,12 @@ def run_training(
 @click.option("--opset", type=click.Choice(["20", "23"]), default="23", help="ONNX opset of the graphs.")
 @click.option("--standalone", is_flag=True, help="Self-contained models instead of shared weights.")
 @click.option("--merged", is_flag=True, help="Add one engine for all contexts, with the context as an input.")
+@click.option(
+    "--vocabulary-coverage",
+    type=float,
+    metavar="PART",
+    help="Trim each context's vocabulary to the tokens that make up this part of its text (0.999, say).",
+)
 @click.option("--data", type=FilePath, help="Corpus whose held-out text replaces the checkpoint's.")
 @click.option("--rounds", default=ValidateConfig.rounds, help="Interleaved timing rounds per shape.")
 @click.option("--no-speed", is_flag=True, help="Leave the timings out.")
@@ -222,6 +228,7 @@ def build(
     opset: str,
     standalone: bool,
     merged: bool,
+    vocabulary_coverage: float | None,
     data: Path | None,
     rounds: int,
     no_speed: bool,
@@ -235,6 +242,7 @@ def build(
       cpcompile build model.pt
       cpcompile build model.pt -o model.cpc --contexts english,python
       cpcompile build model.pt --merged               # for a server of many contexts
+      cpcompile build model.pt --vocabulary-coverage 1  # only the tokens that a context's text needs
       cpcompile build model.pt --json > report.json
     """
     from cpcompile.console import stage_progress
@@ -250,6 +258,7 @@ def build(
             opset=int(opset),
             standalone=standalone,
             merged=merged,
+            coverage=vocabulary_coverage,
             data=data,
             config=config,
             progress=stage,

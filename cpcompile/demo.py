@@ -76,8 +76,8 @@ def run_demo(folder: Path, *, train: Callable[..., None], show: Callable[[Report
 
 def show_samples(bundle: Bundle) -> None:
     """A few lines that the engine of every context writes."""
-    tokenizer = parse_tokenizer(bundle.tokenizer.read_text(encoding="utf-8"))
     for context in bundle.contexts:
+        tokenizer = parse_tokenizer(bundle.tokenizer(context).read_text(encoding="utf-8"))
         prompt = PROMPTS.get(context, "The ")
         engine = load_engine(bundle, context)
         ids = list(engine.generate(tokenizer.encode(prompt).ids, tokens=80, temperature=0.6))

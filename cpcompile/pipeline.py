@@ -23,7 +23,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from cpcompile.accounting import Accounting, account
-from cpcompile.bundle import ROUTER, Bundle, BundleWriter, open_bundle
+from cpcompile.bundle import ROUTER, TOKEN_IDS, Bundle, BundleWriter, open_bundle
 from cpcompile.capture import capture
 from cpcompile.checkpoint import Checkpoint, architecture, load_checkpoint
 from cpcompile.config import ModelConfig, PretrainedConfig, TrainConfig, ValidateConfig
@@ -47,11 +47,13 @@ from cpcompile.report import (
     training_summary,
     write_report,
 )
+from cpcompile.selection import UnitKind
 from cpcompile.training.branch import Observer
 from cpcompile.training.corpus import load_corpus
 from cpcompile.training.tokenization import parse_tokenizer, vocabulary_size
 from cpcompile.training.trainer import dense_path, require_outputs, train
 from cpcompile.validation.validator import VariantResult, validate
+from cpcompile.vocabulary import TrimmedVocabulary, cut_tokenizer, needed_tokens, order_tokens
 
 Progress = Callable[[str, int, int | None], None]
 WEIGHTS_FILE = "weights.bin"
@@ -126,14 +128,18 @@ def build_bundle(
     config: ValidateConfig,
     progress: Progress,
     merged: bool = False,
+    coverage: float | None = None,
 ) -> tuple[Report, Path]:
     """`cpcompile build`: checkpoint `model` -> bundle with its report; returns the report and where the bundle is.
 
-    `merged` adds one engine for all contexts. A bundle that fails its validation does not replace an older one: it
-    goes to `out`.failed.
+    `merged` adds one engine for all contexts. `coverage` is the part of a context's text that its vocabulary covers
+    in the tokens that it had; None leaves the vocabulary whole. A bundle that fails its validation does not replace an
+    older one: it goes to `out`.failed.
     """
     if merged and standalone:
         raise UsageError("--merged is one engine whose weights all contexts share; leave out --standalone")
+    if merged and coverage is not None:
+        raise UsageError("--merged is one engine for all contexts, which have one vocabulary; leave it whole")
     stages = _Stages(progress)
     with stages("load"):
         checkpoint, dense = _load(model)
@@ -141,15 +147,22 @@ def build_bundle(
         if merged and len(chosen) < 2:
             raise UsageError(f"--merged joins several contexts, and there is only {chosen[0]}; leave it out")
         held_out = _held_out(checkpoint, data, progress)
+        order, trimmed = _trim(checkpoint, chosen, coverage) if coverage is not None else (None, {})
     with stages("capture"):
         eager = checkpoint.model
         dynamic = capture(eager, opset=opset)
     with stages("freeze"):
-        frozen = {context: freeze(dynamic, checkpoint.contexts.index(context)) for context in chosen}
-        accounts = {context: _account(context, frozen[context], eager, checkpoint) for context in chosen}
+        rows = _order_rows(dynamic, eager, order) if order is not None else None
+        frozen, accounts = {}, {}
+        for context in chosen:
+            tokens = rows[trimmed[context].kept].tolist() if rows is not None else None
+            frozen[context] = freeze(dynamic, checkpoint.contexts.index(context), tokens)
+            accounts[context] = _account(context, frozen[context], eager, checkpoint, tokens and len(tokens))
     with BundleWriter(out) as writer:
         with stages("export"):
-            bundle = _export(writer, dynamic, frozen, accounts, checkpoint, model, shared=not standalone, merged=merged)
+            bundle = _export(
+                writer, dynamic, frozen, accounts, checkpoint, trimmed, model, shared=not standalone, merged=merged
+            )
         build = stages.result()
         results = validate(
             bundle,
@@ -158,6 +171,7 @@ def build_bundle(
             config,
             held_out=held_out,
             sequence=_sequence(checkpoint),
+            trimmed=trimmed,
             progress=progress,
         )
         report = _report(bundle, checkpoint, dense, results, build, config)
@@ -183,6 +197,11 @@ def validate_bundle(
         config,
         held_out=_held_out(checkpoint, data, progress),
         sequence=_sequence(checkpoint),
+        trimmed={
+            context: TrimmedVocabulary(bundle.tokenizer(context).read_text(encoding="utf-8"), ids)
+            for context in bundle.contexts
+            if (ids := bundle.token_ids(context)) is not None
+        },
         progress=progress,
     )
     return _report(bundle, checkpoint, dense, results, build_of(path), config)
@@ -237,14 +256,37 @@ def _choose(contexts: Sequence[str] | None, checkpoint: Checkpoint, model: Path)
     return tuple(contexts or checkpoint.contexts)
 
 
-def _account(context: str, frozen: Frozen, eager: LanguageModel, checkpoint: Checkpoint) -> Accounting:
+def _trim(
+    checkpoint: Checkpoint, contexts: Sequence[str], coverage: float
+) -> tuple[npt.NDArray[np.int64], dict[str, TrimmedVocabulary]]:
+    """The vocabulary of each of `contexts`, and the order of the whole one in which they have runs of rows."""
+    missing = [context for context in contexts if context not in checkpoint.token_counts]
+    if missing:
+        raise UsageError(f"the checkpoint has no token counts of {', '.join(missing)}; train it again")
+    text = checkpoint.tokenizer
+    needed = {c: needed_tokens(text, checkpoint.token_counts[c], coverage=coverage) for c in contexts}
+    order = order_tokens(text, list(needed.values()), checkpoint.config.vocabulary)
+    return order, {c: cut_tokenizer(text, order[np.isin(order, ids)]) for c, ids in needed.items()}
+
+
+def _order_rows(dynamic: ir.Model, eager: LanguageModel, order: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Bring the vocabulary of `dynamic` into `order`; returns where each old token is now."""
+    for name, value in dynamic.graph.initializers.items():
+        if eager.parameter_kind(name) is UnitKind.VOCABULARY and value.const_value is not None:
+            value.const_value = ir.tensor(value.const_value.numpy()[order], name=name)
+    return np.argsort(order)
+
+
+def _account(
+    context: str, frozen: Frozen, eager: LanguageModel, checkpoint: Checkpoint, tokens: int | None
+) -> Accounting:
     assert checkpoint.selection is not None
     total = eager.parameter_sizes()
     return account(
         context,
         frozen.model.graph,
         total=total,
-        expected=eager.kept_sizes(checkpoint.selection, context),
+        expected=eager.kept_with_tokens(checkpoint.selection, context, tokens),
         kinds={name: kind for name in total if (kind := eager.parameter_kind(name)) is not None},
     )
 
@@ -255,12 +297,13 @@ def _export(
     frozen: Mapping[str, Frozen],
     accounts: Mapping[str, Accounting],
     checkpoint: Checkpoint,
+    trimmed: Mapping[str, TrimmedVocabulary],
     model: Path,
     *,
     shared: bool,
     merged: bool,
 ) -> Bundle:
-    """Write weights, tokenizer and engines, and seal the bundle."""
+    """Write weights, tokenizers and engines, and seal the bundle."""
     uri: str | None = None
     locations: Mapping[str, Location] = {}
     if shared:
@@ -278,9 +321,14 @@ def _export(
         uri = writer.add_asset(staging)
         for context in frozen:
             ShareWeights(context, plan)(frozen[context].model)
-    staging = writer.stage("tokenizer")
-    (staging / "tokenizer.json").write_text(checkpoint.tokenizer, encoding="utf-8")
-    tokenizer = writer.add_asset(staging)
+    tokenizers = {}
+    for context in frozen:
+        staging = writer.stage("tokenizer")
+        own = trimmed.get(context)
+        (staging / "tokenizer.json").write_text(own.tokenizer_json if own else checkpoint.tokenizer, encoding="utf-8")
+        if own:
+            np.save(staging / TOKEN_IDS, own.kept)
+        tokenizers[context] = writer.add_asset(staging)
     weights = writer.asset(uri) / WEIGHTS_FILE if uri else None
     for context in frozen:
         folder = writer.folder(context, SINGLE)
@@ -295,7 +343,7 @@ def _export(
         name=model.stem,
         metadata={
             "checkpoint": file_digest(model),
-            "tokenizer": tokenizer,
+            "tokenizers": tokenizers,
             "shared_weights": shared,
             "parameters": {context: _parameters(accounts[context]) for context in frozen},
         },

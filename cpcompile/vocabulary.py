@@ -31,6 +31,8 @@ Counts = Mapping[int, int] | npt.NDArray[np.integer[Any]]
 """How often each token id occurs: by id, or an array that the id indexes."""
 BYTES = frozenset(f"<0x{byte:02X}>" for byte in range(256))
 """The tokens of byte fallback."""
+END = "<|endoftext|>"
+"""The token that ends every document of a corpus."""
 _NEVER = 1 << 62
 _MEMBERS = ("normalizers", "pretokenizers", "processors", "decoders")
 
@@ -41,12 +43,13 @@ class TrimmedVocabulary:
 
     tokenizer_json: str
     kept: npt.NDArray[np.int64]
-    """The old id of every new id, ascending: the new tokens are in the old order."""
+    """The old id of every new id."""
 
     def renumber(self, ids: npt.ArrayLike) -> npt.NDArray[np.int64]:
         """The new ids of old `ids` (any shape); UsageError names an id that is not kept."""
         old = np.asarray(ids, dtype=np.int64)
-        new = np.searchsorted(self.kept, old).clip(max=self.kept.size - 1)
+        order = np.argsort(self.kept)
+        new = order[np.searchsorted(self.kept, old, sorter=order).clip(max=self.kept.size - 1)]
         if (dropped := old[self.kept[new] != old]).size:
             raise UsageError(f"token {dropped[0]} is not in the trimmed vocabulary; encode the text anew")
         return np.asarray(new, dtype=np.int64)
@@ -56,12 +59,15 @@ def trim_tokenizer(tokenizer_json: str, counts: Counts, *, coverage: float) -> T
     """Keep the most frequent tokens that make up `coverage` (0 to 1) of all `counts`, and what they need.
 
     tokenizer_json: the text of a tokenizer.json whose model is BPE or Unigram over bytes (ByteLevel or byte
-    fallback); counts: of the context's text. Every string is encoded and decoded as losslessly as before.
-    UsageError for any other tokenizer, and for counts of tokens that it does not have.
+    fallback); counts: of the context's text. Every string is encoded and decoded as losslessly as before; tokens stay
+    in the old order. UsageError for any other tokenizer, and for counts of tokens that it does not have.
     """
-    tokenizer = _load(tokenizer_json)
-    data = json.loads(tokenizer.to_str())  # one form, whatever the version that wrote the file
-    ids: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
+    return cut_tokenizer(tokenizer_json, needed_tokens(tokenizer_json, counts, coverage=coverage))
+
+
+def needed_tokens(tokenizer_json: str, counts: Counts, *, coverage: float) -> npt.NDArray[np.int64]:
+    """The ids that `trim_tokenizer` keeps, ascending."""
+    data, ids = _open(tokenizer_json)
     tokens = {number: token for token, number in ids.items()}
     if len(tokens) < len(ids):
         raise UsageError("the tokenizer gives one id to several tokens; number its tokens apart")
@@ -70,7 +76,33 @@ def trim_tokenizer(tokenizer_json: str, counts: Counts, *, coverage: float) -> T
     if unknown := named - tokens.keys():
         raise UsageError(f"the tokenizer names the id {min(unknown)}, which no token has; correct its tokenizer.json")
     needed = {ids[token] for token in (*frequent, *_alphabet(data), *_companions(data["model"], frequent))}
-    kept = np.array(sorted(needed | named), dtype=np.int64)
+    return np.array(sorted(needed | named), dtype=np.int64)
+
+
+def order_tokens(tokenizer_json: str, kept: Sequence[npt.NDArray[np.int64]], rows: int) -> npt.NDArray[np.int64]:
+    """An order of the ids 0 to `rows` - 1 in which tokens that the same of the sets `kept` hold lie side by side.
+
+    Tokens of more sets come first. Those that stand outside of the model keep their place behind it; a Unigram
+    vocabulary, whose ids are positions, keeps its order.
+    """
+    data, ids = _open(tokenizer_json)
+    if data["model"]["type"] == "Unigram":
+        return np.arange(rows)
+    held = np.zeros((rows, len(kept)), dtype=np.bool_)
+    for column, numbers in enumerate(kept):
+        held[numbers, column] = True
+    outside = np.zeros(rows, dtype=np.bool_)
+    outside[[number for token, number in ids.items() if token not in data["model"]["vocab"]]] = True
+    held[outside] = False
+    # The last key weighs most; equal tokens keep their order.
+    order = np.lexsort((*held.T[::-1] ^ True, -held.sum(axis=1), outside))
+    return np.asarray(order, dtype=np.int64)
+
+
+def cut_tokenizer(tokenizer_json: str, kept: npt.NDArray[np.int64]) -> TrimmedVocabulary:
+    """The tokenizer with the tokens `kept` alone, in that order: old ids, closed as `needed_tokens` makes them."""
+    data, ids = _open(tokenizer_json)
+    tokens = {number: token for token, number in ids.items()}
     new = {old: number for number, old in enumerate(kept.tolist())}
     for container, key in _places(data):
         container[key] = new[container[key]]
@@ -79,6 +111,31 @@ def trim_tokenizer(tokenizer_json: str, counts: Counts, *, coverage: float) -> T
     if _load(trimmed).get_vocab(with_added_tokens=True) != {tokens[old]: number for old, number in new.items()}:
         raise CpcompileError("the trimmed tokenizer numbers its tokens in another way; this is a defect of cpcompile")
     return TrimmedVocabulary(trimmed, kept)
+
+
+def reencode(
+    ids: npt.NDArray[np.integer[Any]], whole: str, trimmed: TrimmedVocabulary, *, end: str = END
+) -> npt.NDArray[np.int64]:
+    """The text of old `ids` in tokens of `trimmed`; `end` is the token between documents, `whole` the old tokenizer."""
+    before, after = _load(whole), _load(trimmed.tokenizer_json)
+    after.encode_special_tokens = True  # text that spells a special token is text
+    old_end, new_end = before.token_to_id(end), after.token_to_id(end)
+    if old_end is None or new_end is None:
+        raise UsageError(f"the tokenizer has no token {end!r}, which ends a document")
+    documents = np.split(ids, np.flatnonzero(ids == old_end) + 1)
+    new: list[int] = []
+    for document in documents:
+        if ended := bool(document.size) and document[-1] == old_end:
+            document = document[:-1]
+        new += after.encode(before.decode(document.tolist(), skip_special_tokens=False), add_special_tokens=False).ids
+        new += [new_end] if ended else []
+    return np.asarray(new, dtype=np.int64)
+
+
+def _open(tokenizer_json: str) -> tuple[dict[str, Any], dict[str, int]]:
+    """The JSON in one form, whatever the version that wrote the file, and the ids of all tokens."""
+    tokenizer = _load(tokenizer_json)
+    return json.loads(tokenizer.to_str()), tokenizer.get_vocab(with_added_tokens=True)
 
 
 def _load(tokenizer_json: str) -> Tokenizer:

@@ -72,6 +72,14 @@ class LanguageModel(nn.Module):
     def parameter_kind(self, name: str) -> UnitKind | None:
         """The kind of unit whose removal makes the parameter `name` smaller; None if nothing does."""
 
+    def kept_with_tokens(self, selection: Selection, context: str, tokens: int | None) -> dict[str, int]:
+        """`kept_sizes` where `tokens` of the vocabulary are left; None for all."""
+        sizes = self.kept_sizes(selection, context)
+        if tokens is None:
+            return sizes
+        rows = {name for name in sizes if self.parameter_kind(name) is UnitKind.VOCABULARY}
+        return {n: size // self.config.vocabulary * tokens if n in rows else size for n, size in sizes.items()}
+
     @abstractmethod
     def sort_units(self, selection: Selection) -> Selection:
         """Reorder units so that partitions lie side by side; returns the selection in the new order.

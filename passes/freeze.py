@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -13,6 +14,7 @@ from cpcompile.passes.eliminate_dead_channels import Blocked, EliminateDeadChann
 from cpcompile.passes.fold_constants import FoldConstants
 from cpcompile.passes.strip_metadata import StripMetadata
 from cpcompile.passes.transpose_parameters import TransposeParameters
+from cpcompile.passes.trim_vocabulary import Trimming, TrimVocabulary, compose_kept
 
 
 @dataclass(frozen=True)
@@ -29,21 +31,29 @@ class Frozen:
     blocked: tuple[Blocked, ...]
 
 
-def freeze(dynamic: ir.Model, context: int) -> Frozen:
-    """Bind `context` and remove what it does not use; `dynamic` stays as it is, tensors are shared."""
+def freeze(dynamic: ir.Model, context: int, tokens: Sequence[int] | None = None) -> Frozen:
+    """Bind `context` and remove what it does not use; `dynamic` stays as it is, tensors are shared.
+
+    tokens: ids that the context's text needs, ascending; the others leave the vocabulary. None keeps them all.
+    """
     model = dynamic.clone()
     clean_up = CleanUp(frozenset(dynamic.graph.initializers))
     for prepare in (BindContext(context), FoldConstants(), clean_up, CanonicalizeShapes(), clean_up):
         prepare(model)
     eliminated = EliminateDeadChannels(clean_up)(model)
     assert isinstance(eliminated, Elimination)
+    left = eliminated.kept
+    if tokens is not None:
+        trimmed = TrimVocabulary(tuple(tokens), clean_up=clean_up)(model)
+        assert isinstance(trimmed, Trimming)
+        left = compose_kept(left, trimmed.kept)
     transposed = TransposeParameters()(model)
     for finish in (clean_up, StripMetadata()):
         finish(model)
     permutations = dict(getattr(transposed, "permutations", {}))
     kept = {
         name: tuple(axes[axis] for axis in permutations.get(name, range(len(axes))))
-        for name, axes in eliminated.kept.items()
+        for name, axes in left.items()
         if name in model.graph.initializers
     }
     return Frozen(model, kept, permutations, eliminated.blocked)

@@ -89,6 +89,8 @@ class PretrainedDecoder(LanguageModel):
         names = {id(tensor): name for name, tensor in reversed(list(self.named_parameters(remove_duplicate=False)))}
         every = dict(self.named_parameters(remove_duplicate=False))
         self._tied = {name: names[id(tensor)] for name, tensor in every.items() if names[id(tensor)] != name}
+        layers = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[operator]
+        self._rows = {names[id(tensor)] for layer in layers for tensor in layer.parameters()}
         # A parameter under two names is stored once.
         self.register_state_dict_post_hook(_without_tied)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_with_tied)  # type: ignore[no-untyped-call]
@@ -139,6 +141,8 @@ class PretrainedDecoder(LanguageModel):
         return self.partitioned.kept_sizes(selection, context)
 
     def parameter_kind(self, name: str) -> UnitKind | None:
+        if name in self._rows:
+            return UnitKind.VOCABULARY
         return self.partitioned.parameter_kind(name)
 
     def sort_units(self, selection: Selection) -> Selection:

@@ -37,13 +37,13 @@ from cpcompile.errors import CpcompileError, UsageError
 from cpcompile.files import NO_ROOM
 from cpcompile.training.text_sources import Source, find_sources, pieces
 from cpcompile.training.tokenization import (
-    END,
     LEAST_VOCABULARY,
     parse_tokenizer,
     read_tokenizer,
     train_tokenizer,
     vocabulary_size,
 )
+from cpcompile.vocabulary import END
 
 Progress = Callable[[str, int, int | None], None]
 """Called with (stage, done, total), both in bytes of text; total is None where it is not known yet."""

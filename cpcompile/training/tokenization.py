@@ -13,8 +13,8 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from cpcompile.errors import UsageError
+from cpcompile.vocabulary import END
 
-END = "<|endoftext|>"
 LEAST_VOCABULARY = 257
 """The bytes and `END`."""
 PROBE = f"Aa  1\t\r\n\x00\x7f \u00e9e\u0301 \u6f22 \U0001f600\u200d  <s>{END} \ufeff."

@@ -235,7 +235,8 @@ def _train(run: Run, out: Path, identity: Mapping[str, Any], *, held_out: bool) 
     }
     assert partition.selection is not None
     by_partition = partition.model.sort_units(partition.selection)
-    checkpoint = Checkpoint(state=partition.model.state_dict(), selection=by_partition, **shared)
+    counts = {c: np.bincount(corpus.train[c].ids, minlength=run.model_config.vocabulary) for c in corpus.contexts}
+    checkpoint = Checkpoint(state=partition.model.state_dict(), selection=by_partition, token_counts=counts, **shared)
     save_checkpoint(Checkpoint(state=baseline.model.state_dict(), **shared), dense_path(out))
     save_checkpoint(checkpoint, out)
     return checkpoint

@@ -78,6 +78,8 @@ class EagerReference:
 
     single: LanguageModel
     double: LanguageModel
+    token_ids: IntArray | None = None
+    """Of an engine with a part of the vocabulary: the model's id of each of its tokens."""
 
     @classmethod
     def of(cls, model: LanguageModel) -> EagerReference:
@@ -86,9 +88,17 @@ class EagerReference:
 
     def logits(self, ids: IntArray, context: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float64]]:
         """Logits (batch, sequence, vocabulary) in float32 and float64."""
+        ids = ids if self.token_ids is None else self.token_ids[ids]
         arguments = (torch.from_numpy(ids), torch.tensor(context) if self.single.contexts else None)
         with torch.inference_mode():
-            return self.single(*arguments).numpy(), self.double(*arguments).numpy()
+            single, double = self.single(*arguments).numpy(), self.double(*arguments).numpy()
+        return (
+            (single, double) if self.token_ids is None else (single[..., self.token_ids], double[..., self.token_ids])
+        )
+
+    @property
+    def vocabulary(self) -> int:
+        return self.single.config.vocabulary if self.token_ids is None else len(self.token_ids)
 
 
 def check_parity(
@@ -107,7 +117,7 @@ def check_parity(
     """
     if token_windows.size == 0:
         return Parity.without_numbers("inconclusive", "there is no held-out text of this context")
-    vocabulary = masked_model.single.config.vocabulary
+    vocabulary = masked_model.vocabulary
     eager_error = engine_error = difference = divergence = 0.0
     agreed = positions = 0
     for ids in _batches(token_windows, shapes):

@@ -2,6 +2,9 @@
 
     loss = -mean log softmax(logits)[next token],   perplexity = exp(loss)
 
+An engine with a part of the vocabulary may need more tokens for the same text: its perplexity is exp(loss * ratio), per
+token of the whole vocabulary, so that both sides speak of the same text.
+
 Log-sum-exp and sums are float64, over the same windows on both sides: every token is predicted
 once, and the first token of a window is only context.
 """
@@ -31,6 +34,8 @@ class Score:
     accuracy: float
     """Fraction of tokens that the likeliest logit names."""
     tokens: int
+    ratio: float = 1.0
+    """Tokens of the text for each of the whole vocabulary, per which the perplexity is stated."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +66,11 @@ def cut_windows(ids: npt.NDArray[Any], sequence: int) -> IntArray:
     return windows
 
 
-def measure_score(run: Run, windows: IntArray, *, batch: int = 4) -> Score:
-    """Score `run` on windows (n, length + 1), `batch` of them at a time."""
+def measure_score(run: Run, windows: IntArray, *, batch: int = 4, ratio: float = 1.0) -> Score:
+    """Score `run` on windows (n, length + 1), `batch` of them at a time.
+
+    ratio: tokens that the text has here for each of the whole vocabulary, per which the perplexity is then stated.
+    """
     loss, right = 0.0, 0
     for start in range(0, len(windows), batch):
         part = windows[start : start + batch]
@@ -71,7 +79,7 @@ def measure_score(run: Run, windows: IntArray, *, batch: int = 4) -> Score:
         loss -= float(np.take_along_axis(log_probabilities, labels[..., None], axis=-1).sum())
         right += int((log_probabilities.argmax(axis=-1) == labels).sum())
     tokens = windows[:, 1:].size
-    return Score(perplexity=_exp(loss / tokens), accuracy=right / tokens, tokens=tokens)
+    return Score(perplexity=_exp(loss / tokens * ratio), accuracy=right / tokens, tokens=tokens, ratio=ratio)
 
 
 def compare_quality(engine: Score | str, dense: Score | str) -> Quality:
@@ -81,6 +89,8 @@ def compare_quality(engine: Score | str, dense: Score | str) -> Quality:
     for prefix, side in (("", engine), ("dense_", dense)):
         for name in ("perplexity", "accuracy"):
             value = side if isinstance(side, str) else getattr(side, name)
+            if name == "accuracy" and isinstance(engine, Score) and engine.ratio != 1:
+                value = f"the trimmed vocabulary cuts the text into {engine.ratio:.3f} times the tokens: not comparable"
             if isinstance(value, float) and not math.isfinite(value):
                 value = f"{name} is {value}: the logits are not finite or rule out a token that occurs"
             sides[prefix + name] = value if isinstance(value, float) else None

@@ -26,6 +26,7 @@ from cpcompile.validation.parity import EagerReference, EngineRun, Parity, check
 from cpcompile.validation.placement import Placement, measure_placement
 from cpcompile.validation.quality import IntArray, Quality, Run, Score, compare_quality, cut_windows, measure_score
 from cpcompile.validation.speed import NO_SPINNING_AFTER_RUN, Speed, measure_speed
+from cpcompile.vocabulary import TrimmedVocabulary, reencode
 
 Progress = Callable[[str, int, int | None], None]
 """(stage, engines done, engines in all)."""
@@ -95,6 +96,18 @@ class _Against:
     threads: int
 
 
+@dataclass(frozen=True)
+class _Text:
+    """Held-out text of one context as its engine reads it."""
+
+    ids: IntArray
+    windows: IntArray
+    token_ids: IntArray | None = None
+    """The id of each of the engine's tokens in the whole vocabulary, where it has a part."""
+    ratio: float = 1.0
+    """Tokens for each of the whole vocabulary."""
+
+
 def validate(
     bundle: Bundle,
     checkpoint: Checkpoint,
@@ -103,11 +116,13 @@ def validate(
     *,
     held_out: Mapping[str, npt.NDArray[Any]],
     sequence: int,
+    trimmed: Mapping[str, TrimmedVocabulary] | None = None,
     progress: Progress | None = None,
 ) -> tuple[VariantResult, ...]:
     """Parity, quality, memory, speed and placement of every engine in `bundle`.
 
-    `held_out` maps a context to token ids (1-D), cut into windows of `sequence` predictions for quality.
+    `held_out` maps a context to token ids (1-D), cut into windows of `sequence` predictions for quality; `trimmed`
+    names the contexts that have a part of the vocabulary.
     UsageError: a context of the bundle that the checkpoint does not have, a damaged bundle.
     CpcompileError: an engine that cannot be loaded.
     """
@@ -138,21 +153,26 @@ def validate(
             windows = cut_windows(ids, sequence)
             if context not in dense_scores:
                 dense_scores[context] = _dense_score(against.dense, windows)
-            results.append(_validate_variant(bundle, variant, against, ids, windows, dense_scores[context]))
+            text = _Text(ids, windows)
+            if trimmed and context in trimmed:
+                own = reencode(ids, checkpoint.tokenizer, trimmed[context])
+                ratio = (len(own) - 1) / (len(ids) - 1) if len(ids) > 1 else 1.0
+                text = _Text(own, cut_windows(own, sequence), trimmed[context].kept, ratio)
+            results.append(_validate_variant(bundle, variant, against, text, dense_scores[context]))
             report(STAGE, done, len(variants))
     return tuple(results)
 
 
 def _validate_variant(
-    bundle: Bundle, variant: Variant, against: _Against, ids: IntArray, windows: IntArray, dense_score: Score | str
+    bundle: Bundle, variant: Variant, against: _Against, text: _Text, dense_score: Score | str
 ) -> VariantResult:
-    config = against.config
+    config, windows = against.config, text.windows
     engine = load_engine(bundle, variant.context, variant.name, threads=against.threads)
     parity = check_parity(
         all_outputs(engine),
-        against.reference,
+        dataclasses.replace(against.reference, token_ids=text.token_ids),
         against.checkpoint.contexts.index(variant.context),
-        ids,
+        text.ids,
         config.shapes,
         config.tolerance_multiple,
     )
@@ -162,8 +182,8 @@ def _validate_variant(
         quality, speed = compare_quality(reason, dense_score), Speed.not_run(reason)
         memory, placement = compare_memory(reason, against.dense_memory), Placement.not_run(reason)
     else:
-        score = measure_score(engine.run, windows) if len(windows) else NO_TEXT
-        quality, speed = compare_quality(score, dense_score), _speed(variant, against, ids)
+        score = measure_score(engine.run, windows, ratio=text.ratio) if len(windows) else NO_TEXT
+        quality, speed = compare_quality(score, dense_score), _speed(variant, against, text)
         memory, placement = _memory(bundle, variant, against), measure_placement(variant, PLACEMENT_IDS)
     return VariantResult(
         context=variant.context,
@@ -187,12 +207,13 @@ def all_outputs(engine: Engine) -> EngineRun:
     return lambda ids: dict(zip(names, engine.session.run(names, feeds_of(engine.variant, ids)), strict=True))
 
 
-def eager_run(model: LanguageModel) -> Run:
-    """The ungated eager model as a function of numpy arrays."""
+def eager_run(model: LanguageModel, token_ids: IntArray | None = None) -> Run:
+    """The ungated eager model as a function of numpy arrays; of `token_ids` where its input counts those."""
 
     def run(ids: IntArray) -> npt.NDArray[np.float32]:
         with torch.inference_mode():
-            logits: npt.NDArray[np.float32] = model(torch.from_numpy(ids)).numpy()
+            own = ids if token_ids is None else token_ids[ids]
+            logits: npt.NDArray[np.float32] = model(torch.from_numpy(own)).numpy()
         return logits
 
     return run
@@ -204,7 +225,7 @@ def _dense_score(dense: LanguageModel | None, windows: IntArray) -> Score | str:
     return measure_score(eager_run(dense), windows) if len(windows) else NO_TEXT
 
 
-def _speed(variant: Variant, against: _Against, ids: IntArray) -> Speed:
+def _speed(variant: Variant, against: _Against, text: _Text) -> Speed:
     config = against.config
     if not config.speed:
         return Speed.not_run("speed measurements were switched off")
@@ -213,8 +234,8 @@ def _speed(variant: Variant, against: _Against, ids: IntArray) -> Speed:
         options.add_session_config_entry(key, value)
     return measure_speed(
         Engine(variant, create_session(variant, options)).run,
-        eager_run(against.dense) if against.dense else NO_DENSE,
-        ids if len(ids) else np.zeros(1, dtype=np.int64),
+        eager_run(against.dense, text.token_ids) if against.dense else NO_DENSE,
+        text.ids if len(text.ids) else np.zeros(1, dtype=np.int64),
         config.speed_shapes,
         rounds=config.rounds,
         threads=against.threads,

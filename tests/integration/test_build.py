@@ -16,6 +16,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from tokenizers import Tokenizer
 
 from cpcompile.bundle import open_bundle
 from cpcompile.checkpoint import load_checkpoint
@@ -23,6 +24,7 @@ from cpcompile.cli import main
 from cpcompile.report import SCHEMA
 from cpcompile.runtime import load_engine
 from cpcompile.selection import UnitKind
+from cpcompile.training.tokenization import parse_tokenizer
 
 FAST = ["--no-speed", "--no-memory"]
 IDS = np.arange(34, dtype=np.int64).reshape(2, 17) * 11 % 500
@@ -99,6 +101,51 @@ def test_what_cannot_be_merged_is_refused(model: Path, tmp_path: Path, flags: li
     assert result.exit_code == 2
     assert says in result.output
     assert not list(tmp_path.iterdir())
+
+
+def test_each_context_can_have_the_vocabulary_that_its_text_needs(
+    model: Path, corpus_folder: Path, tmp_path: Path
+) -> None:
+    result = run("build", model, "-o", tmp_path / "small.cpc", "--vocabulary-coverage", 0.9, *FAST, "--json")
+    assert result.exit_code in (0, 1), result.output
+    report = json.loads(result.stdout)
+    jsonschema.validate(report, json.loads(SCHEMA.read_text()))
+    (built,) = tmp_path.iterdir()
+    bundle, checkpoint = open_bundle(built), load_checkpoint(model)
+    whole = parse_tokenizer(checkpoint.tokenizer)
+    text = (corpus_folder / "english").read_text() if (corpus_folder / "english").is_file() else "Return the sum.\n é"
+    kept = {}
+    for index, context in enumerate(report["contexts"]):
+        name = context["name"]
+        (variant,) = context["variants"]
+        ids = bundle.token_ids(name)
+        assert ids is not None
+        kept[name] = len(ids)
+        assert variant["parity"]["verdict"] == "pass"
+        assert 0.5 < variant["quality"]["perplexity"] / variant["quality"]["dense_perplexity"] < 2
+        assert context["parameters"]["removed_by_kind"]["vocabulary"] == (512 - len(ids)) * checkpoint.config.width
+        tokenizer = Tokenizer.from_file(str(bundle.tokenizer(name)))
+        assert tokenizer.decode(tokenizer.encode(text).ids) == text
+        # A token of the context means the same to both: the engine's logits are those of the eager model's rows.
+        new = np.arange(10, dtype=np.int64)[None] * 7
+        assert [tokenizer.id_to_token(int(i)) for i in new[0]] == [whole.id_to_token(int(i)) for i in ids[new[0]]]
+        with torch.no_grad():
+            expected = checkpoint.model(torch.from_numpy(ids[new]), torch.tensor(index)).numpy()[..., ids]
+        assert np.abs(load_engine(bundle, name).run(new) - expected).max() <= 1e-4
+    assert max(kept.values()) < 512
+    assert len(set(kept.values())) > 1
+    again = run("validate", built, "--model", model, *FAST, "--json")
+    assert (
+        json.loads(again.stdout)["contexts"][0]["variants"][0]["parity"]
+        == report["contexts"][0]["variants"][0]["parity"]
+    )
+
+
+@pytest.mark.parametrize("coverage", ["0", "1.5", "nan"])
+def test_a_coverage_is_a_part(model: Path, tmp_path: Path, coverage: str) -> None:
+    result = run("build", model, "-o", tmp_path / "x.cpc", "--vocabulary-coverage", coverage)
+    assert result.exit_code == 2
+    assert "a fraction above 0 and up to 1 is needed" in result.output
 
 
 def test_every_parameter_is_accounted_for(bundle: Path, model: Path) -> None:

@@ -23,10 +23,22 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from cpcompile.errors import CpcompileError, UsageError
-from cpcompile.vocabulary import BYTES, TrimmedVocabulary, merge_path, trim_tokenizer
+from cpcompile.training.tokenization import train_tokenizer
+from cpcompile.vocabulary import (
+    BYTES,
+    END,
+    TrimmedVocabulary,
+    cut_tokenizer,
+    merge_path,
+    needed_tokens,
+    order_tokens,
+    reencode,
+    trim_tokenizer,
+)
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 ALL_BYTES = sorted(BYTES)
+SAMPLE = textwrap.dedent(argparse.__doc__ or "") * 2
 PROBES = [
     "",
     " ",
@@ -406,3 +418,45 @@ def test_a_real_tokenizer() -> None:
             assert after.decode(ids_of(after, each)) == before.decode(ids_of(before, each))
         if coverage == 1:
             assert ids_of(after, TEXT) == vocabulary.renumber(ids_of(before, TEXT)).tolist()
+
+
+def test_tokens_of_the_same_contexts_lie_side_by_side() -> None:
+    whole = KINDS[0]()
+    rows = max(whole.get_vocab().values()) + 3  # an embedding may have more rows than there are tokens
+    sets = [np.array([10, 15, 17, 19]), np.array([10, 17, 18]), np.array([10, 19])]
+    order = order_tokens(whole.to_str(), sets, rows)
+    assert sorted(order.tolist()) == list(range(rows))
+    assert order[:5].tolist() == [10, 17, 19, 15, 18]
+    assert order_tokens(unigram().to_str(), sets, rows).tolist() == list(range(rows))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_can_stand_in_another_order(kind: Callable[[], Tokenizer]) -> None:
+    whole = kind()
+    text = whole.to_str()
+    counts = Counter(ids_of(whole, SAMPLE))
+    kept = needed_tokens(text, counts, coverage=0.9)
+    order = order_tokens(text, [kept[::2], kept], max(whole.get_vocab().values()) + 1)
+    cut = cut_tokenizer(text, order[np.isin(order, kept)])
+    assert sorted(cut.kept.tolist()) == kept.tolist()
+    tokenizer = Tokenizer.from_str(cut.tokenizer_json)
+    ascending = trim_tokenizer(text, counts, coverage=0.9)
+    assert [cut.kept[i] for i in ids_of(tokenizer, SAMPLE)] == [
+        ascending.kept[i] for i in ids_of(Tokenizer.from_str(ascending.tokenizer_json), SAMPLE)
+    ]
+    assert cut.renumber(cut.kept).tolist() == list(range(len(kept)))
+
+
+def test_text_is_encoded_anew_document_by_document() -> None:
+    whole = train_tokenizer([SAMPLE, SAMPLE], 400)
+    end = whole.token_to_id(END)
+    documents = [SAMPLE, "", f"text that spells {END} is text", "é 漢"]
+    whole.encode_special_tokens = True
+    ids = np.array([i for text in documents for i in (*whole.encode(text).ids, end)][:-1], dtype=np.int32)
+    small = trim_tokenizer(whole.to_str(), Counter(whole.encode("text that is text").ids), coverage=1.0)
+    new = reencode(ids, whole.to_str(), small)
+    tokenizer = Tokenizer.from_str(small.tokenizer_json)
+    parts = np.split(new, np.flatnonzero(new == tokenizer.token_to_id(END)) + 1)
+    assert [tokenizer.decode(part.tolist(), skip_special_tokens=True) for part in parts] == documents
+    assert new.max() < len(small.kept)
+    assert len(new) > len(ids)

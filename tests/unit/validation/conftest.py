@@ -92,7 +92,11 @@ def make_bundle(captured: ir.Model, tmp_path_factory: pytest.TempPathFactory) ->
                 writer.add_variant(name, artifact, weights=None)
             counts = {"total": 5, "kept": 3, "removed": 2, "removed_by_kind": {"ffn": 2}}
             parameters = dict.fromkeys(contexts or CONTEXTS, counts)
-            tokenizer = {"tokenizer": f"sha256:{'0' * 64}", "shared_weights": False, "checkpoint": "0" * 64}
+            tokenizer = {
+                "tokenizers": dict.fromkeys(contexts or CONTEXTS, f"sha256:{'0' * 64}"),
+                "shared_weights": False,
+                "checkpoint": "0" * 64,
+            }
             writer.seal(name="test", metadata=tokenizer | {"parameters": parameters})
             return open_bundle(writer.commit())
 

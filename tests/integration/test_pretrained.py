@@ -1,0 +1,137 @@
+"""`cpcompile train --from-pretrained` and `build` on a tiny Llama and GPT-2 with random weights."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+from cpcompile.bundle import open_bundle
+from cpcompile.checkpoint import load_checkpoint
+from cpcompile.cli import main
+from cpcompile.runtime import load_engine
+from cpcompile.selection import UnitKind
+from cpcompile.training.corpus import Corpus
+
+transformers = pytest.importorskip("transformers", reason="needs the extra hf: pip install 'cpcompile[hf]'")
+
+MODELS: dict[str, Any] = {
+    "llama": lambda: transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=520,  # more rows than tokens
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            intermediate_size=64,
+            tie_word_embeddings=True,
+        )
+    ),
+    "gpt2": lambda: transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=512, n_embd=32, n_layer=2, n_head=4, n_positions=256)
+    ),
+}
+SHORT = ["--sequence", 32, "--batch", 2]
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def folder(request: pytest.FixtureRequest, corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as Hugging Face's `save_pretrained` writes it."""
+    folder: Path = tmp_path_factory.mktemp(request.param)
+    torch.manual_seed(0)
+    MODELS[request.param]().save_pretrained(folder)
+    (folder / "tokenizer.json").write_text(corpus.tokenizer, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path, corpus_folder: Path, cache: Path) -> Path:
+    """Trained for a few steps, after least squares."""
+    out = folder / "model.pt"
+    train = ["train", "--data", corpus_folder, "--cache", cache, "--from-pretrained", folder, "-o", out]
+    result = run(*train, *SHORT, "--steps", 4, "--recover", "least-squares", "--controls", "one-mask")
+    assert result.exit_code == 0, result.output
+    return out
+
+
+def test_it_is_partitioned_by_its_own_names(model: Path) -> None:
+    checkpoint, dense = load_checkpoint(model), load_checkpoint(model.with_name("model.dense.pt"))
+    assert checkpoint.selection is not None
+    assert set(checkpoint.selection.kept_fraction(UnitKind.FFN).values()) == {0.5}
+    assert set(checkpoint.selection.kept_fraction(UnitKind.HEAD).values()) == {0.75}
+    own = transformers.AutoModelForCausalLM.from_pretrained(model.parent, local_files_only=True)
+    assert set(dense.state) == {name for name, _ in own.named_parameters()}
+    tables = {name: value for name, value in checkpoint.state.items() if name.endswith(".table")}
+    assert set(checkpoint.state) - set(tables) == set(dense.state)
+    for kind in checkpoint.selection.kept:
+        for layer, gate in enumerate(checkpoint.model.gates(kind)):
+            assert np.array_equal(gate.table.detach().numpy() != 0, checkpoint.selection.kept[kind][:, layer])
+    assert set(checkpoint.training["controls"]) == {"one-mask"}
+
+
+def test_a_run_without_steps_is_the_model_as_it_came(
+    folder: Path, corpus_folder: Path, cache: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "model.pt"
+    train = ["train", "--data", corpus_folder, "--cache", cache, "--from-pretrained", folder, "-o", out, *SHORT]
+    result = run(*train, "--steps", 0)
+    assert result.exit_code == 0, result.output
+    own = transformers.AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).eval()
+    checkpoint, dense = load_checkpoint(out), load_checkpoint(tmp_path / "model.dense.pt")
+    ids = torch.arange(34).reshape(2, 17)
+    with torch.no_grad():
+        assert torch.allclose(dense.model(ids), own(ids).logits, atol=1e-6)
+        # Units were reordered for storage: with all gates at 1 the function is still the same.
+        whole = {n: torch.ones_like(v) if n.endswith(".table") else v for n, v in checkpoint.state.items()}
+        checkpoint.model.load_state_dict(whole)
+        assert torch.allclose(checkpoint.model(ids, torch.tensor(1)), own(ids).logits, atol=1e-5)
+
+
+def test_it_is_built_like_our_own(model: Path, tmp_path: Path) -> None:
+    result = run("build", model, "-o", tmp_path / "m.cpc", "--no-speed", "--no-memory", "--json")
+    assert result.exit_code in (0, 1), result.output
+    report = json.loads(result.stdout)
+    (built,) = tmp_path.iterdir()
+    checkpoint = load_checkpoint(model)
+    ids = np.arange(34, dtype=np.int64).reshape(2, 17) * 11 % 500
+    for index, context in enumerate(report["contexts"]):
+        assert context["variants"][0]["parity"]["verdict"] == "pass"
+        assert set(context["parameters"]["removed_by_kind"]) == {"ffn", "head"}
+        with torch.no_grad():
+            expected = checkpoint.model(torch.from_numpy(ids), torch.tensor(index)).numpy()
+        assert np.abs(load_engine(open_bundle(built), context["name"]).run(ids) - expected).max() <= 1e-4
+    assert report["model"]["architecture"] == "hugging_face"
+
+
+def test_its_vocabulary_can_be_trimmed(model: Path, tmp_path: Path) -> None:
+    flags = ("--vocabulary-coverage", 0.9, "--contexts", "english", "--no-speed", "--no-memory", "--json")
+    result = run("build", model, "-o", tmp_path / "m.cpc", *flags)
+    assert result.exit_code in (0, 1), result.output
+    (context,) = json.loads(result.stdout)["contexts"]
+    assert context["variants"][0]["parity"]["verdict"] == "pass"
+    assert context["parameters"]["removed_by_kind"]["vocabulary"] > 0
+
+
+def test_what_is_no_model_is_refused(corpus_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "two").mkdir()
+    for name in "ab":
+        (tmp_path / "two" / f"{name}.gguf").touch()
+    train = ["train", "--data", corpus_folder, "-o", tmp_path / "m.pt", "--from-pretrained"]
+    for arguments, message in {
+        (*train, tmp_path / "nowhere"): "there is no such folder; models are read from disk",
+        (*train, tmp_path / "empty"): "cannot be read as a Hugging Face model",
+        (*train, tmp_path / "two"): "has 2 GGUF files",
+        (*train, tmp_path / "empty", "--preset", "nano"): "brings shape and tokenizer",
+        (*train[:-1], "--recover", "least-squares", "--steps", 4, "--preset", "nano"): "are for pretrained models",
+    }.items():
+        result = run(*arguments)
+        assert result.exit_code == 2, (arguments, result.output)
+        assert message in " ".join(result.output.split()), (arguments, result.output)
