@@ -145,7 +145,7 @@ class TrainConfig:
     clip: float = 1.0
     """Gradient norm above which gradients are scaled down."""
     budgets: Mapping[str, float] = field(default_factory=lambda: {"ffn": 0.25, "head": 0.5})
-    """Fraction of the units of a kind that each context keeps."""
+    """Fraction of the units of a kind that each context keeps; kinds that a model does not have say nothing."""
     core_fractions: Mapping[str, float] = field(default_factory=lambda: {"ffn": 0.5, "head": 0.5})
     """Part of the budget of a kind that all contexts share. The shorter the training, the more: each context
     trains its own units alone."""
@@ -214,9 +214,10 @@ class TrainConfig:
             f"train.steps is {self.steps}: one dense step and one partition step are the least",
         )
         for kind, budget in self.budgets.items():
-            _require(kind in ("ffn", "head"), f"train.budgets: {kind!r} is not a kind that is trained (ffn, head)")
+            kinds = ("ffn", "head", "expert")
+            _require(kind in kinds, f"train.budgets: {kind!r} is none of the kinds {', '.join(kinds)}")
             _require(0 < budget <= 1, f"train.budgets: {kind} = {budget}; a budget is above 0 and at most 1")
-        _require(set(self.budgets) == {"ffn", "head"}, "train.budgets: name both kinds, ffn and head; 1.0 keeps all")
+        _require({"ffn", "head"} <= set(self.budgets), "train.budgets: name both ffn and head; 1.0 keeps all")
         _require(self.core_fractions.keys() == self.budgets.keys(), "train.core_fractions: name the kinds of budgets")
         for kind, fraction in self.core_fractions.items():
             _require(0 <= fraction <= 1, f"train.core_fractions: {kind} = {fraction}; it lies from 0 to 1")
@@ -237,7 +238,8 @@ PRETRAINED_TRAIN = TrainConfig(
     batch=2,
     dense_fraction=0.0,
     learning_rate=1e-4,
-    budgets={"ffn": 0.5, "head": 0.75},
+    budgets={"ffn": 0.5, "head": 0.75, "expert": 0.5},
+    core_fractions={"ffn": 0.5, "head": 0.5, "expert": 0.5},
     specificity=-0.5,
     importance_sequences=64,
     recalibrations=0,

@@ -3,6 +3,7 @@
     trace       torch.export -> a graph of aten operators; every parameter axis gets labels
     flow        rules        labels run through the operators: what is removed together has one label   (union-find)
     groups      labels that end at the same consumers form a group; units; what cannot be gated, and why
+    experts     routers with the experts that they pick, each a unit
     partition   gates in front of the consumers, proven to change nothing -> PartitionedModule
     capture_partitioned   the dynamic ONNX graph, which `cpcompile.passes.freeze` makes smaller
 

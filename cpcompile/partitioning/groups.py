@@ -25,7 +25,7 @@ IntArray = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Consumer:
-    """A module whose input is gated."""
+    """A module whose input is gated; of experts first the router, then the module that has their weights."""
 
     module: str
     parameter: str
@@ -46,6 +46,8 @@ class Group:
     consumers: tuple[Consumer, ...]
     parameters: Mapping[str, tuple[IntArray | None, ...]]
     """Parameter -> per axis the unit of every position, -1 where none; None for an axis that stays whole."""
+    fewest: int = 0
+    """A context keeps at least so many units: the experts that the router picks for a token."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,15 @@ class Found:
             first += group.units
         return numbers
 
+    def __add__(self, other: Found) -> Found:
+        """Both; groups in this order."""
+        return Found(
+            self.groups + other.groups,
+            self.refused + other.refused,
+            self._units + other._units,
+            self._calls + other._calls,
+        )
+
     def calls(self, groups: Sequence[Group]) -> Counter[tuple[str, str]]:
         """How often one forward pass reads channels of a group by a consumer: (group, module) -> calls."""
         pairs = [(group.name, self._calls[self.groups.index(group)]) for group in groups]
@@ -124,7 +135,7 @@ def find_groups(traced: Traced, align: int) -> Found:
         calls.append(Counter(consumer.module for consumer in consumers))
         numbers.append(unit_of_root)
         once = tuple({consumer.module: consumer for consumer in consumers}.values())
-        groups.append(Group(_name(cut, once), kind, units, width, once, cut))
+        groups.append(Group(common_name(cut, once), kind, units, width, once, cut))
     return Found(_with_own_names(groups), tuple(refused), tuple(numbers), tuple(calls))
 
 
@@ -187,7 +198,7 @@ def _consumer(traced: Traced, end: Exit, unit_of_root: Mapping[int, int]) -> Con
     if not any(own is tensor for own in traced.model.get_submodule(path).parameters(recurse=False)):
         return f"{place(end.node)} uses {parameter} by a function: let a module such as nn.Linear do it"
     entry = _entry(end.source, path)
-    if entry is None or _inputs(traced, end.node) != {entry}:
+    if entry is None or inputs_of(traced, end.node) != {entry}:
         name = path or type(traced.model).__name__
         return f"{name} computes what {place(end.node)} reads: let a module of its own, such as nn.Linear, read it"
     value = traced.flow.values[entry]
@@ -201,7 +212,7 @@ def _consumer(traced: Traced, end: Exit, unit_of_root: Mapping[int, int]) -> Con
     return f"the channels that {path} reads do not lie along one axis of its input"
 
 
-def _inputs(traced: Traced, node: fx.Node) -> set[fx.Node]:
+def inputs_of(traced: Traced, node: fx.Node) -> set[fx.Node]:
     """Activations from outside that the call of the innermost module around `node` reads."""
     stack = list(node.meta["nn_module_stack"])
     inside = {n for n in node.graph.nodes if list(n.meta.get("nn_module_stack") or ())[: len(stack)] == stack}
@@ -239,7 +250,7 @@ def _units_of(flow: Flow, labels: Facet, unit_of_root: Mapping[int, int]) -> Int
     return units if (units >= 0).any() else None
 
 
-def _name(cut: Mapping[str, object], consumers: Sequence[Consumer]) -> str:
+def common_name(cut: Mapping[str, object], consumers: Sequence[Consumer]) -> str:
     """The module that all parameters of the group belong to; the consumer where that is the whole model."""
     owners = [name.split(".")[:-1] for name in cut]
     common = []

@@ -59,8 +59,8 @@ def load_hugging_face(folder: Path, *, gguf_file: str | None = None) -> Ready:
         names = tuple(config.architectures or ())
         causal = gguf_file is not None or any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names)
         loader = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
-        if "T5EncoderModel" in names:
-            loader = transformers.T5EncoderModel
+        if names and names[0] in ("T5EncoderModel", "MT5EncoderModel", "UMT5EncoderModel"):
+            loader = getattr(transformers, names[0])
         return prepare_hugging_face(loader.from_pretrained(folder, **settings))
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise UsageError(
@@ -75,9 +75,12 @@ def prepare_hugging_face(model: Any) -> Ready:
     model.eval()
     config = model.config
     batch = torch.export.Dim("batch")
-    if config.model_type == "t5":
+    if config.model_type in ("t5", "mt5", "umt5"):
         # sdpa with a position bias gives strides that torch.onnx cannot decompose (torch 2.13).
         model.set_attn_implementation("eager")
+    if hasattr(config, "num_experts_per_tok"):
+        # The others loop over the experts that are hit, or sort tokens by expert, which torch.onnx cannot export.
+        model.set_experts_implementation("batched_mm")
     _apply_conv1d_without_views(model)
     if model.main_input_name == "pixel_values":
         size = config.image_size if isinstance(config.image_size, int) else config.image_size[0]

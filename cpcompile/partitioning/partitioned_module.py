@@ -2,15 +2,14 @@
 
     forward(*inputs, context) = model(*inputs), consumers reading  x * table[context, unit of channel]
 
-The model stays the object that it was, with its names; forward pre-hooks multiply. With all gates at 1 it computes what
-it computed before. Gates are the same as those of our own decoder (`cpcompile.models.gates`), so the captured graph
-freezes in the same way.
+The model stays the object that it was, with its names; hooks multiply (`gating`, also how experts are gated). With all
+gates at 1 it computes what it computed before. Gates are those of our own decoder (`cpcompile.models.gates`),
+so the captured graph freezes in the same way.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any, cast
 
 import numpy as np
@@ -18,66 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from cpcompile.errors import UsageError
-from cpcompile.models.gates import Gate
 from cpcompile.partitioning.footprint import Footprint
+from cpcompile.partitioning.gating import Active, GroupGate, add_gates
 from cpcompile.partitioning.groups import Group, Refused
 from cpcompile.partitioning.trace import Forward
 from cpcompile.selection import BoolArray, Selection, UnitKind, Units
-
-
-class GroupGate(Gate):
-    """The gates of one group, and for each of its consumers the unit of every channel."""
-
-    def __init__(self, contexts: int, group: Group) -> None:
-        super().__init__(contexts, group.units, group.width)
-        for index, consumer in enumerate(group.consumers):
-            # A channel that belongs to no unit reads the 1 that is appended to the row.
-            units = np.where(consumer.unit_of_channel < 0, group.units, consumer.unit_of_channel)
-            self.register_buffer(f"unit_of_channel_{index}", torch.from_numpy(units), persistent=False)
-        self._open = tuple(bool((consumer.unit_of_channel < 0).any()) for consumer in group.consumers)
-
-    def per_channel(self, row: Tensor, consumer: int) -> Tensor:
-        """Gate of every channel of a consumer: row (units,) or (batch, units) -> (channels,) or (batch, channels)."""
-        if self._open[consumer]:
-            row = torch.cat((row, torch.ones_like(row[..., :1])), dim=-1)
-        return row.index_select(-1, self.get_buffer(f"unit_of_channel_{consumer}"))
-
-
-@dataclass
-class _Active:
-    """Gate rows of the forward pass under way, one per group."""
-
-    rows: Sequence[Tensor] | None = None
-    calls: dict[tuple[int, int], int] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class _Multiply:
-    """The hook of one consumer."""
-
-    active: _Active
-    gate: GroupGate
-    group: int
-    consumer: int
-    module: str
-    axis: int
-
-    def __call__(self, _module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        if self.active.rows is None:
-            raise UsageError(f"{self.module} has gates: call the PartitionedModule, with a context")
-        x: Tensor = inputs[0]
-        key = (self.group, self.consumer)
-        self.active.calls[key] = self.active.calls.get(key, 0) + 1
-        scale = self.gate.per_channel(self.active.rows[self.group], self.consumer)
-        shape = [1] * x.ndim
-        shape[self.axis] = scale.shape[-1]
-        if scale.ndim == 2:
-            if x.shape[0] != scale.shape[0]:
-                raise UsageError(
-                    f"{self.module}: gates per sequence need the batch as first axis of its input, got {tuple(x.shape)}"
-                )
-            shape[0] = scale.shape[0]
-        return (x * scale.reshape(shape).to(x.dtype), *inputs[1:])
 
 
 class PartitionedModule(nn.Module):
@@ -105,11 +49,8 @@ class PartitionedModule(nn.Module):
         self.dynamic_shapes = dynamic_shapes
         self.gates = nn.ModuleList(GroupGate(contexts, group) for group in groups)
         self._forward = forward
-        self._active = _Active()
-        for index, (group, gate) in enumerate(zip(groups, self.group_gates, strict=True)):
-            for number, consumer in enumerate(group.consumers):
-                multiply = _Multiply(self._active, gate, index, number, consumer.module, consumer.axis)
-                model.get_submodule(consumer.module).register_forward_pre_hook(multiply)
+        self._active = Active()
+        add_gates(model, self._active, groups, self.group_gates)
 
     @property
     def group_gates(self) -> Sequence[GroupGate]:
@@ -186,6 +127,11 @@ class PartitionedModule(nn.Module):
         """Elements of every parameter of the model, by its own name, that `context` keeps."""
         return self.footprint.kept(self.alive(selection, context))
 
+    def kept_units(self, selection: Selection, context: str) -> dict[str, tuple[int, ...]]:
+        """Per group, by name, the units that `context` keeps: of a mixture of experts the numbers of the experts."""
+        alive = np.split(self.alive(selection, context), np.cumsum([group.units for group in self.groups])[:-1])
+        return {group.name: tuple(np.flatnonzero(own).tolist()) for group, own in zip(self.groups, alive, strict=True)}
+
     def parameter_kind(self, name: str) -> UnitKind | None:
         """The kind of unit whose removal makes the parameter `name` smaller; None if nothing does."""
         return next((group.kind for group in self.groups if name in group.parameters), None)
@@ -197,3 +143,11 @@ class PartitionedModule(nn.Module):
                 raise UsageError(f"selection of {kind} has (layers, units) {table.shape[1:]}, the model {known[kind]}")
             if kind not in known and not table.all():
                 raise UsageError(f"the selection removes units of kind {kind}, of which the model has none")
+            for layer, index in enumerate(self.of_kind(kind)):
+                group = self.groups[index]
+                for context, row in zip(selection.contexts, table[:, layer, : group.units], strict=True):
+                    if row.sum() < group.fewest:
+                        raise UsageError(
+                            f"{context} keeps {row.sum()} of the {group.units} units of kind {kind} in {group.name}, "
+                            f"which needs {group.fewest} for every token; keep at least that many"
+                        )

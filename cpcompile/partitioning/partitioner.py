@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from cpcompile.errors import CpcompileError, UsageError
+from cpcompile.partitioning.experts import find_experts
 from cpcompile.partitioning.footprint import footprint
+from cpcompile.partitioning.gating import has_gates
 from cpcompile.partitioning.groups import find_groups
 from cpcompile.partitioning.partitioned_module import PartitionedModule
 from cpcompile.partitioning.trace import Forward, trace
@@ -26,25 +28,25 @@ def partition(
     forward: Forward | None = None,
     dynamic_shapes: tuple[Any, ...] | None = None,
     align: int = 32,
-    kinds: Collection[UnitKind] = (UnitKind.FFN, UnitKind.HEAD),
+    kinds: Collection[UnitKind] = (UnitKind.FFN, UnitKind.HEAD, UnitKind.EXPERT),
 ) -> PartitionedModule:
     """`model` with gates on all its coupled channel groups, one row of them per context, all at 1.
 
     model: any module that torch.export takes; it is changed in place (hooks), its parameters stay its own
     forward: forward(model, *example_inputs), where the model's own forward has other arguments or results
     dynamic_shapes: per input a dict axis -> torch.export.Dim, as torch.export takes them
-    align: channels of a unit; a head is always one unit
+    align: channels of a unit; a head or an expert is always one unit
     kinds: the kinds of groups to gate
 
     UsageError: the model cannot be exported, has gates already, or has nothing to gate.
     """
-    if any(hook.__class__.__name__ == "_Multiply" for m in model.modules() for hook in m._forward_pre_hooks.values()):
+    if has_gates(model):
         raise UsageError(f"{type(model).__name__} has gates already: partition a fresh copy of it")
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         traced = trace(model, example_inputs, forward, dynamic_shapes)
-        found = find_groups(traced, align)
+        found = find_groups(traced, align) + find_experts(traced)
         groups = tuple(group for group in found.groups if group.kind in kinds)
         if not groups:
             reasons = "".join(f"\n  {refused}" for refused in found.refused)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from cpcompile.errors import UsageError
-from cpcompile.partitioning.partitioned_module import GroupGate, PartitionedModule
+from cpcompile.partitioning.gating import GroupGate
+from cpcompile.partitioning.partitioned_module import PartitionedModule
 from cpcompile.selection import Selection, UnitKind
 
 
@@ -44,6 +46,7 @@ def recover_least_squares(
     users = Counter(consumer.parameter for group in module.groups for consumer in group.consumers)
     parameters: dict[str, Tensor] = dict(module.model.named_parameters())
     rows, fits = [], []
+    pending: set[str] = set()
     alive = {c: torch.split(torch.from_numpy(module.alive(selection, c)), _units(module)) for c in set(contexts)}
     for index, gate in enumerate(module.group_gates):
         whole = torch.stack([_scale(gate, selection.contexts.index(c), module.contexts) for c in contexts])
@@ -55,10 +58,11 @@ def recover_least_squares(
             if linear and once and not torch.equal(whole, rows[-1]):
                 layer = module.model.get_submodule(consumer.module)
                 values = (gate.per_channel(whole, number), gate.per_channel(rows[-1], number))
-                fits.append((consumer.parameter, layer, _Fit(weight, *values, ridge)))
+                pending.add(consumer.parameter)
+                fits.append((consumer.parameter, layer, _Fit(consumer.parameter, weight, *values, ridge, pending)))
     handles = [layer.register_forward_pre_hook(fit, prepend=True) for _, layer, fit in fits]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), suppress(_AllFitted):
             module.with_rows(*inputs, rows=rows)
     finally:
         for handle in handles:
@@ -66,28 +70,41 @@ def recover_least_squares(
     return tuple(name for name, _, _ in fits)
 
 
+class _AllFitted(Exception):  # noqa: N818 - no error
+    """Every consumer has been fitted: what follows, such as the logits, need not run."""
+
+
 @dataclass(frozen=True)
 class _Fit:
     """The hook that fits one consumer; it sees the input before the gates do."""
 
+    name: str
     weight: Tensor
     whole: Tensor
     """(sequences, channels): scales of all channels."""
     kept: Tensor
     """The same, 0 where the context of the sequence does not keep a channel."""
     ridge: float
+    pending: set[str]
+    """Parameters that are not fitted yet, of all consumers."""
 
     def __call__(self, layer: nn.Module, read: tuple[Any, ...]) -> None:
-        hidden: Tensor = read[0].double().flatten(1, -2) if read[0].ndim > 2 else read[0].double()[:, None]
-        kept = (hidden * self.kept[:, None]).flatten(0, 1)
-        whole = (hidden * self.whole[:, None]).flatten(0, 1)
+        hidden: Tensor = read[0].flatten(1, -2) if read[0].ndim > 2 else read[0][:, None]
         used = (self.kept != 0).any(0)
-        moments = kept[:, used].T @ kept[:, used]
+        size, channels = int(used.sum()), used.numel()
+        moments = torch.zeros(size, size, dtype=torch.float64)
+        across = torch.zeros(size, channels, dtype=torch.float64)
+        for part, kept, whole in zip(*(torch.split(x, 8) for x in (hidden, self.kept, self.whole)), strict=True):
+            read_now = (part * kept[:, None]).flatten(0, 1)[:, used]
+            moments += read_now.T @ read_now  # products of a few sequences in single precision, sums in double
+            across += read_now.T @ (part * whole[:, None]).flatten(0, 1)
         damping = self.ridge * moments.diagonal().mean().clamp_min(torch.finfo(moments.dtype).tiny)
         moments.diagonal().add_(damping)
         weight = self.weight if isinstance(layer, nn.Linear) else self.weight.T
-        target = kept[:, used].T @ whole @ weight.double().T
-        weight[:, used] = torch.linalg.solve(moments, target).T.to(weight.dtype)
+        weight[:, used] = torch.linalg.solve(moments, across @ weight.double().T).T.to(weight.dtype)
+        self.pending.discard(self.name)
+        if not self.pending:
+            raise _AllFitted
 
 
 def _scale(gate: GroupGate, context: int, contexts: int) -> Tensor:

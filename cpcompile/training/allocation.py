@@ -38,7 +38,12 @@ def allocate(
         contexts,
         {
             kind: _allocate_kind(
-                importance[kind], budget, core_fraction=core_fractions[kind], specificity=specificity, floor=floor
+                importance[kind],
+                budget,
+                core_fraction=core_fractions[kind],
+                specificity=specificity,
+                # A router chooses among the experts of its own layer: layers cannot lend each other any.
+                floor=1.0 if kind is UnitKind.EXPERT else floor,
             )
             for kind, budget in budgets.items()
         },

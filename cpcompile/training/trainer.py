@@ -179,6 +179,7 @@ def _train(run: Run, out: Path, identity: Mapping[str, Any], *, held_out: bool) 
     baseline = run.branch("dense-baseline", run.dense(parent))
     partition = run.gated(parent)
     importance = run.importance(partition.model)
+    budgets = {kind: budget for kind, budget in budgets.items() if kind in importance}
     selection = allocate(
         corpus.contexts,
         importance,

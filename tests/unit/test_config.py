@@ -16,7 +16,7 @@ from cpcompile.errors import UsageError
         ({"budgets": 0.5}, "budgets is 0.5: a table is needed"),
         ({"budgets": {"ffn": "half"}}, "budgets.ffn is 'half': float is needed"),
         ({"budgets": {"ffn": 0.0}}, "ffn = 0.0; a budget is above 0"),
-        ({"budgets": {"expert": 0.5}}, "'expert' is not a kind that is trained"),
+        ({"budgets": {"layer": 0.5}}, "'layer' is none of the kinds ffn, head, expert"),
         ({"core_fractions": {"head": float("nan")}}, "core_fractions.head is nan"),
         ({"controls": "one-mask"}, "controls is 'one-mask': a list is needed"),
         ({"controls": [1]}, "1 is none of one-mask"),

@@ -129,9 +129,9 @@ def test_what_is_called_twice_keeps_its_weights() -> None:
     before = {name: p.clone() for name, p in module.named_parameters()}
     kept = np.zeros((1, len(module.of_kind(UnitKind.FFN)), 4), dtype=np.bool_)
     kept[..., :2] = True
-    fitted = recover_least_squares(module, (ids,), ["a"] * 4, Selection(("a",), {UnitKind.FFN: kept}))
     twice = {consumer for (_, consumer), count in module.calls.items() if count > 1}
     assert twice
+    fitted = recover_least_squares(module, (ids,), ["a"] * 4, Selection(("a",), {UnitKind.FFN: kept}))
     assert not {name.rpartition(".")[0] for name in fitted} & twice
     for name, p in module.named_parameters():
         assert torch.equal(p, before[name]) or name.removeprefix("model.") in fitted

@@ -1,0 +1,176 @@
+"""Gates at work: hooks that multiply while a forward pass with rows of gates is under way.
+
+    channels and heads    a consumer reads  x * gate[unit of channel]
+    experts               the logit of an expert whose gate is 0 is -inf, so that it is never picked and the softmax is
+                          over the others; the weight of an expert that is picked is multiplied by its gate
+
+The gate of an expert is a learned scale of what it adds, and its gradient is the importance of the expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from cpcompile.errors import UsageError
+from cpcompile.models.gates import Gate
+from cpcompile.partitioning.groups import Group
+from cpcompile.selection import UnitKind
+
+
+class GroupGate(Gate):
+    """The gates of one group, and for each of its consumers the unit of every channel."""
+
+    def __init__(self, contexts: int, group: Group) -> None:
+        super().__init__(contexts, group.units, group.width)
+        for index, consumer in enumerate(group.consumers):
+            # A channel that belongs to no unit reads the 1 that is appended to the row.
+            units = np.where(consumer.unit_of_channel < 0, group.units, consumer.unit_of_channel)
+            self.register_buffer(f"unit_of_channel_{index}", torch.from_numpy(units), persistent=False)
+        self._open = tuple(bool((consumer.unit_of_channel < 0).any()) for consumer in group.consumers)
+
+    def per_channel(self, row: Tensor, consumer: int) -> Tensor:
+        """Gate of every channel of a consumer: row (units,) or (batch, units) -> (channels,) or (batch, channels)."""
+        if self._open[consumer]:
+            row = torch.cat((row, torch.ones_like(row[..., :1])), dim=-1)
+        return row.index_select(-1, self.get_buffer(f"unit_of_channel_{consumer}"))
+
+
+@dataclass
+class Active:
+    """The forward pass under way."""
+
+    rows: Sequence[Tensor] | None = None
+    """Gate values per group: (units,), or (batch, units) for gates per sequence."""
+    calls: dict[tuple[int, int], int] = field(default_factory=dict)
+    """(group, consumer) -> how often its gates were applied."""
+    routers: list[TorchFunctionMode] = field(default_factory=list)
+    """Routers whose forward runs."""
+
+
+@dataclass(frozen=True)
+class Hook:
+    """The gates of `consumer`, a number in its `group`, at `module`."""
+
+    active: Active
+    gate: GroupGate
+    group: int
+    consumer: int
+    module: str
+
+    def row(self) -> Tensor:
+        """The gates of the group in the pass under way; counts the call."""
+        if self.active.rows is None:
+            raise UsageError(f"{self.module} has gates: call the PartitionedModule, with a context")
+        key = (self.group, self.consumer)
+        self.active.calls[key] = self.active.calls.get(key, 0) + 1
+        return self.active.rows[self.group]
+
+
+@dataclass(frozen=True)
+class Multiply(Hook):
+    """Multiplies the first input of a consumer, whose channels lie along `axis`."""
+
+    axis: int
+
+    def __call__(self, _module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        row, x = self.row(), inputs[0]
+        scale = self.gate.per_channel(row, self.consumer)
+        shape = [1] * x.ndim
+        shape[self.axis] = scale.shape[-1]
+        if scale.ndim == 2:
+            if x.shape[0] != scale.shape[0]:
+                raise _no_batch(self.module, x)
+            shape[0] = scale.shape[0]
+        return (x * scale.reshape(shape).to(x.dtype), *inputs[1:])
+
+
+@dataclass(frozen=True)
+class Route(Hook):
+    """While a router runs, what its linear layer with the weight `parameter` gives is masked."""
+
+    parameter: str
+
+    def __call__(self, module: nn.Module, _inputs: tuple[Any, ...]) -> None:
+        mask = _MaskLogits(self.module, module.get_parameter(self.parameter), self.row())
+        mask.__enter__()  # type: ignore[no-untyped-call]
+        self.active.routers.append(mask)
+
+    def leave(self, _module: nn.Module, _inputs: tuple[Any, ...], _output: object) -> None:
+        """The forward pass of the router is over, or has failed."""
+        if self.active.routers:
+            self.active.routers.pop().__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
+
+class _MaskLogits(TorchFunctionMode):
+    """Puts -inf where the gate is 0 in the result of linear(x, weight)."""
+
+    def __init__(self, module: str, weight: Tensor, row: Tensor) -> None:
+        super().__init__()
+        self.module, self.weight, self.row = module, weight, row
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is not nn.functional.linear or not any(value is self.weight for value in args[1:2]):
+            return result
+        row = self.row
+        if row.ndim == 2:
+            if result.shape[0] % row.shape[0]:
+                raise _no_batch(self.module, result)
+            row = row.repeat_interleave(result.shape[:-1].numel() // row.shape[0], dim=0).reshape(result.shape)
+        return torch.where(row == 0, -torch.inf, result)
+
+
+@dataclass(frozen=True)
+class Weigh(Hook):
+    """Multiplies the weights of the experts that were picked, given the numbers of these experts."""
+
+    def __call__(self, _module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, ...]:
+        row, given = self.row(), [*inputs, *named.values()]
+        numbers = next(value for value in given if isinstance(value, Tensor) and not value.is_floating_point())
+        if row.ndim == 1:
+            scale = nn.functional.embedding(numbers, row.unsqueeze(-1)).squeeze(-1)
+        else:
+            if numbers.shape[0] % row.shape[0]:
+                raise _no_batch(self.module, numbers)
+            scale = row.gather(1, numbers.reshape(row.shape[0], -1)).reshape(numbers.shape)
+
+        def weighed(value: Any) -> Any:
+            own = isinstance(value, Tensor) and value.is_floating_point() and value.shape == numbers.shape
+            return value * scale.to(value.dtype) if own else value
+
+        return tuple(map(weighed, inputs)), {name: weighed(value) for name, value in named.items()}
+
+
+def add_gates(model: nn.Module, active: Active, groups: Sequence[Group], gates: Sequence[GroupGate]) -> None:
+    """Hook the gates of all groups into `model`."""
+    for index, (group, gate) in enumerate(zip(groups, gates, strict=True)):
+        if group.kind is UnitKind.EXPERT:
+            router, experts = group.consumers
+            module, parameter = model.get_submodule(router.module), router.parameter.rpartition(".")[2]
+            route = Route(active, gate, index, 0, router.module, parameter)
+            module.register_forward_pre_hook(route)
+            module.register_forward_hook(route.leave, always_call=True)
+            weigh = Weigh(active, gate, index, 1, experts.module)
+            model.get_submodule(experts.module).register_forward_pre_hook(weigh, with_kwargs=True)
+            continue
+        for number, consumer in enumerate(group.consumers):
+            multiply = Multiply(active, gate, index, number, consumer.module, consumer.axis)
+            model.get_submodule(consumer.module).register_forward_pre_hook(multiply)
+
+
+def has_gates(model: nn.Module) -> bool:
+    """Whether `add_gates` was there before."""
+    return any(isinstance(hook, Hook) for module in model.modules() for hook in module._forward_pre_hooks.values())
+
+
+def _no_batch(module: str, value: Tensor) -> UsageError:
+    return UsageError(
+        f"{module}: gates per sequence need the batch as first axis of its input, got {tuple(value.shape)}"
+    )

@@ -1,0 +1,40 @@
+"""Remove Gathers that take all that there is, in order: Gather(x, [0, 1, .., n - 1]) -> x where x is n long.
+
+Passes that leave a part of something (`PruneExperts`) pick it with a Gather; once channels are cut, only it is left.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from cpcompile.passes.clean_up import stand_in
+from cpcompile.passes.symbolic_shapes import constant_of, is_standard, number_of
+
+
+@dataclass(frozen=True)
+class RemoveWholeGathers(ir.passes.InPlacePass):
+    """Let what is picked from stand in for a Gather that picks everything."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Edit `model`; `modified` counts removed nodes."""
+        graph, removed = model.graph, 0
+        for node in graph:
+            data = node.inputs[0] if _takes_everything(node) else None
+            if data is not None and stand_in(data, node.outputs[0]):
+                graph.remove(node, safe=True)
+                removed += 1
+        return ir.passes.PassResult(model, modified=removed > 0)
+
+
+def _takes_everything(node: ir.Node) -> bool:
+    if node.op_type != "Gather" or not is_standard(node):
+        return False
+    data, index = node.inputs[0], node.inputs[1]
+    picked = None if index is None else constant_of(index)
+    if data is None or data.shape is None or picked is None or picked.shape.rank() != 1:
+        return False
+    everything = data.shape[number_of(node, "axis", 0)] == picked.size
+    return everything and np.array_equal(picked.numpy(), np.arange(picked.size))
