@@ -30,6 +30,9 @@ from cpcompile.partitioning.partitioner import partition
 from cpcompile.selection import Selection, UnitKind, Units
 
 
+NOT_THE_MODEL = ("transformers_version", "quantization_config")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pretrained:
     """What a folder holds."""
@@ -49,7 +52,10 @@ def read_pretrained(folder: Path, *, align: int = 32) -> Pretrained:
     model: Any = load_hugging_face(folder, gguf_file=gguf_file).model
     if not hasattr(model, "lm_head"):
         raise UsageError(f"{folder}: is a {type(model).__name__}; a causal language model is needed")
-    config = PretrainedConfig(settings=json.loads(model.config.to_json_string(use_diff=False)), align=align)
+    settings = json.loads(model.config.to_json_string(use_diff=False))
+    # Where it came from, and how its weights were packed there, is not what it is.
+    settings = {k: v for k, v in settings.items() if not k.startswith("_") and k not in NOT_THE_MODEL}
+    config = PretrainedConfig(settings=settings, align=align)
     wrapped = PretrainedDecoder(config, model=model)
     return Pretrained(config=config, state=wrapped.state_dict(), tokenizer=_tokenizer(folder, gguf_file))
 

@@ -392,7 +392,7 @@ def _require_same(record: Path, identity: Mapping[str, Any]) -> None:
     try:
         before = json.loads(record.read_text(encoding="utf-8"))
         changed = [
-            f"{group} {name}: {then.get(name)} then, {now.get(name)} now".strip()
+            f"{group} {name}: {str(then.get(name)):.60} then, {str(now.get(name)):.60} now".strip()
             for group, now, then in ((key, _table(identity[key]), _table(before.get(key))) for key in identity)
             for name in sorted(now.keys() | then.keys())
             if now.get(name) != then.get(name)
