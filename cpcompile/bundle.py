@@ -200,6 +200,7 @@ def _require_readable(bundle: Bundle) -> None:
         for key in ("total", "kept", "removed"):
             if _require(parameters[key], int, f"parameters of {context}") < (key == "total"):
                 raise ValueError(f"parameters of {context}: {key}")
+        _require(parameters["removed_experts"], dict, f"removed experts of {context}")
         for kind, removed in _require(parameters["removed_by_kind"], dict, "removed_by_kind").items():
             _require(removed, int, f"removed {kind} of {context}")
         if not _require(bundle.components[context]["variants"], dict, f"variants of {context}"):

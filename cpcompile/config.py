@@ -242,6 +242,7 @@ PRETRAINED_TRAIN = TrainConfig(
     core_fractions={"ffn": 0.5, "head": 0.5, "expert": 0.5},
     specificity=-0.5,
     importance_sequences=64,
+    held_out_tokens=4096,
     recalibrations=0,
     snapshot_seconds=300.0,
 )

@@ -58,6 +58,8 @@ from cpcompile.vocabulary import TrimmedVocabulary, cut_tokenizer, needed_tokens
 Progress = Callable[[str, int, int | None], None]
 WEIGHTS_FILE = "weights.bin"
 FLOAT32_BYTES = 4
+PARAMETERS = ("total", "kept", "removed", "removed_by_kind", "removed_experts")
+"""What the report says of the parameters of a context."""
 
 
 def train_from_data(
@@ -345,7 +347,7 @@ def _export(
             "checkpoint": file_digest(model),
             "tokenizers": tokenizers,
             "shared_weights": shared,
-            "parameters": {context: _parameters(accounts[context]) for context in frozen},
+            "parameters": {context: _parameters(accounts[context], frozen[context]) for context in frozen},
         },
     )
 
@@ -363,9 +365,11 @@ def _whole(dynamic: ir.Model, permutations: Mapping[str, tuple[int, ...]], name:
     return array.transpose(permutations[name]) if name in permutations else array
 
 
-def _parameters(accounting: Accounting) -> dict[str, Any]:
+def _parameters(accounting: Accounting, frozen: Frozen) -> dict[str, Any]:
     """The accounting as bundle and report state it; `by_name` lists [total, kept] of every parameter."""
+    # A mixture goes by the first parameter of its router.
     return {
+        "removed_experts": {router.parameters[0]: list(router.removed) for router in frozen.routers if router.removed},
         "total": accounting.total,
         "kept": accounting.kept,
         "removed": accounting.removed,
@@ -403,7 +407,7 @@ def _report(
         contexts=[
             ContextResult(
                 name=context,
-                parameters={k: parameters[context][k] for k in ("total", "kept", "removed", "removed_by_kind")},
+                parameters={k: parameters[context][k] for k in PARAMETERS},
                 variants=[result for result in results if result.context == context],
             )
             for context in bundle.contexts

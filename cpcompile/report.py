@@ -74,7 +74,7 @@ class BuildResult:
 
 @dataclass(frozen=True, kw_only=True)
 class ContextResult:
-    """One context: `parameters` {total, kept, removed, removed_by_kind}, `variants` as the validator returns them."""
+    """One context: its parameters {total, kept, removed, removed_by_kind, removed_experts}, the variants measured."""
 
     name: str
     parameters: Mapping[str, Any]

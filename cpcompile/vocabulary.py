@@ -33,6 +33,8 @@ BYTES = frozenset(f"<0x{byte:02X}>" for byte in range(256))
 """The tokens of byte fallback."""
 END = "<|endoftext|>"
 """The token that ends every document of a corpus."""
+ENDS = (END, "<|end_of_text|>", "</s>", "<eos>")
+"""What tokenizers of others call it."""
 _NEVER = 1 << 62
 _MEMBERS = ("normalizers", "pretokenizers", "processors", "decoders")
 
@@ -113,12 +115,11 @@ def cut_tokenizer(tokenizer_json: str, kept: npt.NDArray[np.int64]) -> TrimmedVo
     return TrimmedVocabulary(trimmed, kept)
 
 
-def reencode(
-    ids: npt.NDArray[np.integer[Any]], whole: str, trimmed: TrimmedVocabulary, *, end: str = END
-) -> npt.NDArray[np.int64]:
-    """The text of old `ids` in tokens of `trimmed`; `end` is the token between documents, `whole` the old tokenizer."""
+def reencode(ids: npt.NDArray[np.integer[Any]], whole: str, trimmed: TrimmedVocabulary) -> npt.NDArray[np.int64]:
+    """The text of old `ids`, documents ended by one of ENDS, in tokens of `trimmed`; `whole` is the old tokenizer."""
     before, after = _load(whole), _load(trimmed.tokenizer_json)
     after.encode_special_tokens = True  # text that spells a special token is text
+    end = end_of(before)
     old_end, new_end = before.token_to_id(end), after.token_to_id(end)
     if old_end is None or new_end is None:
         raise UsageError(f"the tokenizer has no token {end!r}, which ends a document")
@@ -130,6 +131,11 @@ def reencode(
         new += after.encode(before.decode(document.tolist(), skip_special_tokens=False), add_special_tokens=False).ids
         new += [new_end] if ended else []
     return np.asarray(new, dtype=np.int64)
+
+
+def end_of(tokenizer: Tokenizer) -> str:
+    """The token that ends a document: the first of ENDS that the tokenizer has, or END."""
+    return next((end for end in ENDS if tokenizer.token_to_id(end) is not None), END)
 
 
 def _open(tokenizer_json: str) -> tuple[dict[str, Any], dict[str, int]]:

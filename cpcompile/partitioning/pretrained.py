@@ -29,7 +29,6 @@ from cpcompile.partitioning.partitioned_module import PartitionedModule
 from cpcompile.partitioning.partitioner import partition
 from cpcompile.selection import Selection, UnitKind, Units
 
-
 NOT_THE_MODEL = ("transformers_version", "quantization_config")
 
 
@@ -61,6 +60,10 @@ def read_pretrained(folder: Path, *, align: int = 32) -> Pretrained:
 
 
 def _tokenizer(folder: Path, gguf_file: str | None) -> str:
+    try:
+        return (folder / "tokenizer.json").read_text(encoding="utf-8")
+    except FileNotFoundError:  # other forms are for their own package to convert
+        pass
     transformers = transformers_package()
     extra = {} if gguf_file is None else {"gguf_file": gguf_file}
     try:

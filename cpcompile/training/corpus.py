@@ -43,7 +43,7 @@ from cpcompile.training.tokenization import (
     train_tokenizer,
     vocabulary_size,
 )
-from cpcompile.vocabulary import END
+from cpcompile.vocabulary import END, end_of
 
 Progress = Callable[[str, int, int | None], None]
 """Called with (stage, done, total), both in bytes of text; total is None where it is not known yet."""
@@ -66,7 +66,7 @@ PLACES = 2**64
 
 @dataclass(frozen=True, eq=False)
 class TokenFile:
-    """One side of one context: token ids (1-D, memory-mapped, uint16 or uint32), each document ended by `END`."""
+    """One side of one context: token ids (1-D, memory-mapped, uint16 or uint32), each document ended by `end_of`."""
 
     ids: npt.NDArray[np.unsignedinteger[Any]]
     documents: int
@@ -289,7 +289,7 @@ class _TokenWriter:
         self._stream = path.open("wb")
         self._tokenizer = tokenizer
         self._dtype = dtype
-        self._end = [tokenizer.get_vocab()[END]]
+        self._end = [tokenizer.get_vocab()[end_of(tokenizer)]]
         self._pieces: list[str] = []
         self._closes: list[bool] = []
         self.tokens = 0

@@ -7,17 +7,19 @@ text that spells it out is encoded as ordinary bytes: only the corpus can end a 
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from cpcompile.errors import UsageError
-from cpcompile.vocabulary import END
+from cpcompile.vocabulary import END, end_of
 
 LEAST_VOCABULARY = 257
 """The bytes and `END`."""
 PROBE = f"Aa  1\t\r\n\x00\x7f \u00e9e\u0301 \u6f22 \U0001f600\u200d  <s>{END} \ufeff."
+COMPOSED_PROBE = unicodedata.normalize("NFC", PROBE)
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
@@ -40,9 +42,10 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
 
 
 def read_tokenizer(path: Path, vocabulary: int) -> Tokenizer:
-    """The tokenizer of a tokenizer.json, with `END` added if it has none, and without truncation and padding.
+    """The tokenizer of a tokenizer.json, with `END` added if it has none of ENDS, and without truncation and padding.
 
-    UsageError if it cannot be read, has more than `vocabulary` entries or changes text.
+    UsageError if it cannot be read, has more than `vocabulary` entries or changes text (but to another
+    spelling of the same characters: Unicode's composed form).
     """
     try:
         tokenizer = parse_tokenizer(path.read_text(encoding="utf-8"))
@@ -52,14 +55,14 @@ def read_tokenizer(path: Path, vocabulary: int) -> Tokenizer:
         raise UsageError(f"{path}: is not a tokenizer.json ({error})") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    tokenizer.add_special_tokens([END])
+    tokenizer.add_special_tokens([end_of(tokenizer)])
     entries = vocabulary_size(tokenizer)
     if entries > vocabulary:
         raise UsageError(
             f"{path}: has {entries} entries with {END}, more than model.vocabulary {vocabulary}; "
             f"raise model.vocabulary to {entries} or give a smaller tokenizer"
         )
-    if tokenizer.decode(tokenizer.encode(PROBE, add_special_tokens=False).ids) != PROBE:
+    if tokenizer.decode(tokenizer.encode(PROBE, add_special_tokens=False).ids) not in (PROBE, COMPOSED_PROBE):
         raise UsageError(f"{path}: changes text (it normalises it or lacks bytes); give a byte-level tokenizer")
     return tokenizer
 

@@ -208,6 +208,8 @@ def _train(run: Run, out: Path, identity: Mapping[str, Any], *, held_out: bool) 
         name: _train_control(name, run, parent, baseline, selection, importance, budgets, teacher)
         for name in config.controls
     }
+    run.progress("evaluation", 0, 1 + len(corpus.contexts))
+    perplexity = {"dense-baseline": run.perplexity(baseline), "partition": run.perplexity(partition)}
     training = {
         "run": _digest(identity),
         "settings": _plain(config),
@@ -220,12 +222,12 @@ def _train(run: Run, out: Path, identity: Mapping[str, Any], *, held_out: bool) 
             "dense": baseline.tokens_per_second,
             "partition": partition.tokens_per_second,
         },
-        "perplexity": {"dense-baseline": run.perplexity(baseline), "partition": run.perplexity(partition)},
+        "perplexity": perplexity,
         "controls": {
             name: {"description": CONTROL_MEANING[name], "perplexity": perplexity}
             for name, perplexity in controls.items()
         },
-        "swap_matrix": swap_matrix(run, partition),
+        "swap_matrix": swap_matrix(run, partition, perplexity["partition"]),
     }
     shared: dict[str, Any] = {
         "config": run.model_config,
@@ -263,11 +265,19 @@ def work_path(out: Path) -> Path:
     return out.with_name(f"{out.name}.work")
 
 
-def swap_matrix(run: Run, state: BranchState) -> dict[str, Any]:
-    """Perplexity of context i (row) with the units of context j (column)."""
+def swap_matrix(run: Run, state: BranchState, own: Mapping[str, float]) -> dict[str, Any]:
+    """Perplexity of context i (row) with the units of context j (column); with its `own` on the diagonal."""
     contexts = run.corpus.contexts
-    columns = [run.perplexity(state, swap=dict.fromkeys(contexts, units_of)) for units_of in contexts]
-    return {"contexts": list(contexts), "perplexity": [[column[row] for column in columns] for row in contexts]}
+    count = len(contexts)
+    matrix = [[own[context] for _ in contexts] for context in contexts]
+    for shift in range(1, count):
+        run.progress("evaluation", 1 + shift, 1 + count)
+        units_of = {context: contexts[(row + shift) % count] for row, context in enumerate(contexts)}
+        swapped = run.perplexity(state, swap=units_of)
+        for row, context in enumerate(contexts):
+            matrix[row][(row + shift) % count] = swapped[context]
+    run.progress("evaluation", 1 + count, 1 + count)
+    return {"contexts": list(contexts), "perplexity": matrix}
 
 
 def _train_control(
@@ -392,7 +402,7 @@ def _require_same(record: Path, identity: Mapping[str, Any]) -> None:
     try:
         before = json.loads(record.read_text(encoding="utf-8"))
         changed = [
-            f"{group} {name}: {str(then.get(name)):.60} then, {str(now.get(name)):.60} now".strip()
+            f"{group} {name}: {then.get(name)!s:.60} then, {now.get(name)!s:.60} now".strip()
             for group, now, then in ((key, _table(identity[key]), _table(before.get(key))) for key in identity)
             for name in sorted(now.keys() | then.keys())
             if now.get(name) != then.get(name)

@@ -135,3 +135,37 @@ def test_what_is_no_model_is_refused(corpus_folder: Path, tmp_path: Path) -> Non
         result = run(*arguments)
         assert result.exit_code == 2, (arguments, result.output)
         assert message in " ".join(result.output.split()), (arguments, result.output)
+
+
+def test_experts_are_removed_and_named(corpus: Corpus, corpus_folder: Path, cache: Path, tmp_path: Path) -> None:
+    """A tiny Mixtral: two of eight experts stay for each context, as many as a token has."""
+    folder = tmp_path / "mixtral"
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(
+        vocab_size=512,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=24,
+        num_local_experts=8,
+        num_experts_per_tok=2,
+    )
+    transformers.MixtralForCausalLM(config).save_pretrained(folder)
+    (folder / "tokenizer.json").write_text(corpus.tokenizer, encoding="utf-8")
+    (tmp_path / "settings.toml").write_text("[train]\nbudgets = { expert = 0.25 }\nimportance_sequences = 4\n")
+    model, bundle = tmp_path / "model.pt", tmp_path / "model.cpc"
+    train = ["train", "--data", corpus_folder, "--cache", cache, "--from-pretrained", folder, "-o", model, *SHORT]
+    result = run(*train, "--steps", 0, "--config", tmp_path / "settings.toml")
+    assert result.exit_code == 0, result.output
+    result = run("build", model, "-o", bundle, "--contexts", "cpp,python", "--no-speed", "--no-memory", "--json")
+    assert result.exit_code in (0, 1), result.output
+    selection = load_checkpoint(model).selection
+    assert selection is not None
+    for context in json.loads(result.stdout)["contexts"]:
+        assert context["variants"][0]["parity"]["verdict"] == "pass"
+        parameters = context["parameters"]
+        assert parameters["removed_by_kind"]["expert"] == 2 * 6 * (3 * 24 * 32 + 32)
+        kept = selection.row(context["name"])[UnitKind.EXPERT]
+        gone = {f"model.layers.{n}.mlp.gate.weight": np.flatnonzero(~kept[n]).tolist() for n in range(2)}
+        assert parameters["removed_experts"] == gone

@@ -40,6 +40,7 @@ def write(target: Path, *, content: bytes = b"model", contexts: tuple[str, ...] 
             (writer.folder(context, ARTIFACT.variant) / "model.onnx").write_bytes(content)
             writer.add_variant(context, ARTIFACT, weights=uri)
         counts = {"total": 5, "kept": 3, "removed": 2, "removed_by_kind": {"ffn": 2}, "by_name": {"w": [5, 3]}}
+        counts["removed_experts"] = {}
         more = {"shared_weights": True, "parameters": dict.fromkeys(contexts, counts)}
         writer.seal(name="test", metadata={"tokenizers": dict.fromkeys(contexts, words), "checkpoint": "0" * 64} | more)
         return writer.commit()

@@ -126,6 +126,7 @@ def skipped(context: str = "de") -> VariantResult:
 
 def report(*variants: VariantResult, bundle_bytes: int = 9, dense_bytes: int | None = 10) -> dict[str, Any]:
     parameters = {"total": 4_000_000, "kept": 1_000_000, "removed": 3_000_000, "removed_by_kind": {"ffn": 3_000_000}}
+    parameters["removed_experts"] = {}
     contexts = dict.fromkeys(v.context for v in variants)
     return make_report(
         model={"name": "model", "architecture": "decoder", "config": {"width": 64, "tied": True}},
@@ -179,7 +180,17 @@ def test_a_report_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> N
         write_report(complete(), tmp_path / "other")
 
 
-MAPS = {"config", "removed_by_kind", "not_measured", "providers", "operators", "precisions", "controls", "perplexity"}
+MAPS = {
+    "config",
+    "removed_by_kind",
+    "removed_experts",
+    "not_measured",
+    "providers",
+    "operators",
+    "precisions",
+    "controls",
+    "perplexity",
+}
 """Objects whose keys are data."""
 NULLABLE = {"training", "swap_matrix", "providers", "operators", "precisions"}
 """Objects that may be absent."""

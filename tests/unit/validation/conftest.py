@@ -90,7 +90,7 @@ def make_bundle(captured: ir.Model, tmp_path_factory: pytest.TempPathFactory) ->
                     change(model.graph)
                 artifact = export_onnxruntime(model, writer.folder(name, "cpu-fp32"), weights=None, locations={})
                 writer.add_variant(name, artifact, weights=None)
-            counts = {"total": 5, "kept": 3, "removed": 2, "removed_by_kind": {"ffn": 2}}
+            counts = {"total": 5, "kept": 3, "removed": 2, "removed_by_kind": {"ffn": 2}, "removed_experts": {}}
             parameters = dict.fromkeys(contexts or CONTEXTS, counts)
             tokenizer = {
                 "tokenizers": dict.fromkeys(contexts or CONTEXTS, f"sha256:{'0' * 64}"),
