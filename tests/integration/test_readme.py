@@ -8,8 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from cpcompile.config import TrainConfig, load_toml, override, preset
+from cpcompile.training.corpus import Corpus
+
+transformers = pytest.importorskip("transformers", reason="needs the extra hf: pip install 'cpcompile[hf]'")
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -25,10 +29,15 @@ def commands() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def folder(trained: Path, corpus_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the README's commands run: a corpus, and settings that make the training short."""
+def folder(trained: Path, corpus: Corpus, corpus_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the README's commands run: a corpus, and a tiny model that stands for the pretrained one."""
     folder = tmp_path_factory.mktemp("readme")
     (folder / "corpus").symlink_to(corpus_folder)
+    torch.manual_seed(0)
+    shape = {"vocab_size": 512, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape, num_hidden_layers=2))
+    model.save_pretrained(folder / "SmolLM2-135M")
+    (folder / "SmolLM2-135M" / "tokenizer.json").write_text(corpus.tokenizer, encoding="utf-8")
     return folder
 
 
@@ -47,6 +56,8 @@ def test_the_readme_names_these_commands_and_no_others() -> None:
         ["cpcompile", "build"],
         ["cpcompile", "validate"],
         ["cpcompile", "export"],
+        ["cpcompile", "train"],
+        ["cpcompile", "build"],
         ["cpcompile", "opt"],
         ["cpcompile", "passes"],
     ]
@@ -74,7 +85,9 @@ def test_the_settings_of_the_readme_are_settings(folder: Path) -> None:
 def test_the_commands_run_one_after_the_other(folder: Path) -> None:
     for command in commands()[3:]:
         words = command.split()
-        if words[1] == "train":
+        if "--from-pretrained" in words:
+            words += ["--sequence", "32", "--batch", "2"]
+        elif words[1] == "train":
             words += ["--preset", "nano", "--steps", "4", "--batch", "1"]
         if words[1] in ("build", "validate"):
             words += ["--rounds", "2"]
