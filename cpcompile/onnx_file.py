@@ -26,10 +26,20 @@ def load_onnx(path: Path) -> ir.Model:
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror}); give the path of an .onnx file") from error
     except Exception as error:  # a parser meets whatever bytes there are
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        first = (str(cause).strip() or type(cause).__name__).splitlines()[0]
+        if isinstance(cause, NotImplementedError):
+            raise UsageError(f"{path}: holds what cannot be read ({first}); export the model without it") from error
         raise UsageError(f"{path}: is not a valid ONNX model ({first}); export it again") from error
     if not model.ir_version or not (len(model.graph) or model.graph.outputs):
         raise UsageError(f"{path}: holds no graph; give an .onnx file")
+    for value in (value for node in model.graph.all_nodes() for value in node.inputs):
+        if value is not None and value.producer() is None and not (value.is_graph_input() or value.is_initializer()):
+            raise UsageError(
+                f"{path}: nothing makes {value.name!r}, which a node reads; sparse initializers have to be stored dense"
+            )
     for tensor in external_tensors(model):
         _require_data(path, tensor)
     return model

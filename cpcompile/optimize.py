@@ -13,10 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes.common import InlinePass, LiftConstantsToInitializersPass, ShapeInferencePass
+from onnx_ir.passes.common import InlinePass, LiftConstantsToInitializersPass
 
 from cpcompile.errors import CpcompileError, UsageError
 from cpcompile.onnx_file import load_onnx, save_onnx, tensors_of
@@ -26,18 +27,26 @@ from cpcompile.passes.clean_up import CleanUp
 from cpcompile.passes.eliminate_dead_channels import Blocked, EliminateDeadChannels, Elimination
 from cpcompile.passes.fold_constants import FoldConstants
 from cpcompile.passes.fold_gates import FoldGates
+from cpcompile.passes.infer_shapes import InferShapes
+from cpcompile.passes.prune_experts import PruneExperts
 from cpcompile.passes.remove_empty_layers import RemoveEmptyLayers
+from cpcompile.passes.remove_whole_gathers import RemoveWholeGathers
 from cpcompile.passes.strip_metadata import StripMetadata
 from cpcompile.passes.transpose_parameters import TransposeParameters
+from cpcompile.passes.trim_vocabulary import TrimVocabulary, renumber_interface
 from cpcompile.validation.compare import Comparison, Feeds, compare_files
 
 PASSES: Mapping[str, type[ir.passes.InPlacePass]] = MappingProxyType(
     {
         "bind_context": BindContext,
+        "trim_vocabulary": TrimVocabulary,
         "fold_constants": FoldConstants,
         "clean_up": CleanUp,
+        "infer_shapes": InferShapes,
         "canonicalize_shapes": CanonicalizeShapes,
+        "prune_experts": PruneExperts,
         "eliminate_dead_channels": EliminateDeadChannels,
+        "remove_whole_gathers": RemoveWholeGathers,
         "remove_empty_layers": RemoveEmptyLayers,
         "fold_gates": FoldGates,
         "transpose_parameters": TransposeParameters,
@@ -47,7 +56,6 @@ PASSES: Mapping[str, type[ir.passes.InPlacePass]] = MappingProxyType(
 """What `--passes` can name, in the order in which they are of use."""
 DEFAULT = ("fold_constants", "clean_up", "canonicalize_shapes", "clean_up", "eliminate_dead_channels", "clean_up")
 """Without `--passes`: everything that keeps the interface and the parameters' names."""
-SETTING_TYPES = (int, str, float)
 
 
 @dataclass(frozen=True)
@@ -122,7 +130,8 @@ def optimize_file(
         if check:
             progress("check", 0, None)
             bound = {each.name: each.context for _, each in chosen if isinstance(each, BindContext)}
-            comparison = compare_files(source, candidate, inputs=inputs, bound=bound)
+            original = _called_alike(source, [each for _, each in chosen], candidate.with_suffix(".original.onnx"))
+            comparison = compare_files(original, candidate, inputs=inputs, bound=bound)
         return comparison is None or comparison.verdict != "fail"
 
     written = save_onnx(model, out, accept)
@@ -142,6 +151,28 @@ def load_inputs(path: Path) -> Feeds:
         raise UsageError(f"{path}: is no .npz of plain arrays ({error}); write it with numpy.savez") from error
 
 
+def load_ids(path: str) -> tuple[int, ...]:
+    """The whole numbers of an .npy file of one axis; never a pickle. ValueError for anything else."""
+    try:
+        ids = np.load(path, allow_pickle=False)
+    except (OSError, EOFError) as error:
+        raise ValueError(f"cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    if not isinstance(ids, np.ndarray) or ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise ValueError("holds something else")
+    return tuple(ids.tolist())
+
+
+SETTINGS: Mapping[Any, tuple[str, Callable[[str], Any]]] = MappingProxyType(
+    {
+        int: ("a whole number", int),
+        float: ("a number", float),
+        str: ("text", str),
+        tuple[int, ...]: ("an .npy file of token ids (one axis of whole numbers)", load_ids),
+    }
+)
+"""Type of a setting -> how to call it, and how to read it from a command line."""
+
+
 def parse_pass(text: str) -> ir.passes.InPlacePass:
     """The pass that `name` or `name:setting=value:…` asks for."""
     name, *settings = text.split(":")
@@ -154,10 +185,11 @@ def parse_pass(text: str) -> ir.passes.InPlacePass:
         if not equals or key not in fields:
             known = ", ".join(f"{name}:{field}=..." for field in fields) or "none"
             raise UsageError(f"the pass {name} has no setting {setting!r}; it has {known}")
+        form, read = SETTINGS[fields[key]]
         try:
-            values[key] = fields[key](value)
+            values[key] = read(value)
         except ValueError as error:
-            raise UsageError(f"{text}: {key} is {value!r}; {fields[key].__name__} is needed") from error
+            raise UsageError(f"{text}: {key} is {value!r} ({error}); give {form}") from error
     for field in dataclasses.fields(PASSES[name]):  # type: ignore[arg-type]
         needed = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if needed and field.name not in values:
@@ -165,19 +197,39 @@ def parse_pass(text: str) -> ir.passes.InPlacePass:
     return PASSES[name](**values)
 
 
-def settings_of(kind: type[ir.passes.InPlacePass]) -> dict[str, type]:
+def settings_of(kind: type[ir.passes.InPlacePass]) -> dict[str, Any]:
     """The settings of a pass that fit on a command line, with their types."""
-    return {name: hint for name, hint in typing.get_type_hints(kind).items() if hint in SETTING_TYPES}
+    return {name: hint for name, hint in typing.get_type_hints(kind).items() if hint in SETTINGS}
 
 
 def prepare(model: ir.Model, source: Path) -> None:
     """What every pass may assume: no function calls, constants as initializers, shapes as far as they can be told."""
+    if model.ir_version < 4:  # every initializer had to be an input: that it is one does not say that it is replaced
+        inputs = [value for value in model.graph.inputs if not value.is_initializer()]
+        model.graph.inputs.clear()
+        model.graph.inputs.extend(inputs)
+        model.ir_version = 4
+    for graph in (model.graph, *(function.graph for function in model.functions.values())):
+        if "ai.onnx" in graph.opset_imports:  # the long name of the standard, by which nodes do not call it
+            graph.opset_imports[""] = graph.opset_imports.pop("ai.onnx")
     for each in (
         InlinePass(),
         LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
-        ShapeInferencePass(check_type=False, strict_mode=False),
+        InferShapes(),
     ):
         _run(each, model, source, type(each).__name__)
+
+
+def _called_alike(source: Path, passes: Sequence[ir.passes.InPlacePass], path: Path) -> Path:
+    """The original for callers of the result: itself, or with the token ids of the result, written to `path`."""
+    trims = [each for each in passes if isinstance(each, TrimVocabulary)]
+    if not trims:
+        return source
+    model = load_onnx(source)
+    for trim in trims:
+        renumber_interface(model, trim)
+    save_onnx(model, path)
+    return path
 
 
 def _run(each: ir.passes.PassBase, model: ir.Model, source: Path, name: str) -> ir.passes.PassResult:

@@ -76,8 +76,6 @@ class Channels:
     changed: dict[ir.Node, None] = field(default_factory=dict)
     """Nodes to look at again, in the order in which they were found."""
     _seen: set[Cell] = field(default_factory=set)
-    dropped: set[tuple[ir.Node, int]] = field(default_factory=set)
-    """Inputs of Concat of which nothing is left: they go as a whole."""
     settled: bool = False
     """All operators agree: what none of them looked at stays."""
 
@@ -89,6 +87,11 @@ class Channels:
 
     def shape(self, value: ir.Value | None) -> Shape | None:
         return self.table.shape(value)
+
+    def narrow(self, value: ir.Value, shape: Shape) -> None:
+        """From now on `value` has this shape; what was known of its zeros is forgotten."""
+        self.table.narrow(value, shape)
+        self.zeros.pop(value, None)
 
     def zero(self, value: ir.Value) -> Zeros:
         """What is known to be zero; nothing where no rule said anything. The shape has to be known."""

@@ -1,4 +1,7 @@
-"""Remove what no longer has an effect: Identity, multiplication by one, unused nodes, initializers and opsets."""
+"""Remove what no longer has an effect: Identity, multiplication by one, unused nodes, initializers and opsets.
+
+Also in the bodies of If, Loop and Scan and in functions.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedOpsetsPass, TopologicalSortPass
 
-from cpcompile.passes.symbolic_shapes import constant_of, is_standard
+from cpcompile.passes.symbolic_shapes import bodies_of, constant_of, is_standard
 
 SMALL = 1 << 16
 """Constants up to this many elements are looked at for ones."""
@@ -23,21 +26,30 @@ class CleanUp(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Edit `model`; `modified` counts removed nodes and initializers, and says whether nodes were sorted."""
-        graph = model.graph
+        graphs = [model.graph, *(function.graph for function in model.functions.values())]
+        removed = sum(self._clean(graph) for graph in graphs)
+        moved = [tidy(model).modified for tidy in (TopologicalSortPass(), RemoveUnusedOpsetsPass())]
+        return ir.passes.PassResult(model, modified=removed > 0 or any(moved))
+
+    def _clean(self, graph: ir.Graph) -> int:
+        """Remove from `graph` and the bodies in it; the last nodes first, for the sake of those that only they need."""
         removed = 0
         for node in graph:
             if (source := self._copied_input(node)) is not None:
                 stand_in(source, node.outputs[0])
         for node in reversed(graph):
-            if not any(out.uses() or out.is_graph_output() for out in node.outputs):
-                graph.remove(node, safe=True)
-                removed += 1
+            if any(out.uses() or out.is_graph_output() for out in node.outputs):
+                removed += sum(self._clean(body) for body in bodies_of(node))
+                continue
+            for inner in (inner for body in bodies_of(node) for inner in body.all_nodes()):
+                inner.resize_inputs(0)  # what it reads from outside is not read any more
+            graph.remove(node, safe=True)
+            removed += 1
         for name, value in list(graph.initializers.items()):
             if not (value.uses() or value.is_graph_output() or value.is_graph_input()):
                 graph.initializers.pop(name)
                 removed += 1
-        moved = [tidy(model).modified for tidy in (TopologicalSortPass(), RemoveUnusedOpsetsPass())]
-        return ir.passes.PassResult(model, modified=removed > 0 or any(moved))
+        return removed
 
     def _copied_input(self, node: ir.Node) -> ir.Value | None:
         """The input that `node` passes on unchanged, if it does."""

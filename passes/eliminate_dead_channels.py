@@ -27,8 +27,9 @@ from cpcompile.passes.channel_rules.fixpoint import find_channels
 from cpcompile.passes.channels import Channels, Mask
 from cpcompile.passes.clean_up import CleanUp
 from cpcompile.passes.constant_copies import merge_copies, separate_constants
+from cpcompile.passes.infer_shapes import complete_shapes
 from cpcompile.passes.remove_empty_layers import remove_zero_terms
-from cpcompile.passes.symbolic_shapes import SINCE, bodies_of, complete_shapes, nodes_inside_out, opset_of
+from cpcompile.passes.symbolic_shapes import SINCE, nodes_inside_out, opset_of
 
 __all__ = ["Blocked", "EliminateDeadChannels", "Elimination", "KeptChannels", "find_channels"]
 
@@ -72,14 +73,14 @@ class EliminateDeadChannels(ir.passes.InPlacePass):
             whole = {name: (None,) * len(v.shape or ()) for name, v in graph.initializers.items()}
             return Elimination(model, False, whole, (Blocked("", 0, 0, "", "", why),))
         complete_shapes(model)
-        edits = self._sweep(model)  # what nothing needs must not keep channels
+        edits = int(self.clean_up(model).modified)  # what nothing needs must not keep channels
         copies = separate_constants([graph, *graph.subgraphs()])
         given = {value for value in graph.initializers.values() if value.const_value is not None}
         kept: dict[ir.Value, Kept] = {}
         round_edits = 1
         blocked: tuple[Blocked, ...] = ()
         while round_edits:
-            round_edits = self._sweep(model) + len(remove_zero_terms(graph))
+            round_edits = self.clean_up(model).modified + len(remove_zero_terms(graph))
             channels = find_channels(graph)
             smaller, sliced = _rewrite(graph, channels)
             for value, own in sliced.items():
@@ -95,29 +96,6 @@ class EliminateDeadChannels(ir.passes.InPlacePass):
             if value in given  # settings that were written anew have no original
         }
         return Elimination(model, edits > 0, names, blocked)
-
-    def _sweep(self, model: ir.Model) -> int:
-        """Remove what no output needs, also in bodies."""
-        return _remove_unused(model.graph) + self.clean_up(model).modified
-
-
-def _remove_unused(graph: ir.Graph) -> int:
-    """Nodes of the graph and its bodies, and initializers of bodies, that nothing needs."""
-    removed = 0
-    for node in reversed(graph):
-        if not any(out.uses() or out.is_graph_output() for out in node.outputs):
-            for inner in (inner for body in bodies_of(node) for inner in body.all_nodes()):
-                inner.resize_inputs(0)  # what it reads from outside is not read any more
-            graph.remove(node, safe=True)
-            removed += 1
-            continue
-        for body in bodies_of(node):
-            removed += _remove_unused(body)
-            for name, value in list(body.initializers.items()):
-                if not (value.uses() or value.is_graph_output() or value.is_graph_input()):
-                    body.initializers.pop(name)
-                    removed += 1
-    return removed
 
 
 def _rewrite(graph: ir.Graph, channels: Channels) -> tuple[int, dict[ir.Value, Kept]]:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import onnx_ir as ir
 from onnx_ir.passes.common import LiftConstantsToInitializersPass
 from onnxscript.optimizer._constant_folding import FoldConstantsPass
+
+from cpcompile.passes.symbolic_shapes import RANDOM, is_standard, number_of
 
 
 @dataclass(frozen=True)
@@ -23,17 +28,54 @@ class FoldConstants(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Edit `model`; `modified` says whether anything folded or was lifted."""
-        parameters = {name for name, value in model.graph.initializers.items() if _is_parameter(value)}
+        stored = (value for graph in model.graphs() for value in graph.initializers.values())
+        parameters = {value.name for value in stored if _is_parameter(value)}
 
         def may_fold(node: ir.Node) -> bool | None:
             reads_parameter = any(value is not None and value.name in parameters for value in node.inputs)
-            return False if reads_parameter and node.op_type != "Gather" else None
+            return False if node.op_type in RANDOM or (reads_parameter and node.op_type != "Gather") else None
 
-        folded = FoldConstantsPass(
-            shape_inference=True, input_size_limit=self.limit, output_size_limit=self.limit, should_fold=may_fold
-        )(model)
+        with _without_defaults(model.graph):
+            folded = _Folder(
+                shape_inference=True, input_size_limit=self.limit, output_size_limit=self.limit, should_fold=may_fold
+            )(model)
         lifted = LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
         return ir.passes.PassResult(model, modified=folded.modified or lifted.modified)
+
+
+class _Folder(FoldConstantsPass):
+    """Leaves alone what onnxscript (0.7) gets wrong."""
+
+    def process_node(self, node: ir.Node, is_function: bool) -> Any:
+        opset = self._opset_imports.get("", 0)
+        return super().process_node(node, is_function) if _is_understood(node, opset) else None
+
+
+def _is_understood(node: ir.Node, opset: int) -> bool:
+    """Whether the replacement of a list operator is the same, and valid in this opset."""
+    if is_standard(node) and node.op_type == "SplitToSequence" and len(node.inputs) > 1:
+        split = node.inputs[1]
+        counted = split is not None and split.shape is not None and (split.shape.rank() == 1 or split.const_value)
+        # With sizes, keepdims is ignored; Split knows a number of outputs from opset 18 on.
+        return bool(counted) and opset >= 18 and number_of(node, "keepdims", 1) == 1
+    if is_standard(node) and node.op_type == "ConcatFromSequence":
+        return opset >= 13 or not number_of(node, "new_axis", 0)
+    return True
+
+
+@contextmanager
+def _without_defaults(graph: ir.Graph) -> Iterator[None]:
+    """Meanwhile inputs have no default: the caller may replace it, so nothing follows from it."""
+    defaults = [(value, value.const_value) for value in graph.inputs if value.is_initializer()]
+    for value, _ in defaults:
+        graph.initializers.pop(value.name or "")
+        value.const_value = None
+    try:
+        yield
+    finally:
+        for value, tensor in defaults:
+            value.const_value = tensor
+            graph.register_initializer(value)
 
 
 def _is_parameter(value: ir.Value) -> bool:

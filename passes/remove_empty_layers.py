@@ -1,7 +1,9 @@
 """Remove layers in which nothing is left: what they add is zero, whatever the inputs are.
 
-    x + 0 -> x      x - 0 -> x      0 - x -> -x      Sum(x, 0, y) -> Sum(x, y)      where the result keeps its shape
+    x + 0 -> x      x - 0 -> x      0 - x -> -x      Sum(x, 0, y) -> Sum(x, y)      0 W + b -> b
     f(...) = 0 -> a constant        where the shape of a zero is known and something else needs it (Concat, Where, ...)
+
+A sum keeps its shape, or is stretched to it by all that reads it: r + (0 + b) * c -> r + b * c.
 
 What only the removed term needed (a norm, projections, their parameters) goes with it, as does x * 1. The rules of
 the channels (`channel_rules`) say what is zero. Exact for finite values, but for the sign of a zero.
@@ -9,17 +11,32 @@ the channels (`channel_rules`) say what is zero. Exact for finite values, but fo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_ir as ir
 
 from cpcompile.passes.channel_rules.fixpoint import find_zeros
+from cpcompile.passes.channel_rules.products import product_is_zero
 from cpcompile.passes.channels import Channels
 from cpcompile.passes.clean_up import SMALL, CleanUp, stand_in
-from cpcompile.passes.symbolic_shapes import SINCE, broadcast, is_standard, nodes_inside_out, opset_of
+from cpcompile.passes.shape_inputs import free_name
+from cpcompile.passes.symbolic_shapes import (
+    ELEMENTWISE,
+    NOT_ZERO_AT_ZERO,
+    SINCE,
+    ZERO_AT_ZERO,
+    Shape,
+    broadcast,
+    is_standard,
+    nodes_inside_out,
+    opset_of,
+)
 
 SUMS = ("Add", "Sub", "Sum")
+STRETCHING = frozenset((*ELEMENTWISE, *ZERO_AT_ZERO, *NOT_ZERO_AT_ZERO)) - {"PRelu"}
+"""Operators whose result is as large as all operands together; PRelu stretches the slope only."""
 
 
 @dataclass
@@ -52,35 +69,71 @@ class RemoveEmptyLayers(ir.passes.InPlacePass):
 
 
 def remove_zero_terms(graph: ir.Graph) -> list[str]:
-    """Take zero terms from sums whose shape the other terms give; returns the names of their results."""
+    """Take zero terms from sums where the other terms say the shape; returns the names of their results."""
     channels = find_zeros(graph)
-    sums = [(node.outputs[0].name or "", node) for node in nodes_inside_out(graph) if node.op_type in SUMS]
+    sums = [(node.outputs[0].name or "", node) for node in nodes_inside_out(graph) if node.op_type in (*SUMS, "Gemm")]
     return [name for name, node in sums if is_standard(node) and _loses_terms(channels, node)]
 
 
 def _loses_terms(channels: Channels, node: ir.Node) -> bool:
-    terms = [value for value in node.inputs if value is not None]
-    wanted = channels.shape(node.outputs[0])
-    if wanted is None:
-        return False
-    kept = list(terms)
-    for value in reversed(terms):
+    terms, zeros = _terms(channels, node)
+    kept, shapes = list(terms), {}
+    for value in reversed(zeros):
         left = [other for other in kept if other is not value]
-        if left and _is_zero(channels, value) and broadcast([channels.shape(other) for other in left]) == wanted:
-            kept = left
+        if left and (narrowed := _shapes_with(channels, node.outputs[0], left)) is not None:
+            kept, shapes = left, narrowed
     if len(kept) == len(terms):
         return False
+    for value, shape in shapes.items():
+        channels.narrow(value, shape)
     if node.op_type == "Sub" and kept == terms[1:]:
         _replace(node, ir.node("Neg", kept, name=node.name))
     elif len(kept) > 1:
         _replace(node, ir.node("Sum", kept, name=node.name))
-    elif stand_in(kept[0], node.outputs[0]):
+    elif kept[0] is not None and stand_in(kept[0], node.outputs[0]):
         assert node.graph is not None
         node.graph.remove(node, safe=True)
     else:
         # What the model takes in or stores cannot itself be its output.
         _replace(node, ir.node("Identity", kept, name=node.name))
     return True
+
+
+def _terms(channels: Channels, node: ir.Node) -> tuple[list[ir.Value | None], list[ir.Value | None]]:
+    """What `node` adds up, and what of that is zero; the product of a Gemm is no value, and called None."""
+    if node.op_type != "Gemm":
+        terms = [value for value in node.inputs if value is not None]
+        return [*terms], [value for value in terms if _is_zero(channels, value)]
+    bias, beta = node.inputs[2] if len(node.inputs) > 2 else None, node.attributes.get("beta")
+    whole = bias is not None and (beta is None or beta.as_float() == 1)
+    return [bias, None], [None] if whole and product_is_zero(channels, node) else []
+
+
+def _shapes_with(channels: Channels, out: ir.Value, terms: Sequence[ir.Value | None]) -> dict[ir.Value, Shape] | None:
+    """The shapes of the sum `out` and of what is made of it if it adds up only `terms`, where they differ.
+
+    None if something needs the shape that it has.
+    """
+    given = broadcast([channels.shape(value) for value in terms])
+    return None if given is None or channels.shape(out) is None else _narrowed(channels, out, given, {})
+
+
+def _narrowed(
+    channels: Channels, value: ir.Value, shape: Shape, known: dict[ir.Value, Shape]
+) -> dict[ir.Value, Shape] | None:
+    """`known` and the shapes that change if `value` has this `shape`; None if something needs the one that it has."""
+    if shape == known.get(value, channels.shape(value)):
+        return known
+    if value.is_graph_output():
+        return None
+    found: dict[ir.Value, Shape] | None = {**known, value: shape}
+    for node, _ in value.uses():
+        if found is None or not is_standard(node) or node.op_type not in STRETCHING:
+            return None
+        operands = [operand for operand in node.inputs if operand is not None]
+        made = broadcast([found.get(operand, channels.shape(operand)) for operand in operands])
+        found = None if made is None else _narrowed(channels, node.outputs[0], made, found)
+    return found
 
 
 def _is_zero(channels: Channels, value: ir.Value) -> bool:
@@ -110,7 +163,7 @@ def _make_constants(graph: ir.Graph) -> list[str]:
             small = np.prod(shape, dtype=np.int64) <= SMALL
             if not small or not out.dtype.is_floating_point() or not _is_zero(channels, out):
                 continue
-            name = f"{out.name}.zero"
+            name = free_name(graph, f"{out.name}.zero")
             tensor = ir.tensor(np.zeros(shape, dtype=out.dtype.numpy()), dtype=out.dtype, name=name)
             constant = ir.Value(name=name, shape=ir.Shape(shape), type=out.type, const_value=tensor)
             graph.register_initializer(constant)

@@ -136,7 +136,7 @@ def _find_axis(node: ir.Node, axis: Axis, source: Shape, table: ShapeTable) -> t
 def _constant(node: ir.Node, suffix: str, array: npt.NDArray[Any]) -> ir.Value:
     graph = node.graph
     assert isinstance(graph, ir.Graph)
-    name = _free_name(graph, f"{node.outputs[0].name}.{suffix}")
+    name = free_name(graph, f"{node.outputs[0].name}.{suffix}")
     value = ir.Value(
         name=name,
         shape=ir.Shape(array.shape),
@@ -157,7 +157,7 @@ def _insert(node: ir.Node, new: ir.Node, suffix: str, length: int) -> ir.Value:
     return out
 
 
-def _free_name(graph: ir.Graph, name: str) -> str:
+def free_name(graph: ir.Graph, name: str) -> str:
     """`name`, or with a number if an initializer has it already."""
     candidate, number = name, 1
     while candidate in graph.initializers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -15,7 +16,7 @@ class StripMetadata(ir.passes.InPlacePass):
     """Keep one short property per node: stack traces of the machine that exported a model belong to nobody else."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Edit `model`; `modified` counts dropped properties."""
+        """Edit `model`; `modified` counts dropped properties and descriptions."""
         dropped = 0
         for node in model.graph.all_nodes():
             module = _module_path(node.metadata_props.get(MODULE, ""))
@@ -23,13 +24,19 @@ class StripMetadata(ir.passes.InPlacePass):
             dropped += len(node.metadata_props.keys() - kept.keys()) + (module != node.metadata_props.get(MODULE, ""))
             node.metadata_props.clear()
             node.metadata_props.update(kept)
-            for value in node.outputs:
-                dropped += len(value.metadata_props)
-                value.metadata_props.clear()
-        for value in (*model.graph.inputs, *model.graph.initializers.values()):
+            dropped += bool(node.doc_string)  # where older exporters put the stack trace
+            node.doc_string = None
+        for value in _values(model):
             dropped += len(value.metadata_props)
             value.metadata_props.clear()
         return ir.passes.PassResult(model, modified=dropped > 0)
+
+
+def _values(model: ir.Model) -> Iterator[ir.Value]:
+    for graph in model.graphs():
+        yield from (*graph.inputs, *graph.initializers.values())
+        for node in graph:
+            yield from node.outputs
 
 
 def _module_path(namespace: str) -> str:

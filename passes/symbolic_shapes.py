@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from math import prod
 
 import onnx_ir as ir
-from onnx_ir.passes.common import ShapeInferencePass
 
 
 @dataclass(frozen=True)
@@ -54,6 +53,12 @@ Shape = tuple[Axis, ...]
 
 SINCE = 13
 """The first opset whose operators are understood: before it, axes were attributes and Softmax flattened."""
+
+
+RANDOM = (
+    *("RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli", "Dropout"),
+)
+"""Operators that give, or may give, another result every time."""
 
 
 def is_standard(node: ir.Node) -> bool:
@@ -118,26 +123,6 @@ def nodes_inside_out(graph: ir.Graph) -> Iterator[ir.Node]:
         yield node
 
 
-def complete_shapes(model: ir.Model) -> None:
-    """Give values the shapes that inference leaves open and the table derives, and let inference go on from there.
-
-    Not with sequences: onnx_ir writes them as tensors for inference, and would get their type wrong.
-    """
-    made = [(node, out) for node in nodes_inside_out(model.graph) for out in node.outputs]
-    if any(isinstance(out.type, ir.SequenceType | ir.OptionalType) for _, out in made):
-        return
-    found = True
-    while found:
-        found, table = False, ShapeTable(model.graph)
-        for node, out in made:
-            if node.op_type == "GroupNormalization" and is_standard(node) and node.inputs[0] is not None:
-                out.type = node.inputs[0].type  # inference says nothing of it
-            if out.shape is None and out.type is not None and (shape := table.shape(out)) is not None:
-                out.shape, found = ir.Shape(axis.dimension for axis in shape), True
-        if found:
-            ShapeInferencePass(check_type=False, strict_mode=False)(model)
-
-
 class ShapeTable:
     """Symbolic shapes of all values of a graph and its bodies, and the contents of its small integer vectors."""
 
@@ -163,9 +148,15 @@ class ShapeTable:
         if value is None:
             return None
         if value not in self._shapes:
-            shape = value.const_value.shape if value.const_value is not None else value.shape
+            tensor = constant_of(value)
+            shape = value.shape if tensor is None else tensor.shape
             self._shapes[value] = None if shape is None else tuple(_axis(value, i, d) for i, d in enumerate(shape))
         return self._shapes[value]
+
+    def narrow(self, value: ir.Value, shape: Shape) -> None:
+        """From now on `value` has this shape, which it stretches where it is read."""
+        self._shapes[value] = shape
+        value.shape = ir.Shape(axis.dimension for axis in shape)
 
     def content(self, value: ir.Value | None) -> Shape | None:
         """What an integer vector or scalar holds."""
@@ -185,7 +176,7 @@ class ShapeTable:
 
 
 def _axis(value: ir.Value, index: int, dimension: object) -> Axis:
-    if isinstance(dimension, int):
+    if isinstance(dimension, int) and dimension >= 0:
         return Axis((), dimension)
     name = getattr(dimension, "value", None)
     return Axis((str(name) if name is not None else f"?{value.name}.{index}",), 1)

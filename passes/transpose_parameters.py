@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
-from cpcompile.passes.symbolic_shapes import constant_of, permutation
+from cpcompile.passes.symbolic_shapes import constant_of, is_standard, permutation
 
 
 @dataclass
@@ -31,7 +31,7 @@ class TransposeParameters(ir.passes.InPlacePass):
         graph = model.graph
         permutations: dict[str, tuple[int, ...]] = {}
         for node in list(graph):
-            value = node.inputs[0] if node.op_type == "Transpose" else None
+            value = node.inputs[0] if node.op_type == "Transpose" and is_standard(node) else None
             if value is None or not value.is_initializer() or len(value.uses()) != 1 or value.is_graph_output():
                 continue
             tensor, out = constant_of(value), node.outputs[0]

@@ -14,8 +14,10 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from cpcompile.errors import CpcompileError, UsageError
@@ -70,9 +72,7 @@ class TrimVocabulary(ir.passes.InPlacePass):
         if self.kept[-1] >= size:
             raise UsageError(f"token {self.kept[-1]} is to be kept, the model has the tokens 0 to {size - 1}")
 
-        kept = ir.Value(name=f"{self.logits}.kept", const_value=ir.tensor(index, name=f"{self.logits}.kept"))
-        kept.shape, kept.type = ir.Shape(index.shape), ir.TensorType(ir.DataType.INT64)
-        graph.register_initializer(kept)
+        kept = _constant(graph, f"{self.logits}.kept", index)
         whole = _pick(logits, kept, -1)
         graph.append(whole)
         graph.outputs[graph.outputs.index(logits)] = whole.outputs[0]
@@ -91,6 +91,28 @@ class TrimVocabulary(ir.passes.InPlacePass):
         self.clean_up(model)
         model.metadata_props[MARK] = digest
         return Trimming(model, True, {n: axes for n, axes in eliminated.kept.items() if n in graph.initializers})
+
+
+def renumber_interface(model: ir.Model, trim: TrimVocabulary) -> None:
+    """Let the whole `model` take new ids and give logits of new ids, as what `trim` makes of it: to compare both."""
+    graph = model.graph
+    ids, logits = _named(graph.inputs, trim.ids, "input"), _named(graph.outputs, trim.logits, "output")
+    assert ids.dtype is not None
+    old, whole = (
+        _constant(graph, f"{name}.old", np.asarray(trim.kept, dtype=dtype.numpy()))
+        for name, dtype in ((trim.ids, ids.dtype), (trim.logits, ir.DataType.INT64))
+    )
+    lookup = ir.node("Gather", [old, ids], name=f"{trim.ids}.renumbered")
+    lookup.outputs[0].name = lookup.name
+    for node, index in ids.uses():
+        if node is not lookup:
+            node.replace_input_with(index, lookup.outputs[0])
+    graph.insert_before(graph[0], lookup)
+    picked = ir.node("Gather", [logits, whole], {"axis": -1}, name=f"{trim.logits}.picked")
+    graph.append(picked)
+    graph.outputs[graph.outputs.index(logits)] = picked.outputs[0]
+    logits.name, picked.outputs[0].name = f"{trim.logits}.whole", trim.logits
+    picked.outputs[0].type = logits.type
 
 
 def compose_kept(first: KeptChannels, then: KeptChannels) -> KeptChannels:
@@ -142,6 +164,13 @@ def _common_length(tables: Sequence[ir.Value], logits: ir.Value) -> int:
                 f"is of shape {table.shape}; name the output that holds logits"
             )
     return size
+
+
+def _constant(graph: ir.Graph, name: str, array: npt.NDArray[np.integer[Any]]) -> ir.Value:
+    tensor = ir.tensor(array, name=name)
+    value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    graph.register_initializer(value)
+    return value
 
 
 def _pick(data: ir.Value, kept: ir.Value, axis: int) -> ir.Node:

@@ -13,7 +13,7 @@ import onnx_ir as ir
 from cpcompile.passes.channel_rules import rule_of
 from cpcompile.passes.channel_rules.bodies import common_zeros, owners, strands_of
 from cpcompile.passes.channels import EMPTY, Channels, Zeros
-from cpcompile.passes.symbolic_shapes import ShapeTable, bodies_of, is_standard, nodes_inside_out, number_of
+from cpcompile.passes.symbolic_shapes import ShapeTable, bodies_of, nodes_inside_out
 
 
 def find_zeros(graph: ir.Graph) -> Channels:
@@ -88,24 +88,9 @@ def find_channels(graph: ir.Graph) -> Channels:
 
 
 def _spare_one(channels: Channels) -> None:
-    """A tensor that would lose all channels of an axis keeps one: it is zero, and there is no empty tensor.
-
-    But a part of a Concat can go as a whole, if another part stays.
-    """
-    empty = [cell for cell, mask in channels.cells if mask.size and mask.all()]
-    for value, axis in empty:
-        for node, index in value.uses():
-            if (node, index) not in channels.dropped and _joins_along(channels, node, axis):
-                channels.dropped.add((node, index))
-                channels.changed[node] = None
-    if empty and not channels.changed:
-        value, axis = empty[0]
+    """A tensor that would lose all channels of an axis keeps one: it is zero, and there is no empty tensor."""
+    empty = next((cell for cell, mask in channels.cells if mask.size and mask.all()), None)
+    if empty is not None:
+        value, axis = empty
         first = np.arange(channels.cut(value, axis).size) > 0
         channels.tie([(value, axis)], channels.neighbours(value)[0], limit=first, why=EMPTY)
-
-
-def _joins_along(channels: Channels, node: ir.Node, axis: int) -> bool:
-    """Whether `node` is a Concat along `axis` of which something stays."""
-    rank = len(channels.shape(node.outputs[0]) or ())
-    joins = is_standard(node) and node.op_type == "Concat" and rank > 0
-    return joins and number_of(node, "axis", 0) % rank == axis and not channels.cut(node.outputs[0], axis).all()

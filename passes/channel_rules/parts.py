@@ -10,7 +10,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from cpcompile.passes.channel_rules.rule import Rule, keep_all, value_of
-from cpcompile.passes.channels import Channels, Zeros
+from cpcompile.passes.channels import Channels, Mask, Zeros
 from cpcompile.passes.shape_inputs import pick_channels, set_integers
 from cpcompile.passes.symbolic_shapes import axes_of, constant_of, number_of
 
@@ -25,7 +25,10 @@ def _pieces(channels: Channels, whole: ir.Value, parts: Sequence[ir.Value], axis
     return [slice(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 
 
-def _agree_pieces(channels: Channels, node: ir.Node, whole: ir.Value, parts: Sequence[ir.Value]) -> None:
+def _agree_pieces(
+    channels: Channels, node: ir.Node, whole: ir.Value, parts: Sequence[ir.Value], *, may_go: bool
+) -> None:
+    """Each piece of the whole loses what its part loses; a part that `may_go` stays as it is if its piece goes."""
     shape = channels.shape(whole)
     if shape is None or any(channels.shape(part) is None for part in parts):
         keep_all(channels, node, "its shapes are unknown")
@@ -40,24 +43,28 @@ def _agree_pieces(channels: Channels, node: ir.Node, whole: ir.Value, parts: Seq
             channels.keep(tensor, node, "it joins or splits a dynamic axis", axes=[axis])
         return
     mask, reasons = channels.cut(whole, axis).copy(), channels.reasons((whole, axis)).copy()
-    dropped = {at for at, piece in enumerate(pieces) if (node, at) in channels.dropped and mask[piece].all()}
-    present = [own for at, own in enumerate(zip(parts, pieces, strict=True)) if at not in dropped]
-    for part, piece in present:
-        lost = mask[piece] & ~channels.cut(part, axis)
-        reasons[piece][lost] = channels.reasons((part, axis))[lost]
-        mask[piece] &= ~lost
+    tied = [own for own in zip(parts, pieces, strict=True) if not (may_go and _is_gone(mask[own[1]]))]
+    for part, piece in zip(parts, pieces, strict=True):
+        kept = mask[piece] & ~channels.cut(part, axis)  # looked at, also if it is not tied
+        if (part, piece) in tied:
+            reasons[piece][kept] = channels.reasons((part, axis))[kept]
+            mask[piece] &= ~kept
     channels.shrink((whole, axis), mask, reasons)
-    for part, piece in present:
+    for part, piece in tied:
         channels.shrink((part, axis), mask[piece], reasons[piece])
+
+
+def _is_gone(piece: Mask) -> bool:
+    return piece.size > 0 and bool(piece.all())
 
 
 def _agree_concat(channels: Channels, node: ir.Node) -> None:
     parts = [value for value in node.inputs if value is not None]
-    _agree_pieces(channels, node, node.outputs[0], parts)
+    _agree_pieces(channels, node, node.outputs[0], parts, may_go=True)
 
 
 def _agree_split(channels: Channels, node: ir.Node) -> None:
-    _agree_pieces(channels, node, value_of(node, 0), node.outputs)
+    _agree_pieces(channels, node, value_of(node, 0), node.outputs, may_go=False)
 
 
 def _zeros_concat(channels: Channels, node: ir.Node) -> Sequence[Zeros] | None:
@@ -97,9 +104,8 @@ def _rewrite_concat(channels: Channels, node: ir.Node) -> None:
     """Leave out the parts of which nothing is left."""
     out, parts = node.outputs[0], [value for value in node.inputs if value is not None]
     axis = number_of(node, "axis", 0) % len(channels.shape(out) or (0,))
-    pieces = _pieces(channels, out, parts, axis) or []
-    cut = channels.cut(out, axis)
-    left = [part for at, part in enumerate(parts) if (node, at) not in channels.dropped or not cut[pieces[at]].all()]
+    pieces, cut = _pieces(channels, out, parts, axis), channels.cut(out, axis)
+    left = parts if pieces is None else [p for p, piece in zip(parts, pieces, strict=True) if not _is_gone(cut[piece])]
     node.resize_inputs(len(left))
     for at, part in enumerate(left):
         node.replace_input_with(at, part)

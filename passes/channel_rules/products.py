@@ -76,12 +76,9 @@ def _zeros_gemm(channels: Channels, node: ir.Node) -> Sequence[Zeros] | None:
     first, second = node.inputs[0], node.inputs[1]
     if first is None or second is None or channels.shape(first) is None or channels.shape(second) is None:
         return None
-    m, k = (1, 0) if number_of(node, "transA", 0) else (0, 1)
-    k_second, n = (1, 0) if number_of(node, "transB", 0) else (0, 1)
-    left, right = channels.zero(first), channels.zero(second)
-    rows, columns = left.axes[m], right.axes[n]
-    fits = left.axes[k].shape == right.axes[k_second].shape
-    everything = fits and bool((left.axes[k] | right.axes[k_second]).all())
+    rows = channels.zero(first).axes[1 if number_of(node, "transA", 0) else 0]
+    columns = channels.zero(second).axes[0 if number_of(node, "transB", 0) else 1]
+    everything = product_is_zero(channels, node)
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     if bias is not None:
         if (shape := channels.shape(bias)) is None:
@@ -91,6 +88,16 @@ def _zeros_gemm(channels: Channels, node: ir.Node) -> Sequence[Zeros] | None:
         rows = rows & added.everything
         columns = columns & (added.axes[-1] if shape and shape[-1].n == columns.size else added.everything)
     return [Zeros.of([rows, columns], everything=everything)]
+
+
+def product_is_zero(channels: Channels, node: ir.Node) -> bool:
+    """Whether a Gemm gives nothing but its bias: in each of its terms a factor is zero."""
+    first, second = value_of(node, 0), value_of(node, 1)
+    if channels.shape(first) is None or channels.shape(second) is None:
+        return False
+    left = channels.zero(first).axes[0 if number_of(node, "transA", 0) else 1]
+    right = channels.zero(second).axes[1 if number_of(node, "transB", 0) else 0]
+    return left.shape == right.shape and bool((left | right).all())
 
 
 RULES: Mapping[str, Rule] = MappingProxyType(

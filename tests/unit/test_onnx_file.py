@@ -103,3 +103,24 @@ def test_constants_count_as_tensors() -> None:
     body = "(float[2] x) => (float[2] y) { c = Constant<value = float[2] {1, 2}>() y = Add(x, c) }"
     model = ir.from_proto(onnx.parser.parse_model(f"{head} g {body}"))
     assert [tensor.size for tensor in tensors_of(model)] == [2]
+
+
+def test_a_sparse_initializer_is_refused_and_not_lost(tmp_path: Path) -> None:
+    model = onnx.parser.parse_model(TEXT.replace("MatMul(x, w)", "Add(x, w)").replace("float[N,3]", "float[N,4]"))
+    values = onnx.numpy_helper.from_array(np.ones(2, np.float32), "w")
+    at = onnx.numpy_helper.from_array(np.array([0, 3]), "at")
+    model.graph.sparse_initializer.append(onnx.helper.make_sparse_tensor(values, at, [4]))
+    onnx.save(model, tmp_path / "a.onnx")
+    with pytest.raises(UsageError, match="nothing makes 'w', .* sparse initializers have to be stored dense"):
+        load_onnx(tmp_path / "a.onnx")
+
+
+def test_a_type_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    maps = onnx.helper.make_map_type_proto(onnx.TensorProto.INT64, onnx.helper.make_tensor_type_proto(1, []))
+    out = onnx.helper.make_value_info("y", onnx.helper.make_sequence_type_proto(maps))
+    model = onnx.parser.parse_model(TEXT)
+    model.graph.ClearField("output")
+    model.graph.output.append(out)
+    onnx.save(model, tmp_path / "a.onnx")
+    with pytest.raises(UsageError, match="holds what cannot be read .*Map types"):
+        load_onnx(tmp_path / "a.onnx")

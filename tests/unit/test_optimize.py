@@ -78,7 +78,7 @@ def test_every_pass_can_be_named_and_says_what_it_does(tmp_path: Path) -> None:
     assert all(len(line.split(maxsplit=1)[1]) > 20 for line in listed)
     source = write(tmp_path / "in.onnx")
     for name in PASSES:
-        if name != "bind_context":
+        if name not in ("bind_context", "trim_vocabulary"):  # they need a value
             assert optimize_file(source, tmp_path / f"{name}.onnx", [name], check=True).comparison
 
 
@@ -87,12 +87,76 @@ def test_settings_of_a_pass() -> None:
     for text, says in [
         ("unroll", "there is no pass 'unroll'"),
         ("bind_context", "needs a value: bind_context:context="),
-        ("bind_context:context=x", "int is needed"),
+        ("bind_context:context=x", "context is 'x' .*; give a whole number"),
+        ("fold_constants:limit=1e3", "give a whole number"),
         ("clean_up:fast=1", "has no setting 'fast=1'; it has none"),
         ("bind_context:context", "has no setting 'context'"),
     ]:
         with pytest.raises(UsageError, match=says):
             parse_pass(text)
+
+
+LANGUAGE_MODEL = """(int64[N,S] input_ids, int64 context) => (float[N,S,6] logits) {
+    e = Gather(w, input_ids) r = Gather(g, context) z = Mul(e, r) h = MatMul(z, v) t = Transpose <perm = [1, 0]> (w)
+    logits = MatMul(h, t) }"""
+TABLES = {"w": np.arange(48.0).reshape(6, 8) - 20, "g": np.stack([GATE, GATE[::-1]]), "v": np.eye(8)[::-1].copy()}
+
+
+def kept_ids(path: Path, ids: object) -> Path:
+    np.save(path, np.asarray(ids))
+    return path
+
+
+def test_a_trimmed_vocabulary_is_compared_with_the_tokens_that_are_left(tmp_path: Path) -> None:
+    source, out = write(tmp_path / "in.onnx", LANGUAGE_MODEL, **TABLES), tmp_path / "out.onnx"
+    kept = kept_ids(tmp_path / "kept.npy", [1, 2, 5])
+    passes = (f"trim_vocabulary:kept={kept}", "bind_context:context=1", *DEFAULT)
+    ids = {"input_ids": np.array([[2, 0], [1, 1]])}
+    result = optimize_file(source, out, passes, check=True, inputs=[ids])
+    assert result.comparison
+    assert (result.comparison.runs, result.comparison.outputs[0].max_abs_error) == (4, 0.0)
+    shapes = {tensor.name: tuple(tensor.shape) for tensor in tensors_of(load_onnx(out))}
+    assert shapes == {"w": (3, 8), "r": (8,), "v": (8, 8)}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.onnx", "kept.npy", "out.onnx"]
+
+
+@pytest.mark.parametrize("ids", [[[1, 2]], [1.5, 2.0], ["a"], [True]])
+def test_kept_ids_are_whole_numbers(tmp_path: Path, ids: object) -> None:
+    with pytest.raises(UsageError, match="holds something else.*give an .npy file of token ids"):
+        parse_pass(f"trim_vocabulary:kept={kept_ids(tmp_path / 'kept.npy', ids)}")
+    with pytest.raises(UsageError, match="cannot be read: No such file"):
+        parse_pass(f"trim_vocabulary:kept={tmp_path / 'other.npy'}")
+
+
+def test_every_spelling_of_an_old_model(tmp_path: Path) -> None:
+    """Before IR 4 every initializer was an input too; `ai.onnx` is the standard's long name."""
+    text = DEAD.replace("x)", "x, float[4,8] a, float[8] g, float[8,3] b)", 1)
+    path = write(tmp_path / "in.onnx", '<ir_version: 3, opset_import: ["ai.onnx" : 13]> g ' + text)
+    result = optimize_file(path, tmp_path / "out.onnx", check=True)
+    assert result.comparison
+    assert result.steps[-1].size.parameters == 24
+    model = load_onnx(tmp_path / "out.onnx")
+    assert [value.name for value in model.graph.inputs] == ["x"]
+    assert dict(model.graph.opset_imports) == {"": 13}
+
+
+def test_functions_in_bodies_and_in_functions_are_inlined(tmp_path: Path) -> None:
+    text = """<ir_version: 10, opset_import: ["" : 20, "own" : 1]> m (float[N,4] x, bool c) => (float[N,3] y) {
+            y = If (c) <
+                then_branch = one () => (float[N,3] p) { p = own.Both <scale = 2.0> (x, a, g, b) },
+                else_branch = two () => (float[N,3] q) { q = own.Gated(x, a, g, b) }
+            >
+        }
+        <domain: "own", opset_import: ["" : 20]> Gated <scale: float = 3.0> (x, a, g, b) => (y) {
+            s = Constant <value_float: float = @scale> ()
+            h = MatMul(x, a) z = Mul(h, g) k = MatMul(z, b) y = Mul(k, s) }
+        <domain: "own", opset_import: ["" : 20, "own" : 1]> Both <scale: float> (x, a, g, b) => (y) {
+            p = own.Gated <scale: float = @scale> (x, a, g, b) q = own.Gated(x, a, g, b) y = Add(p, q) }"""
+    path = write(tmp_path / "in.onnx", text)
+    result = optimize_file(path, tmp_path / "out.onnx", check=True)
+    assert result.comparison
+    assert result.comparison.runs == 3
+    assert result.steps[-1].size.parameters == 24
 
 
 def test_the_command_prints_sizes_explains_and_dumps(tmp_path: Path) -> None:

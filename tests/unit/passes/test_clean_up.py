@@ -1,7 +1,10 @@
 import numpy as np
+import onnx
+import onnx_ir as ir
 import pytest
 
 from cpcompile.passes.clean_up import CleanUp
+from tests.unit.passes.graph_text import assert_same_values, canonical, check, inputs_of, parse, run
 
 X = np.random.default_rng(0).normal(size=(2, 4)).astype(np.float32)
 
@@ -75,3 +78,42 @@ def test_expand_to_the_same_shape_goes(graphs):
     model = graphs.build(text, size=np.array([1, 4]))
     assert CleanUp()(model).modified
     assert graphs.operators(model) == ["Neg"]
+
+
+def test_bodies_are_cleaned_too() -> None:
+    """What only a removed node in a body read from outside goes with it; inputs and outputs of a body stay."""
+    head, tail = "(float[2,4] x, bool c) => (float[2,4] y) { h = Exp(x)", "y = Relu(z) }"
+    before = f"""{head} e = Cos(h) z = If (c) <
+            then_branch = one () => (float[2,4] a) <float[2,4] p, float[2,4] q, float[4] s = {{1, 1, 1, 1}}> {{
+                p = Mul(h, s) q = Sin(e) a = Identity(p) }},
+            else_branch = two () => (float[2,4] b) {{
+                b = Loop (n, , h) <body = three (int64 i, bool go, float[2,4] t) => (bool on, float[2,4] u) {{
+                    on = Identity(go) r = Identity(t) k = Neg(e) u = Neg(r) }}> }}
+        > {tail}"""
+    expected = f"""{head} z = If (c) <
+            then_branch = one () => (float[2,4] a) {{ a = Identity(h) }},
+            else_branch = two () => (float[2,4] b) {{
+                b = Loop (n, , h) <body = three (int64 i, bool go, float[2,4] t) => (bool on, float[2,4] u) {{
+                    on = Identity(go) u = Neg(t) }}> }}
+        > {tail}"""
+    weights = {"n": np.array(3)}
+    original, model = parse(before, weights), parse(before, weights)
+    assert CleanUp()(model).modified
+    assert canonical(model) == canonical(parse(expected, weights))
+    assert not [value for graph in model.graph.subgraphs() for value in graph.initializers]
+    check(model)
+    for condition in (True, False):
+        assert_same_values(original, model, {**inputs_of(model), "c": np.array(condition)})
+    assert not CleanUp()(model).modified
+
+
+def test_functions_are_cleaned_too() -> None:
+    text = """<ir_version: 10, opset_import: ["" : 20, "own" : 1]> g (float[2,4] x) => (float[2,4] y) { y = own.F(x) }
+        <domain: "own", opset_import: ["" : 20]> F (x) => (y) { a = Identity(x) unused = Exp(a) y = Neg(a) }"""
+    before = onnx.parser.parse_model(text)
+    model = ir.from_proto(before)
+    assert CleanUp()(model).modified
+    (function,) = model.functions.values()
+    assert [node.op_type for node in function] == ["Neg"]
+    assert np.array_equal(run(model, {"x": X})["y"], run(before, {"x": X})["y"])
+    assert not CleanUp()(model).modified

@@ -133,3 +133,42 @@ def test_a_copy_that_is_an_output_gives_its_name_away() -> None:
     assert_same_values(parse(text), model)
     assert not CleanUp()(model).modified
     assert isinstance(model, ir.Model)
+
+
+JOINED = """(float[N,3] x) => (float[N,2] y, float[N,4] z) {
+    h = MatMul(x, a) d = Mul(h, g) z = Cos(d) k = MatMul(x, a2) c = Concat <axis = 1> (d, k) y = MatMul(c, b) }"""
+
+
+def test_a_dead_part_goes_from_a_concat_also_where_something_else_needs_it() -> None:
+    expected = """(float[N,3] x) => (float[N,2] y, float[N,4] z) {
+        h = MatMul(x, a) d = Mul(h, g) z = Cos(d) k = MatMul(x, a2) y = MatMul(k, b) }"""
+    weights = {"a": (3, 4), "g": np.zeros(4), "a2": (3, 5), "b": (9, 2)}
+    kept = {"a": (ALL, ALL), "g": (ALL,), "a2": (ALL, ALL), "b": ([4, 5, 6, 7, 8], ALL)}
+    result = assert_becomes(JOINED, expected, weights, kept)
+    assert blocked_by(result) == []
+
+
+def test_a_part_of_one_dead_channel_goes_from_a_concat() -> None:
+    weights = {"a": (3, 1), "g": np.zeros(1), "a2": (3, 5), "b": (6, 2)}
+    result = eliminate(JOINED.replace("float[N,4] z", "float[N,1] z"), weights)
+    assert result.kept["b"][0].tolist() == [1, 2, 3, 4, 5]
+
+
+def test_a_part_that_an_output_shows_stays() -> None:
+    text = "(float[N,3] x) => (float[N,5] y) { h = MatMul(x, a) d = Mul(h, g) y = Concat <axis = 1> (d, x) }"
+    weights = {"a": (3, 2), "g": np.zeros(2)}
+    (only,) = whole(text, weights, ["a", "g"])
+    assert (only.value, only.operator, only.reason) == ("y", "Concat", INPUT)
+
+
+@pytest.mark.parametrize("scale", ["", "k = Mul(h, s)"])
+def test_a_dead_layer_leaves_its_bias(scale: str) -> None:
+    """r + (0 + b) is r + b: no channel of the layer has to stay for the sake of its shape."""
+    before = f"""(float[N,3] x) => (float[N,3] y) {{
+        m = MatMul(x, a) z = Mul(m, g) d = MatMul(z, b) h = Add(d, t) {scale} r = Add(x, {"k" if scale else "h"})
+        y = Relu(r) }}"""
+    expected = f"""(float[N,3] x) => (float[N,3] y) {{
+        {scale.replace("h", "t")} r = Add(x, {"k" if scale else "t"}) y = Relu(r) }}"""
+    weights = {"a": (3, 4), "g": np.zeros(4), "b": (4, 3), "t": (3,)} | ({"s": (3,)} if scale else {})
+    result = assert_becomes(before, expected, weights, {"t": (ALL,)} | ({"s": (ALL,)} if scale else {}))
+    assert result.blocked == ()

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from cpcompile.passes.fold_constants import FoldConstants
+from tests.unit.passes.graph_text import assert_same_values, check, parse
 
 RNG = np.random.default_rng(0)
 
@@ -70,3 +71,104 @@ def test_lists_become_split(graphs):
     assert "Split" in graphs.operators(after)
     assert "SequenceAt" not in graphs.operators(after)
     graphs.assert_same(before, after, {"x": RNG.normal(size=(3, 8)).astype(np.float32)}, 0)
+
+
+@pytest.mark.parametrize(
+    ("text", "opset"),
+    [
+        ("list = SplitToSequence <axis = 1> (x, size)", 20),  # of unknown size: how many parts is not known
+        ("list = SplitToSequence <axis = 1, keepdims = 0> (x, sizes)", 20),  # with sizes, axes stay
+        ("list = SplitToSequence <axis = 1> (x, half)", 17),  # Split has no num_outputs yet
+        ("list = SplitToSequence <axis = 1> (x, sizes)", 12),  # nor sizes
+    ],
+)
+def test_lists_that_a_split_would_not_make_stay(text: str, opset: int) -> None:
+    arrays = {"half": np.array(4), "sizes": np.array([3, 5]), "zero": np.array(0)}
+    more = ", int64 size" if "size)" in text else ""
+    weights = {name: array for name, array in arrays.items() if name == "zero" or f"{name})" in text}
+    before = parse(
+        f"(float[N,8] x{more}) => (float[N,K] y) {{ {text} y = SequenceAt(list, zero) }}",
+        weights,
+        opset=opset,
+        infer=False,
+    )
+    after = before.clone()
+    FoldConstants()(after)
+    assert [node.op_type for node in after.graph] == ["SplitToSequence", "SequenceAt"]
+    feeds = {"x": RNG.normal(size=(3, 8)).astype(np.float32)} | ({"size": np.array(2)} if more else {})
+    assert_same_values(before, after, feeds, tolerance=0)
+
+
+@pytest.mark.parametrize(("opset", "operator"), [(12, "ConcatFromSequence"), (13, "Concat"), (20, "Concat")])
+def test_a_list_that_is_stacked(opset: int, operator: str) -> None:
+    text = """(float[N,4] x) => (float[N,2,4] y) {
+        e = Exp(x) list = SequenceConstruct(x, e) y = ConcatFromSequence <axis = 1, new_axis = 1> (list) }"""
+    before = parse(text, opset=opset, infer=False)
+    after = before.clone()
+    FoldConstants()(after)
+    assert after.graph.outputs[0].producer().op_type == operator
+    check(after)
+    assert_same_values(before, after, tolerance=0)
+
+
+@pytest.mark.parametrize(
+    "node",
+    [
+        "r = Bernoulli <seed = 1.0> (half)",
+        "r = RandomNormalLike <seed = 1.0> (half)",
+        "r = Dropout <seed = 1> (half, ratio, yes)",
+    ],
+)
+def test_what_is_random_is_drawn_in_every_run(graphs, node: str) -> None:
+    constants = {"half": "half = Constant<value = float[3] {0.5, 0.5, 0.5}>()"}
+    constants["ratio"] = "ratio = Constant<value_float = 0.5>() yes = Constant<value = bool {1}>()"
+    text = f"(float[3] x) => (float[3] y) {{ {' '.join(constants.values())} {node} y = Add(x, r) }}"
+    model = graphs.build(text)
+    FoldConstants()(model)
+    assert graphs.operators(model) == [node.split()[2], "Add"]
+
+
+def test_dropout_that_is_not_training_goes(graphs) -> None:
+    model = graphs.build("(float[3] x) => (float[3] y) { r = Dropout(x) y = Neg(r) }")
+    FoldConstants()(model)
+    assert graphs.operators(model)[-1] == "Neg"
+    assert "Dropout" not in graphs.operators(model)
+
+
+@pytest.mark.parametrize(
+    ("text", "default", "given"),
+    [
+        ("float[2,3] x, int64[2] v) => (float[A,B] y) { h = Expand(x, v) y = Relu(h) }", [2, 3], [1, 3]),
+        ("float[2,3] x, int64[2] v) => (float[A,B] y) { h = Reshape(x, v) y = Relu(h) }", [2, 3], [3, 2]),
+        ("float[2,3] x, bool v) => (float[2,3] y) { y = Dropout(x, half, v) }", True, False),
+        (
+            "float[2,3] x, bool v) => (float[2,3] y) { y = If (v) < "
+            "then_branch = a () => (float[2,3] p) { p = Relu(x) }, "
+            "else_branch = b () => (float[2,3] q) { q = Neg(x) }> }",
+            True,
+            False,
+        ),
+        ("float[2,3] x, float v) => (float[2,3] y) { w = Neg(v) y = Mul(x, w) }", np.float32(0), np.float32(2)),
+    ],
+)
+def test_nothing_is_computed_from_a_default(text: str, default: object, given: object) -> None:
+    weights = {"v": np.asarray(default)} | ({"half": np.array(0.0)} if "half" in text else {})
+    before = parse(f"({text}", weights, infer=False)
+    after = before.clone()
+    FoldConstants()(after)
+    assert "v" in after.graph.initializers
+    for value in (given, default):
+        feeds = {"x": RNG.normal(size=(2, 3)).astype(np.float32), "v": np.asarray(value)}
+        assert_same_values(before, after, feeds, tolerance=0)
+
+
+def test_a_parameter_of_a_body_stays() -> None:
+    text = """(float[N,2] x, bool c) => (float[N,2] y) {
+        y = If (c) <
+            then_branch = one () => (float[N,2] a) <float[2] w = {2, 3}> { v = Neg(w) a = Mul(x, v) },
+            else_branch = two () => (float[N,2] b) { b = Relu(x) }
+        >
+    }"""
+    model = parse(text, infer=False)
+    FoldConstants()(model)
+    assert [node.op_type for node in model.graph.all_nodes()] == ["If", "Neg", "Mul", "Relu"]

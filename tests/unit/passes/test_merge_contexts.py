@@ -261,3 +261,23 @@ def test_stored_runs_are_in_the_merged_graph_once_under_their_names() -> None:
     for name, piece in stored.items():
         assert np.array_equal(tensor(merged, name), piece.cut(whole(piece.name)))
     assert not any(branch.initializers for branch in merged.graph.subgraphs())
+
+
+def test_strings_are_compared_by_what_they_hold() -> None:
+    text = "(int64[N] x) => (string[N] y) { y = Gather(names, x) }"
+    words = {"a": ["nul", "ein"], "b": ["nul", "ein"], "c": ["zero", "one"]}
+    models = {name: parse(text, {"names": np.array(own, dtype=object)}) for name, own in words.items()}
+    merged = merge_contexts(models)
+    assert {name for name in merged.graph.initializers if "names" in name} == {"a/names", "c/names"}
+    for number, own in enumerate(words.values()):
+        assert run(merged, {"x": np.array([1, 0]), "context": np.array(number)})["y"].tolist() == own[::-1]
+
+
+def test_what_cannot_be_merged_as_it_is_is_refused() -> None:
+    text = "(float[N,2] x, float[2] w) => (float[N,2] y) { y = Add(x, w) }"
+    models = {name: parse(text, {"w": (2,)}) for name in "ab"}
+    with pytest.raises(CpcompileError, match="a: the input 'w' has a default"):
+        merge_contexts(models)
+    models = {name: parse("(float[N,2] x) => (float[N,2] y) { y = Relu(x) }", opset=8) for name in "ab"}
+    with pytest.raises(CpcompileError, match="a: is in opset 8; a choice needs 9"):
+        merge_contexts(models)

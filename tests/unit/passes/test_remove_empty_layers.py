@@ -59,6 +59,51 @@ def test_a_zero_term_goes_with_all_that_led_to_it(body: str, expected: str) -> N
     assert not result.model.graph.initializers
 
 
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ("h = Add(d, b) s = Add(x, h) y = Relu(s)", "s = Add(x, b) y = Relu(s)"),
+        ("h = Sub(d, b) s = Add(x, h) y = Relu(s)", "h = Neg(b) s = Add(x, h) y = Relu(s)"),
+        ("h = Sum(b, d, c) s = Add(x, h) y = Relu(s)", "h = Sum(b, c) s = Add(x, h) y = Relu(s)"),
+        # what is made of it stretches just as well, by one way or by two
+        ("h = Add(d, b) k = Mul(h, c) s = Add(x, k) y = Relu(s)", "k = Mul(b, c) s = Add(x, k) y = Relu(s)"),
+        (
+            "h = Add(d, b) k = Tanh(h) l = Cos(h) m2 = Mul(k, l) y = Add(m2, x)",
+            "k = Tanh(b) l = Cos(b) m2 = Mul(k, l) y = Add(m2, x)",
+        ),
+        ("h = Add(d, one) s = Add(x, h) y = Relu(s)", "s = Add(x, one) y = Relu(s)"),
+        ("h = Gemm(g, v, b) y = Add(x, h)", "y = Add(x, b)"),
+        ("h = Gemm <transB = 1> (g, v, x) y = Relu(h)", "y = Relu(x)"),
+    ],
+)
+def test_a_sum_may_get_narrower_where_its_readers_stretch_it(body: str, expected: str) -> None:
+    weights = {"b": (4,), "c": (4,), "one": np.array(1.5)}
+    used = {name: weight for name, weight in weights.items() if f" {name})" in body or f"({name}" in body}
+    head = "(float[N,4] x) => (float[N,4] y) {"
+    result = remove(f"{head} {BRANCH} {body} }}", DEAD | used)
+    assert canonical(result.model) == canonical(parse(f"{head} {expected} }}", used))
+    assert set(result.model.graph.initializers) == set(used)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "h = Add(d, b) y = Relu(h)",  # the output of the model
+        "h = Add(d, b) y = MatMul(h, v)",
+        "h = Add(d, b) k = PRelu(h, x) y = Relu(k)",  # stretches the slope only
+        "h = Add(d, b) k = Softmax(h) y = Add(k, x)",
+        "h = Add(d, b) k = Add(h, x) l = Neg(h) y = Concat <axis = 0> (k, l)",  # one reader of two
+        "h = Gemm <beta = 0.5> (g, v, b) y = Add(x, h)",
+        "h = Gemm(g, v) y = Concat <axis = 0> (x, h)",
+    ],
+)
+def test_a_sum_that_something_needs_whole_stays(body: str) -> None:
+    weights = DEAD | ({"b": (4,)} if "b)" in body else {})
+    result = remove(f"(float[N,4] x) => (float[K,4] y) {{ {BRANCH} {body} }}", weights)
+    assert result.sums == ()
+    assert "gate" in result.model.graph.initializers
+
+
 def test_the_result_says_which_sums_and_which_constants() -> None:
     weights = {"w": (4, 4), "zero": np.zeros((4, 4)), "o": (4, 4)}
     model = parse(
@@ -125,6 +170,18 @@ def test_terms_in_a_branch_go_too() -> None:
     assert set(result.sums) == {"s", "b"}
     used = [n for n in result.model.graph.all_nodes() if n.outputs[0].uses() or n.outputs[0].is_graph_output()]
     assert {node.op_type for node in used} == {"If", "Relu", "Exp"}
+
+
+def test_zeros_of_one_name_in_two_branches_are_two_constants() -> None:
+    text = """(float[2,4] x, bool c) => (float[K,4] y) {
+        y = If (c) <
+            then_branch = one () => (float[4,4] a) { z = Mul(x, gate) a = Concat <axis = 0> (x, z) },
+            else_branch = two () => (float[4,4] b) { z = Mul(x, gate) b = Concat <axis = 0> (z, x) }
+        >
+    }"""
+    result = remove(text, {"gate": np.zeros(4)})
+    assert result.zeros == ("z", "z")
+    assert set(result.model.graph.initializers) == {"z.zero", "z.zero.1"}
 
 
 def test_multiplication_by_one_goes_unless_it_is_a_protected_parameter() -> None:

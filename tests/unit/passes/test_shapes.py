@@ -9,6 +9,7 @@ from cpcompile.passes.canonicalize_shapes import CanonicalizeShapes
 from cpcompile.passes.channels import from_grid, to_grid
 from cpcompile.passes.clean_up import CleanUp
 from cpcompile.passes.symbolic_shapes import ONE, Axis, ShapeTable, broadcast
+from tests.unit.passes.graph_text import parse
 
 BATCH, SEQUENCE = Axis(("B",), 1), Axis(("S",), 1)
 
@@ -88,3 +89,20 @@ def test_target_shapes_become_explicit(graphs):
     assert next(iter(after.graph.initializers.values())).const_value.numpy().tolist() == [0, 0, 3, 4]
     graphs.assert_same(before, after, {"x": np.arange(72, dtype=np.float32).reshape(2, 3, 12)}, 0)
     assert not CanonicalizeShapes()(after).modified
+
+
+def test_a_measured_length_keeps_its_rank(graphs):
+    """[[4]] is a matrix, whatever is known of its one number."""
+    text = """(float[B,4] x) => (int64[1,1] y) {
+        s = Shape <start = 1, end = 2> (x) m = Unsqueeze(s, first) y = Neg(m) }"""
+    before = graphs.build(text, first=np.array([0]))
+    after = before.clone()
+    assert CanonicalizeShapes()(after).modified
+    CleanUp()(after)
+    assert graphs.operators(after) == ["Neg"]
+    graphs.assert_same(before, after, {"x": np.zeros((2, 4), np.float32)}, 0)
+
+
+def test_a_default_says_nothing_of_the_shape_that_a_caller_gives():
+    model = parse("(float[2,K] x, float[K] w) => (float[2,K] y) { y = Add(x, w) }", {"w": (3,)}, infer=False)
+    assert ShapeTable(model.graph).shape(model.graph.inputs[1]) == (Axis(("K",), 1),)

@@ -2,6 +2,7 @@ import numpy as np
 import onnx_ir as ir
 
 from cpcompile.passes.transpose_parameters import TransposeParameters
+from tests.unit.passes.graph_text import parse
 
 RNG = np.random.default_rng(0)
 X = {"x": RNG.normal(size=(3, 4)).astype(np.float32)}
@@ -50,4 +51,9 @@ def test_the_layout_of_an_input_with_a_default_is_the_interface(graphs):
         "(float[N,4] x, float[5,4] w) => (float[N,5] y) { t = Transpose(w) y = MatMul(x, t) }",
         w=RNG.normal(size=(5, 4)),
     )
+    assert not TransposeParameters()(model).modified
+
+
+def test_an_operator_of_another_domain_is_not_understood():
+    model = parse("(float[N,4] x) => (float[N,5] y) { t = other.Transpose(w) y = MatMul(x, t) }", {"w": (5, 4)})
     assert not TransposeParameters()(model).modified

@@ -1,0 +1,113 @@
+"""Infer types and shapes, and only add: what a model says of its values stays.
+
+    1. onnx.shape_inference on a copy without large weights
+    2. what it leaves open and `ShapeTable` derives, and again from 1 with that
+
+A default that the caller may replace is no constant: what follows from it alone is not inferred.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import onnx
+import onnx_ir as ir
+
+from cpcompile.passes.symbolic_shapes import SINCE, ShapeTable, is_standard, nodes_inside_out, opset_of
+
+SMALL = 1000
+"""Bytes of a constant that inference may want to read: target shapes, axes, pads."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class InferShapes(ir.passes.InPlacePass):
+    """Give values the types and shapes that follow from those of the inputs."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Edit `model`; `modified` counts values of which more is known."""
+        return ir.passes.PassResult(model, modified=_infer(model) + complete_shapes(model) > 0)
+
+
+def complete_shapes(model: ir.Model) -> int:
+    """Add the shapes that the table derives, and what inference makes of them; returns how many values got some."""
+    added = 0
+    while found := _derive(model.graph):
+        added += found + _infer(model)
+    return added
+
+
+def _derive(graph: ir.Graph) -> int:
+    """Shapes that the table derives and that nothing tells yet."""
+    if opset_of(graph) < SINCE:
+        return 0
+    found, table = 0, ShapeTable(graph)
+    for node in nodes_inside_out(graph):
+        source = node.inputs[0] if node.inputs else None
+        for out in node.outputs:
+            if out.type is None and source is not None and is_standard(node) and node.op_type == "GroupNormalization":
+                out.type = source.type  # inference says nothing of it
+            if out.shape is None and isinstance(out.type, ir.TensorType) and (shape := table.shape(out)) is not None:
+                out.shape = ir.Shape(axis.dimension for axis in shape)
+                found += 1
+    return found
+
+
+def _infer(model: ir.Model) -> int:
+    """What onnx.shape_inference says of values of which less is known."""
+    try:
+        inferred = ir.from_proto(onnx.shape_inference.infer_shapes(_light_proto(model), data_prop=True))
+    except Exception as error:  # its errors have no common class; without it, shapes are what the model says
+        _log.warning("shapes cannot be inferred: %s", error)
+        return 0
+    added = 0
+    for graph, twin in zip(model.graphs(), inferred.graphs(), strict=True):
+        outermost = graph is model.graph
+        own, known = (_values(each, outermost=outermost) for each in (graph, twin))
+        added += sum(_add(value, known[name]) for name, value in own.items() if name in known)
+    return added
+
+
+def _light_proto(model: ir.Model) -> onnx.ModelProto:
+    """The model for inference: large weights and replaceable defaults are inputs without a value."""
+    light = model.clone()
+    graph = light.graph
+    for name, value in list(graph.initializers.items()):
+        tensor = value.const_value
+        if value.is_graph_input() or tensor is None or tensor.nbytes > SMALL:
+            graph.initializers.pop(name)
+            value.const_value = None
+            if tensor is not None:
+                value.type, value.shape = value.type or ir.TensorType(tensor.dtype), ir.Shape(tensor.shape.numpy())
+            if not value.is_graph_input():
+                graph.inputs.append(value)
+    return ir.to_proto(light)
+
+
+def _values(graph: ir.Graph, *, outermost: bool) -> dict[str, ir.Value]:
+    """What the nodes of one graph make and a body takes in, by name; the inputs of the model are given."""
+    made = (out for node in graph for out in node.outputs)
+    return {value.name: value for value in (*(() if outermost else graph.inputs), *made) if value.name}
+
+
+def _add(value: ir.Value, other: ir.Value) -> bool:
+    """Add to `value` what is known of `other`."""
+    before = value.type, value.shape
+    value.type = value.type or other.type
+    dims = [_dim(None, new) for new in other.shape] if other.shape is not None else None
+    if value.shape is None and dims is not None:
+        value.shape = ir.Shape(dims)
+    elif value.shape is not None and dims is not None and len(value.shape) == len(dims):
+        named = value.is_graph_output()  # the names of its axes tell them to whoever reads it
+        value.shape = ir.Shape(_dim(own, new, named=named) for own, new in zip(value.shape, dims, strict=True))
+    return before != (value.type, value.shape)
+
+
+def _dim(own: int | ir.SymbolicDim | None, new: int | ir.SymbolicDim, *, named: bool = False) -> int | ir.SymbolicDim:
+    """A number tells more than a name, and a name more than nothing; inference says -1 where it is at a loss."""
+    new = ir.SymbolicDim(None) if isinstance(new, int) and new < 0 else new
+    if own is None or (isinstance(own, ir.SymbolicDim) and own.value is None):
+        return new
+    return new if isinstance(own, ir.SymbolicDim) and isinstance(new, int) and not named else own
