@@ -20,6 +20,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass, LiftConstantsToInitializersPass
 
 from cpcompile.errors import CpcompileError, UsageError
+from cpcompile.files import require_file_path
 from cpcompile.onnx_file import load_onnx, save_onnx, tensors_of
 from cpcompile.passes.bind_context import BindContext
 from cpcompile.passes.canonicalize_shapes import CanonicalizeShapes
@@ -107,6 +108,7 @@ def optimize_file(
     With `check` the outputs of both are compared on random inputs and on `inputs`, and a file that differs
     is not written. `dump` gets the graph after every pass.
     """
+    require_file_path(out, ".onnx")
     chosen = [(text, parse_pass(text)) for text in passes]
     progress("load", 0, None)
     model = load_onnx(source)

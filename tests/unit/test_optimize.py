@@ -215,3 +215,11 @@ def test_a_model_that_the_runtime_cannot_run_is_inconclusive(tmp_path: Path) -> 
     assert code == 3
     assert "cannot load the original" in output
     assert (tmp_path / "out.onnx").exists()
+
+
+def test_only_onnx_files_are_replaced(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    code, output = run(write(tmp_path / "a.onnx"), "-o", tmp_path / "notes.txt")
+    assert code == 2
+    assert "notes.txt: exists and is not named .onnx" in output
+    assert (tmp_path / "notes.txt").read_text() == "mine"
