@@ -29,7 +29,6 @@ from cpcompile.errors import CpcompileError, UsageError
 from cpcompile.files import whole_file
 from cpcompile.models.decoder import Decoder
 from cpcompile.models.language_model import LanguageModel
-from cpcompile.partitioning.pretrained import PretrainedDecoder
 from cpcompile.selection import Selection
 
 FORMAT = "cpcompile-checkpoint"
@@ -74,6 +73,9 @@ def make_model(config: ModelConfig | PretrainedConfig, *, contexts: int = 0) -> 
     """An untrained model of that architecture, with a row of gates per context."""
     if isinstance(config, ModelConfig):
         return Decoder(config, contexts=contexts)
+    # Late: what only foreign models need would weigh in the memory of our own, which is measured and compared.
+    from cpcompile.partitioning.pretrained import PretrainedDecoder
+
     return PretrainedDecoder(config, contexts=contexts)
 
 
