@@ -42,7 +42,7 @@ class Pretrained:
     """The text of tokenizer.json."""
 
 
-def read_pretrained(folder: Path, *, align: int = 32) -> Pretrained:
+def read_pretrained(folder: Path) -> Pretrained:
     """The causal language model in `folder`, or in the one GGUF file there; UsageError says what is missing."""
     files = sorted(folder.glob("*.gguf"))
     gguf_file = files[0].name if len(files) == 1 and not (folder / "config.json").exists() else None
@@ -54,7 +54,7 @@ def read_pretrained(folder: Path, *, align: int = 32) -> Pretrained:
     settings = json.loads(model.config.to_json_string(use_diff=False))
     # Where it came from, and how its weights were packed there, is not what it is.
     settings = {k: v for k, v in settings.items() if not k.startswith("_") and k not in NOT_THE_MODEL}
-    config = PretrainedConfig(settings=settings, align=align)
+    config = PretrainedConfig(settings=settings)
     wrapped = PretrainedDecoder(config, model=model)
     return Pretrained(config=config, state=wrapped.state_dict(), tokenizer=_tokenizer(folder, gguf_file))
 

@@ -66,6 +66,8 @@ def test_it_is_partitioned_by_its_own_names(model: Path) -> None:
     assert checkpoint.selection is not None
     assert set(checkpoint.selection.kept_fraction(UnitKind.FFN).values()) == {0.5}
     assert set(checkpoint.selection.kept_fraction(UnitKind.HEAD).values()) == {0.75}
+    channels = 64 if "llama" in str(model) else 128
+    assert checkpoint.selection.kept[UnitKind.FFN].shape == (3, 2, channels)  # single channels, not blocks of them
     own = transformers.AutoModelForCausalLM.from_pretrained(model.parent, local_files_only=True)
     assert set(dense.state) == {name for name, _ in own.named_parameters()}
     tables = {name: value for name, value in checkpoint.state.items() if name.endswith(".table")}
