@@ -76,13 +76,17 @@ class Bundle:
     components: Mapping[str, Mapping[str, Any]]
 
     def tokenizer(self, context: str) -> Path:
-        """The tokenizer.json of `context`, verified."""
+        """The tokenizer.json of `context`, verified; UsageError if the bundle's model reads no text."""
+        if context not in self.metadata["tokenizers"]:
+            raise UsageError(f"{self.root}: has no tokenizer of {context!r}; it was built from a program")
         path = self._asset(self.metadata["tokenizers"][context]) / "tokenizer.json"
         self.verify(path)
         return path
 
     def token_ids(self, context: str) -> npt.NDArray[np.int64] | None:
         """The id that each token of `context` has in the whole vocabulary; None where the context has it whole."""
+        if context not in self.metadata["tokenizers"]:
+            return None
         path = self._asset(self.metadata["tokenizers"][context]) / TOKEN_IDS
         if path.relative_to(self.root).as_posix() not in self.metadata["files"]:
             return None
@@ -190,8 +194,9 @@ def _require_readable(bundle: Bundle) -> None:
     """Everything that is read later has the form that `seal` gives it; TypeError, KeyError or ValueError otherwise."""
     metadata = bundle.metadata
     _require(metadata["shared_weights"], bool, "shared_weights")
-    for context in bundle.contexts:
-        _require(_require(metadata["tokenizers"], dict, "tokenizers")[context], str, f"tokenizer of {context}")
+    tokenizers = _require(metadata["tokenizers"], dict, "tokenizers")
+    for context in bundle.contexts if tokenizers else ():
+        _require(tokenizers[context], str, f"tokenizer of {context}")
     _require(metadata["checkpoint"], str, "checkpoint")
     for name, digest in _require(metadata["files"], dict, "files").items():
         _require(digest, str, f"the digest of {name}")

@@ -244,6 +244,7 @@ def build(
       cpcompile build model.pt --merged               # for a server of many contexts
       cpcompile build model.pt --vocabulary-coverage 1  # only the tokens that a context's text needs
       cpcompile build model.pt --json > report.json
+      cpcompile build model.pt2                       # a module of your own, see `cpcompile.save_program`
     """
     from cpcompile.console import stage_progress
     from cpcompile.pipeline import build_bundle
@@ -271,7 +272,7 @@ def build(
 
 @main.command(context_settings={"show_default": True})
 @click.argument("bundle", type=FilePath)
-@click.option("--model", type=FilePath, help="Checkpoint that it was built from.  [default: BUNDLE with .pt]")
+@click.option("--model", type=FilePath, help="What it was built from.  [default: BUNDLE with .pt or .pt2]")
 @click.option("--data", type=FilePath, help="Corpus whose held-out text replaces the checkpoint's.")
 @click.option("--rounds", default=ValidateConfig.rounds, help="Interleaved timing rounds per shape.")
 @click.option("--no-speed", is_flag=True, help="Leave the timings out.")
@@ -299,7 +300,7 @@ def validate(
 
     config = ValidateConfig(rounds=rounds, speed=not no_speed, memory=not no_memory)
     with stage_progress() as stage:
-        report = validate_bundle(bundle, model or _beside(bundle, ".pt"), data=data, config=config, progress=stage)
+        report = validate_bundle(bundle, model or _model_of(bundle), data=data, config=config, progress=stage)
     _print_report(report, as_json=as_json)
     if no_speed or no_memory:
         click.echo(f"{bundle / 'report.json'} stays as it was: not everything was measured now", err=True)
@@ -412,6 +413,12 @@ def _beside(path: Path, suffix: str) -> Path:
     """`path` with another suffix; also of `.`, which has no name."""
     path = path if path.name else path.absolute()
     return path.with_name(f"{path.stem}{suffix}") if path.name else path
+
+
+def _model_of(bundle: Path) -> Path:
+    """The model beside `bundle`; the .pt file if there is neither."""
+    program = _beside(bundle, ".pt2")
+    return program if program.exists() and not _beside(bundle, ".pt").exists() else _beside(bundle, ".pt")
 
 
 def _names(text: str | None) -> tuple[str, ...] | None:

@@ -1,7 +1,7 @@
 """The way of the data, on one page.
 
-text per context -> Corpus -> trainer -> Checkpoint
-Checkpoint -> capture (once) -> dynamic graph
+text per context -> Corpus -> trainer -> Checkpoint             or a Program of one's own, with gates
+Checkpoint, Program -> capture (once) -> dynamic graph
 dynamic graph x context -> freeze passes -> frozen graph         for every context
 frozen graphs -> shared weights -> exporter -> bundle
 bundle + eager models + held-out text -> validator -> report, verdict
@@ -10,7 +10,6 @@ bundle + eager models + held-out text -> validator -> report, verdict
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,40 +23,28 @@ import onnx_ir as ir
 
 from cpcompile.accounting import Accounting, account
 from cpcompile.bundle import ROUTER, TOKEN_IDS, Bundle, BundleWriter, open_bundle
-from cpcompile.capture import capture
-from cpcompile.checkpoint import Checkpoint, architecture, load_checkpoint
+from cpcompile.checkpoint import Checkpoint
 from cpcompile.config import ModelConfig, PretrainedConfig, TrainConfig, ValidateConfig
 from cpcompile.errors import UsageError
 from cpcompile.exporters.onnxruntime_exporter import MERGED, SINGLE, export_onnxruntime
 from cpcompile.exporters.weights_file import Location, write_weights
 from cpcompile.files import file_digest, require_file_path, whole_file
 from cpcompile.measure import environment, peak_resident_bytes, reset_peak
-from cpcompile.models.language_model import LanguageModel
 from cpcompile.partitioning.pretrained import read_pretrained
 from cpcompile.passes.freeze import Frozen, freeze
 from cpcompile.passes.merge_contexts import merge_contexts
 from cpcompile.passes.share_weights import Run, ShareWeights, plan_runs
-from cpcompile.report import (
-    BuildResult,
-    BuildStage,
-    ContextResult,
-    Report,
-    build_of,
-    make_report,
-    training_summary,
-    write_report,
-)
+from cpcompile.report import BuildResult, BuildStage, ContextResult, Report, build_of, make_report, write_report
 from cpcompile.selection import UnitKind
+from cpcompile.source import Source, open_source, tokenizer_file
 from cpcompile.training.branch import Observer
 from cpcompile.training.corpus import load_corpus
-from cpcompile.training.tokenization import parse_tokenizer, vocabulary_size
-from cpcompile.training.trainer import dense_path, require_outputs, train
+from cpcompile.training.trainer import require_outputs, train
 from cpcompile.validation.validator import VariantResult, validate
-from cpcompile.vocabulary import TrimmedVocabulary, cut_tokenizer, needed_tokens, order_tokens
+from cpcompile.vocabulary import TrimmedVocabulary
 
 Progress = Callable[[str, int, int | None], None]
 WEIGHTS_FILE = "weights.bin"
-FLOAT32_BYTES = 4
 PARAMETERS = ("total", "kept", "removed", "removed_by_kind", "removed_experts")
 """What the report says of the parameters of a context."""
 
@@ -92,7 +79,7 @@ def train_from_data(
         model_config = pretrained.config
     else:
         model_config = source
-    with _tokenizer_file(pretrained.tokenizer if pretrained else None) as own_tokenizer:
+    with tokenizer_file(pretrained.tokenizer if pretrained else None) as own_tokenizer:
         corpus = load_corpus(
             data,
             vocabulary=model_config.vocabulary,
@@ -132,7 +119,7 @@ def build_bundle(
     merged: bool = False,
     coverage: float | None = None,
 ) -> tuple[Report, Path]:
-    """`cpcompile build`: checkpoint `model` -> bundle with its report; returns the report and where the bundle is.
+    """`cpcompile build`: checkpoint or program `model` -> bundle with its report; returns the report and where it is.
 
     `merged` adds one engine for all contexts. `coverage` is the part of a context's text that its vocabulary covers
     in the tokens that it had; None leaves the vocabulary whole. A bundle that fails its validation does not replace an
@@ -144,39 +131,27 @@ def build_bundle(
         raise UsageError("--merged is one engine for all contexts, which have one vocabulary; leave it whole")
     stages = _Stages(progress)
     with stages("load"):
-        checkpoint, dense = _load(model)
-        chosen = _choose(contexts, checkpoint, model)
+        source = open_source(model)
+        chosen = source.choose(contexts)
         if merged and len(chosen) < 2:
             raise UsageError(f"--merged joins several contexts, and there is only {chosen[0]}; leave it out")
-        held_out = _held_out(checkpoint, data, progress)
-        order, trimmed = _trim(checkpoint, chosen, coverage) if coverage is not None else (None, {})
+        order, trimmed = source.trim(chosen, coverage) if coverage is not None else (None, {})
+        reference = source.reference(config, data=data, trimmed=trimmed, progress=progress)
     with stages("capture"):
-        eager = checkpoint.model
-        dynamic = capture(eager, opset=opset)
+        dynamic = source.capture(opset=opset)
     with stages("freeze"):
-        rows = _order_rows(dynamic, eager, order) if order is not None else None
+        rows = _order_rows(dynamic, source, order) if order is not None else None
         frozen, accounts = {}, {}
         for context in chosen:
             tokens = rows[trimmed[context].kept].tolist() if rows is not None else None
-            frozen[context] = freeze(dynamic, checkpoint.contexts.index(context), tokens)
-            accounts[context] = _account(context, frozen[context], eager, checkpoint, tokens and len(tokens))
+            frozen[context] = freeze(dynamic, source.contexts.index(context), tokens)
+            accounts[context] = _account(context, frozen[context], source, tokens and len(tokens))
     with BundleWriter(out) as writer:
         with stages("export"):
-            bundle = _export(
-                writer, dynamic, frozen, accounts, checkpoint, trimmed, model, shared=not standalone, merged=merged
-            )
+            bundle = _export(writer, dynamic, frozen, accounts, source, trimmed, shared=not standalone, merged=merged)
         build = stages.result()
-        results = validate(
-            bundle,
-            checkpoint,
-            dense,
-            config,
-            held_out=held_out,
-            sequence=_sequence(checkpoint),
-            trimmed=trimmed,
-            progress=progress,
-        )
-        report = _report(bundle, checkpoint, dense, results, build, config)
+        results = validate(bundle, reference, config, progress=progress)
+        report = _report(bundle, source, results, build, config)
         write_report(report, writer.root)
         return report, writer.commit(failed=report["verdict"] == "fail")
 
@@ -188,25 +163,18 @@ def validate_bundle(
     bundle = open_bundle(path)
     bundle.verify_all()
     if not model.exists():
-        raise UsageError(f"{model}: there is no such file; --model names the checkpoint that {path} was built from")
-    checkpoint, dense = _load(model)
+        raise UsageError(f"{model}: there is no such file; --model names the model that {path} was built from")
+    source = open_source(model)
     if file_digest(model) != bundle.metadata["checkpoint"]:
-        raise UsageError(f"{path}: was not built from {model}; give its own checkpoint with --model, or build it again")
-    results = validate(
-        bundle,
-        checkpoint,
-        dense,
-        config,
-        held_out=_held_out(checkpoint, data, progress),
-        sequence=_sequence(checkpoint),
-        trimmed={
-            context: TrimmedVocabulary(bundle.tokenizer(context).read_text(encoding="utf-8"), ids)
-            for context in bundle.contexts
-            if (ids := bundle.token_ids(context)) is not None
-        },
-        progress=progress,
-    )
-    return _report(bundle, checkpoint, dense, results, build_of(path), config)
+        raise UsageError(f"{path}: was not built from {model}; give its own model with --model, or build it again")
+    trimmed = {
+        context: TrimmedVocabulary(bundle.tokenizer(context).read_text(encoding="utf-8"), ids)
+        for context in bundle.contexts
+        if (ids := bundle.token_ids(context)) is not None
+    }
+    reference = source.reference(config, data=data, trimmed=trimmed, progress=progress)
+    results = validate(bundle, reference, config, progress=progress)
+    return _report(bundle, source, results, build_of(path), config)
 
 
 def export_standalone(path: Path, context: str, out: Path, *, variant: str) -> None:
@@ -224,72 +192,22 @@ def export_standalone(path: Path, context: str, out: Path, *, variant: str) -> N
         ir.save(ir.external_data.load_to_model(model), temporary, format="protobuf")
 
 
-def _load(model: Path) -> tuple[Checkpoint, Checkpoint | None]:
-    """The partitioned model and, where it lies beside it, the dense baseline of the same run."""
-    checkpoint = load_checkpoint(model)
-    if checkpoint.selection is None:
-        raise UsageError(
-            f"{model}: is a dense checkpoint and has no contexts to build; give the partitioned one, such as model.pt"
-        )
-    try:
-        entries = vocabulary_size(parse_tokenizer(checkpoint.tokenizer))
-        training_summary(checkpoint.training, checkpoint.contexts)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"{model}: its tokenizer or training record is garbled ({error}); train it again") from error
-    if entries > checkpoint.config.vocabulary:
-        raise UsageError(f"{model}: its tokenizer has {entries} entries, the model {checkpoint.config.vocabulary}")
-    path = dense_path(model)
-    if not path.exists():
-        return checkpoint, None
-    dense = load_checkpoint(path)
-    same_run = dense.training.get("run") == checkpoint.training.get("run")
-    if dense.selection is not None or not same_run or dense.tokenizer != checkpoint.tokenizer:
-        raise UsageError(
-            f"{path}: is not the dense baseline that was trained with {model}; put that one there (a training that was "
-            "interrupted goes on with --resume), or take it away to build without a comparison"
-        )
-    return checkpoint, dense
-
-
-def _choose(contexts: Sequence[str] | None, checkpoint: Checkpoint, model: Path) -> tuple[str, ...]:
-    for context in contexts or ():
-        if context not in checkpoint.contexts:
-            raise UsageError(f"{model}: has no context {context!r}; it has {', '.join(checkpoint.contexts)}")
-    return tuple(contexts or checkpoint.contexts)
-
-
-def _trim(
-    checkpoint: Checkpoint, contexts: Sequence[str], coverage: float
-) -> tuple[npt.NDArray[np.int64], dict[str, TrimmedVocabulary]]:
-    """The vocabulary of each of `contexts`, and the order of the whole one in which they have runs of rows."""
-    missing = [context for context in contexts if context not in checkpoint.token_counts]
-    if missing:
-        raise UsageError(f"the checkpoint has no token counts of {', '.join(missing)}; train it again")
-    text = checkpoint.tokenizer
-    needed = {c: needed_tokens(text, checkpoint.token_counts[c], coverage=coverage) for c in contexts}
-    order = order_tokens(text, list(needed.values()), checkpoint.config.vocabulary)
-    return order, {c: cut_tokenizer(text, order[np.isin(order, ids)]) for c, ids in needed.items()}
-
-
-def _order_rows(dynamic: ir.Model, eager: LanguageModel, order: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+def _order_rows(dynamic: ir.Model, source: Source, order: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """Bring the vocabulary of `dynamic` into `order`; returns where each old token is now."""
     for name, value in dynamic.graph.initializers.items():
-        if eager.parameter_kind(name) is UnitKind.VOCABULARY and value.const_value is not None:
+        if source.parameter_kind(name) is UnitKind.VOCABULARY and value.const_value is not None:
             value.const_value = ir.tensor(value.const_value.numpy()[order], name=name)
     return np.argsort(order)
 
 
-def _account(
-    context: str, frozen: Frozen, eager: LanguageModel, checkpoint: Checkpoint, tokens: int | None
-) -> Accounting:
-    assert checkpoint.selection is not None
-    total = eager.parameter_sizes()
+def _account(context: str, frozen: Frozen, source: Source, tokens: int | None) -> Accounting:
+    total = source.parameter_sizes()
     return account(
         context,
         frozen.model.graph,
         total=total,
-        expected=eager.kept_with_tokens(checkpoint.selection, context, tokens),
-        kinds={name: kind for name in total if (kind := eager.parameter_kind(name)) is not None},
+        expected=source.kept_sizes(context, tokens),
+        kinds={name: kind for name in total if (kind := source.parameter_kind(name)) is not None},
     )
 
 
@@ -298,9 +216,8 @@ def _export(
     dynamic: ir.Model,
     frozen: Mapping[str, Frozen],
     accounts: Mapping[str, Accounting],
-    checkpoint: Checkpoint,
+    source: Source,
     trimmed: Mapping[str, TrimmedVocabulary],
-    model: Path,
     *,
     shared: bool,
     merged: bool,
@@ -325,9 +242,12 @@ def _export(
             ShareWeights(context, plan)(frozen[context].model)
     tokenizers = {}
     for context in frozen:
-        staging = writer.stage("tokenizer")
         own = trimmed.get(context)
-        (staging / "tokenizer.json").write_text(own.tokenizer_json if own else checkpoint.tokenizer, encoding="utf-8")
+        text = own.tokenizer_json if own else source.tokenizer
+        if text is None:
+            continue
+        staging = writer.stage("tokenizer")
+        (staging / "tokenizer.json").write_text(text, encoding="utf-8")
         if own:
             np.save(staging / TOKEN_IDS, own.kept)
         tokenizers[context] = writer.add_asset(staging)
@@ -342,9 +262,9 @@ def _export(
         artifact = export_onnxruntime(one, folder, weights=weights, locations=locations, contexts=tuple(frozen))
         writer.add_variant(ROUTER, artifact, weights=uri)
     return writer.seal(
-        name=model.stem,
+        name=source.path.stem,
         metadata={
-            "checkpoint": file_digest(model),
+            "checkpoint": file_digest(source.path),
             "tokenizers": tokenizers,
             "shared_weights": shared,
             "parameters": {context: _parameters(accounts[context], frozen[context]) for context in frozen},
@@ -378,31 +298,16 @@ def _parameters(accounting: Accounting, frozen: Frozen) -> dict[str, Any]:
     }
 
 
-def _shape(config: ModelConfig | PretrainedConfig) -> dict[str, Any]:
-    """The settings of an architecture that are numbers, strings or flags."""
-    settings = config.settings if isinstance(config, PretrainedConfig) else dataclasses.asdict(config)
-    return {name: value for name, value in settings.items() if isinstance(value, int | float | str)}
-
-
 def _report(
-    bundle: Bundle,
-    checkpoint: Checkpoint,
-    dense: Checkpoint | None,
-    results: Sequence[VariantResult],
-    build: BuildResult,
-    config: ValidateConfig,
+    bundle: Bundle, source: Source, results: Sequence[VariantResult], build: BuildResult, config: ValidateConfig
 ) -> Report:
     parameters = bundle.metadata["parameters"]
     return make_report(
-        model={
-            "name": bundle.name,
-            "architecture": architecture(checkpoint.config),
-            "config": _shape(checkpoint.config),
-        },
+        model={"name": bundle.name, "architecture": source.architecture, "config": dict(source.config)},
         environment=environment(),
         build=build,
         bundle_bytes=bundle.bytes,
-        dense_bytes=sum(tensor.numel() for tensor in dense.state.values()) * FLOAT32_BYTES if dense else None,
+        dense_bytes=source.dense_bytes,
         shared_weights=bundle.metadata["shared_weights"],
         contexts=[
             ContextResult(
@@ -412,48 +317,9 @@ def _report(
             )
             for context in bundle.contexts
         ],
-        training=training_summary(checkpoint.training, checkpoint.contexts),
-        max_perplexity_increase=config.max_perplexity_increase,
+        training=source.training,
+        max_perplexity_increase=config.max_perplexity_increase if source.has_text else None,
     )
-
-
-def _held_out(checkpoint: Checkpoint, data: Path | None, progress: Progress) -> Mapping[str, npt.NDArray[np.int32]]:
-    """Held-out token ids per context: of `data`, or those in the checkpoint."""
-    if data is None:
-        return checkpoint.held_out
-    settings = TrainConfig()
-    with _tokenizer_file(checkpoint.tokenizer) as tokenizer:
-        corpus = load_corpus(
-            data,
-            vocabulary=checkpoint.config.vocabulary,
-            sequence=_sequence(checkpoint),
-            held_out_fraction=settings.held_out_fraction,
-            seed=checkpoint.training.get("settings", {}).get("seed", settings.seed),
-            tokenizer=tokenizer,
-            progress=progress,
-        )
-    missing = [context for context in checkpoint.contexts if context not in corpus.contexts]
-    if missing:
-        raise UsageError(f"{data}: has no text for {', '.join(missing)}; it has {', '.join(corpus.contexts)}")
-    limit = checkpoint.training.get("settings", {}).get("held_out_tokens", settings.held_out_tokens)
-    return {c: np.asarray(corpus.held_out[c].ids[: limit + 1], dtype=np.int32) for c in checkpoint.contexts}
-
-
-@contextmanager
-def _tokenizer_file(text: str | None) -> Iterator[Path | None]:
-    """A temporary tokenizer.json with that text; None for None."""
-    if text is None:
-        yield None
-        return
-    with tempfile.TemporaryDirectory(prefix="cpcompile-") as folder:
-        path = Path(folder) / "tokenizer.json"
-        path.write_text(text, encoding="utf-8")
-        yield path
-
-
-def _sequence(checkpoint: Checkpoint) -> int:
-    """Tokens per window of evaluation: as in training."""
-    return int(checkpoint.training.get("settings", {}).get("sequence", TrainConfig.sequence))
 
 
 class _Stages:

@@ -91,12 +91,13 @@ def make_report(
     shared_weights: bool,
     contexts: Sequence[ContextResult],
     training: Mapping[str, Any] | None,
-    max_perplexity_increase: float,
+    max_perplexity_increase: float | None,
 ) -> Report:
     """The report with its verdict.
 
     model: {name, architecture, config}. environment: `cpcompile.measure.environment`. training:
-    `training_summary`. dense_bytes: weights of the dense model in the bundle's precision.
+    `training_summary`. dense_bytes: weights of the dense model in the bundle's precision. max_perplexity_increase: what
+    the verdict allows; None where quality is not measured as perplexity.
     """
     report = {
         "schema_version": SCHEMA_VERSION,
@@ -125,7 +126,7 @@ def make_report(
     return {"schema_version": SCHEMA_VERSION, "verdict": verdict, "reasons": reasons, **report}
 
 
-def judge(report: Mapping[str, Any], max_perplexity_increase: float) -> tuple[str, list[str]]:
+def judge(report: Mapping[str, Any], max_perplexity_increase: float | None) -> tuple[str, list[str]]:
     """The verdict on everything that was measured, and the reasons why it is not a pass."""
     failures: list[str] = []
     gaps: list[str] = []
@@ -141,6 +142,8 @@ def judge(report: Mapping[str, Any], max_perplexity_increase: float) -> tuple[st
     if not report["contexts"]:
         gaps.append("the bundle has no contexts")
     for name, pairs in _perplexities(report).items():
+        if max_perplexity_increase is None:
+            break
         missing = sorted(context for context, pair in pairs.items() if None in pair)
         if missing:
             gaps.append(f"{name}: no perplexity of engine or dense baseline for {', '.join(missing)}")
@@ -403,7 +406,7 @@ def _measured_cells(variant: Mapping[str, Any]) -> list[str]:
 
 
 def _speed_line(shape: Mapping[str, Any]) -> str:
-    where = f"{shape['batch']}×{shape['sequence']}"
+    where = f"{shape['batch']}×{shape['sequence']}" if shape["sequence"] else f"batch {shape['batch']}"
     if shape["ratio"] is None:
         return f"{where}: {shape['p50_ms']:.2f} ms"
     return f"{where}: {shape['ratio']:.2f} ({shape['ratio_low']:.2f}–{shape['ratio_high']:.2f})"

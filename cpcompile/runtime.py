@@ -7,8 +7,9 @@ logits = engine.run(input_ids)
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,10 @@ import onnxruntime as ort
 
 from cpcompile.bundle import WEIGHTS_OPTION, Bundle, Variant
 from cpcompile.errors import CpcompileError, UsageError
+
+Array = npt.NDArray[Any]
+Feeds = Mapping[str, Array]
+"""Inputs of a model by name."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +37,21 @@ class Engine:
             raise UsageError(
                 f"input_ids is {input_ids.dtype} of shape {input_ids.shape}; int64 (batch, sequence) is needed"
             )
-        (logits,) = self.session.run(["logits"], feeds_of(self.variant, input_ids))
+        (logits,) = self.session.run(["logits"], self._feeds({"input_ids": input_ids}))
         result: npt.NDArray[np.float32] = logits
         return result
+
+    def outputs(self, feeds: Feeds) -> dict[str, Array]:
+        """Every output that the graph declares, by name, for `feeds`: the inputs by name, without the context."""
+        return dict(zip(self._names, self.session.run(self._names, self._feeds(feeds)), strict=True))
+
+    @cached_property
+    def _names(self) -> list[str]:
+        return [output.name for output in self.session.get_outputs()]
+
+    def _feeds(self, feeds: Feeds) -> Feeds:
+        """With what chooses the context, where the engine serves several."""
+        return {**feeds, **{name: np.asarray(number) for name, number in self.variant.feeds.items()}}
 
     def generate(self, prompt: list[int], *, tokens: int, temperature: float = 0.0, seed: int = 0) -> Iterator[int]:
         """Continue `prompt` by `tokens` ids: the likeliest ones, or sampled where `temperature` > 0."""
@@ -61,11 +78,6 @@ def load_engine(bundle: Bundle, context: str, variant: str = "cpu-fp32", *, thre
     if chosen.weights is not None:
         bundle.verify(chosen.weights)
     return Engine(chosen, create_session(chosen, options))
-
-
-def feeds_of(variant: Variant, input_ids: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[np.int64]]:
-    """All inputs of an engine: the tokens, and what chooses the context where it serves several."""
-    return {"input_ids": input_ids, **{name: np.asarray(number) for name, number in variant.feeds.items()}}
 
 
 def session_options(variant: Variant, *, threads: int = 0) -> Any:

@@ -1,7 +1,8 @@
 """Memory: what loading and running costs, engine and eager dense baseline each in a fresh process.
 
-    python -m cpcompile.validation.memory engine BUNDLE CONTEXT VARIANT THREADS     (never imports torch)
-    python -m cpcompile.validation.memory eager  CHECKPOINT THREADS
+    python -m cpcompile.validation.memory engine  INPUTS THREADS BUNDLE CONTEXT VARIANT     (never imports torch)
+    python -m cpcompile.validation.memory eager   INPUTS THREADS CHECKPOINT
+    python -m cpcompile.validation.memory program INPUTS THREADS PROGRAM CONTEXT
 
 `cpcompile.measure` says how; this module is what the parent calls and what its child runs.
 """
@@ -11,17 +12,20 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from cpcompile.errors import CpcompileError
 from cpcompile.measure import ProcessMemory, in_fresh_process, measure_memory
 
-SHAPE = (1, 128)
-"""(batch, sequence) of the runs."""
+if TYPE_CHECKING:
+    from cpcompile.runtime import Feeds  # not at run time: what onnxruntime weighs is not the eager model's
+
 RUNS = 3
 
 
@@ -52,58 +56,85 @@ def compare_memory(engine: ProcessMemory | str, eager: ProcessMemory | str) -> M
     return Memory(**values, not_measured=reasons)
 
 
-def measure_engine(bundle: Path, context: str, variant: str, *, threads: int) -> ProcessMemory | str:
+def measure_engine(bundle: Path, context: str, variant: str, feeds: Feeds, *, threads: int) -> ProcessMemory | str:
     """Memory of an engine in a process of its own, or why it could not be measured."""
-    return _measure("engine", str(bundle), context, variant, str(threads))
+    return _measure("engine", feeds, threads, str(bundle), context, variant)
 
 
-def measure_eager(checkpoint: Path, *, threads: int) -> ProcessMemory | str:
+def measure_eager(checkpoint: Path, feeds: Feeds, *, threads: int) -> ProcessMemory | str:
     """Memory of the eager model of a dense checkpoint in a process of its own, or why it could not be measured."""
-    return _measure("eager", str(checkpoint), str(threads))
+    return _measure("eager", feeds, threads, str(checkpoint))
 
 
-def _measure(*arguments: str) -> ProcessMemory | str:
-    try:
-        return ProcessMemory(**in_fresh_process("-m", "cpcompile.validation.memory", *arguments))
-    except CpcompileError as error:
-        return str(error)
+def measure_program(program: Path, context: str, feeds: Feeds, *, threads: int) -> ProcessMemory | str:
+    """Memory of an exported program with its gates, in a process of its own, or why it could not be measured."""
+    return _measure("program", feeds, threads, str(program), context)
 
 
-def _engine_process(bundle: str, context: str, variant: str, threads: str) -> ProcessMemory:
+def _measure(side: str, feeds: Feeds, threads: int, *arguments: str) -> ProcessMemory | str:
+    with tempfile.TemporaryDirectory(prefix="cpcompile-inputs-") as folder:
+        inputs = Path(folder) / "inputs.npz"
+        np.savez(inputs, **dict(feeds))  # type: ignore[arg-type]
+        command = ("-m", "cpcompile.validation.memory", side, str(inputs), str(threads), *arguments)
+        try:
+            return ProcessMemory(**in_fresh_process(*command))
+        except CpcompileError as error:
+            return str(error)
+
+
+def _engine_process(feeds: Feeds, threads: int, bundle: str, context: str, variant: str) -> ProcessMemory:
     from cpcompile.bundle import open_bundle
-    from cpcompile.runtime import Engine, load_engine
+    from cpcompile.runtime import load_engine
 
-    def run(engine: Engine) -> None:
-        for _ in range(RUNS):
-            engine.run(np.zeros(SHAPE, dtype=np.int64))
-
-    memory = measure_memory(lambda: load_engine(open_bundle(Path(bundle)), context, variant, threads=int(threads)), run)
+    memory = measure_memory(
+        lambda: load_engine(open_bundle(Path(bundle)), context, variant, threads=threads),
+        lambda engine: [engine.outputs(feeds) for _ in range(RUNS)],
+    )
     if "torch" in sys.modules:
         raise CpcompileError("the engine's process imported torch: its memory would be torch's")
     return memory
 
 
-def _eager_process(checkpoint: str, threads: str) -> ProcessMemory:
+def _eager_process(feeds: Feeds, threads: int, checkpoint: str) -> ProcessMemory:
     import torch
 
     from cpcompile.checkpoint import load_checkpoint
     from cpcompile.models.language_model import LanguageModel
 
-    torch.set_num_threads(int(threads))
+    torch.set_num_threads(threads)
+    ids = torch.from_numpy(feeds["input_ids"])
 
     def run(model: LanguageModel) -> None:
         with torch.inference_mode():
             for _ in range(RUNS):
-                model(torch.zeros(SHAPE, dtype=torch.int64))
+                model(ids)
 
     return measure_memory(lambda: load_checkpoint(Path(checkpoint)).model, run)
 
 
+def _program_process(feeds: Feeds, threads: int, program: str, context: str) -> ProcessMemory:
+    import torch
+
+    from cpcompile.program import load_program
+
+    torch.set_num_threads(threads)
+    return measure_memory(
+        lambda: load_program(Path(program)).eager(context),
+        lambda run: [run(feeds) for _ in range(RUNS)],
+    )
+
+
 def main(arguments: Sequence[str]) -> None:
     """The child: measure one side and print it as one line of JSON."""
-    side, *rest = arguments
-    sides: dict[str, Callable[..., ProcessMemory]] = {"engine": _engine_process, "eager": _eager_process}
-    print(json.dumps(dataclasses.asdict(sides[side](*rest))))
+    side, inputs, threads, *rest = arguments
+    sides: dict[str, Callable[..., ProcessMemory]] = {
+        "engine": _engine_process,
+        "eager": _eager_process,
+        "program": _program_process,
+    }
+    with np.load(inputs, allow_pickle=False) as file:
+        feeds = dict(file)
+    print(json.dumps(dataclasses.asdict(sides[side](feeds, int(threads), *rest))))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Parity: is the engine the masked eager model of its context?
 
-With e32, e64 the eager model in float32 and in float64 and g the engine, all maxima over the logits
-of the same held-out text at several shapes:
+With e32, e64 the eager model in float32 and in float64 and g the engine, all maxima over one output on the same
+inputs of several shapes:
 
     eager error  a = max |e32 - e64|        what float32 alone does to this model
     engine error b = max |g   - e64|        judged: b <= multiple * a
@@ -9,28 +9,24 @@ of the same held-out text at several shapes:
 
 b is the right number to judge: it measures the engine against the exact result on the scale
 of an error that nobody objects to, while d also contains the eager model's own rounding, and would
-be 0 for an engine that repeats it and 2a for one that is just as good.
+be 0 for an engine that repeats it and 2a for one that is just as good. Where float32 happens to be exact, one
+rounding of the output's largest value stands for a. Of several outputs the one nearest to its tolerance is reported.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
-import torch
 
-from cpcompile.models.language_model import LanguageModel
-from cpcompile.validation.quality import IntArray, log_softmax
+from cpcompile.runtime import Array, Feeds
+from cpcompile.validation.quality import log_softmax
+from cpcompile.validation.reference import Outputs, Run
 
-EngineRun = Callable[[IntArray], Mapping[str, npt.NDArray[Any]]]
-"""input_ids (batch, sequence) -> every output that the engine has, by name."""
-
-OUTPUT = "logits"
-BATCHES_PER_SHAPE = 4
+FLOAT32_ROUNDING = float(np.finfo(np.float32).eps)
+NO_LOGITS = "the model gives no logits"
 NUMBERS = ("max_abs_error", "max_abs_error_float64", "eager_float32_error", "mean_kl", "top1_agreement", "tokens")
 
 
@@ -68,117 +64,99 @@ class Parity:
         return cls(verdict=verdict, reason=reason, not_measured=dict.fromkeys(fields, reason))
 
 
-@dataclass(frozen=True)
-class EagerReference:
-    """A masked eager model in float32, and the same weights in float64: made once per checkpoint.
+@dataclass
+class _Errors:
+    """Of one output, over all inputs so far."""
 
-    Casting takes the rotary frequencies along as they are in float32: both forms and the engine turn
-    by the same angles, of which float64 only rounds less.
-    """
+    eager: float = 0.0
+    engine: float = 0.0
+    difference: float = 0.0
+    largest: float = 0.0
 
-    single: LanguageModel
-    double: LanguageModel
-    token_ids: IntArray | None = None
-    """Of an engine with a part of the vocabulary: the model's id of each of its tokens."""
-
-    @classmethod
-    def of(cls, model: LanguageModel) -> EagerReference:
-        """Both forms of `model`, in eval mode."""
-        return cls(model.eval(), copy.deepcopy(model).double().eval())
-
-    def logits(self, ids: IntArray, context: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float64]]:
-        """Logits (batch, sequence, vocabulary) in float32 and float64."""
-        ids = ids if self.token_ids is None else self.token_ids[ids]
-        arguments = (torch.from_numpy(ids), torch.tensor(context) if self.single.contexts else None)
-        with torch.inference_mode():
-            single, double = self.single(*arguments).numpy(), self.double(*arguments).numpy()
-        return (
-            (single, double) if self.token_ids is None else (single[..., self.token_ids], double[..., self.token_ids])
-        )
+    def add(self, single: Array, double: Array, engine: Array) -> None:
+        """Take in one run."""
+        if single.size:
+            self.eager = max(self.eager, float(np.abs(single - double).max()))
+            self.engine = max(self.engine, float(np.abs(engine - double).max()))
+            self.difference = max(self.difference, float(np.abs(engine - single).max()))
+            self.largest = max(self.largest, float(np.abs(double).max()))
 
     @property
-    def vocabulary(self) -> int:
-        return self.single.config.vocabulary if self.token_ids is None else len(self.token_ids)
+    def noise(self) -> float:
+        """The eager model's own error, at least one rounding of the largest value."""
+        return max(self.eager, FLOAT32_ROUNDING * self.largest)
 
 
 def check_parity(
-    engine_run: EngineRun,
-    masked_model: EagerReference,
-    context_index: int,
-    token_windows: npt.NDArray[Any],
-    shapes: Sequence[tuple[int, int]],
-    multiple: float,
+    engine: Run, single: Run, double: Run, inputs: Iterable[Feeds], multiple: float, *, logits: str | None, missing: str
 ) -> Parity:
-    """Compare engine and masked eager model on held-out text.
+    """Compare `engine` with the masked eager model in float32 and float64 on `inputs`.
 
-    `token_windows` holds ids in reading order, whatever its shape; each (batch, sequence) of `shapes` is
-    filled BATCHES_PER_SHAPE times from its start, which repeats a text that is too short. A missing or
-    additional output, a wrong shape or type, a value that is not finite or an engine that raises: fail.
+    A missing or additional output, a wrong shape or type, a value that is not finite or an engine that raises: fail.
+    `logits` names the output of which divergence and agreement are taken. Without inputs it is inconclusive: `missing`.
     """
-    if token_windows.size == 0:
-        return Parity.without_numbers("inconclusive", "there is no held-out text of this context")
-    vocabulary = masked_model.vocabulary
-    eager_error = engine_error = difference = divergence = 0.0
-    agreed = positions = 0
-    for ids in _batches(token_windows, shapes):
-        single, double = masked_model.logits(ids, context_index)
+    errors: dict[str, _Errors] = {}
+    divergence, agreed, positions = 0.0, 0, 0
+    for feeds in inputs:
+        expected, exact = single(feeds), double(feeds)
         try:
-            outputs = engine_run(ids)
+            actual = engine(feeds)
         except Exception as error:  # engines raise classes of their own, without a common base
-            return Parity.without_numbers("fail", f"{_at(ids)}: the engine raised {type(error).__name__}: {error}")
-        fault = _fault(outputs, ids, vocabulary) or _not_finite("the eager model", single, ids)
+            return Parity.without_numbers("fail", f"{_at(feeds)}: the engine raised {type(error).__name__}: {error}")
+        fault = _fault(actual, expected)
         if fault:
-            return Parity.without_numbers("fail", fault)
-        engine = outputs[OUTPUT]
-        eager_error = max(eager_error, float(np.abs(single - double).max()))
-        engine_error = max(engine_error, float(np.abs(engine - double).max()))
-        difference = max(difference, float(np.abs(engine - single).max()))
-        expected, actual = log_softmax(single), log_softmax(engine)
-        divergence += float((np.exp(expected) * (expected - actual)).sum())
-        agreed += int((single.argmax(axis=-1) == engine.argmax(axis=-1)).sum())
-        positions += ids.size
-    tolerance = multiple * eager_error
-    within = engine_error <= tolerance
+            return Parity.without_numbers("fail", f"{_at(feeds)}: {fault}")
+        for name in expected:
+            if expected[name].dtype.kind == "f":
+                errors.setdefault(name, _Errors()).add(expected[name], exact[name], actual[name])
+        if logits is not None:
+            right, own = log_softmax(expected[logits]), log_softmax(actual[logits])
+            divergence += float((np.exp(right) * (right - own)).sum())
+            agreed += int((right.argmax(axis=-1) == own.argmax(axis=-1)).sum())
+            positions += right[..., 0].size
+    if not errors:
+        return Parity.without_numbers("inconclusive", missing)
+    name, worst = max(errors.items(), key=lambda item: item[1].engine / (item[1].noise or 1.0))
+    tolerance = multiple * worst.noise
+    within = worst.engine <= tolerance
+    where = f" in {name}" if len(errors) > 1 else ""
     return Parity(
         verdict="pass" if within else "fail",
-        reason=None if within else f"engine error {engine_error:.3g} exceeds the tolerance {tolerance:.3g}",
+        reason=None if within else f"engine error {worst.engine:.3g}{where} exceeds the tolerance {tolerance:.3g}",
         tolerance=tolerance,
         tolerance_source=(
-            f"{multiple:g} x the eager model's own float32 error {eager_error:.3g} "
-            f"(largest absolute difference from float64, {positions} positions)"
+            f"{multiple:g} x the eager model's own float32 error {worst.noise:.3g}{where} "
+            "(largest absolute difference from float64" + (f", {positions} positions)" if positions else ")")
         ),
-        max_abs_error=difference,
-        max_abs_error_float64=engine_error,
-        eager_float32_error=eager_error,
-        mean_kl=divergence / positions,
-        top1_agreement=agreed / positions,
-        tokens=positions,
+        max_abs_error=worst.difference,
+        max_abs_error_float64=worst.engine,
+        eager_float32_error=worst.eager,
+        mean_kl=divergence / positions if positions else None,
+        top1_agreement=agreed / positions if positions else None,
+        tokens=positions or None,
+        not_measured={} if positions else dict.fromkeys(("mean_kl", "top1_agreement", "tokens"), NO_LOGITS),
     )
 
 
-def _batches(token_windows: npt.NDArray[Any], shapes: Sequence[tuple[int, int]]) -> Iterator[IntArray]:
-    for batch, sequence in shapes:
-        filled = np.resize(token_windows, (BATCHES_PER_SHAPE, batch, sequence))
-        yield from filled.astype(np.int64)
-
-
-def _fault(outputs: Mapping[str, npt.NDArray[Any]], ids: IntArray, vocabulary: int) -> str | None:
+def _fault(actual: Outputs, expected: Outputs) -> str | None:
     """What makes the engine's outputs incomparable, if anything."""
-    if set(outputs) != {OUTPUT}:
-        return f"{_at(ids)}: the engine has the outputs {sorted(outputs)}, expected exactly [{OUTPUT!r}]"
-    logits = outputs[OUTPUT]
-    expected = (*ids.shape, vocabulary)
-    if logits.shape != expected:
-        return f"{_at(ids)}: {OUTPUT} has the shape {logits.shape}, expected {expected}"
-    if logits.dtype != np.float32:
-        return f"{_at(ids)}: {OUTPUT} is {logits.dtype}, expected float32"
-    return _not_finite("the engine", logits, ids)
+    if set(actual) != set(expected):
+        return f"the engine has the outputs {sorted(actual)}, expected exactly {sorted(expected)}"
+    for name, array in expected.items():
+        own = actual[name]
+        if own.shape != array.shape:
+            return f"{name} has the shape {own.shape}, expected {array.shape}"
+        if own.dtype != array.dtype:
+            return f"{name} is {own.dtype}, expected {array.dtype}"
+        if array.dtype.kind != "f":
+            if different := int((own != array).sum()):
+                return f"{different} of {own.size} elements of {name} differ"
+            continue
+        for whose, values in (("the engine", own), ("the eager model", array)):
+            if wrong := int((~np.isfinite(values)).sum()):
+                return f"{wrong} of {values.size} values of {name} of {whose} are NaN or infinite"
+    return None
 
 
-def _not_finite(whose: str, logits: npt.NDArray[Any], ids: IntArray) -> str | None:
-    wrong = int((~np.isfinite(logits)).sum())
-    return f"{_at(ids)}: {wrong} of {logits.size} logits of {whose} are NaN or infinite" if wrong else None
-
-
-def _at(ids: IntArray) -> str:
-    return f"batch {ids.shape[0]}, sequence {ids.shape[1]}"
+def _at(feeds: Feeds) -> str:
+    return ", ".join(f"{name} {list(array.shape)}" for name, array in feeds.items())

@@ -15,8 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cpcompile.bundle import Variant
-from cpcompile.runtime import create_session, feeds_of, session_options
-from cpcompile.validation.quality import IntArray
+from cpcompile.runtime import Engine, Feeds, create_session, session_options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,14 +45,14 @@ class Placement:
         return cls(**dict.fromkeys(fields), not_measured=dict.fromkeys(fields, reason))
 
 
-def measure_placement(variant: Variant, input_ids: IntArray) -> Placement:
+def measure_placement(variant: Variant, feeds: Feeds) -> Placement:
     """Profile one run of `variant` in a session of its own."""
     with tempfile.TemporaryDirectory(prefix="cpcompile-profile-") as folder:
         options = session_options(variant, threads=1)
         options.enable_profiling = True
         options.profile_file_prefix = str(Path(folder) / "run")
         session = create_session(variant, options)
-        session.run(None, feeds_of(variant, input_ids))
+        Engine(variant, session).outputs(feeds)
         events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
     nodes = tuple(
         PlacedNode(

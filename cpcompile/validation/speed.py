@@ -18,12 +18,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from cpcompile.validation.quality import Run
+from cpcompile.runtime import Feeds
+from cpcompile.validation.reference import Run, Timed
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -36,6 +36,7 @@ WARM_UP_RUNS = (10, 60)
 """At least, at most."""
 RESAMPLES = 2000
 EAGER_FIELDS = ("eager_p50_ms", "eager_p90_ms", "eager_p99_ms", "ratio", "ratio_low", "ratio_high")
+NO_SEQUENCE = "the inputs are not text"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +44,7 @@ class ShapeSpeed:
     """Latency of one run at (batch, sequence); ratio = eager p50 / engine p50, with its 95 % interval."""
 
     batch: int
-    sequence: int
+    sequence: int | None
     p50_ms: float
     p90_ms: float
     p99_ms: float
@@ -75,24 +76,22 @@ class Speed:
 def measure_speed(
     engine: Run,
     eager: Run | str,
-    tokens: npt.NDArray[Any],
-    shapes: Sequence[tuple[int, int]],
+    inputs: Sequence[Timed],
     *,
     rounds: int,
     threads: int,
     seed: int = 0,
     settle: float = SETTLE_SECONDS,
 ) -> Speed:
-    """Time `engine` and `eager` (or the reason why there is none) on text from `tokens` at every shape."""
+    """Time `engine` and `eager` (or the reason why there is none) on all of `inputs`."""
     results = []
-    for batch, sequence in shapes:
-        ids = np.resize(tokens, (batch, sequence)).astype(np.int64)
+    for timed in inputs:
         sides = {"engine": engine} if isinstance(eager, str) else {"engine": engine, "eager": eager}
-        runs = {name: _bound(run, ids) for name, run in sides.items()}
+        runs = {name: _bound(run, timed.feeds) for name, run in sides.items()}
         for run in runs.values():
             warm_up(run)
         times = interleave(runs, rounds=rounds, seed=seed, settle=settle)
-        results.append(_shape_speed(batch, sequence, times, seed, eager if isinstance(eager, str) else None))
+        results.append(_shape_speed(timed, times, seed, eager if isinstance(eager, str) else None))
     return Speed(shapes=tuple(results), threads=threads)
 
 
@@ -139,13 +138,19 @@ def ratio_interval(eager: FloatArray, engine: FloatArray, *, seed: int) -> tuple
     return float(np.median(eager) / np.median(engine)), float(low), float(high)
 
 
-def _shape_speed(
-    batch: int, sequence: int, times: Mapping[str, FloatArray], seed: int, no_eager: str | None
-) -> ShapeSpeed:
+def _shape_speed(timed: Timed, times: Mapping[str, FloatArray], seed: int, no_eager: str | None) -> ShapeSpeed:
     p50, p90, p99 = _percentiles_ms(times["engine"])
-    alone = ShapeSpeed(batch=batch, sequence=sequence, p50_ms=p50, p90_ms=p90, p99_ms=p99, rounds=len(times["engine"]))
+    alone = ShapeSpeed(
+        batch=timed.batch,
+        sequence=timed.sequence,
+        p50_ms=p50,
+        p90_ms=p90,
+        p99_ms=p99,
+        rounds=len(times["engine"]),
+        not_measured={} if timed.sequence is not None else {"sequence": NO_SEQUENCE},
+    )
     if no_eager is not None:
-        return replace(alone, not_measured=dict.fromkeys(EAGER_FIELDS, no_eager))
+        return replace(alone, not_measured={**alone.not_measured, **dict.fromkeys(EAGER_FIELDS, no_eager)})
     p50, p90, p99 = _percentiles_ms(times["eager"])
     ratio, low, high = ratio_interval(times["eager"], times["engine"], seed=seed)
     return replace(
@@ -158,8 +163,8 @@ def _percentiles_ms(seconds: FloatArray) -> tuple[float, float, float]:
     return p50, p90, p99
 
 
-def _bound(run: Run, ids: npt.NDArray[np.int64]) -> Callable[[], object]:
-    return lambda: run(ids)
+def _bound(run: Run, feeds: Feeds) -> Callable[[], object]:
+    return lambda: run(feeds)
 
 
 @contextmanager

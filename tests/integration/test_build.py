@@ -383,7 +383,7 @@ def test_errors_of_the_command_line(model: Path, bundle: Path, tmp_path: Path) -
         ("build", ""): "is a folder",
         ("build", model, "--contexts", ","): "names nothing",
         ("build", model, "-o", "/"): "choose another output",
-        ("validate", bundle, "--model", tmp_path / "nowhere.pt"): "--model names the checkpoint",
+        ("validate", bundle, "--model", tmp_path / "nowhere.pt"): "--model names the model",
         ("train", "--data", tmp_path, "-o", tmp_path / "config.toml"): "It stays as it is: choose another --out",
         ("train", "--data", tmp_path, "-o", tmp_path / "folder"): "folder: is a folder",
         ("train", "--data", tmp_path, "-o", ""): "is a folder",

@@ -58,6 +58,7 @@ def test_the_readme_names_these_commands_and_no_others() -> None:
         ["cpcompile", "export"],
         ["cpcompile", "train"],
         ["cpcompile", "build"],
+        ["cpcompile", "build"],
         ["cpcompile", "opt"],
         ["cpcompile", "passes"],
     ]
@@ -83,6 +84,9 @@ def test_the_settings_of_the_readme_are_settings(folder: Path) -> None:
 
 
 def test_the_commands_run_one_after_the_other(folder: Path) -> None:
+    (own_module,) = (block for block in blocks("python") if "save_program" in block)
+    done = run(folder, sys.executable, "-c", own_module)
+    assert done.returncode == 0, done.stderr
     for command in commands()[3:]:
         words = command.split()
         if "--from-pretrained" in words:
@@ -97,6 +101,7 @@ def test_the_commands_run_one_after_the_other(folder: Path) -> None:
         failed = folder / "model.cpc.failed"
         if failed.exists():
             shutil.move(failed, folder / "model.cpc")
+    assert (folder / "net.cpc" / "report.json").is_file()
     assert (folder / "english.onnx").is_file()
     assert (folder / "smaller.onnx").is_file()
     for block in blocks("python"):

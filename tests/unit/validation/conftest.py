@@ -18,11 +18,11 @@ import torch
 from cpcompile.bundle import Bundle, BundleWriter, open_bundle
 from cpcompile.capture import capture
 from cpcompile.checkpoint import Checkpoint, save_checkpoint
-from cpcompile.config import ModelConfig
+from cpcompile.config import ModelConfig, ValidateConfig
 from cpcompile.exporters.onnxruntime_exporter import export_onnxruntime
 from cpcompile.models.decoder import Decoder
 from cpcompile.selection import Selection, UnitKind
-from cpcompile.validation.parity import EagerReference
+from cpcompile.validation.language_reference import LanguageReference
 
 CONTEXTS = ("de", "en")
 CONFIG = ModelConfig(vocabulary=64, width=32, layers=2, heads=4, kv_heads=2, ffn=64, align=16)
@@ -30,6 +30,8 @@ KEPT = {
     UnitKind.FFN: np.array([[[1, 1, 0, 0], [1, 0, 1, 0]], [[1, 0, 0, 1], [0, 1, 1, 0]]], dtype=np.bool_),
     UnitKind.HEAD: np.array([[[1, 0], [1, 1]], [[1, 1], [0, 1]]], dtype=np.bool_),
 }
+
+SHAPES = ((1, 1), (1, 16), (3, 8))
 
 MakeBundle = Callable[..., Bundle]
 
@@ -68,8 +70,8 @@ def checkpoint(dense: Checkpoint) -> Checkpoint:
 
 
 @pytest.fixture(scope="session")
-def reference(checkpoint: Checkpoint) -> EagerReference:
-    return EagerReference.of(checkpoint.model)
+def reference(checkpoint: Checkpoint, held_out: Mapping[str, npt.NDArray[np.int32]]) -> LanguageReference:
+    return LanguageReference(checkpoint, None, ValidateConfig(shapes=SHAPES), held_out=held_out, sequence=16)
 
 
 @pytest.fixture(scope="session")

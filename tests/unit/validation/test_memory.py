@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from cpcompile.bundle import Bundle
@@ -9,11 +10,12 @@ from cpcompile.measure import ProcessMemory
 from cpcompile.validation.memory import compare_memory, measure_eager, measure_engine
 
 MIB = 2**20
+FEEDS = {"input_ids": np.zeros((1, 16), dtype=np.int64)}
 
 
 def test_engine_and_eager_model_in_processes_of_their_own(bundle: Bundle, dense_path: Path) -> None:
-    engine = measure_engine(bundle.root, "de", "cpu-fp32", threads=1)
-    eager = measure_eager(dense_path, threads=1)
+    engine = measure_engine(bundle.root, "de", "cpu-fp32", FEEDS, threads=1)
+    eager = measure_eager(dense_path, FEEDS, threads=1)
     assert isinstance(engine, ProcessMemory), engine
     assert isinstance(eager, ProcessMemory), eager
     for side in (engine, eager):
@@ -27,13 +29,13 @@ def test_engine_and_eager_model_in_processes_of_their_own(bundle: Bundle, dense_
 def test_a_side_that_fails_is_the_reason(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
     path.write_bytes(content)
-    reason = measure_eager(path, threads=1)
+    reason = measure_eager(path, FEEDS, threads=1)
     assert isinstance(reason, str)
     assert "UsageError" in reason and "model.pt" in reason
 
 
 def test_an_unknown_variant_is_the_reason(bundle: Bundle) -> None:
-    reason = measure_engine(bundle.root, "de", "cuda-fp16", threads=1)
+    reason = measure_engine(bundle.root, "de", "cuda-fp16", FEEDS, threads=1)
     assert isinstance(reason, str)
     assert "has no variant 'cuda-fp16'" in reason
 

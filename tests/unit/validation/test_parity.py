@@ -1,8 +1,7 @@
 from __future__ import annotations
 
-import copy
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -11,25 +10,43 @@ import pytest
 import torch
 
 from cpcompile.bundle import Bundle
-from cpcompile.runtime import load_engine
-from cpcompile.validation.parity import NUMBERS, EagerReference, Parity, check_parity
-from cpcompile.validation.validator import all_outputs
+from cpcompile.checkpoint import Checkpoint
+from cpcompile.runtime import Feeds, load_engine
+from cpcompile.validation.language_reference import LanguageReference
+from cpcompile.validation.parity import NUMBERS, Parity, check_parity
+from cpcompile.validation.reference import Outputs, Run
 
-SHAPES = ((1, 1), (1, 16), (3, 8))
 POSITIONS = 4 * (1 + 16 + 24)
-DE, EN = 0, 1
+NO_INPUTS = "nothing to compare on"
 
-HeldOut = Mapping[str, npt.NDArray[np.int32]]
-Outputs = dict[str, npt.NDArray[Any]]
+
+def compare(
+    engine: Run,
+    reference: LanguageReference,
+    context: str = "de",
+    multiple: float = 8,
+    *,
+    inputs: Iterable[Feeds] | None = None,
+    single: Run | None = None,
+) -> Parity:
+    return check_parity(
+        engine,
+        single or reference.masked(context),
+        reference.exact(context),
+        reference.inputs(context) if inputs is None else inputs,
+        multiple,
+        logits="logits",
+        missing=NO_INPUTS,
+    )
 
 
 @pytest.fixture
-def engine_run(bundle: Bundle) -> Callable[[npt.NDArray[np.int64]], Mapping[str, npt.NDArray[Any]]]:
-    return all_outputs(load_engine(bundle, "de", threads=1))
+def engine(bundle: Bundle) -> Run:
+    return load_engine(bundle, "de", threads=1).outputs
 
 
-def test_a_right_engine_passes_with_numbers_that_fit_together(engine_run, reference, held_out: HeldOut) -> None:
-    parity = check_parity(engine_run, reference, DE, held_out["de"], SHAPES, 8)
+def test_a_right_engine_passes_with_numbers_that_fit_together(engine: Run, reference: LanguageReference) -> None:
+    parity = compare(engine, reference)
     assert parity, parity.reason
     assert parity.tokens == POSITIONS
     assert parity.tolerance == 8 * parity.eager_float32_error > 0
@@ -41,23 +58,23 @@ def test_a_right_engine_passes_with_numbers_that_fit_together(engine_run, refere
     assert not parity.not_measured and parity.reason is None
 
 
-def test_the_engine_of_another_context_fails(engine_run, reference, held_out: HeldOut) -> None:
-    parity = check_parity(engine_run, reference, EN, held_out["en"], SHAPES, 8)
+def test_the_engine_of_another_context_fails(engine: Run, reference: LanguageReference) -> None:
+    parity = compare(engine, reference, "en")
     assert parity.verdict == "fail"
     assert "exceeds the tolerance" in parity.reason
     assert parity.mean_kl > 1e-3
 
 
-def test_one_logit_that_is_off_by_twice_the_tolerance_fails(engine_run, reference, held_out: HeldOut) -> None:
-    tolerance = check_parity(engine_run, reference, DE, held_out["de"], SHAPES, 8).tolerance
+def test_one_logit_that_is_off_by_twice_the_tolerance_fails(engine: Run, reference: LanguageReference) -> None:
+    tolerance = compare(engine, reference).tolerance
 
-    def perturbed(ids: npt.NDArray[np.int64]) -> Outputs:
-        logits = engine_run(ids)["logits"].copy()
-        if ids.shape == (3, 8):
+    def perturbed(feeds: Feeds) -> Outputs:
+        logits = engine(feeds)["logits"].copy()
+        if feeds["input_ids"].shape == (3, 8):
             logits[2, 7, 5] += 2 * tolerance
         return {"logits": logits}
 
-    parity = check_parity(perturbed, reference, DE, held_out["de"], SHAPES, 8)
+    parity = compare(perturbed, reference)
     assert parity.verdict == "fail"
     assert "exceeds the tolerance" in parity.reason
     assert parity.max_abs_error_float64 == pytest.approx(2 * tolerance, rel=0.5)
@@ -78,75 +95,120 @@ def _spoil(logits: npt.NDArray[Any], value: float) -> npt.NDArray[Any]:
         (lambda logits: {"logits": logits[:, :-1]}, r"shape \(1, 0, 64\), expected \(1, 1, 64\)"),
         (lambda logits: {"logits": logits[0]}, r"shape \(1, 64\), expected \(1, 1, 64\)"),
         (lambda logits: {"logits": logits.astype(np.float16)}, "is float16, expected float32"),
-        (lambda logits: {"logits": _spoil(logits, np.nan)}, "1 of 64 logits of the engine are NaN or infinite"),
-        (lambda logits: {"logits": _spoil(logits, -np.inf)}, "1 of 64 logits of the engine are NaN or infinite"),
+        (
+            lambda logits: {"logits": _spoil(logits, np.nan)},
+            "1 of 64 values of logits of the engine are NaN or infinite",
+        ),
+        (
+            lambda logits: {"logits": _spoil(logits, -np.inf)},
+            "1 of 64 values of logits of the engine are NaN or infinite",
+        ),
     ],
 )
 def test_outputs_that_cannot_be_compared_fail_with_the_reason(
-    fault: Callable[[npt.NDArray[Any]], Outputs], reason: str, engine_run, reference, held_out: HeldOut
+    fault: Callable[[npt.NDArray[Any]], Outputs], reason: str, engine: Run, reference: LanguageReference
 ) -> None:
-    parity = check_parity(lambda ids: fault(engine_run(ids)["logits"]), reference, DE, held_out["de"], SHAPES, 8)
+    parity = compare(lambda feeds: fault(engine(feeds)["logits"]), reference)
     assert parity.verdict == "fail"
     assert re.search(reason, parity.reason), parity.reason
-    assert parity.reason.startswith("batch 1, sequence 1: ")
+    assert parity.reason.startswith("input_ids [1, 1]: ")
     assert all(getattr(parity, name) is None and parity.not_measured[name] == parity.reason for name in NUMBERS)
 
 
-def test_an_engine_that_raises_fails(bundle: Bundle, reference, held_out: HeldOut) -> None:
-    session = load_engine(bundle, "de", threads=1).session
-
-    def misnamed(ids: npt.NDArray[np.int64]) -> Outputs:
-        return {"logits": session.run(["logits"], {"ids": ids})[0]}
-
-    parity = check_parity(misnamed, reference, DE, held_out["de"], SHAPES, 8)
+def test_an_engine_that_raises_fails(engine: Run, reference: LanguageReference) -> None:
+    parity = compare(lambda feeds: engine({"ids": feeds["input_ids"]}), reference)
     assert parity.verdict == "fail"
     assert "the engine raised" in parity.reason
 
 
-def test_an_eager_model_that_diverged_fails(engine_run, checkpoint, held_out: HeldOut) -> None:
-    model = copy.deepcopy(checkpoint.model)
-    with torch.no_grad():
-        model.norm.weight[0] = torch.inf
-    parity = check_parity(engine_run, EagerReference.of(model), DE, held_out["de"], SHAPES, 8)
+def test_an_eager_model_that_diverged_fails(engine: Run, reference: LanguageReference) -> None:
+    def diverged(feeds: Feeds) -> Outputs:
+        return {"logits": _spoil(reference.masked("de")(feeds)["logits"], np.inf)}
+
+    parity = compare(engine, reference, single=diverged)
     assert parity.verdict == "fail"
-    assert "logits of the eager model are NaN or infinite" in parity.reason
+    assert "values of logits of the eager model are NaN or infinite" in parity.reason
 
 
-def test_the_eager_model_itself_errs_by_once_its_own_error(reference, held_out: HeldOut) -> None:
-    def eager(ids: npt.NDArray[np.int64]) -> Outputs:
-        return {"logits": reference.logits(ids, DE)[0]}
-
-    same = check_parity(eager, reference, DE, held_out["de"], SHAPES, 1)
+def test_the_eager_model_itself_errs_by_once_its_own_error(reference: LanguageReference) -> None:
+    eager = reference.masked("de")
+    same = compare(eager, reference, multiple=1)
     assert same and same.max_abs_error == 0 and same.max_abs_error_float64 == same.tolerance
-    assert not check_parity(eager, reference, DE, held_out["de"], SHAPES, 0.5)
+    assert not compare(eager, reference, multiple=0.5)
 
 
-def test_divergence_and_agreement_are_those_of_torch(reference, held_out: HeldOut) -> None:
-    def shifted(ids: npt.NDArray[np.int64]) -> Outputs:
-        return {"logits": np.roll(reference.logits(ids, DE)[0], 1, axis=-1)}
+def test_an_exact_model_is_allowed_a_rounding_of_its_largest_value() -> None:
+    """Sums of small integers are exact in float32, so there is no noise to measure."""
+    x = {"x": np.arange(6, dtype=np.float32)}
 
-    parity = check_parity(shifted, reference, DE, held_out["de"], ((2, 8),), 8)
-    ids = np.resize(held_out["de"], (8, 8)).astype(np.int64)
-    expected = torch.from_numpy(reference.logits(ids, DE)[0]).double().log_softmax(-1)
+    def doubled(feeds: Feeds) -> Outputs:
+        return {"y": feeds["x"] * 2}
+
+    def exact(feeds: Feeds) -> Outputs:
+        return {"y": feeds["x"].astype(np.float64) * 2}
+
+    def off_by(difference: float) -> Run:
+        return lambda feeds: {"y": doubled(feeds)["y"] + np.float32(difference)}
+
+    rounding = float(np.finfo(np.float32).eps) * 10
+    for difference, verdict in ((0, "pass"), (rounding, "pass"), (10 * rounding, "fail")):
+        parity = check_parity(off_by(difference), doubled, exact, [x], 8, logits=None, missing=NO_INPUTS)
+        assert parity.verdict == verdict and parity.eager_float32_error == 0
+        assert parity.tolerance == pytest.approx(8 * rounding)
+        assert set(parity.not_measured) == {"mean_kl", "top1_agreement", "tokens"}
+
+
+def test_of_several_outputs_the_worst_is_named_and_integers_are_equal() -> None:
+    feeds = {"x": np.linspace(0, 1, 7, dtype=np.float32)}
+
+    def outputs(first: float = 0.0, second: float = 0.0, index: int = 0) -> Run:
+        def run(feeds: Feeds) -> Outputs:
+            x = feeds["x"]
+            return {
+                "first": np.sin(x) + np.float32(first),
+                "second": np.cos(x) + np.float32(second),
+                "index": np.array([index], dtype=np.int64),
+            }
+
+        return run
+
+    def exact(feeds: Feeds) -> Outputs:
+        x = feeds["x"].astype(np.float64)
+        return {"first": np.sin(x), "second": np.cos(x), "index": np.array([0], dtype=np.int64)}
+
+    def check(engine: Run) -> Parity:
+        return check_parity(engine, outputs(), exact, [feeds], 8, logits=None, missing=NO_INPUTS)
+
+    assert check(outputs())
+    assert "in second exceeds" in check(outputs(second=1e-3)).reason
+    assert "in first exceeds" in check(outputs(first=1e-3, second=1e-4)).reason
+    assert "1 of 1 elements of index differ" in check(outputs(index=1)).reason
+
+
+def test_divergence_and_agreement_are_those_of_torch(reference: LanguageReference) -> None:
+    ids = np.resize(np.random.default_rng(1).integers(64, size=64), (8, 8))
+    eager = reference.masked("de")
+
+    def shifted(feeds: Feeds) -> Outputs:
+        return {"logits": np.roll(eager(feeds)["logits"], 1, axis=-1)}
+
+    parity = compare(shifted, reference, inputs=[{"input_ids": ids}])
+    expected = torch.from_numpy(eager({"input_ids": ids})["logits"]).double().log_softmax(-1)
     actual = expected.roll(1, -1)
     kl = torch.nn.functional.kl_div(actual, expected, log_target=True, reduction="sum").item() / 64
     assert parity.mean_kl == pytest.approx(kl, rel=1e-6)
     assert parity.top1_agreement == 0
 
 
-def test_without_text_nothing_is_concluded(engine_run, reference) -> None:
-    parity = check_parity(engine_run, reference, DE, np.zeros(0, dtype=np.int32), SHAPES, 8)
-    assert parity == Parity.without_numbers("inconclusive", "there is no held-out text of this context")
+def test_without_inputs_nothing_is_concluded(engine: Run, reference: LanguageReference) -> None:
+    parity = compare(engine, reference, inputs=())
+    assert parity == Parity.without_numbers("inconclusive", NO_INPUTS)
     assert not parity
 
 
-def test_the_reference_is_the_same_model_twice(checkpoint) -> None:
-    model = checkpoint.model
-    reference = EagerReference.of(model)
-    assert reference.single is model
-    assert {p.dtype for p in model.parameters()} == {torch.float32}
-    assert {p.dtype for p in reference.double.parameters()} == {torch.float64}
-    assert torch.equal(reference.double.frequencies, model.frequencies.double())
-    single, double = reference.logits(np.arange(16, dtype=np.int64)[None], EN)
+def test_both_precisions_are_the_same_model(checkpoint: Checkpoint, reference: LanguageReference) -> None:
+    ids = {"input_ids": np.arange(16, dtype=np.int64)[None]}
+    single, double = reference.masked("en")(ids)["logits"], reference.exact("en")(ids)["logits"]
+    assert {p.dtype for p in checkpoint.model.parameters()} == {torch.float32}
     assert single.dtype == np.float32 and double.dtype == np.float64
     assert 0 < np.abs(single - double).max() < 1e-4

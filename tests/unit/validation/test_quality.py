@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from cpcompile.checkpoint import Checkpoint
+from cpcompile.validation.language_reference import eager_run
 from cpcompile.validation.quality import COHERENCE_REASON, Score, compare_quality, cut_windows, measure_score
-from cpcompile.validation.validator import eager_run
 
 
 def quarter(ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
@@ -37,7 +37,8 @@ def test_score_sums_over_batches_of_any_size() -> None:
 def test_score_of_the_eager_model_is_the_cross_entropy_of_torch(dense: Checkpoint) -> None:
     model = dense.model
     windows = cut_windows(dense.held_out["de"], 16)
-    score = measure_score(eager_run(model), windows)
+    run = eager_run(model)
+    score = measure_score(lambda ids: run({"input_ids": ids})["logits"], windows)
     ids = torch.from_numpy(windows)
     with torch.no_grad():
         loss = torch.nn.functional.cross_entropy(model(ids[:, :-1]).double().flatten(0, 1), ids[:, 1:].flatten())

@@ -6,6 +6,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from cpcompile.runtime import Feeds
+from cpcompile.validation.reference import Outputs, Timed
 from cpcompile.validation.speed import EAGER_FIELDS, WARM_UP_RUNS, interleave, measure_speed, ratio_interval, warm_up
 
 
@@ -66,13 +68,16 @@ def test_warm_up_keeps_its_limits() -> None:
     assert least <= warm_up(lambda: sum(range(1000))) <= most
 
 
-def _work(ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-    return np.sin(np.broadcast_to(ids[..., None], (*ids.shape, 50)))
+def _work(feeds: Feeds) -> Outputs:
+    return {"sines": np.sin(np.broadcast_to(feeds["x"][..., None], (*feeds["x"].shape, 50)))}
+
+
+def _timed(*shapes: tuple[int, int]) -> list[Timed]:
+    return [Timed(*shape, {"x": np.resize(np.arange(50), shape)}) for shape in shapes]
 
 
 def test_speed_has_a_row_per_shape_whose_numbers_fit_together() -> None:
-    shapes = ((1, 8), (2, 300))
-    speed = measure_speed(_work, _work, np.arange(50), shapes, rounds=9, threads=1, settle=0)
+    speed = measure_speed(_work, _work, _timed((1, 8), (2, 300)), rounds=9, threads=1, settle=0)
     assert speed.shapes is not None and speed.threads == 1 and not speed.not_measured
     assert [(row.batch, row.sequence, row.rounds) for row in speed.shapes] == [(1, 8, 9), (2, 300, 9)]
     for row in speed.shapes:
@@ -84,8 +89,15 @@ def test_speed_has_a_row_per_shape_whose_numbers_fit_together() -> None:
 
 
 def test_without_a_baseline_the_engine_is_timed_alone() -> None:
-    speed = measure_speed(_work, "no baseline", np.arange(50), ((1, 8),), rounds=3, threads=1, settle=0)
+    speed = measure_speed(_work, "no baseline", _timed((1, 8)), rounds=3, threads=1, settle=0)
     (row,) = speed.shapes
     assert row.p50_ms > 0
     assert all(getattr(row, name) is None for name in EAGER_FIELDS)
     assert row.not_measured == dict.fromkeys(EAGER_FIELDS, "no baseline")
+
+
+def test_inputs_that_are_no_text_have_no_sequence() -> None:
+    timed = Timed(2, None, {"x": np.zeros((2, 3, 4))})
+    (row,) = measure_speed(_work, _work, [timed], rounds=3, threads=1, settle=0).shapes
+    assert (row.batch, row.sequence) == (2, None)
+    assert set(row.not_measured) == {"sequence"}

@@ -14,14 +14,28 @@ from cpcompile.bundle import Bundle
 from cpcompile.checkpoint import Checkpoint
 from cpcompile.config import ValidateConfig
 from cpcompile.errors import UsageError
+from cpcompile.validation.language_reference import NO_DENSE, NO_TEXT, LanguageReference
 from cpcompile.validation.placement import PlacedNode
-from cpcompile.validation.validator import NO_DENSE, NO_TEXT, VariantResult, validate
+from cpcompile.validation.validator import VariantResult
+from cpcompile.validation.validator import validate as validate_against
 
 HeldOut = Mapping[str, npt.NDArray[np.int32]]
 
 SMALL = ValidateConfig(shapes=((1, 1), (2, 8)), speed_shapes=((1, 8),), rounds=3, threads=1)
 QUICK = dataclasses.replace(SMALL, memory=False, speed=False)
 EXPLAINED_BY_STATUS = {"reason", "bytes"}
+
+
+def validate(
+    bundle: Bundle,
+    checkpoint: Checkpoint,
+    dense: Checkpoint | None,
+    config: ValidateConfig,
+    held_out: HeldOut,
+    **more: Any,
+) -> tuple[VariantResult, ...]:
+    reference = LanguageReference(checkpoint, dense, config, held_out=held_out, sequence=16)
+    return validate_against(bundle, reference, config, **more)
 
 
 def unexplained(result: Any) -> Iterator[str]:
@@ -42,9 +56,7 @@ def test_everything_is_measured_for_every_engine(
 ) -> None:
     steps: list[tuple[str, int, int | None]] = []
     threads = torch.get_num_threads()
-    results = validate(
-        bundle, checkpoint, dense, SMALL, held_out=held_out, sequence=16, progress=lambda *step: steps.append(step)
-    )
+    results = validate(bundle, checkpoint, dense, SMALL, held_out, progress=lambda *step: steps.append(step))
     assert torch.get_num_threads() == threads
     assert steps == [("validate", 0, 2), ("validate", 1, 2), ("validate", 2, 2)]
     assert [(r.context, r.name, r.status) for r in results] == [("de", "cpu-fp32", "ran"), ("en", "cpu-fp32", "ran")]
@@ -64,7 +76,7 @@ def test_everything_is_measured_for_every_engine(
 def test_the_engine_has_the_quality_of_its_own_eager_model(
     bundle: Bundle, checkpoint: Checkpoint, held_out: HeldOut
 ) -> None:
-    (de, _) = validate(bundle, checkpoint, None, QUICK, held_out=held_out, sequence=16)
+    (de, _) = validate(bundle, checkpoint, None, QUICK, held_out)
     ids = torch.from_numpy(held_out["de"][:289].astype(np.int64))
     inputs = torch.stack([ids[start : start + 16] for start in range(0, 288, 16)])
     with torch.no_grad():
@@ -76,7 +88,7 @@ def test_the_engine_has_the_quality_of_its_own_eager_model(
 def test_what_is_switched_off_or_missing_has_its_reason(
     bundle: Bundle, checkpoint: Checkpoint, held_out: HeldOut
 ) -> None:
-    de, en = validate(bundle, checkpoint, None, QUICK, held_out={"de": held_out["de"]}, sequence=16)
+    de, en = validate(bundle, checkpoint, None, QUICK, {"de": held_out["de"]})
     assert de.parity and de.quality.not_measured["dense_perplexity"] == NO_DENSE
     assert de.speed.not_measured["shapes"] == "speed measurements were switched off"
     assert de.memory.not_measured["run_peak_rss_bytes"] == "memory measurements were switched off"
@@ -101,7 +113,7 @@ def _add_output(graph: ir.Graph) -> None:
 def test_an_engine_with_other_outputs_fails_and_is_not_measured_further(
     change, outputs: str, make_bundle, checkpoint: Checkpoint, dense: Checkpoint, held_out: HeldOut
 ) -> None:
-    (result,) = validate(make_bundle(change, {"de": 0}), checkpoint, dense, SMALL, held_out=held_out, sequence=16)
+    (result,) = validate(make_bundle(change, {"de": 0}), checkpoint, dense, SMALL, held_out)
     assert result.parity.verdict == "fail" and outputs in result.parity.reason
     assert result.quality.perplexity is None and result.quality.dense_perplexity is not None
     assert result.speed.shapes is None and result.memory.run_peak_rss_bytes is None
@@ -111,15 +123,15 @@ def test_an_engine_with_other_outputs_fails_and_is_not_measured_further(
 def test_the_engine_of_another_context_fails_with_numbers(
     make_bundle, checkpoint: Checkpoint, held_out: HeldOut
 ) -> None:
-    (result,) = validate(make_bundle(None, {"de": 1}), checkpoint, None, QUICK, held_out=held_out, sequence=16)
+    (result,) = validate(make_bundle(None, {"de": 1}), checkpoint, None, QUICK, held_out)
     assert result.parity.verdict == "fail" and "exceeds the tolerance" in result.parity.reason
     assert result.parity.max_abs_error > result.parity.tolerance
     assert result.quality.perplexity is not None
 
 
 def test_a_bundle_of_another_checkpoint_is_refused(make_bundle, checkpoint: Checkpoint, held_out: HeldOut) -> None:
-    with pytest.raises(UsageError, match=r"has the context 'fr', the checkpoint has de, en"):
-        validate(make_bundle(None, {"fr": 0}), checkpoint, None, QUICK, held_out=held_out, sequence=16)
+    with pytest.raises(UsageError, match=r"has the context 'fr', the model de, en"):
+        validate(make_bundle(None, {"fr": 0}), checkpoint, None, QUICK, held_out)
 
 
 def test_a_skipped_engine_has_one_reason_for_everything() -> None:

@@ -1,0 +1,166 @@
+"""A trained language model as the reference of its engines: held-out text, and its dense baseline.
+
+The engine of a context may have a part of the vocabulary: its inputs and logits then go by its own token ids, and the
+eager model is asked through the id map.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from cpcompile.checkpoint import Checkpoint, save_checkpoint
+from cpcompile.config import ValidateConfig
+from cpcompile.measure import ProcessMemory
+from cpcompile.models.language_model import LanguageModel
+from cpcompile.runtime import Feeds
+from cpcompile.validation.memory import measure_eager
+from cpcompile.validation.quality import IntArray, Quality, Score, compare_quality, cut_windows, measure_score
+from cpcompile.validation.reference import Outputs, Run, Timed
+from cpcompile.vocabulary import TrimmedVocabulary, reencode
+
+INPUT, OUTPUT = "input_ids", "logits"
+BATCHES_PER_SHAPE = 4
+NO_DENSE = "there is no dense baseline beside the model"
+NO_TEXT = "there is no held-out text of this context"
+
+
+@dataclass(frozen=True)
+class _Text:
+    """Held-out text of one context as its engine reads it."""
+
+    ids: IntArray
+    windows: IntArray
+    token_ids: IntArray | None = None
+    """The id of each of the engine's tokens in the whole vocabulary, where it has a part."""
+    ratio: float = 1.0
+    """Tokens for each of the whole vocabulary."""
+
+
+class LanguageReference:
+    """The masked eager model of a checkpoint, and its dense baseline.
+
+    `held_out` maps a context to token ids (1-D), cut into windows of `sequence` predictions for quality; `trimmed`
+    names the contexts that have a part of the vocabulary.
+    """
+
+    logits: str | None = OUTPUT
+    no_inputs = NO_TEXT
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        dense: Checkpoint | None,
+        config: ValidateConfig,
+        *,
+        held_out: Mapping[str, npt.NDArray[Any]],
+        sequence: int,
+        trimmed: Mapping[str, TrimmedVocabulary] | None = None,
+    ) -> None:
+        self.contexts = checkpoint.contexts
+        self._single = checkpoint.model
+        self._dense = dense
+        self._config = config
+        self._sequence = sequence
+        self._held_out = {c: np.asarray(held_out.get(c, ()), dtype=np.int64) for c in self.contexts}
+        self._dense_scores: dict[str, Score | str] = {}
+        self._dense_memory: ProcessMemory | str | None = None
+        self._texts = {
+            context: self._text(context, checkpoint.tokenizer, (trimmed or {}).get(context))
+            for context in self.contexts
+        }
+
+    def masked(self, context: str) -> Run:
+        return self._run(self._single, context)
+
+    def exact(self, context: str) -> Run:
+        return self._run(self._double, context)
+
+    def dense(self, context: str) -> Run | str:
+        return eager_run(self._dense.model, self._texts[context].token_ids) if self._dense else NO_DENSE
+
+    def dense_memory(self, context: str, *, threads: int) -> ProcessMemory | str:
+        if self._dense is None:
+            return NO_DENSE
+        if self._dense_memory is None:  # the same for all contexts; held-out text and training data stay out of it
+            with tempfile.TemporaryDirectory(prefix="cpcompile-dense-") as folder:
+                path = Path(folder) / "dense.pt"
+                save_checkpoint(dataclasses.replace(self._dense, training={}, held_out={}), path)
+                shape = self._config.speed_shapes[0]
+                feeds = {INPUT: np.zeros(shape, dtype=np.int64)}
+                self._dense_memory = measure_eager(path, feeds, threads=threads)
+        return self._dense_memory
+
+    def inputs(self, context: str) -> Iterator[Feeds]:
+        """Each shape is filled BATCHES_PER_SHAPE times from the start of the text, which repeats one too short."""
+        ids = self._texts[context].ids
+        for shape in self._config.shapes if len(ids) else ():
+            for filled in np.resize(ids, (BATCHES_PER_SHAPE, *shape)):
+                yield {INPUT: filled}
+
+    def timed(self, context: str) -> Sequence[Timed]:
+        ids = self._texts[context].ids
+        ids = ids if len(ids) else np.zeros(1, dtype=np.int64)
+        return [Timed(*shape, {INPUT: np.resize(ids, shape)}) for shape in self._config.speed_shapes]
+
+    def quality(self, context: str, engine: Run | str) -> Quality:
+        text = self._texts[context]
+        if isinstance(engine, str):
+            return compare_quality(engine, self._dense_score(context))
+        score = measure_score(_logits_of(engine), text.windows, ratio=text.ratio) if len(text.windows) else NO_TEXT
+        return compare_quality(score, self._dense_score(context))
+
+    @cached_property
+    def _double(self) -> LanguageModel:
+        """Casting takes the rotary frequencies along as they are in float32.
+
+        Both forms and the engine turn by the same angles, of which float64 only rounds less.
+        """
+        return copy.deepcopy(self._single).double().eval()
+
+    def _run(self, model: LanguageModel, context: str) -> Run:
+        index = torch.tensor(self.contexts.index(context)) if model.contexts else None
+        return eager_run(model, self._texts[context].token_ids, index)
+
+    def _text(self, context: str, tokenizer: str, trimmed: TrimmedVocabulary | None) -> _Text:
+        ids = self._held_out[context]
+        if trimmed is None:
+            return _Text(ids, cut_windows(ids, self._sequence))
+        own = reencode(ids, tokenizer, trimmed)
+        ratio = (len(own) - 1) / (len(ids) - 1) if len(ids) > 1 else 1.0
+        return _Text(own, cut_windows(own, self._sequence), trimmed.kept, ratio)
+
+    def _dense_score(self, context: str) -> Score | str:
+        if self._dense is None:
+            return NO_DENSE
+        if context not in self._dense_scores:
+            windows = cut_windows(self._held_out[context], self._sequence)
+            run = _logits_of(eager_run(self._dense.model))
+            self._dense_scores[context] = measure_score(run, windows) if len(windows) else NO_TEXT
+        return self._dense_scores[context]
+
+
+def eager_run(model: LanguageModel, token_ids: IntArray | None = None, context: torch.Tensor | None = None) -> Run:
+    """An eager model as a function of numpy arrays; of the tokens `token_ids` where inputs and logits count those."""
+
+    def run(feeds: Feeds) -> Outputs:
+        ids = feeds[INPUT] if token_ids is None else token_ids[feeds[INPUT]]
+        with torch.inference_mode():
+            logits = model(torch.from_numpy(ids), context).numpy()
+        return {OUTPUT: logits if token_ids is None else logits[..., token_ids]}
+
+    return run
+
+
+def _logits_of(run: Run) -> Any:
+    return lambda ids: run({INPUT: ids})[OUTPUT]

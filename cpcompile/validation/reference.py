@@ -1,0 +1,55 @@
+"""What engines are compared with: the eager model that they were compiled from, with inputs to compare on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from cpcompile.measure import ProcessMemory
+from cpcompile.runtime import Array, Feeds
+from cpcompile.validation.quality import Quality
+
+Outputs = dict[str, Array]
+"""Everything that a model gives, by name."""
+Run = Callable[[Feeds], Outputs]
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Inputs of one shape; `sequence` is None where they are not text."""
+
+    batch: int
+    sequence: int | None
+    feeds: Feeds
+
+
+class Reference(Protocol):
+    """The eager side of a validation, context by context. Inputs are given as the context's engines read them."""
+
+    contexts: tuple[str, ...]
+    logits: str | None
+    """The output whose last axis are classes, if any."""
+    no_inputs: str
+    """Why a context may have nothing to be compared on."""
+
+    def masked(self, context: str) -> Run:
+        """The eager model with the gates of `context`."""
+
+    def exact(self, context: str) -> Run:
+        """The same in float64."""
+
+    def dense(self, context: str) -> Run | str:
+        """What the engine's speed is compared with, or why there is no such thing."""
+
+    def dense_memory(self, context: str, *, threads: int) -> ProcessMemory | str:
+        """What `dense` needs in a process of its own."""
+
+    def inputs(self, context: str) -> Iterator[Feeds]:
+        """Inputs for parity: real ones, of several shapes."""
+
+    def timed(self, context: str) -> Sequence[Timed]:
+        """Inputs for timings, the first of them for memory and placement as well."""
+
+    def quality(self, context: str, engine: Run | str) -> Quality:
+        """What the context's specialisation costs or gains; `engine` may be the reason why it cannot be run."""
