@@ -136,25 +136,28 @@ class Channels:
         for value in (*node.inputs, *node.outputs):
             if value is not None and (shape := self.shape(value)) is not None:
                 missed = [axis for axis in range(len(shape)) if (value, axis) not in self._seen]
-                self.keep(value, node, f"the rule for {node.op_type} does not speak of this axis", axes=missed)
+                if missed:
+                    self.keep(value, node, f"the rule for {node.op_type} does not speak of this axis", axes=missed)
 
     def tie(self, cells: Iterable[Cell], node: ir.Node, limit: Mask | None = None, why: str = NOT_ZERO) -> None:
         """These axes lose the same channels, and only those that `limit` allows."""
         cells = list(cells)
-        if len({self.cut(*cell).size for cell in cells}) > 1:
+        masks = [self.cut(*cell) for cell in cells]
+        if limit is None and all(mask is masks[0] for mask in masks):
+            return  # what agrees has one mask, so that it need not be compared again
+        if len({mask.size for mask in masks}) > 1:
             for value, axis in cells:
                 self.keep(value, node, "the lengths of its axes cannot be told to fit", axes=[axis])
             return
-        common = np.logical_and.reduce([self.cut(*cell) for cell in cells])
-        reasons = np.full(common.size, None, dtype=np.object_)
-        for cell in cells:
-            missing = ~self.cut(*cell) & (reasons == None)  # noqa: E711 - elementwise
-            reasons[missing] = self.reasons(cell)[missing]
-        if limit is not None:
-            reasons[common & ~limit] = reason_of(node, why)
-            common = common & limit
-        for cell in cells:
-            self.shrink(cell, common, reasons)
+        common = np.logical_and.reduce(masks)
+        left = common if limit is None else common & limit
+        if any((mask != left).any() for mask in masks):
+            reasons = np.full(left.size, reason_of(node, why), dtype=np.object_)
+            for cell, mask in reversed([*zip(cells, masks, strict=True)]):  # the first that keeps a channel says why
+                reasons[~mask] = self.reasons(cell)[~mask]
+            for cell in cells:
+                self.shrink(cell, left, reasons)
+        self._cut.update(dict.fromkeys(cells, left))
 
     def tie_groups(self, cells: Iterable[Cell], groups: int, node: ir.Node, why: str) -> None:
         """These axes are `groups` equal runs each, which can only be lost whole and together."""
@@ -179,7 +182,8 @@ class Channels:
         if value is None or shape is None:
             return
         for axis in range(len(shape)) if axes is None else axes:
-            self.shrink((value, axis), np.zeros(shape[axis].n, dtype=np.bool_), reason_of(node, why))
+            if (mask := self.cut(value, axis)).any():
+                self.shrink((value, axis), np.zeros_like(mask), reason_of(node, why))
 
     def reasons(self, cell: Cell) -> npt.NDArray[np.object_]:
         """Why each channel of this axis has to stay: a Reason, or None."""

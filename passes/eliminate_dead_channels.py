@@ -23,7 +23,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from cpcompile.passes.channel_rules import rule_of
-from cpcompile.passes.channel_rules.fixpoint import find_channels
+from cpcompile.passes.channel_rules.fixpoint import find_channels, find_zeros
 from cpcompile.passes.channels import Channels, Mask
 from cpcompile.passes.clean_up import CleanUp
 from cpcompile.passes.constant_copies import merge_copies, separate_constants
@@ -80,8 +80,9 @@ class EliminateDeadChannels(ir.passes.InPlacePass):
         round_edits = 1
         blocked: tuple[Blocked, ...] = ()
         while round_edits:
-            round_edits = self.clean_up(model).modified + len(remove_zero_terms(graph))
-            channels = find_channels(graph)
+            zeros = find_zeros(graph)
+            round_edits = len(remove_zero_terms(graph, zeros))
+            channels = find_channels(graph, None if round_edits else zeros)
             smaller, sliced = _rewrite(graph, channels)
             for value, own in sliced.items():
                 before = kept.get(value, (None,) * len(own))
@@ -89,6 +90,8 @@ class EliminateDeadChannels(ir.passes.InPlacePass):
             round_edits += smaller
             edits += round_edits
             blocked = _blocked(channels)
+            if round_edits:
+                self.clean_up(model)
         merge_copies(copies, kept)
         names = {
             name: kept.get(value, (None,) * len(value.shape or ()))

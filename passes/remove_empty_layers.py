@@ -60,7 +60,7 @@ class RemoveEmptyLayers(ir.passes.InPlacePass):
             return EmptyLayers(model, modified=False)
         sums: list[str] = []
         modified = self.clean_up(model).modified
-        while lost := remove_zero_terms(graph):
+        while lost := remove_zero_terms(graph, find_zeros(graph)):
             sums += lost
             self.clean_up(model)
         if zeros := _make_constants(graph):
@@ -68,9 +68,11 @@ class RemoveEmptyLayers(ir.passes.InPlacePass):
         return EmptyLayers(model, bool(modified or sums or zeros), tuple(sums), tuple(zeros))
 
 
-def remove_zero_terms(graph: ir.Graph) -> list[str]:
-    """Take zero terms from sums where the other terms say the shape; returns the names of their results."""
-    channels = find_zeros(graph)
+def remove_zero_terms(graph: ir.Graph, channels: Channels) -> list[str]:
+    """Take zero terms from sums where the other terms say the shape; returns the names of their results.
+
+    channels: what `find_zeros` says of `graph`; once something was taken, it is out of date.
+    """
     sums = [(node.outputs[0].name or "", node) for node in nodes_inside_out(graph) if node.op_type in (*SUMS, "Gemm")]
     return [name for name, node in sums if is_standard(node) and _loses_terms(channels, node)]
 

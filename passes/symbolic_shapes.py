@@ -44,7 +44,7 @@ class Axis:
 
     def same_length(self, other: Axis) -> bool:
         """Whether both have the same length, whatever the unknown factors are."""
-        return _factors([self]) == _factors([other])
+        return same_product([self], [other])
 
 
 ONE = Axis((), 1)
@@ -78,7 +78,7 @@ def constant_of(value: ir.Value) -> ir.TensorProtocol | None:
 
 def same_product(first: Sequence[Axis], second: Sequence[Axis]) -> bool:
     """Whether two runs of axes hold the same number of elements."""
-    return _factors(first) == _factors(second)
+    return first == second or _factors(first) == _factors(second)
 
 
 def _factors(axes: Sequence[Axis]) -> tuple[Counter[str], int]:

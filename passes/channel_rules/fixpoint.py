@@ -59,9 +59,12 @@ def _count(zeros: Zeros) -> int:
     return zeros.everything + sum(int(mask.sum()) for mask in zeros.axes)
 
 
-def find_channels(graph: ir.Graph) -> Channels:
-    """The zeros and the greatest set of channels that can be cut together."""
-    channels = find_zeros(graph)
+def find_channels(graph: ir.Graph, zeros: Channels | None = None) -> Channels:
+    """The zeros and the greatest set of channels that can be cut together.
+
+    zeros: what `find_zeros` says of the graph as it is, where that has been asked; it goes on from there.
+    """
+    channels = zeros or find_zeros(graph)
     nodes = list(nodes_inside_out(graph))
     for value in (*graph.inputs, *graph.outputs):
         for node in channels.neighbours(value)[:1]:
