@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
@@ -113,9 +114,7 @@ class Channels:
             shape = self.shape(value)
             assert shape is not None
             # An axis of one channel is kept: without it there would be no value at all.
-            if shape[axis].n == 1 and (node := value.producer()) is not None:
-                self._reasons[cell] = np.full(1, reason_of(node, EMPTY), dtype=np.object_)
-            self._cut[cell] = np.full(shape[axis].n, shape[axis].n > 1 and not self.settled, dtype=np.bool_)
+            self._cut[cell] = uniform(shape[axis].n, shape[axis].n > 1 and not self.settled)
         return self._cut[cell]
 
     def shrink(self, cell: Cell, mask: Mask, reasons: Reason | npt.NDArray[np.object_]) -> None:
@@ -124,7 +123,7 @@ class Channels:
         lost = old & ~mask
         if not lost.any():
             return
-        self._cut[cell] = old & mask
+        self._cut[cell] = _shared(old & mask)
         own = self._reasons.setdefault(cell, np.full(old.size, None, dtype=np.object_))
         own[lost] = reasons if isinstance(reasons, Reason) else reasons[lost]
         self.changed.update(dict.fromkeys(self.neighbours(cell[0])))
@@ -144,7 +143,7 @@ class Channels:
         cells = list(cells)
         masks = [self.cut(*cell) for cell in cells]
         if limit is None and all(mask is masks[0] for mask in masks):
-            return  # what agrees has one mask, so that it need not be compared again
+            return  # axes that agree share their mask
         if len({mask.size for mask in masks}) > 1:
             for value, axis in cells:
                 self.keep(value, node, "the lengths of its axes cannot be told to fit", axes=[axis])
@@ -157,7 +156,7 @@ class Channels:
                 reasons[~mask] = self.reasons(cell)[~mask]
             for cell in cells:
                 self.shrink(cell, left, reasons)
-        self._cut.update(dict.fromkeys(cells, left))
+        self._cut.update(dict.fromkeys(cells, _shared(left)))
 
     def tie_groups(self, cells: Iterable[Cell], groups: int, node: ir.Node, why: str) -> None:
         """These axes are `groups` equal runs each, which can only be lost whole and together."""
@@ -182,18 +181,34 @@ class Channels:
         if value is None or shape is None:
             return
         for axis in range(len(shape)) if axes is None else axes:
-            if (mask := self.cut(value, axis)).any():
-                self.shrink((value, axis), np.zeros_like(mask), reason_of(node, why))
+            none = uniform(shape[axis].n, False)
+            if self.cut(value, axis) is not none:
+                self.shrink((value, axis), none, reason_of(node, why))
 
     def reasons(self, cell: Cell) -> npt.NDArray[np.object_]:
         """Why each channel of this axis has to stay: a Reason, or None."""
-        known = self._reasons.get(cell)
-        return np.full(self.cut(*cell).size, None, dtype=np.object_) if known is None else known
+        if (known := self._reasons.get(cell)) is not None:
+            return known
+        size, node = self.cut(*cell).size, cell[0].producer()
+        unknown = reason_of(node, EMPTY) if size == 1 and node is not None else None
+        return np.full(size, unknown, dtype=np.object_)
 
     @property
     def cells(self) -> Iterable[tuple[Cell, Mask]]:
         """Every axis that was looked at, with its mask."""
         return self._cut.items()
+
+
+@cache
+def uniform(length: int, cut: bool) -> Mask:
+    """The mask of an axis that loses everything or nothing: one for all, so that it is known by its identity."""
+    mask = np.full(length, cut, dtype=np.bool_)
+    mask.setflags(write=False)
+    return mask
+
+
+def _shared(mask: Mask) -> Mask:
+    return mask if mask.any() else uniform(mask.size, False)
 
 
 def equal_losses(cut: Mask, gone: Mask) -> Mask:

@@ -78,7 +78,6 @@ class EliminateDeadChannels(ir.passes.InPlacePass):
         given = {value for value in graph.initializers.values() if value.const_value is not None}
         kept: dict[ir.Value, Kept] = {}
         round_edits = 1
-        blocked: tuple[Blocked, ...] = ()
         while round_edits:
             zeros = find_zeros(graph)
             round_edits = len(remove_zero_terms(graph, zeros))
@@ -89,7 +88,6 @@ class EliminateDeadChannels(ir.passes.InPlacePass):
                 kept[value] = tuple(_then(old, new) for old, new in zip(before, own, strict=True))
             round_edits += smaller
             edits += round_edits
-            blocked = _blocked(channels)
             if round_edits:
                 self.clean_up(model)
         merge_copies(copies, kept)
@@ -98,7 +96,7 @@ class EliminateDeadChannels(ir.passes.InPlacePass):
             for name, value in graph.initializers.items()
             if value in given  # settings that were written anew have no original
         }
-        return Elimination(model, edits > 0, names, blocked)
+        return Elimination(model, edits > 0, names, _blocked(channels))
 
 
 def _rewrite(graph: ir.Graph, channels: Channels) -> tuple[int, dict[ir.Value, Kept]]:

@@ -8,7 +8,7 @@ import pytest
 
 from cpcompile.errors import UsageError
 from cpcompile.passes.eliminate_dead_channels import EliminateDeadChannels
-from cpcompile.passes.freeze import freeze
+from cpcompile.passes.freeze import Frozen, freeze, prepare
 
 VARIANTS = [(opset, grouped) for opset in (20, 23) for grouped in (True, False)]
 TOLERANCE = 1e-5
@@ -105,6 +105,30 @@ def test_freezing_is_deterministic_and_leaves_the_dynamic_graph_alone(captured, 
     before = ir.to_proto(dynamic).SerializeToString()
     first, second = (ir.to_proto(freeze(dynamic, 0).model).SerializeToString() for _ in range(2))
     assert first == second
+    assert ir.to_proto(dynamic).SerializeToString() == before
+
+
+def _described(frozen: Frozen) -> tuple[object, ...]:
+    """All but the names of nodes, in which other nodes are counted, and the order of initializers."""
+    graph = frozen.model.graph
+    nodes = []
+    for node in graph:
+        made = [(out.name, out.dtype, str(out.shape)) for out in node.outputs]
+        read = [value and value.name for value in node.inputs]
+        nodes.append((node.op_type, dict(node.attributes), node.metadata_props, read, made))
+    arrays = {n: (v.const_value.dtype, v.const_value.numpy().tolist()) for n, v in graph.initializers.items()}
+    kept = {n: [None if a is None else a.tolist() for a in axes] for n, axes in frozen.kept.items()}
+    return nodes, arrays, kept, frozen.permutations, frozen.blocked, graph.opset_imports
+
+
+@pytest.mark.parametrize(("opset", "grouped"), VARIANTS)
+def test_a_prepared_graph_freezes_to_the_same(captured, opset, grouped):
+    dynamic = captured(opset, grouped).model
+    before = ir.to_proto(dynamic).SerializeToString()
+    prepared = prepare(dynamic)
+    assert len(prepared.model.graph) < 0.7 * len(dynamic.graph)
+    for context in range(4):
+        assert _described(freeze(prepared, context)) == _described(freeze(dynamic, context))
     assert ir.to_proto(dynamic).SerializeToString() == before
 
 
