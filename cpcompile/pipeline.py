@@ -31,7 +31,7 @@ from cpcompile.exporters.weights_file import Location, write_weights
 from cpcompile.files import file_digest, require_file_path, whole_file
 from cpcompile.measure import environment, peak_resident_bytes, reset_peak
 from cpcompile.partitioning.pretrained import read_pretrained
-from cpcompile.passes.freeze import Frozen, freeze
+from cpcompile.passes.freeze import Frozen, freeze, prepare
 from cpcompile.passes.merge_contexts import merge_contexts
 from cpcompile.passes.share_weights import Run, ShareWeights, plan_runs
 from cpcompile.report import BuildResult, BuildStage, ContextResult, Report, build_of, make_report, write_report
@@ -141,10 +141,10 @@ def build_bundle(
         dynamic = source.capture(opset=opset)
     with stages("freeze"):
         rows = _order_rows(dynamic, source, order) if order is not None else None
-        frozen, accounts = {}, {}
+        prepared, frozen, accounts = prepare(dynamic), {}, {}
         for context in chosen:
             tokens = rows[trimmed[context].kept].tolist() if rows is not None else None
-            frozen[context] = freeze(dynamic, source.contexts.index(context), tokens)
+            frozen[context] = freeze(prepared, source.contexts.index(context), tokens)
             accounts[context] = _account(context, frozen[context], source, tokens and len(tokens))
     with BundleWriter(out) as writer:
         with stages("export"):
