@@ -65,8 +65,8 @@ class Flow:
         if isinstance(dim, int):
             return dim, False
         expression = dim.node.expr
-        for symbol in sorted(expression.free_symbols, key=str):
-            self._primes.setdefault(symbol, _next_prime(100_003 + 1_000 * len(self._primes)))
+        for symbol in sorted(expression.free_symbols - self._primes.keys(), key=str):
+            self._primes[symbol] = _next_prime(100_003 + 1_000 * len(self._primes))
         return int(expression.subs(self._primes)), bool(expression.free_symbols)
 
     def merge(self, value: Value, axes: Iterable[int], why: str) -> Value:

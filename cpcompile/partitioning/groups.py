@@ -16,7 +16,7 @@ import numpy.typing as npt
 from torch import fx
 
 from cpcompile.partitioning.flow import Exit, Flow, module_path, place
-from cpcompile.partitioning.labels import Facet, varied
+from cpcompile.partitioning.labels import varied
 from cpcompile.partitioning.trace import Traced
 from cpcompile.selection import UnitKind
 
@@ -237,17 +237,16 @@ _SHAPES = ("view", "reshape", "flatten", "contiguous", "clone", "to", "_to_copy"
 
 def _cut_of(traced: Traced, unit_of_root: Mapping[int, int]) -> dict[str, tuple[IntArray | None, ...]]:
     """Parameters that lose positions with the units, per axis the unit of every position."""
+    labels = traced.flow.labels
+    unit_of = np.full(labels.count, -1, dtype=np.int64)
+    unit_of[list(unit_of_root)] = list(unit_of_root.values())
     cut: dict[str, tuple[IntArray | None, ...]] = {}
     for name, axes in traced.parameter_axes.items():
-        units = tuple(None if labels is None else _units_of(traced.flow, labels, unit_of_root) for labels in axes)
+        units = tuple(None if own is None else unit_of[labels.find(own)] for own in axes)
+        units = tuple(None if own is None or (own < 0).all() else own for own in units)
         if any(axis is not None for axis in units):
             cut[name] = units
     return cut
-
-
-def _units_of(flow: Flow, labels: Facet, unit_of_root: Mapping[int, int]) -> IntArray | None:
-    units = np.array([unit_of_root.get(int(root), -1) for root in flow.labels.find(labels)], dtype=np.int64)
-    return units if (units >= 0).any() else None
 
 
 def common_name(cut: Mapping[str, object], consumers: Sequence[Consumer]) -> str:

@@ -51,6 +51,11 @@ class Labels:
     _merged: list[tuple[Facet, str]] = field(default_factory=list)
     _attention: list[Facet] = field(default_factory=list)
 
+    @property
+    def count(self) -> int:
+        """Labels are 0 … count - 1."""
+        return self._parent.size
+
     def fresh(self, shape: tuple[int, ...]) -> Facet:
         """New labels, each its own component, in ascending order."""
         first, count = self._parent.size, int(np.prod(shape))
