@@ -29,6 +29,7 @@ from cpcompile.errors import CpcompileError, UsageError
 from cpcompile.files import whole_file
 from cpcompile.models.decoder import Decoder
 from cpcompile.models.language_model import LanguageModel
+from cpcompile.models.shared_state import share_state, without_weights
 from cpcompile.selection import Selection
 
 FORMAT = "cpcompile-checkpoint"
@@ -58,10 +59,12 @@ class Checkpoint:
 
     @functools.cached_property
     def model(self) -> LanguageModel:
-        """The eager model in eval mode, made once and only read: gated if there is a selection, else dense."""
-        model = make_model(self.config, contexts=len(self.contexts) if self.selection is not None else 0)
-        model.load_state_dict(dict(self.state))
-        return model.eval()
+        """The eager model in eval mode, made once and only read: gated if there is a selection, else dense.
+
+        Its parameters are the tensors of `state`, not copies.
+        """
+        contexts = len(self.contexts) if self.selection is not None else 0
+        return make_model(self.config, contexts=contexts, state=self.state).eval()
 
 
 def architecture(config: ModelConfig | PretrainedConfig) -> str:
@@ -69,14 +72,21 @@ def architecture(config: ModelConfig | PretrainedConfig) -> str:
     return next(name for name, kind in ARCHITECTURES.items() if isinstance(config, kind))
 
 
-def make_model(config: ModelConfig | PretrainedConfig, *, contexts: int = 0) -> LanguageModel:
-    """An untrained model of that architecture, with a row of gates per context."""
+def make_model(
+    config: ModelConfig | PretrainedConfig, *, contexts: int = 0, state: Mapping[str, Tensor] | None = None
+) -> LanguageModel:
+    """A model of that architecture, with a row of gates per context: untrained, or around the tensors of `state`."""
     if isinstance(config, ModelConfig):
-        return Decoder(config, contexts=contexts)
+        if state is None:
+            return Decoder(config, contexts=contexts)
+        with without_weights():
+            decoder = Decoder(config, contexts=contexts)
+        share_state(decoder, state)
+        return decoder
     # Late: what only foreign models need would weigh in the memory of our own, which is measured and compared.
     from cpcompile.partitioning.pretrained import PretrainedDecoder
 
-    return PretrainedDecoder(config, contexts=contexts)
+    return PretrainedDecoder(config, contexts=contexts, state=state)
 
 
 def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:

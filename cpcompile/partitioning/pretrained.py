@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,12 +24,14 @@ from cpcompile.config import PretrainedConfig
 from cpcompile.errors import UsageError
 from cpcompile.models.gates import Gate
 from cpcompile.models.language_model import Kept, LanguageModel, Rows, partition_order
+from cpcompile.models.shared_state import share_state, without_weights
 from cpcompile.partitioning.groups import Group
 from cpcompile.partitioning.hugging_face import load_hugging_face, prepare_hugging_face, transformers_package
 from cpcompile.partitioning.partitioned_module import PartitionedModule
 from cpcompile.partitioning.partitioner import partition
 from cpcompile.selection import Selection, UnitKind, Units
 
+GATES = "group_gates."
 NOT_THE_MODEL = ("transformers_version", "quantization_config")
 
 
@@ -80,21 +83,27 @@ class PretrainedDecoder(LanguageModel):
 
     config: PretrainedConfig
 
-    def __init__(self, config: PretrainedConfig, *, contexts: int = 0, model: nn.Module | None = None) -> None:
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        *,
+        contexts: int = 0,
+        model: nn.Module | None = None,
+        state: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Around `model`, around the tensors of `state` (gates too, if there are `contexts`), or untrained."""
         super().__init__()
         self.config = config
         self.contexts = contexts
-        model = model if model is not None else _untrained(config)
+        if model is None:
+            with without_weights() if state is not None else nullcontext():
+                model = _untrained(config)
         # The children are registered, not the model: parameters keep the model's own names.
         self._unregistered: list[Any] = [model]
         for name, child in model.named_children():
             self.add_module(name, child)
         if any(True for _ in model.parameters(recurse=False)):
             raise UsageError(f"{type(model).__name__}: has parameters outside of its modules; it cannot be partitioned")
-        if contexts:
-            partitioned = _partition(model, config, contexts)
-            self._unregistered.append(partitioned)
-            self.group_gates = partitioned.gates
         names = {id(tensor): name for name, tensor in reversed(list(self.named_parameters(remove_duplicate=False)))}
         every = dict(self.named_parameters(remove_duplicate=False))
         self._tied = {name: names[id(tensor)] for name, tensor in every.items() if names[id(tensor)] != name}
@@ -103,6 +112,14 @@ class PretrainedDecoder(LanguageModel):
         # A parameter under two names is stored once.
         self.register_state_dict_post_hook(_without_tied)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_with_tied)  # type: ignore[no-untyped-call]
+        if contexts:
+            if state is not None:  # partition proves itself on the weights
+                share_state(self, {name: tensor for name, tensor in state.items() if not name.startswith(GATES)})
+            partitioned = _partition(model, config, contexts)
+            self._unregistered.append(partitioned)
+            self.group_gates = partitioned.gates
+        if state is not None:
+            share_state(self, state)
         self.eval()
 
     @property
@@ -198,15 +215,9 @@ def _untrained(config: PretrainedConfig) -> nn.Module:
 
 
 def _partition(model: nn.Module, config: PretrainedConfig, contexts: int) -> PartitionedModule:
-    ready = prepare_hugging_face(model)
-    partitioned = partition(
-        model,
-        ready.example_inputs[:1],
-        contexts=contexts,
-        forward=_logits,
-        dynamic_shapes=ready.dynamic_shapes[:1],
-        align=config.align,
-    )
+    # Of one size: the groups are those of every size, and symbols would double the time of the trace.
+    example = prepare_hugging_face(model).example_inputs[:1]
+    partitioned = partition(model, example, contexts=contexts, forward=_logits, align=config.align)
     for units in partitioned.units():
         if not partitioned.exists(units.kind).all():
             raise UsageError(f"{type(model).__name__}: its layers have different numbers of {units.kind} units")

@@ -12,6 +12,9 @@ from click.testing import CliRunner, Result
 from cpcompile.bundle import open_bundle
 from cpcompile.checkpoint import load_checkpoint
 from cpcompile.cli import main
+from cpcompile.partitioning.hugging_face import prepare_hugging_face
+from cpcompile.partitioning.partitioned_module import PartitionedModule
+from cpcompile.partitioning.partitioner import partition
 from cpcompile.runtime import load_engine
 from cpcompile.selection import UnitKind
 from cpcompile.training.corpus import Corpus
@@ -76,6 +79,32 @@ def test_it_is_partitioned_by_its_own_names(model: Path) -> None:
         for layer, gate in enumerate(checkpoint.model.gates(kind)):
             assert np.array_equal(gate.table.detach().numpy() != 0, checkpoint.selection.kept[kind][:, layer])
     assert set(checkpoint.training["controls"]) == {"one-mask"}
+    for loaded in (checkpoint, dense):
+        parameters = dict(loaded.model.named_parameters())
+        assert parameters.keys() == loaded.state.keys()
+        assert all(parameters[name].data_ptr() == tensor.data_ptr() for name, tensor in loaded.state.items())
+        assert not any(buffer.is_meta for buffer in loaded.model.buffers())
+
+
+def test_a_trace_of_one_size_finds_what_a_trace_of_all_sizes_finds(model: Path) -> None:
+    own = transformers.AutoModelForCausalLM.from_pretrained(model.parent, local_files_only=True)
+    ready = prepare_hugging_face(own)
+    every = partition(own, ready.example_inputs, forward=ready.forward, dynamic_shapes=ready.dynamic_shapes, align=1)
+    one = load_checkpoint(model).model.partitioned
+
+    def plain(module: PartitionedModule) -> list[object]:
+        return [
+            (
+                g.name,
+                g.kind,
+                g.units,
+                {n: [a is not None and a.tolist() for a in axes] for n, axes in g.parameters.items()},
+            )
+            for g in module.groups
+        ]
+
+    assert plain(one) == plain(every)
+    assert one.refused == every.refused
 
 
 def test_a_run_without_steps_is_the_model_as_it_came(

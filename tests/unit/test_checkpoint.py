@@ -1,5 +1,6 @@
 import os
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -111,6 +112,33 @@ def test_a_state_that_does_not_fit_its_config_is_refused(path: Path) -> None:
     plain["state"]["norm.weight"] = torch.ones(3)
     torch.save(plain, path)
     with pytest.raises(UsageError, match="norm.weight"):
+        load_checkpoint(path)
+
+
+def test_the_model_is_around_the_tensors_of_the_state(path: Path) -> None:
+    checkpoint = load_checkpoint(path)
+    parameters = dict(checkpoint.model.named_parameters())
+    assert parameters.keys() == checkpoint.state.keys()
+    assert all(parameters[name].data_ptr() == tensor.data_ptr() for name, tensor in checkpoint.state.items())
+    assert not any(buffer.is_meta for buffer in checkpoint.model.buffers())
+    assert not Decoder(checkpoint.config).norm.weight.is_meta  # models made later have weights again
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state.update({"norm.weight": state["norm.weight"].half()}), "norm.weight is torch.float16"),
+        (lambda state: state.update({"norm.weight": state["norm.weight"].to("meta")}), "norm.weight is .* on meta"),
+        (lambda state: state.update({"norm.weight": 5}), "incomplete or inconsistent"),
+        (lambda state: state.update({"another.weight": torch.ones(1)}), "Unexpected key.*another.weight"),
+        (lambda state: state.pop("norm.weight"), "Missing key.*norm.weight"),
+    ],
+)
+def test_a_garbled_state_is_refused(path: Path, change: Callable[[dict[str, object]], object], message: str) -> None:
+    plain = torch.load(path, weights_only=True)
+    change(plain["state"])
+    torch.save(plain, path)
+    with pytest.raises(UsageError, match=f"(?s)model.pt: .*{message}"):
         load_checkpoint(path)
 
 

@@ -1,0 +1,45 @@
+"""Models around tensors that are there already, with no weights of their own before.
+
+    with without_weights():
+        model = make()                  parameters have shape and type alone
+    share_state(model, state)           parameters are the tensors of `state`
+
+A checkpoint is in memory once in this way, and nothing is drawn at random to be overwritten.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+
+@contextmanager
+def without_weights() -> Iterator[None]:
+    """Parameters made here take no memory (device "meta"); buffers are real, for they are computed and not loaded."""
+    hook = register_module_parameter_registration_hook(_without_memory)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _without_memory(_module: nn.Module, _name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+    if parameter is None or parameter.is_meta:  # the second place of a parameter that has two holds the same object
+        return parameter
+    return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+
+
+def share_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Make the tensors of `state` those of `model`: what changes one in place changes both.
+
+    RuntimeError: names or shapes do not fit. ValueError: a tensor is of another type, which a copy would convert.
+    """
+    for name, own in model.state_dict().items():
+        if name in state and (state[name].dtype is not own.dtype or state[name].is_meta):
+            raise ValueError(f"{name} is {state[name].dtype} on {state[name].device}, the model has {own.dtype}")
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    # As parameters: one that has two places is one object there.
+    model.load_state_dict({n: nn.Parameter(t) if n in parameters else t for n, t in state.items()}, assign=True)
