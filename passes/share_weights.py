@@ -133,23 +133,18 @@ def _take_apart(graph: ir.Graph, value: ir.Value, runs: Sequence[Run]) -> None:
         return
     axis = runs[0].axis
     assert axis is not None
-    pieces, start, array = [], 0, tensor.numpy()
+    pieces, start, shape = [], 0, tensor.shape.numpy()
     sizes = [len(indices) for run in runs if (indices := run.kept[axis]) is not None]
     for run, size in zip(runs, sizes, strict=True):
-        piece = array.take(range(start, start + size), axis=axis)
+        piece = _piece(tensor, run.stored_name, axis, start, size)
         start += size
-        stored = ir.Value(
-            name=run.stored_name,
-            shape=ir.Shape(piece.shape),
-            type=value.type,
-            const_value=ir.Tensor(piece, name=run.stored_name),
-        )
+        stored = ir.Value(name=run.stored_name, shape=piece.shape, type=value.type, const_value=piece)
         graph.register_initializer(stored)
         pieces.append(stored)
     joined: ir.Value | None = None
     for use in value.uses():
         node, index = use
-        rank = len(array.shape)
+        rank = len(shape)
         if node.op_type == "MatMul" and index == 1 and rank == 2 and axis == 1:
             _join_outputs(node, pieces)
         elif node.op_type == "MatMul" and index == 1 and rank == 2 and axis == 0:
@@ -159,6 +154,16 @@ def _take_apart(graph: ir.Graph, value: ir.Value, runs: Sequence[Run]) -> None:
                 joined = _insert_before(node, "Concat", pieces, {"axis": axis}, f"{value.name}.joined", value)
             node.replace_input_with(index, joined)
     graph.initializers.pop(value.name)
+
+
+def _piece(tensor: ir.TensorProtocol, name: str, axis: int, start: int, size: int) -> ir.LazyTensor:
+    """`size` positions of `tensor` from `start` on; cut when read: in a bundle, the weights file has it."""
+
+    def cut() -> ir.Tensor:
+        return ir.Tensor(tensor.numpy().take(range(start, start + size), axis=axis), name=name)
+
+    shape = [size if a == axis else length for a, length in enumerate(tensor.shape.numpy())]
+    return ir.LazyTensor(cut, dtype=tensor.dtype, shape=ir.Shape(shape), name=name)
 
 
 def _join_outputs(node: ir.Node, pieces: Sequence[ir.Value]) -> None:
