@@ -159,7 +159,7 @@ def _take_apart(graph: ir.Graph, value: ir.Value, runs: Sequence[Run]) -> None:
 def _piece(tensor: ir.TensorProtocol, name: str, axis: int, start: int, size: int) -> ir.LazyTensor:
     """`size` positions of `tensor` from `start` on; cut when read: in a bundle, the weights file has it."""
 
-    def cut() -> ir.Tensor:
+    def cut() -> ir.TensorProtocol:
         return ir.Tensor(tensor.numpy().take(range(start, start + size), axis=axis), name=name)
 
     shape = [size if a == axis else length for a, length in enumerate(tensor.shape.numpy())]
