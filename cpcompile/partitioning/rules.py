@@ -47,6 +47,9 @@ def propagate(flow: Flow, node: fx.Node) -> Any:
             flow.opaque[node] = why
     elif any(value.facets for value in read):
         result = rule(flow, node)
+        results = result if isinstance(result, list) else [result]
+        if any(value is not None and 0 in value.shape for value in results):  # an empty tensor holds no channels
+            result = plain if isinstance(result, list) else plain[0]
     schema = getattr(node.target, "_schema", None)
     if schema is not None and schema.is_mutable and isinstance(node.args[0], fx.Node):
         flow.values[node.args[0]] = result  # in place
@@ -159,7 +162,8 @@ def _split(flow: Flow, node: fx.Node) -> list[Value]:
 def _cat(flow: Flow, node: fx.Node) -> Value:
     values = [flow.value(argument) for argument in node.args[0]]  # type: ignore[union-attr]
     out = flow.plain(node.meta["val"])
-    return _joined(flow, node, [v for v in values if v is not None], _axis(out, _argument(node, 1, "dim", 0)), out)
+    axis = _axis(out, _argument(node, 1, "dim", 0))
+    return _joined(flow, node, [v for v in values if v is not None and 0 not in v.shape], axis, out)
 
 
 def _glu(flow: Flow, node: fx.Node) -> Value:

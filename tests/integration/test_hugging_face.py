@@ -34,6 +34,13 @@ MODELS: dict[str, tuple[Callable[[], Any], str, str]] = {
         "model.layers.1.self_attn",
         "model.layers.1.mlp",
     ),
+    "phi3": (  # fused projections, and a rotation that leaves out no channel: an empty slice
+        lambda: transformers.Phi3ForCausalLM(
+            transformers.Phi3Config(**SMALL, num_key_value_heads=2, pad_token_id=0, max_position_embeddings=64)
+        ),
+        "model.layers.1.self_attn",
+        "model.layers.1.mlp",
+    ),
     "gpt2": (
         lambda: transformers.GPT2LMHeadModel(
             transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64)
@@ -80,7 +87,7 @@ def test_partitioned_and_frozen(name: str) -> None:
     )
     groups = {group.name: group for group in module.groups}
     assert groups[attention].kind is UnitKind.HEAD
-    assert groups[attention].units == (2 if name in ("llama", "qwen3") else 4)
+    assert groups[attention].units == (2 if name in ("llama", "qwen3", "phi3") else 4)
     assert groups[feed_forward].kind is UnitKind.FFN
     assert groups[feed_forward].units == (16 if name == "gpt2" else 8)
     assert len(groups) == (3 if name == "t5" else 4)
