@@ -11,10 +11,15 @@ b is the right number to judge: it measures the engine against the exact result 
 of an error that nobody objects to, while d also contains the eager model's own rounding, and would
 be 0 for an engine that repeats it and 2a for one that is just as good. Where float32 happens to be exact, one
 rounding of the output's largest value stands for a. Of several outputs the one nearest to its tolerance is reported.
+
+Beside them, of the same output against float64 and over all inputs: b / max |e64|, the cosine of the two, the ratio of
+signal to noise SQNR = 10 log10(sum e64^2 / sum (g - e64)^2) and of peak to noise PSNR = 10 log10(n max e64^2 / sum
+(g - e64)^2), both in dB. They are what papers on quantization state; the verdict does not use them.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -27,7 +32,19 @@ from cpcompile.validation.reference import Outputs, Run
 
 FLOAT32_ROUNDING = float(np.finfo(np.float32).eps)
 NO_LOGITS = "the model gives no logits"
-NUMBERS = ("max_abs_error", "max_abs_error_float64", "eager_float32_error", "mean_kl", "top1_agreement", "tokens")
+LOGIT_NUMBERS = ("mean_kl", "top1_agreement", "top5_agreement", "tokens")
+NUMBERS = (
+    "max_abs_error",
+    "max_abs_error_float64",
+    "eager_float32_error",
+    "max_relative_error",
+    "cosine",
+    "sqnr_db",
+    "psnr_db",
+    *LOGIT_NUMBERS,
+)
+ALL_ZERO = "the output is zero everywhere"
+EQUAL = "the engine is exactly equal: there is no noise"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,10 +62,20 @@ class Parity:
     """Engine against the masked eager model in float64: what `tolerance` is compared with."""
     eager_float32_error: float | None = None
     """The eager model in float32 against itself in float64."""
+    max_relative_error: float | None = None
+    """`max_abs_error_float64` as a part of the largest value."""
+    cosine: float | None = None
+    """Of engine and float64."""
+    sqnr_db: float | None = None
+    """Signal to quantization noise: mean square of float64 to mean square error of the engine."""
+    psnr_db: float | None = None
+    """The same with the square of the largest value in place of the mean square."""
     mean_kl: float | None = None
     """Mean over the positions of KL(eager || engine) in nats."""
     top1_agreement: float | None = None
     """Fraction of positions where engine and eager model name the same token."""
+    top5_agreement: float | None = None
+    """Fraction of positions where the eager model's token is among the engine's five likeliest."""
     tokens: int | None = None
     """Positions compared."""
     not_measured: Mapping[str, str] = field(default_factory=dict)
@@ -66,25 +93,49 @@ class Parity:
 
 @dataclass
 class _Errors:
-    """Of one output, over all inputs so far."""
+    """Of one output, over all inputs so far; sums are over float64."""
 
     eager: float = 0.0
     engine: float = 0.0
     difference: float = 0.0
     largest: float = 0.0
+    elements: int = 0
+    signal: float = 0.0
+    noise_power: float = 0.0
+    product: float = 0.0
+    engine_power: float = 0.0
 
     def add(self, single: Array, double: Array, engine: Array) -> None:
         """Take in one run."""
-        if single.size:
-            self.eager = max(self.eager, float(np.abs(single - double).max()))
-            self.engine = max(self.engine, float(np.abs(engine - double).max()))
-            self.difference = max(self.difference, float(np.abs(engine - single).max()))
-            self.largest = max(self.largest, float(np.abs(double).max()))
+        if not single.size:
+            return
+        exact, own = (array.astype(np.float64, copy=False).ravel() for array in (double, engine))
+        error = own - exact
+        self.eager = max(self.eager, float(np.abs(single - double).max()))
+        self.engine = max(self.engine, float(np.abs(error).max()))
+        self.difference = max(self.difference, float(np.abs(engine - single).max()))
+        self.largest = max(self.largest, float(np.abs(exact).max()))
+        self.elements += exact.size
+        self.signal += float(exact @ exact)
+        self.noise_power += float(error @ error)
+        self.product += float(own @ exact)
+        self.engine_power += float(own @ own)
 
     @property
     def noise(self) -> float:
         """The eager model's own error, at least one rounding of the largest value."""
         return max(self.eager, FLOAT32_ROUNDING * self.largest)
+
+    def ratios(self) -> dict[str, float | None]:
+        """What is not measured is None: everything of an output that is all zero, decibels of one without noise."""
+        noise, peak = self.noise_power, self.elements * self.largest**2
+        norm = math.sqrt(self.signal * self.engine_power)
+        return {
+            "max_relative_error": self.engine / self.largest if self.largest else None,
+            "cosine": min(1.0, max(-1.0, self.product / norm)) if norm else None,
+            "sqnr_db": 10 * math.log10(self.signal / noise) if noise and self.signal else None,
+            "psnr_db": 10 * math.log10(peak / noise) if noise and peak else None,
+        }
 
 
 def check_parity(
@@ -96,7 +147,7 @@ def check_parity(
     `logits` names the output of which divergence and agreement are taken. Without inputs it is inconclusive: `missing`.
     """
     errors: dict[str, _Errors] = {}
-    divergence, agreed, positions = 0.0, 0, 0
+    divergence, agreed, among_five, positions = 0.0, 0, 0, 0
     for feeds in inputs:
         expected, exact = single(feeds), double(feeds)
         try:
@@ -112,14 +163,17 @@ def check_parity(
         if logits is not None:
             right, own = log_softmax(expected[logits]), log_softmax(actual[logits])
             divergence += float((np.exp(right) * (right - own)).sum())
-            agreed += int((right.argmax(axis=-1) == own.argmax(axis=-1)).sum())
+            first = right.argmax(axis=-1, keepdims=True)
+            likelier = (own > np.take_along_axis(own, first, axis=-1)).sum(axis=-1)
+            agreed += int((first[..., 0] == own.argmax(axis=-1)).sum())
+            among_five += int((likelier < 5).sum())
             positions += right[..., 0].size
     if not errors:
         return Parity.without_numbers("inconclusive", missing)
     name, worst = max(errors.items(), key=lambda item: item[1].engine / (item[1].noise or 1.0))
     tolerance = multiple * worst.noise
     within = worst.engine <= tolerance
-    where = f" in {name}" if len(errors) > 1 else ""
+    where, ratios = f" in {name}" if len(errors) > 1 else "", worst.ratios()
     return Parity(
         verdict="pass" if within else "fail",
         reason=None if within else f"engine error {worst.engine:.3g}{where} exceeds the tolerance {tolerance:.3g}",
@@ -131,10 +185,13 @@ def check_parity(
         max_abs_error=worst.difference,
         max_abs_error_float64=worst.engine,
         eager_float32_error=worst.eager,
+        **ratios,
         mean_kl=divergence / positions if positions else None,
         top1_agreement=agreed / positions if positions else None,
+        top5_agreement=among_five / positions if positions else None,
         tokens=positions or None,
-        not_measured={} if positions else dict.fromkeys(("mean_kl", "top1_agreement", "tokens"), NO_LOGITS),
+        not_measured={name: EQUAL if worst.largest else ALL_ZERO for name, value in ratios.items() if value is None}
+        | ({} if positions else dict.fromkeys(LOGIT_NUMBERS, NO_LOGITS)),
     )
 
 

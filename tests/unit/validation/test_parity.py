@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from cpcompile.bundle import Bundle
 from cpcompile.checkpoint import Checkpoint
 from cpcompile.runtime import Feeds, load_engine
 from cpcompile.validation.language_reference import LanguageReference
-from cpcompile.validation.parity import NUMBERS, Parity, check_parity
+from cpcompile.validation.parity import LOGIT_NUMBERS, NUMBERS, Parity, check_parity
 from cpcompile.validation.reference import Outputs, Run
 
 POSITIONS = 4 * (1 + 16 + 24)
@@ -53,7 +54,10 @@ def test_a_right_engine_passes_with_numbers_that_fit_together(engine: Run, refer
     assert 0 < parity.max_abs_error_float64 <= parity.tolerance
     assert parity.max_abs_error <= parity.max_abs_error_float64 + parity.eager_float32_error
     assert abs(parity.mean_kl) < 1e-10
-    assert parity.top1_agreement == 1
+    assert parity.top1_agreement == parity.top5_agreement == 1
+    assert 0 < parity.max_relative_error < 1e-5
+    assert parity.cosine == pytest.approx(1, abs=1e-12)
+    assert 100 < parity.sqnr_db < parity.psnr_db
     assert "float64" in parity.tolerance_source
     assert not parity.not_measured and parity.reason is None
 
@@ -155,7 +159,8 @@ def test_an_exact_model_is_allowed_a_rounding_of_its_largest_value() -> None:
         parity = check_parity(off_by(difference), doubled, exact, [x], 8, logits=None, missing=NO_INPUTS)
         assert parity.verdict == verdict and parity.eager_float32_error == 0
         assert parity.tolerance == pytest.approx(8 * rounding)
-        assert set(parity.not_measured) == {"mean_kl", "top1_agreement", "tokens"}
+        decibels = set() if difference else {"sqnr_db", "psnr_db"}
+        assert set(parity.not_measured) == {*LOGIT_NUMBERS, *decibels}
 
 
 def test_of_several_outputs_the_worst_is_named_and_integers_are_equal() -> None:
@@ -212,3 +217,57 @@ def test_both_precisions_are_the_same_model(checkpoint: Checkpoint, reference: L
     assert {p.dtype for p in checkpoint.model.parameters()} == {torch.float32}
     assert single.dtype == np.float32 and double.dtype == np.float64
     assert 0 < np.abs(single - double).max() < 1e-4
+
+
+def test_ratios_of_known_signal_and_noise() -> None:
+    exact = np.asarray([[3.0, -4.0, 0.0, 1.0]])
+    error = np.asarray([[0.3, 0.4, 0.0, -0.1]])
+
+    def giving(values: npt.NDArray[Any]) -> Run:
+        return lambda _: {"y": values}
+
+    parity = check_parity(
+        giving((exact + error).astype(np.float32)),
+        giving(exact.astype(np.float32)),
+        giving(exact),
+        [{"x": exact}],
+        8,
+        logits=None,
+        missing=NO_INPUTS,
+    )
+    assert parity.verdict == "fail"
+    assert parity.max_relative_error == pytest.approx(0.1)
+    assert parity.sqnr_db == pytest.approx(20)  # errors of a tenth: 26 / 0.26
+    assert parity.psnr_db == pytest.approx(10 * np.log10(4 * 16 / 0.26))
+    dot, norms = float((exact * (exact + error)).sum()), np.linalg.norm(exact) * np.linalg.norm(exact + error)
+    assert parity.cosine == pytest.approx(dot / norms)
+    assert set(parity.not_measured) == set(LOGIT_NUMBERS)
+
+
+@pytest.mark.parametrize(("value", "reason"), [(0.0, "zero everywhere"), (2.0, "exactly equal")])
+def test_ratios_that_do_not_exist_say_why(value: float, reason: str) -> None:
+    def constant(feeds: Feeds) -> Outputs:
+        return {"y": np.full((2, 3), value, dtype=np.float32)}
+
+    parity = check_parity(constant, constant, constant, [{}], 8, logits=None, missing=NO_INPUTS)
+    assert parity, parity.reason
+    assert parity.sqnr_db is None and reason in parity.not_measured["sqnr_db"]
+    assert parity.max_abs_error == 0
+
+
+def test_a_token_that_slips_to_the_sixth_place_is_no_longer_among_five() -> None:
+    own = np.asarray([[[6.0, 5.0, 4.0, 3.0, 2.0, 1.0]]], dtype=np.float32)
+
+    def swapped(place: int) -> Outputs:
+        values = own.copy()
+        values[..., 0], values[..., place] = own[..., place], own[..., 0]
+        return {"y": values}
+
+    for place, expected in ((4, 1.0), (5, 0.0)):
+        engine, eager = partial(_given, swapped(place)), partial(_given, {"y": own})
+        parity = check_parity(engine, eager, eager, [{}], 8, logits="y", missing=NO_INPUTS)
+        assert (parity.top1_agreement, parity.top5_agreement) == (0.0, expected)
+
+
+def _given(outputs: Outputs, feeds: Feeds) -> Outputs:
+    return outputs
