@@ -111,6 +111,7 @@ def main(folder: Path, work: Path, steps: int) -> None:
             f"parity {parity['verdict']} ({parity['max_abs_error']:.1e} of {parity['tolerance']:.1e}), "
             f"{speed['ratio']:.2f}x as fast as eager dense at {speed['batch']}x{speed['sequence']}"
         )
+        del variant["placement"]  # thousands of nodes
     save(
         "pretrained",
         {
