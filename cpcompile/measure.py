@@ -17,7 +17,9 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,6 +31,8 @@ T = TypeVar("T")
 
 STATUS = Path("/proc/self/status")
 CLEAR_REFS = Path("/proc/self/clear_refs")
+PROCESSORS = Path("/proc/stat")
+FREQUENCY = Path("/sys/devices/system/cpu/cpu0/cpufreq")
 PACKAGES = {
     "torch": ("torch",),
     "onnx": ("onnx",),
@@ -103,6 +107,61 @@ def in_fresh_process(*arguments: str) -> Any:
         last = (done.stderr.strip() or f"exit code {done.returncode}").rsplit("\n", maxsplit=1)[-1]
         raise CpcompileError(f"the measuring process failed ({' '.join(arguments[:2])}): {last}")
     return json.loads(done.stdout.strip().rsplit("\n", maxsplit=1)[-1])
+
+
+@dataclass
+class Machine:
+    """What else the machine did while it was watched."""
+
+    disturbance: str | None = None
+    """A sentence for a reason; None if nothing was noticed."""
+
+
+BUSY_PART, SLOW_PART = 0.1, 0.9
+"""Processor time of others, and clock frequency as a part of the highest, from which on they are worth a word."""
+
+
+@contextmanager
+def watch_machine() -> Iterator[Machine]:
+    """Notes how much of the processors others took (proc_stat(5)), and whether the clock was throttled."""
+    machine, own, before = Machine(), _process_seconds(), _busy_and_stolen_seconds()
+    started = time.perf_counter()
+    yield machine
+    seconds = (time.perf_counter() - started) * (os.cpu_count() or 1)
+    after, frequency = _busy_and_stolen_seconds(), _frequency_part()
+    words = []
+    if before and after and seconds:
+        others = (after[0] - before[0] - (_process_seconds() - own)) / seconds
+        stolen = (after[1] - before[1]) / seconds
+        words += [f"other processes took {others:.0%} of the processors"] if others > BUSY_PART else []
+        words += [f"the host took {stolen:.0%} of them"] if stolen > BUSY_PART else []
+    if frequency is not None and frequency < SLOW_PART:
+        words.append(f"the clock was at {frequency:.0%} of its highest")
+    machine.disturbance = ", ".join(words) or None
+
+
+def _process_seconds() -> float:
+    times = os.times()
+    return times.user + times.system
+
+
+def _busy_and_stolen_seconds() -> tuple[float, float] | None:
+    """Seconds of all processors since boot, (user, nice and system; stolen); None where there is no /proc/stat."""
+    try:
+        ticks = [int(field) for field in PROCESSORS.read_text(encoding="ascii").split("\n", 1)[0].split()[1:]]
+    except (OSError, ValueError):
+        return None
+    hertz = os.sysconf("SC_CLK_TCK")
+    return sum(ticks[:3]) / hertz, ticks[7] / hertz if len(ticks) > 7 else 0.0
+
+
+def _frequency_part() -> float | None:
+    """The clock now as a part of its highest; None where the system does not tell."""
+    try:
+        now, highest = (int((FREQUENCY / name).read_text()) for name in ("scaling_cur_freq", "cpuinfo_max_freq"))
+    except (OSError, ValueError):
+        return None
+    return now / highest if highest else None
 
 
 def environment() -> dict[str, Any]:

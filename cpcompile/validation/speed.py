@@ -1,6 +1,6 @@
-"""Speed: engine against eager model, side by side in one process.
+"""Speed: engine against eager model and other peers, side by side in one process.
 
-    warm up both -> rounds x { shuffled sides: settle, time one run } -> percentiles, paired bootstrap
+    warm up all -> rounds x { shuffled sides: settle, time one run } -> percentiles, paired bootstrap -> verdict
 
 Interleaving spreads whatever the machine does meanwhile over both sides; the order within a round
 is drawn, so that none is always second. Worker threads outlive a run: ONNX Runtime's pool spins
@@ -9,6 +9,10 @@ the cores that the other side wants. So the engine gets `session.force_spinning_
 its threads spin within a run and not after it (an application that runs nothing else between two
 calls would not want that; a comparison does); torch has no such switch, so each side settles first:
 it runs untimed until the other's threads have gone to sleep, which also warms its caches.
+
+Where a least ratio is demanded, the interval has to lie on one side of it: as long as it does not, the rounds
+are doubled up to LARGEST_FACTOR times; what is then still undecided is inconclusive, and the reason says what else
+the machine did.
 """
 
 from __future__ import annotations
@@ -18,14 +22,17 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from cpcompile.measure import watch_machine
 from cpcompile.runtime import Feeds
 from cpcompile.validation.reference import Run, Timed
 
 FloatArray = npt.NDArray[np.float64]
+Verdict = Literal["pass", "fail", "inconclusive"]
 
 NO_SPINNING_AFTER_RUN: Mapping[str, str] = {"session.force_spinning_stop": "1"}
 """Session options of ONNX Runtime for an engine that is timed beside another runtime."""
@@ -35,8 +42,21 @@ STABLE_WITHIN = 0.05
 WARM_UP_RUNS = (10, 60)
 """At least, at most."""
 RESAMPLES = 2000
+LARGEST_FACTOR = 8
+"""The rounds may grow to that many times their number."""
+NOTHING_DEMANDED = "no least ratio was demanded"
 EAGER_FIELDS = ("eager_p50_ms", "eager_p90_ms", "eager_p99_ms", "ratio", "ratio_low", "ratio_high")
 NO_SEQUENCE = "the inputs are not text"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeerSpeed:
+    """Latency of what somebody might run instead of the engine; ratio = its p50 / engine p50."""
+
+    p50_ms: float
+    ratio: float
+    ratio_low: float
+    ratio_high: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +74,8 @@ class ShapeSpeed:
     ratio: float | None = None
     ratio_low: float | None = None
     ratio_high: float | None = None
+    peers: Mapping[str, PeerSpeed] = field(default_factory=dict)
+    """Timed in the same rounds, by name."""
     rounds: int
     not_measured: Mapping[str, str] = field(default_factory=dict)
     """Field -> why it is null."""
@@ -63,6 +85,10 @@ class ShapeSpeed:
 class Speed:
     """Latency at several shapes, both sides with the same number of threads."""
 
+    verdict: Verdict | None = None
+    """Against the least ratio that was demanded; None if none was."""
+    reason: str | None = None
+    """Why it is not a pass."""
     shapes: tuple[ShapeSpeed, ...] | None
     threads: int | None = None
     not_measured: Mapping[str, str] = field(default_factory=dict)
@@ -70,7 +96,7 @@ class Speed:
 
     @classmethod
     def not_run(cls, reason: str) -> Speed:
-        return cls(shapes=None, not_measured={"shapes": reason, "threads": reason})
+        return cls(shapes=None, not_measured={"verdict": reason, "shapes": reason, "threads": reason})
 
 
 def measure_speed(
@@ -80,19 +106,54 @@ def measure_speed(
     *,
     rounds: int,
     threads: int,
+    least_ratio: float = 0.0,
+    peers: Mapping[str, Run] | None = None,
     seed: int = 0,
     settle: float = SETTLE_SECONDS,
 ) -> Speed:
-    """Time `engine` and `eager` (or the reason why there is none) on all of `inputs`."""
-    results = []
-    for timed in inputs:
-        sides = {"engine": engine} if isinstance(eager, str) else {"engine": engine, "eager": eager}
-        runs = {name: _bound(run, timed.feeds) for name, run in sides.items()}
-        for run in runs.values():
-            warm_up(run)
-        times = interleave(runs, rounds=rounds, seed=seed, settle=settle)
-        results.append(_shape_speed(timed, times, seed, eager if isinstance(eager, str) else None))
-    return Speed(shapes=tuple(results), threads=threads)
+    """Time `engine`, `eager` (or the reason why there is none) and `peers` on all of `inputs`.
+
+    least_ratio: eager p50 / engine p50 that is demanded at every shape; 0 demands nothing.
+    """
+    sides = {"engine": engine, **({} if isinstance(eager, str) else {"eager": eager}), **(peers or {})}
+    shapes, verdicts = [], []
+    with watch_machine() as machine:
+        for timed in inputs:
+            runs = {name: _bound(run, timed.feeds) for name, run in sides.items()}
+            for run in runs.values():
+                warm_up(run)
+            times = interleave(runs, rounds=rounds, seed=seed, settle=settle)
+            verdict = _judge(times, least_ratio, seed)
+            while verdict == "inconclusive" and len(times["engine"]) < LARGEST_FACTOR * rounds:
+                more = interleave(runs, rounds=len(times["engine"]), seed=seed + len(times["engine"]), settle=settle)
+                times = {name: np.concatenate([times[name], more[name]]) for name in times}
+                verdict = _judge(times, least_ratio, seed)
+            shapes.append(_shape_speed(timed, times, seed, eager if isinstance(eager, str) else None))
+            verdicts.append(verdict)
+    if least_ratio <= 0:
+        return Speed(shapes=tuple(shapes), threads=threads, not_measured={"verdict": NOTHING_DEMANDED})
+    worst = next(v for v in ("fail", "inconclusive", "pass") if v in verdicts)
+    missed = [_missed(shape, least_ratio) for shape, v in zip(shapes, verdicts, strict=True) if v == worst != "pass"]
+    disturbed = f" ({machine.disturbance})" if worst == "inconclusive" and machine.disturbance else ""
+    return Speed(verdict=worst, reason="; ".join(missed) + disturbed or None, shapes=tuple(shapes), threads=threads)
+
+
+def _judge(times: Mapping[str, FloatArray], least_ratio: float, seed: int) -> Verdict:
+    """Whether eager is at least `least_ratio` times as slow as the engine."""
+    if least_ratio <= 0:
+        return "pass"
+    if "eager" not in times:
+        return "inconclusive"
+    _, low, high = ratio_interval(times["eager"], times["engine"], seed=seed)
+    return "pass" if low >= least_ratio else "fail" if high < least_ratio else "inconclusive"
+
+
+def _missed(shape: ShapeSpeed, least_ratio: float) -> str:
+    where = f"{shape.batch} x {shape.sequence}" if shape.sequence is not None else f"batch {shape.batch}"
+    if shape.ratio is None:
+        return f"{where}: {shape.not_measured['ratio']}"
+    interval = f"{shape.ratio:.2f} ({shape.ratio_low:.2f} to {shape.ratio_high:.2f})"
+    return f"{where}: {interval} times as fast as eager after {shape.rounds} rounds, demanded are {least_ratio:g}"
 
 
 def warm_up(run: Callable[[], object]) -> int:
@@ -140,12 +201,14 @@ def ratio_interval(eager: FloatArray, engine: FloatArray, *, seed: int) -> tuple
 
 def _shape_speed(timed: Timed, times: Mapping[str, FloatArray], seed: int, no_eager: str | None) -> ShapeSpeed:
     p50, p90, p99 = _percentiles_ms(times["engine"])
+    peers = {name: _peer_speed(times, name, seed) for name in times if name not in ("engine", "eager")}
     alone = ShapeSpeed(
         batch=timed.batch,
         sequence=timed.sequence,
         p50_ms=p50,
         p90_ms=p90,
         p99_ms=p99,
+        peers=peers,
         rounds=len(times["engine"]),
         not_measured={} if timed.sequence is not None else {"sequence": NO_SEQUENCE},
     )
@@ -156,6 +219,12 @@ def _shape_speed(timed: Timed, times: Mapping[str, FloatArray], seed: int, no_ea
     return replace(
         alone, eager_p50_ms=p50, eager_p90_ms=p90, eager_p99_ms=p99, ratio=ratio, ratio_low=low, ratio_high=high
     )
+
+
+def _peer_speed(times: Mapping[str, FloatArray], name: str, seed: int) -> PeerSpeed:
+    ratio, low, high = ratio_interval(times[name], times["engine"], seed=seed)
+    p50, _, _ = _percentiles_ms(times[name])
+    return PeerSpeed(p50_ms=p50, ratio=ratio, ratio_low=low, ratio_high=high)
 
 
 def _percentiles_ms(seconds: FloatArray) -> tuple[float, float, float]:
