@@ -15,6 +15,7 @@ FOLDERS = {
     "cpcompile/passes/channel_rules": ROOT / "passes/channel_rules",
     "cpcompile/exporters": ROOT / "exporters",
     "cpcompile/models": ROOT / "models",
+    "cpcompile/report": ROOT / "cpcompile/report",
     "cpcompile/training": ROOT / "cpcompile/training",
     "cpcompile/validation": ROOT / "cpcompile/validation",
 }
@@ -45,7 +46,7 @@ def test_wheel_holds_every_source(installed: Path, package: str) -> None:
 
 
 def test_wheel_holds_schema_and_licence(installed: Path) -> None:
-    assert (installed / "cpcompile/report.schema.json").is_file()
+    assert (installed / "cpcompile/report/report.schema.json").is_file()
     assert (installed / "cpcompile/py.typed").is_file()
     (information,) = installed.glob("cpcompile-*.dist-info")
     assert "License-Expression: Apache-2.0" in (information / "METADATA").read_text()

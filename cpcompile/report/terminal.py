@@ -1,0 +1,180 @@
+"""The report in a terminal: an engine per row, the trained branches, what was not measured and why, the verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from cpcompile.report.contents import PARTITION
+
+VERDICT_STYLE = {"pass": "bold green", "fail": "bold red", "inconclusive": "bold yellow"}
+
+
+def render_report(report: Mapping[str, Any]) -> RenderableType:
+    """The whole report for a terminal."""
+    parts: list[RenderableType] = [contexts_table(report)]
+    if report["training"] is not None:
+        parts.append(controls_table(report["training"]))
+    return Group(*parts, footnotes(report), verdict_text(report))
+
+
+def contexts_table(report: Mapping[str, Any]) -> Table:
+    """A row per engine: what it keeps and weighs, and engine against eager model."""
+    title = Text(f"{report['model']['name']}: engine against eager model")
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 1, 0), pad_edge=False)
+    for column in (
+        "context",
+        "parameters",
+        "size",
+        "parity\nerror",
+        "perplexity",
+        "run\nmemory",
+        "times as fast\nas eager",
+    ):
+        table.add_column(column, justify="left" if column == "context" else "right")
+    for context in report["contexts"]:
+        for variant in context["variants"]:
+            cells = [
+                f"{context['name']}\n{variant['name']}",
+                _parameters_cell(context["parameters"]),
+                _bytes(variant["bytes"]),
+                *(_measured_cells(variant) if variant["status"] == "ran" else [variant["status"], "–", "–", "–"]),
+            ]
+            table.add_row(*(Text(cell) for cell in cells))
+    return table
+
+
+def controls_table(training: Mapping[str, Any] | None) -> RenderableType:
+    """The trained branches from best to worst mean perplexity, and the findings below."""
+    if training is None:
+        return Text("this checkpoint records no training results", style="dim")
+    controls = training["controls"]
+    table = Table(title="held-out perplexity")
+    table.add_column("branch")
+    table.add_column("mean", justify="right")
+    for context in next(iter(controls.values()))["perplexity"]:
+        table.add_column(Text(context), justify="right")
+    for name, branch in sorted(controls.items(), key=lambda item: float(item[1]["mean_perplexity"])):
+        values = (branch["mean_perplexity"], *branch["perplexity"].values())
+        table.add_row(
+            Text(name), *(Text(f"{value:.2f}") for value in values), style="bold" if name == PARTITION else None
+        )
+    return Group(table, *(Text(f"• {finding}") for finding in training["findings"]))
+
+
+def render_optimization(result: Mapping[str, Any], *, explain: bool) -> Group:
+    """What `cpcompile opt` did: size after every pass, outputs compared, zero channels that stayed."""
+    table = Table(box=box.SIMPLE)
+    for column in ("pass", "nodes", "parameters", "bytes", "seconds"):
+        table.add_column(column, justify="left" if column == "pass" else "right")
+    rows = [("(before)", result["before"], None), *((s["name"], s["size"], s["seconds"]) for s in result["steps"])]
+    for name, size, seconds in rows:
+        cells = (str(size["nodes"]), f"{size['parameters']:,}", f"{size['bytes']:,}", _number(seconds, ".2f"))
+        table.add_row(Text(name), *cells)
+    parts: list[RenderableType] = [table]
+    if explain and not result["blocked"]:
+        parts.append(Text("no zero channel had to stay"))
+    elif explain:
+        stayed = Table("tensor", "axis", "zero channels", "kept by", "because", box=box.SIMPLE)
+        for b in result["blocked"]:
+            keeper = f"{b['operator']} {b['node']}".strip()
+            stayed.add_row(*(Text(str(cell)) for cell in (b["value"], b["axis"], b["channels"], keeper, b["reason"])))
+        parts.append(stayed)
+    if (comparison := result["comparison"]) is not None:
+        parts.append(_comparison_text(comparison))
+    return Group(*parts)
+
+
+def _comparison_text(comparison: Mapping[str, Any]) -> Text:
+    lines = []
+    for out in comparison["outputs"]:
+        error, tolerance = (_number(out[key], ".2g") for key in ("max_abs_error", "tolerance"))
+        lines.append(f"{out['name']}: max abs difference {error} of {tolerance}")
+    if comparison["runs"]:
+        lines.append(f"tolerance: {comparison['tolerance_source']}; {comparison['runs']} inputs")
+    text = Text("\n".join([*lines, ""]))
+    text.append(f"check: {comparison['verdict']}", style=VERDICT_STYLE[comparison["verdict"]])
+    return text.append(f": {comparison['reason']}" if comparison["reason"] else "")
+
+
+def footnotes(report: Mapping[str, Any]) -> Text:
+    """Why there are gaps in the table: each reason once, with the engines or the fields that it concerns."""
+    concerned: dict[str, list[str]] = {}
+    for context in report["contexts"]:
+        for variant in context["variants"]:
+            if variant["status"] == "ran":
+                gaps = [(key, reason) for key, reason in _reasons(variant)]
+            else:
+                gaps = [(f"{context['name']} {variant['name']}", variant["reason"])]
+            for what, reason in gaps:
+                whats = concerned.setdefault(reason, [])
+                if what not in whats:
+                    whats.append(what)
+    lines = (f"– {', '.join(whats)}: {reason}" for reason, whats in concerned.items())
+    return Text("\n".join(lines), style="dim")
+
+
+def verdict_text(report: Mapping[str, Any]) -> Text:
+    """Build, bundle and verdict in a few lines."""
+    build, bundle = report["build"], report["bundle"]
+    text = Text()
+    if build["seconds"] is not None:
+        text.append(f"built in {build['seconds']:.1f} s, peak {_bytes(build['peak_rss_bytes'])}; ")
+    text.append(f"bundle {_bytes(bundle['bytes'])}, dense model {_bytes(bundle['dense_bytes'])}\n")
+    text.append(f"verdict: {report['verdict']}", style=VERDICT_STYLE[report["verdict"]])
+    for reason in report["reasons"]:
+        text.append(f"\n• {reason}")
+    return text
+
+
+def _measured_cells(variant: Mapping[str, Any]) -> list[str]:
+    """Parity, perplexity, memory and speed of an engine that ran."""
+    parity, quality, memory = variant["parity"], variant["quality"], variant["memory"]
+    shapes = variant["speed"]["shapes"]
+    error, tolerance = _number(parity["max_abs_error_float64"], ".2g"), _number(parity["tolerance"], ".2g")
+    return [
+        f"{error}\nof {tolerance}\n{parity['verdict']}",
+        f"{_number(quality['perplexity'], '.2f')}\ndense {_number(quality['dense_perplexity'], '.2f')}",
+        f"{_bytes(memory['run_peak_rss_bytes'])}\neager {_bytes(memory['eager_run_peak_rss_bytes'])}",
+        "\n".join(map(_speed_line, shapes)) if shapes is not None else "–",
+    ]
+
+
+def _speed_line(shape: Mapping[str, Any]) -> str:
+    where = f"{shape['batch']}×{shape['sequence']}" if shape["sequence"] else f"batch {shape['batch']}"
+    if shape["ratio"] is None:
+        return f"{where}: {shape['p50_ms']:.2f} ms"
+    return f"{where}: {shape['ratio']:.2f} ({shape['ratio_low']:.2f}–{shape['ratio_high']:.2f})"
+
+
+def _parameters_cell(parameters: Mapping[str, Any]) -> str:
+    kept, total = parameters["kept"], parameters["total"]
+    return f"{_count(kept)}\nof {_count(total)}\n{kept / total:.0%}"
+
+
+def _reasons(node: Any) -> Iterator[tuple[str, str]]:
+    """(field, reason) of everything below `node` that was not measured."""
+    if isinstance(node, list):
+        for item in node:
+            yield from _reasons(item)
+    elif isinstance(node, dict):
+        yield from node.get("not_measured", {}).items()
+        for value in node.values():
+            yield from _reasons(value)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
+
+
+def _count(value: int) -> str:
+    return f"{value / 1e6:.2f} M" if value >= 1e6 else f"{value / 1e3:.1f} k"
+
+
+def _bytes(value: int | None) -> str:
+    return "–" if value is None else f"{value / 1e6:.1f} MB"

@@ -1,0 +1,126 @@
+"""Reports as the validator would write them, about which everything is known."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cpcompile.measure import ProcessMemory, environment
+from cpcompile.report import BuildResult, BuildStage, ContextResult, make_report, training_summary
+from cpcompile.validation.memory import compare_memory
+from cpcompile.validation.parity import Parity
+from cpcompile.validation.placement import PlacedNode, Placement
+from cpcompile.validation.quality import Score, compare_quality
+from cpcompile.validation.speed import ShapeSpeed, Speed
+from cpcompile.validation.validator import VariantResult
+
+TRAINING = {
+    "perplexity": {"dense-baseline": {"de": 20.0, "en": 30.0}, "partition": {"de": 19.0, "en": 29.0}},
+    "controls": {
+        "small-dense": {"description": "a dense model of the active size", "perplexity": {"de": 18.0, "en": 28.0}},
+        "one-mask": {"description": "one selection for all", "perplexity": {"de": 19.01, "en": 29.01}},
+    },
+    "swap_matrix": {"contexts": ["de", "en"], "perplexity": [[19.0, 40.0], [35.0, 29.0]]},
+}
+
+
+def variant(context: str = "de", *, perplexity: float = 19.0, dense: float | str = 20.0) -> VariantResult:
+    """An engine about which everything is known."""
+    return VariantResult(
+        context=context,
+        name="cpu-fp32",
+        runtime="onnxruntime",
+        precision="fp32",
+        bytes=1_000_000,
+        status="ran",
+        reason=None,
+        parity=Parity(
+            verdict="pass",
+            tolerance=1.6e-5,
+            tolerance_source="8 x the eager model's own float32 error 2e-06",
+            max_abs_error=3e-6,
+            max_abs_error_float64=2e-6,
+            eager_float32_error=2e-6,
+            mean_kl=-1e-17,
+            top1_agreement=1.0,
+            tokens=100,
+        ),
+        quality=compare_quality(
+            Score(perplexity=perplexity, accuracy=0.3, tokens=100),
+            Score(perplexity=dense, accuracy=0.25, tokens=100) if isinstance(dense, float) else dense,
+        ),
+        memory=compare_memory(
+            *(
+                ProcessMemory(base_rss_bytes=b, load_peak_rss_bytes=2 * b, run_peak_rss_bytes=3 * b)
+                for b in (50_000_000, 200_000_000)
+            )
+        ),
+        speed=Speed(
+            shapes=(
+                ShapeSpeed(
+                    batch=1,
+                    sequence=128,
+                    p50_ms=1.0,
+                    p90_ms=1.1,
+                    p99_ms=1.2,
+                    eager_p50_ms=3.0,
+                    eager_p90_ms=3.1,
+                    eager_p99_ms=3.2,
+                    ratio=3.0,
+                    ratio_low=2.9,
+                    ratio_high=3.1,
+                    rounds=60,
+                ),
+                ShapeSpeed(
+                    batch=1,
+                    sequence=1,
+                    p50_ms=0.25,
+                    p90_ms=0.3,
+                    p99_ms=0.4,
+                    rounds=60,
+                    not_measured={"ratio": "there is no dense baseline"},
+                ),
+            ),
+            threads=2,
+        ),
+        placement=Placement(
+            nodes=(PlacedNode(name="MatMul_0", operator="MatMul", provider="CPUExecutionProvider", precision="float"),),
+            providers={"CPUExecutionProvider": 1},
+            operators={"MatMul": 1},
+            precisions={"float": 1},
+        ),
+    )
+
+
+def skipped(context: str = "de") -> VariantResult:
+    return VariantResult.not_run(
+        context=context,
+        name="tensorrt-fp16",
+        runtime="tensorrt",
+        precision="fp16",
+        status="skipped",
+        reason="tensorrt [the library] is not installed",
+    )
+
+
+def report(*variants: VariantResult, bundle_bytes: int = 9, dense_bytes: int | None = 10) -> dict[str, Any]:
+    parameters = {"total": 4_000_000, "kept": 1_000_000, "removed": 3_000_000, "removed_by_kind": {"ffn": 3_000_000}}
+    parameters["removed_experts"] = {}
+    contexts = dict.fromkeys(v.context for v in variants)
+    return make_report(
+        model={"name": "model", "architecture": "decoder", "config": {"width": 64, "tied": True}},
+        environment=environment(),
+        build=BuildResult(seconds=12.5, peak_rss_bytes=300_000_000, stages=(BuildStage(name="capture", seconds=3.0),)),
+        bundle_bytes=bundle_bytes,
+        dense_bytes=dense_bytes,
+        shared_weights=True,
+        contexts=[
+            ContextResult(name=c, parameters=parameters, variants=[v for v in variants if v.context == c])
+            for c in contexts
+        ],
+        training=training_summary(TRAINING, ("de", "en")),
+        max_perplexity_increase=0.01,
+    )
+
+
+def complete() -> dict[str, Any]:
+    return report(variant(), skipped(), variant("en", perplexity=29.0, dense=30.0))
