@@ -28,7 +28,7 @@ from cpcompile.checkpoint import load_checkpoint
 from cpcompile.models.decoder import Decoder
 from cpcompile.runtime import Engine, create_session, session_options
 from cpcompile.training.trainer import dense_path
-from cpcompile.validation.speed import NO_SPINNING_AFTER_RUN
+from cpcompile.validation.runners import NO_SPINNING_AFTER_RUN
 
 SHAPES = ((1, 128), (1, 1), (4, 128))
 

@@ -27,7 +27,7 @@ from cpcompile.checkpoint import load_checkpoint
 from cpcompile.measure import available_cores
 from cpcompile.runtime import Engine, create_session, session_options
 from cpcompile.training.trainer import dense_path
-from cpcompile.validation.speed import NO_SPINNING_AFTER_RUN
+from cpcompile.validation.runners import NO_SPINNING_AFTER_RUN
 
 SHAPES = ((1, 1), (1, 128), (4, 128))
 BUNDLE_SIDE = """

@@ -24,7 +24,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +32,9 @@ import numpy.typing as npt
 from cpcompile.artifact import Artifact
 from cpcompile.errors import CpcompileError, UsageError
 from cpcompile.files import NO_ROOM, file_digest, remove_leftovers, temporary_path
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 T = TypeVar("T")
 
@@ -62,6 +65,16 @@ class Variant:
     """Inputs that choose the context, of an engine that serves several."""
     bytes: int
     """Of its own files and of its share of the weights."""
+
+    def standalone(self) -> ir.Model:
+        """Its graph with all weights inside; the files have been verified."""
+        import onnx_ir as ir  # an application that runs engines does without
+
+        model = ir.load(self.model)
+        for value in model.graph.initializers.values():
+            if isinstance(value.const_value, ir.ExternalTensor) and self.weights is not None:
+                value.const_value.base_dir = self.weights
+        return ir.external_data.load_to_model(model)
 
 
 @dataclass(frozen=True, kw_only=True)

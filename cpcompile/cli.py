@@ -218,6 +218,10 @@ def run_training(
 )
 @click.option("--data", type=FilePath, help="Corpus whose held-out text replaces the checkpoint's.")
 @click.option("--rounds", default=ValidateConfig.rounds, help="Interleaved timing rounds per shape.")
+@click.option("--min-speed-ratio", default=0.0, help="Times as fast as eager dense that engines have to be.")
+@click.option(
+    "--peers", metavar="NAMES", help="Time these beside the engines: 'all', or some of them, see `validate --help`."
+)
 @click.option("--no-speed", is_flag=True, help="Leave the timings out.")
 @click.option("--no-memory", is_flag=True, help="Leave the memory measurements out.")
 @click.option("--json", "as_json", is_flag=True, help="Print report.json instead of tables.")
@@ -231,6 +235,8 @@ def build(
     vocabulary_coverage: float | None,
     data: Path | None,
     rounds: int,
+    min_speed_ratio: float,
+    peers: str | None,
     no_speed: bool,
     no_memory: bool,
     as_json: bool,
@@ -244,12 +250,19 @@ def build(
       cpcompile build model.pt --merged               # for a server of many contexts
       cpcompile build model.pt --vocabulary-coverage 1  # only the tokens that a context's text needs
       cpcompile build model.pt --json > report.json
+      cpcompile build model.pt --peers all            # time torch.compile and others too, see validate --help
       cpcompile build model.pt2                       # a module of your own, see `cpcompile.save_program`
     """
     from cpcompile.console import stage_progress
     from cpcompile.pipeline import build_bundle
 
-    config = ValidateConfig(rounds=rounds, speed=not no_speed, memory=not no_memory)
+    config = ValidateConfig(
+        rounds=rounds,
+        min_speed_ratio=min_speed_ratio,
+        peers=_names(peers) or (),
+        speed=not no_speed,
+        memory=not no_memory,
+    )
     out = out or _beside(model, ".cpc")
     with stage_progress() as stage:
         report, bundle = build_bundle(
@@ -275,6 +288,10 @@ def build(
 @click.option("--model", type=FilePath, help="What it was built from.  [default: BUNDLE with .pt or .pt2]")
 @click.option("--data", type=FilePath, help="Corpus whose held-out text replaces the checkpoint's.")
 @click.option("--rounds", default=ValidateConfig.rounds, help="Interleaved timing rounds per shape.")
+@click.option("--min-speed-ratio", default=0.0, help="Times as fast as eager dense that engines have to be.")
+@click.option(
+    "--peers", metavar="NAMES", help="Time these beside the engines: 'all', or some of them, see `validate --help`."
+)
 @click.option("--no-speed", is_flag=True, help="Leave the timings out.")
 @click.option("--no-memory", is_flag=True, help="Leave the memory measurements out.")
 @click.option("--json", "as_json", is_flag=True, help="Print report.json instead of tables.")
@@ -283,6 +300,8 @@ def validate(
     model: Path | None,
     data: Path | None,
     rounds: int,
+    min_speed_ratio: float,
+    peers: str | None,
     no_speed: bool,
     no_memory: bool,
     as_json: bool,
@@ -293,12 +312,26 @@ def validate(
     Examples:
       cpcompile validate model.cpc
       cpcompile validate model.cpc --model model.pt --data corpus/ --json
+      cpcompile validate model.cpc --min-speed-ratio 2 --peers all
+
+    \b
+    Peers:
+      torch-compile  the dense baseline through torch.compile
+      onnx-dense     the dense baseline as one plain export in ONNX Runtime
+      onnx-dynamic   the graph of all contexts, with the context as an input
+      openvino       the engine's own graph in OpenVINO
     """
     from cpcompile.console import stage_progress
     from cpcompile.pipeline import validate_bundle
     from cpcompile.report import write_report
 
-    config = ValidateConfig(rounds=rounds, speed=not no_speed, memory=not no_memory)
+    config = ValidateConfig(
+        rounds=rounds,
+        min_speed_ratio=min_speed_ratio,
+        peers=_names(peers) or (),
+        speed=not no_speed,
+        memory=not no_memory,
+    )
     with stage_progress() as stage:
         report = validate_bundle(bundle, model or _model_of(bundle), data=data, config=config, progress=stage)
     _print_report(report, as_json=as_json)
@@ -419,6 +452,18 @@ def _model_of(bundle: Path) -> Path:
     """The model beside `bundle`; the .pt file if there is neither."""
     program = _beside(bundle, ".pt2")
     return program if program.exists() and not _beside(bundle, ".pt").exists() else _beside(bundle, ".pt")
+
+
+def _validate_config(
+    rounds: int, min_speed_ratio: float, peers: str | None, *, no_speed: bool, no_memory: bool
+) -> ValidateConfig:
+    return ValidateConfig(
+        rounds=rounds,
+        min_speed_ratio=min_speed_ratio,
+        peers=_names(peers) or (),
+        speed=not no_speed,
+        memory=not no_memory,
+    )
 
 
 def _names(text: str | None) -> tuple[str, ...] | None:

@@ -263,13 +263,20 @@ class ValidateConfig:
     """Interleaved timing rounds of engine and eager model."""
     threads: int = 0
     """Threads of engine and eager model; 0 takes all cores."""
+    peers: tuple[str, ...] = ()
+    """What else is timed beside the engines (`cpcompile.peers.NAMES`)."""
     memory: bool = True
     speed: bool = True
+    min_speed_ratio: float = 0.0
+    """Times as fast as the eager dense model that every engine has to be at every shape; 0 demands nothing."""
     max_perplexity_increase: float = 0.01
     """Mean perplexity over the contexts may exceed the dense baseline's by this part."""
 
     def __post_init__(self) -> None:
         _require(self.rounds >= 2, f"validate.rounds is {self.rounds}: an interval needs at least 2")
+        _require(
+            self.min_speed_ratio >= 0, f"validate.min_speed_ratio is {self.min_speed_ratio}: it cannot be negative"
+        )
         _require(self.threads >= 0, f"validate.threads is {self.threads}: it cannot be negative")
 
 

@@ -34,6 +34,7 @@ from cpcompile.partitioning.pretrained import read_pretrained
 from cpcompile.passes.freeze import Frozen, freeze, prepare
 from cpcompile.passes.merge_contexts import merge_contexts
 from cpcompile.passes.share_weights import Run, ShareWeights, plan_runs
+from cpcompile.peers import open_peers
 from cpcompile.report import BuildResult, BuildStage, ContextResult, Report, build_of, make_report, write_report
 from cpcompile.selection import UnitKind
 from cpcompile.source import Source, open_source, tokenizer_file
@@ -150,7 +151,8 @@ def build_bundle(
         with stages("export"):
             bundle = _export(writer, dynamic, frozen, accounts, source, trimmed, shared=not standalone, merged=merged)
         build = stages.result()
-        results = validate(bundle, reference, config, progress=progress)
+        with open_peers(config, source, reference) as peers:
+            results = validate(bundle, reference, config, peers=peers, progress=progress)
         report = _report(bundle, source, results, build, config)
         write_report(report, writer.root)
         return report, writer.commit(failed=report["verdict"] == "fail")
@@ -173,7 +175,8 @@ def validate_bundle(
         if (ids := bundle.token_ids(context)) is not None
     }
     reference = source.reference(config, data=data, trimmed=trimmed, progress=progress)
-    results = validate(bundle, reference, config, progress=progress)
+    with open_peers(config, source, reference) as peers:
+        results = validate(bundle, reference, config, peers=peers, progress=progress)
     return _report(bundle, source, results, build_of(path), config)
 
 
@@ -184,12 +187,8 @@ def export_standalone(path: Path, context: str, out: Path, *, variant: str) -> N
         raise UsageError(f"{out}: lies in the bundle; choose another --out")
     chosen = bundle.variant(context, variant)
     bundle.verify(chosen.model, *([chosen.weights] if chosen.weights else []))
-    model = ir.load(chosen.model)
-    for value in model.graph.initializers.values():
-        if isinstance(value.const_value, ir.ExternalTensor) and chosen.weights is not None:
-            value.const_value.base_dir = chosen.weights
     with whole_file(out) as temporary:
-        ir.save(ir.external_data.load_to_model(model), temporary, format="protobuf")
+        ir.save(chosen.standalone(), temporary, format="protobuf")
 
 
 def _order_rows(dynamic: ir.Model, source: Source, order: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

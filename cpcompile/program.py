@@ -101,9 +101,15 @@ class Program:
                     found[label] = (max(int(bounds.lower), 1), high)
         return found
 
-    def eager(self, context: str, *, double: bool = False) -> Callable[[Feeds], dict[str, Array]]:
-        """The program with the gates of `context` as a function of numpy arrays, in float32 or float64."""
-        module, index = self._double if double else self._single, torch.tensor(self.contexts.index(context))
+    def eager(
+        self, context: str, *, double: bool = False, compiled: bool = False
+    ) -> Callable[[Feeds], dict[str, Array]]:
+        """The program with the gates of `context` as a function of numpy arrays.
+
+        In float32 or float64; `compiled` by torch.compile.
+        """
+        module: Callable[..., Any] = self._double if double else self._compiled if compiled else self._single
+        index = torch.tensor(self.contexts.index(context))
 
         def run(feeds: Feeds) -> dict[str, Array]:
             tensors = [torch.from_numpy(np.ascontiguousarray(feeds[name])) for name in self.inputs]
@@ -141,6 +147,10 @@ class Program:
             )
         _name_axes(captured.graph, self.axes)
         return captured
+
+    @cached_property
+    def _compiled(self) -> Callable[..., Any]:
+        return torch.compile(self._single, dynamic=True)
 
     @cached_property
     def _single(self) -> fx.GraphModule:

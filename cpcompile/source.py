@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from cpcompile.capture import capture
+from cpcompile.capture import capture, capture_dense
 from cpcompile.checkpoint import Checkpoint, architecture, load_checkpoint
 from cpcompile.config import PretrainedConfig, TrainConfig, ValidateConfig
 from cpcompile.errors import UsageError
@@ -55,6 +55,10 @@ class Source(ABC):
     @abstractmethod
     def capture(self, *, opset: int) -> ir.Model:
         """The dynamic graph: any context, full cost."""
+
+    def capture_dense(self, *, opset: int) -> ir.Model | None:
+        """The graph of the dense baseline; None if there is none."""
+        return None
 
     @abstractmethod
     def parameter_sizes(self) -> dict[str, int]:
@@ -139,6 +143,9 @@ class TrainedSource(Source):
 
     def capture(self, *, opset: int) -> ir.Model:
         return capture(self._eager, opset=opset)
+
+    def capture_dense(self, *, opset: int) -> ir.Model | None:
+        return capture_dense(self._dense.model, opset=opset) if self._dense else None
 
     def parameter_sizes(self) -> dict[str, int]:
         return self._eager.parameter_sizes()

@@ -3,7 +3,8 @@
 `report.schema.json` beside this file is the contract. A value that was not measured is null and
 `not_measured` in the same object says why. The verdict follows from the report alone:
 
-    fail          an engine misses parity; or the mean perplexity over the contexts exceeds the dense
+    fail          an engine misses parity, is slower than was demanded, or has nodes that fell back to
+                  another provider; or the mean perplexity over the contexts exceeds the dense
                   baseline's by more than is allowed; or the bundle's shared
                   weights make it larger than the dense model, graphs and tokenizer aside
     inconclusive  something of that could not be measured
@@ -131,6 +132,10 @@ def judge(report: Mapping[str, Any], max_perplexity_increase: float | None) -> t
             if parity["verdict"] != "pass":
                 sentence = f"{context['name']} {variant['name']}: parity {parity['verdict']}: {parity['reason']}"
                 (failures if parity["verdict"] == "fail" else gaps).append(sentence)
+            for what in ("speed", "placement"):
+                if (verdict := variant[what]["verdict"]) in ("fail", "inconclusive"):
+                    sentence = f"{context['name']} {variant['name']}: {what}: {variant[what]['reason']}"
+                    (failures if verdict == "fail" else gaps).append(sentence)
     if not report["contexts"]:
         gaps.append("the bundle has no contexts")
     for name, pairs in _perplexities(report).items():

@@ -18,6 +18,8 @@ VERDICT_STYLE = {"pass": "bold green", "fail": "bold red", "inconclusive": "bold
 def render_report(report: Mapping[str, Any]) -> RenderableType:
     """The whole report for a terminal."""
     parts: list[RenderableType] = [contexts_table(report)]
+    if any(variant["peers"] for context in report["contexts"] for variant in context["variants"]):
+        parts.append(peers_table(report))
     if report["training"] is not None:
         parts.append(controls_table(report["training"]))
     return Group(*parts, footnotes(report), verdict_text(report))
@@ -45,6 +47,22 @@ def contexts_table(report: Mapping[str, Any]) -> Table:
                 _bytes(variant["bytes"]),
                 *(_measured_cells(variant) if variant["status"] == "ran" else [variant["status"], "–", "–", "–"]),
             ]
+            table.add_row(*(Text(cell) for cell in cells))
+    return table
+
+
+def peers_table(report: Mapping[str, Any]) -> Table:
+    """A row per engine and shape: its latency, and how many times as fast it is as each peer."""
+    variants = [(context, v) for context in report["contexts"] for v in context["variants"] if v["peers"]]
+    names = dict.fromkeys(peer["name"] for _, variant in variants for peer in variant["peers"])
+    title = "p50 of the engine, and how many times as fast it is as its peers"
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("context", "batch x\nsequence", "engine", "eager", *names):
+        table.add_column(Text(column), justify="left" if column == "context" else "right")
+    for context, variant in variants:
+        for shape in variant["speed"]["shapes"] or ():
+            ratios = [shape["ratio"], *(shape["peers"].get(name, {}).get("ratio") for name in names)]
+            cells = [context["name"], _shape(shape), f"{shape['p50_ms']:.3g} ms", *(_number(r, ".2f") for r in ratios)]
             table.add_row(*(Text(cell) for cell in cells))
     return table
 
@@ -108,7 +126,9 @@ def footnotes(report: Mapping[str, Any]) -> Text:
     for context in report["contexts"]:
         for variant in context["variants"]:
             if variant["status"] == "ran":
-                gaps = [(key, reason) for key, reason in _reasons(variant)]
+                # A verdict that nobody asked for is no gap.
+                gaps = [(key, reason) for key, reason in _reasons(variant) if key != "verdict"]
+                gaps += [(peer["name"], peer["reason"]) for peer in variant["peers"] if peer["reason"]]
             else:
                 gaps = [(f"{context['name']} {variant['name']}", variant["reason"])]
             for what, reason in gaps:
@@ -141,15 +161,25 @@ def _measured_cells(variant: Mapping[str, Any]) -> list[str]:
         f"{error}\nof {tolerance}\n{parity['verdict']}",
         f"{_number(quality['perplexity'], '.2f')}\ndense {_number(quality['dense_perplexity'], '.2f')}",
         f"{_bytes(memory['run_peak_rss_bytes'])}\neager {_bytes(memory['eager_run_peak_rss_bytes'])}",
-        "\n".join(map(_speed_line, shapes)) if shapes is not None else "–",
+        "\n".join([*map(_speed_line, shapes), *_throughput_line(variant["throughput"])]) if shapes else "–",
     ]
 
 
 def _speed_line(shape: Mapping[str, Any]) -> str:
-    where = f"{shape['batch']}×{shape['sequence']}" if shape["sequence"] else f"batch {shape['batch']}"
     if shape["ratio"] is None:
-        return f"{where}: {shape['p50_ms']:.2f} ms"
-    return f"{where}: {shape['ratio']:.2f} ({shape['ratio_low']:.2f}–{shape['ratio_high']:.2f})"
+        return f"{_shape(shape)}: {shape['p50_ms']:.2f} ms"
+    return f"{_shape(shape)}: {shape['ratio']:.2f} ({shape['ratio_low']:.2f}–{shape['ratio_high']:.2f})"
+
+
+def _throughput_line(throughput: Mapping[str, Any]) -> list[str]:
+    if throughput["ratio"] is None:
+        return []
+    ratio, low, high = (throughput[key] for key in ("ratio", "ratio_low", "ratio_high"))
+    return [f"{throughput['workers']} at a time: {ratio:.2f} ({low:.2f}–{high:.2f})"]
+
+
+def _shape(shape: Mapping[str, Any]) -> str:
+    return f"{shape['batch']}×{shape['sequence']}" if shape["sequence"] else f"batch {shape['batch']}"
 
 
 def _parameters_cell(parameters: Mapping[str, Any]) -> str:

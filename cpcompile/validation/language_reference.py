@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -87,7 +87,14 @@ class LanguageReference:
         return self._run(self._double, context)
 
     def dense(self, context: str) -> Run | str:
-        return eager_run(self._dense.model, self._texts[context].token_ids) if self._dense else NO_DENSE
+        """It gives all logits, as whoever runs it would get: choosing from them is not its cost."""
+        return self.as_engine(context, eager_run(self._dense.model), all_logits=True) if self._dense else NO_DENSE
+
+    def compiled(self, context: str) -> Run | str:
+        return self.as_engine(context, eager_run(self._compiled), all_logits=True) if self._dense else NO_DENSE
+
+    def as_engine(self, context: str, run: Run, *, all_logits: bool = False) -> Run:
+        return _of_tokens(run, self._texts[context].token_ids, all_logits=all_logits)
 
     def dense_memory(self, context: str, *, threads: int) -> ProcessMemory | str:
         if self._dense is None:
@@ -128,9 +135,14 @@ class LanguageReference:
         """
         return copy.deepcopy(self._single).double().eval()
 
+    @cached_property
+    def _compiled(self) -> Callable[..., torch.Tensor]:
+        assert self._dense is not None
+        return torch.compile(self._dense.model, dynamic=True)
+
     def _run(self, model: LanguageModel, context: str) -> Run:
         index = torch.tensor(self.contexts.index(context)) if model.contexts else None
-        return eager_run(model, self._texts[context].token_ids, index)
+        return self.as_engine(context, eager_run(model, index))
 
     def _text(self, context: str, tokenizer: str, trimmed: TrimmedVocabulary | None) -> _Text:
         ids = self._held_out[context]
@@ -150,16 +162,26 @@ class LanguageReference:
         return self._dense_scores[context]
 
 
-def eager_run(model: LanguageModel, token_ids: IntArray | None = None, context: torch.Tensor | None = None) -> Run:
-    """An eager model as a function of numpy arrays; of the tokens `token_ids` where inputs and logits count those."""
+def eager_run(model: Callable[..., torch.Tensor], context: torch.Tensor | None = None) -> Run:
+    """An eager model as a function of numpy arrays."""
 
     def run(feeds: Feeds) -> Outputs:
-        ids = feeds[INPUT] if token_ids is None else token_ids[feeds[INPUT]]
         with torch.inference_mode():
-            logits = model(torch.from_numpy(ids), context).numpy()
-        return {OUTPUT: logits if token_ids is None else logits[..., token_ids]}
+            return {OUTPUT: model(torch.from_numpy(feeds[INPUT]), context).numpy()}
 
     return run
+
+
+def _of_tokens(run: Run, token_ids: IntArray | None, *, all_logits: bool) -> Run:
+    """`run`, which has the whole vocabulary, for ids that count only `token_ids`."""
+    if token_ids is None:
+        return run
+
+    def of_tokens(feeds: Feeds) -> Outputs:
+        logits = run({INPUT: token_ids[feeds[INPUT]]})[OUTPUT]
+        return {OUTPUT: logits if all_logits else logits[..., token_ids]}
+
+    return of_tokens
 
 
 def _logits_of(run: Run) -> Any:

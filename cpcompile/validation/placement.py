@@ -3,6 +3,9 @@
 From one profiled run, so it counts what the runtime really executed: after fusion, and after a
 silent fall back of single nodes to another provider. (`get_provider_graph_assignment_info` of
 ONNX Runtime 1.32 tells less: it is taken before the extended optimisations, and without types.)
+
+The runtime keeps the arithmetic of shapes on the CPU for good reason; a node there that computes
+anything but integers and truth values in an engine for another provider has fallen back: that fails.
 """
 
 from __future__ import annotations
@@ -10,12 +13,17 @@ from __future__ import annotations
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from cpcompile.bundle import Variant
 from cpcompile.runtime import Engine, Feeds, create_session, session_options
+
+CPU = "CPUExecutionProvider"
+INTEGERS = ("int64", "int32", "bool", None)
+"""Element types of shapes, as ONNX Runtime names them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +40,10 @@ class PlacedNode:
 class Placement:
     """Every node that ran, and how many per provider, operator and precision."""
 
+    verdict: Literal["pass", "fail"] | None = None
+    """Whether all of it ran where the engine was made for."""
+    reason: str | None = None
+    """Which node did not."""
     nodes: tuple[PlacedNode, ...] | None
     providers: Mapping[str, int] | None
     operators: Mapping[str, int] | None
@@ -42,7 +54,7 @@ class Placement:
     @classmethod
     def not_run(cls, reason: str) -> Placement:
         fields = ("nodes", "providers", "operators", "precisions")
-        return cls(**dict.fromkeys(fields), not_measured=dict.fromkeys(fields, reason))
+        return cls(**dict.fromkeys(fields), not_measured=dict.fromkeys(("verdict", *fields), reason))
 
 
 def measure_placement(variant: Variant, feeds: Feeds) -> Placement:
@@ -66,9 +78,22 @@ def measure_placement(variant: Variant, feeds: Feeds) -> Placement:
     )
     if not nodes:
         return Placement.not_run("the profile of this runtime names no nodes")
+    reason = fallen_back(nodes, variant.provider)
     return Placement(
+        verdict="fail" if reason else "pass",
+        reason=reason,
         nodes=nodes,
         providers=dict(Counter(node.provider for node in nodes)),
         operators=dict(Counter(node.operator for node in nodes)),
         precisions=dict(Counter(node.precision or "no tensor" for node in nodes)),
     )
+
+
+def fallen_back(nodes: Sequence[PlacedNode], provider: str) -> str | None:
+    """Which of `nodes` should have run on `provider` and did not; None if all is well."""
+    elsewhere = [node for node in nodes if node.provider != provider]
+    fallen = [node for node in elsewhere if node.provider != CPU or node.precision not in INTEGERS]
+    if not fallen:
+        return None
+    first = f"{fallen[0].operator} {fallen[0].name} ran on {fallen[0].provider}"
+    return f"{len(fallen)} of {len(nodes)} nodes fell back from {provider}: {first}"

@@ -37,6 +37,12 @@ class ProgramReference:
     def dense(self, context: str) -> Run:
         return self.masked(context)
 
+    def compiled(self, context: str) -> Run:
+        return self._program.eager(context, compiled=True)
+
+    def as_engine(self, context: str, run: Run, *, all_logits: bool = False) -> Run:
+        return run
+
     def dense_memory(self, context: str, *, threads: int) -> ProcessMemory | str:
         return measure_program(self._path, context, self.timed(context)[0].feeds, threads=threads)
 

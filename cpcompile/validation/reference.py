@@ -42,6 +42,15 @@ class Reference(Protocol):
     def dense(self, context: str) -> Run | str:
         """What the engine's speed is compared with, or why there is no such thing."""
 
+    def compiled(self, context: str) -> Run | str:
+        """`dense` through torch.compile; what its compiler raises comes with the first run."""
+
+    def as_engine(self, context: str, run: Run, *, all_logits: bool = False) -> Run:
+        """`run`, which reads what the whole model reads, as the context's engines read it.
+
+        `all_logits` leaves outputs as they are, for timings.
+        """
+
     def dense_memory(self, context: str, *, threads: int) -> ProcessMemory | str:
         """What `dense` needs in a process of its own."""
 

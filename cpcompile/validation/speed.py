@@ -5,8 +5,8 @@
 Interleaving spreads whatever the machine does meanwhile over both sides; the order within a round
 is drawn, so that none is always second. Worker threads outlive a run: ONNX Runtime's pool spins
 for tens of milliseconds after it (measured: about 40), libgomp's under torch for 4 to 10, each on
-the cores that the other side wants. So the engine gets `session.force_spinning_stop`, which lets
-its threads spin within a run and not after it (an application that runs nothing else between two
+the cores that the other side wants. So engines get `session.force_spinning_stop` (`runners`), which lets
+their threads spin within a run and not after it (an application that runs nothing else between two
 calls would not want that; a comparison does); torch has no such switch, so each side settles first:
 it runs untimed until the other's threads have gone to sleep, which also warms its caches.
 
@@ -33,9 +33,6 @@ from cpcompile.validation.reference import Run, Timed
 
 FloatArray = npt.NDArray[np.float64]
 Verdict = Literal["pass", "fail", "inconclusive"]
-
-NO_SPINNING_AFTER_RUN: Mapping[str, str] = {"session.force_spinning_stop": "1"}
-"""Session options of ONNX Runtime for an engine that is timed beside another runtime."""
 
 SETTLE_SECONDS = 0.02
 STABLE_WITHIN = 0.05
@@ -124,7 +121,7 @@ def measure_speed(
                 warm_up(run)
             times = interleave(runs, rounds=rounds, seed=seed, settle=settle)
             verdict = _judge(times, least_ratio, seed)
-            while verdict == "inconclusive" and len(times["engine"]) < LARGEST_FACTOR * rounds:
+            while verdict == "inconclusive" and "eager" in times and len(times["engine"]) < LARGEST_FACTOR * rounds:
                 more = interleave(runs, rounds=len(times["engine"]), seed=seed + len(times["engine"]), settle=settle)
                 times = {name: np.concatenate([times[name], more[name]]) for name in times}
                 verdict = _judge(times, least_ratio, seed)
@@ -134,7 +131,8 @@ def measure_speed(
         return Speed(shapes=tuple(shapes), threads=threads, not_measured={"verdict": NOTHING_DEMANDED})
     worst = next(v for v in ("fail", "inconclusive", "pass") if v in verdicts)
     missed = [_missed(shape, least_ratio) for shape, v in zip(shapes, verdicts, strict=True) if v == worst != "pass"]
-    disturbed = f" ({machine.disturbance})" if worst == "inconclusive" and machine.disturbance else ""
+    noisy = worst == "inconclusive" and "eager" in sides
+    disturbed = f" ({machine.disturbance})" if noisy and machine.disturbance else ""
     return Speed(verdict=worst, reason="; ".join(missed) + disturbed or None, shapes=tuple(shapes), threads=threads)
 
 
@@ -178,7 +176,7 @@ def interleave(
     rng = np.random.default_rng(seed)
     names = list(sides)
     times = {name: np.empty(rounds) for name in names}
-    with _no_garbage_collection():
+    with without_garbage_collection():
         for index in range(rounds):
             for name in rng.permutation(names):
                 run = sides[name]
@@ -237,7 +235,7 @@ def _bound(run: Run, feeds: Feeds) -> Callable[[], object]:
 
 
 @contextmanager
-def _no_garbage_collection() -> Iterator[None]:
+def without_garbage_collection() -> Iterator[None]:
     """A collection that falls into a timed run is not the run's cost."""
     enabled = gc.isenabled()
     gc.collect()

@@ -2,31 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 
 from cpcompile.bundle import Bundle, Variant
 from cpcompile.config import ValidateConfig
-from cpcompile.errors import UsageError
+from cpcompile.errors import CpcompileError, UsageError
 from cpcompile.measure import ProcessMemory, available_cores
-from cpcompile.runtime import Engine, create_session, load_engine, session_options
+from cpcompile.runtime import load_engine
 from cpcompile.validation.memory import Memory, compare_memory, measure_engine
 from cpcompile.validation.parity import Parity, check_parity
 from cpcompile.validation.placement import Placement, measure_placement
 from cpcompile.validation.quality import Quality, compare_quality
-from cpcompile.validation.reference import Reference
-from cpcompile.validation.speed import NO_SPINNING_AFTER_RUN, Speed, measure_speed
+from cpcompile.validation.reference import Reference, Run
+from cpcompile.validation.runners import Runner, engine_runner
+from cpcompile.validation.speed import Speed, measure_speed
+from cpcompile.validation.throughput import Throughput, measure_throughput
 
 Progress = Callable[[str, int, int | None], None]
 """(stage, engines done, engines in all)."""
 
 STAGE = "validate"
+Peers = Callable[[Variant], Sequence[Runner]]
+"""What else is run beside an engine."""
+
 NO_MEMORY = "memory measurements were switched off"
 NO_SPEED = "speed measurements were switched off"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeerResult:
+    """What somebody might run instead of the engine; its latency stands beside the engine's."""
+
+    name: str
+    computes: Literal["context", "dense"]
+    status: Literal["ran", "skipped"]
+    reason: str | None = None
+    """Why it did not run."""
+    parity: Parity | None = None
+    """Against the masked eager model, where it computes the context."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +64,9 @@ class VariantResult:
     quality: Quality
     memory: Memory
     speed: Speed
+    throughput: Throughput
     placement: Placement
+    peers: tuple[PeerResult, ...] = ()
 
     @classmethod
     def not_run(
@@ -72,14 +93,20 @@ class VariantResult:
             quality=compare_quality(reason, reason),
             memory=compare_memory(reason, reason),
             speed=Speed.not_run(reason),
+            throughput=Throughput.not_run(reason),
             placement=Placement.not_run(reason),
         )
 
 
 def validate(
-    bundle: Bundle, reference: Reference, config: ValidateConfig, *, progress: Progress | None = None
+    bundle: Bundle,
+    reference: Reference,
+    config: ValidateConfig,
+    *,
+    peers: Peers = lambda _variant: (),
+    progress: Progress | None = None,
 ) -> tuple[VariantResult, ...]:
-    """Parity, quality, memory, speed and placement of every engine in `bundle`.
+    """Parity, quality, memory, speed and placement of every engine in `bundle`, the speed also of its `peers`.
 
     UsageError: a context of the bundle that the reference does not have, a damaged bundle.
     CpcompileError: an engine that cannot be loaded.
@@ -97,33 +124,34 @@ def validate(
     with _torch_threads(threads):
         report(STAGE, 0, len(variants))
         for done, variant in enumerate(variants, start=1):
-            results.append(_validate_variant(bundle, variant, reference, config, threads))
+            results.append(_validate_variant(bundle, variant, reference, config, peers(variant), threads))
             report(STAGE, done, len(variants))
     return tuple(results)
 
 
 def _validate_variant(
-    bundle: Bundle, variant: Variant, reference: Reference, config: ValidateConfig, threads: int
+    bundle: Bundle,
+    variant: Variant,
+    reference: Reference,
+    config: ValidateConfig,
+    peers: Sequence[Runner],
+    threads: int,
 ) -> VariantResult:
     context = variant.context
     engine = load_engine(bundle, context, variant.name, threads=threads)
-    parity = check_parity(
-        engine.outputs,
-        reference.masked(context),
-        reference.exact(context),
-        reference.inputs(context),
-        config.tolerance_multiple,
-        logits=reference.logits,
-        missing=reference.no_inputs,
-    )
+    parity = _parity(engine.outputs, reference, context, config)
+    results: tuple[PeerResult, ...] = ()
     if parity.verdict == "fail" and parity.max_abs_error is None:
         # Its outputs cannot be compared: there is nothing to score, and no point in timing it.
         reason = f"parity failed: {parity.reason}"
         quality, speed, placement = reference.quality(context, reason), Speed.not_run(reason), Placement.not_run(reason)
+        throughput = Throughput.not_run(reason)
         memory = compare_memory(reason, _dense_memory(reference, context, config, threads))
     else:
         quality = reference.quality(context, engine.outputs)
-        speed = _speed(variant, reference, threads, config)
+        del engine  # what is timed and measured next should have the machine for itself
+        speed, results = _speed(variant, reference, peers, config, threads)
+        throughput = _throughput(variant, reference, config, threads)
         memory = _memory(bundle, variant, reference, threads, config)
         placement = measure_placement(variant, reference.timed(context)[0].feeds)
     return VariantResult(
@@ -138,23 +166,65 @@ def _validate_variant(
         quality=quality,
         memory=memory,
         speed=speed,
+        throughput=throughput,
         placement=placement,
+        peers=results,
     )
 
 
-def _speed(variant: Variant, reference: Reference, threads: int, config: ValidateConfig) -> Speed:
+def _parity(run: Run, reference: Reference, context: str, config: ValidateConfig) -> Parity:
+    return check_parity(
+        run,
+        reference.masked(context),
+        reference.exact(context),
+        reference.inputs(context),
+        config.tolerance_multiple,
+        logits=reference.logits,
+        missing=reference.no_inputs,
+    )
+
+
+def _speed(
+    variant: Variant, reference: Reference, peers: Sequence[Runner], config: ValidateConfig, threads: int
+) -> tuple[Speed, tuple[PeerResult, ...]]:
+    """Engine, eager model and those of `peers` that can be loaded, timed together; with the parity of the peers."""
     if not config.speed:
-        return Speed.not_run(NO_SPEED)
-    options = session_options(variant, threads=threads)
-    for key, value in NO_SPINNING_AFTER_RUN.items():
-        options.add_session_config_entry(key, value)
-    return measure_speed(
-        Engine(variant, create_session(variant, options)).outputs,
-        reference.dense(variant.context),
-        reference.timed(variant.context),
-        rounds=config.rounds,
-        threads=threads,
-    )
+        return Speed.not_run(NO_SPEED), ()
+    context, results, runs = variant.context, [], {}
+    inputs = reference.timed(context)
+    with ExitStack() as loaded:
+        for peer in peers:
+            try:
+                run = loaded.enter_context(peer.load())
+                run(inputs[0].feeds)
+            except Exception as error:  # compilers and runtimes raise classes of their own
+                reason = str(error) if isinstance(error, CpcompileError) else f"{type(error).__name__}: {error}"
+                results.append(PeerResult(name=peer.name, computes=peer.computes, status="skipped", reason=reason))
+                continue
+            runs[peer.name] = run
+            same = peer.computes == "context"
+            parity = _parity(run, reference, context, config) if same else None
+            results.append(PeerResult(name=peer.name, computes=peer.computes, status="ran", parity=parity))
+        speed = measure_speed(
+            loaded.enter_context(engine_runner(variant, threads=threads).load()),
+            reference.dense(context),
+            inputs,
+            rounds=config.rounds,
+            threads=threads,
+            least_ratio=config.min_speed_ratio,
+            peers=runs,
+        )
+    return speed, tuple(results)
+
+
+def _throughput(variant: Variant, reference: Reference, config: ValidateConfig, workers: int) -> Throughput:
+    """As many requests at a time as there are threads, each on one of them."""
+    if not config.speed:
+        return Throughput.not_run(NO_SPEED)
+    feeds, dense = reference.timed(variant.context)[0].feeds, reference.dense(variant.context)
+    with engine_runner(variant, threads=1).load() as engine, _torch_threads(1):
+        eager = dense if isinstance(dense, str) else partial(dense, feeds)
+        return measure_throughput(partial(engine, feeds), eager, workers=workers)
 
 
 def _memory(bundle: Bundle, variant: Variant, reference: Reference, threads: int, config: ValidateConfig) -> Memory:

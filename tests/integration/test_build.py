@@ -70,6 +70,34 @@ def test_the_report_follows_its_schema(bundle: Path) -> None:
         )
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # by torch's compiler
+def test_peers_are_run_beside_the_engines(model: Path, tmp_path: Path) -> None:
+    """Also where the engine has a part of the vocabulary and the peers have it whole."""
+    arguments = ["--contexts", "python", "--vocabulary-coverage", 1, "--peers", "all", "--no-memory", "--rounds", 2]
+    result = run("build", model, "-o", tmp_path / "m.cpc", "--json", *arguments)
+    assert result.exit_code in (0, 1, 3), result.output
+    report = json.loads((open_bundle(next(tmp_path.glob("m.cpc*"))).root / "report.json").read_text())
+    jsonschema.validate(report, json.loads(SCHEMA.read_text()))
+    (variant,) = report["contexts"][0]["variants"]
+    peers = {peer["name"]: peer for peer in variant["peers"]}
+    assert {name: (peer["computes"], peer["status"], peer["reason"]) for name, peer in peers.items()} == {
+        "torch-compile": ("dense", "ran", None),
+        "onnx-dense": ("dense", "ran", None),
+        "onnx-dynamic": ("context", "ran", None),
+        "openvino": ("context", "ran", None),
+    }
+    assert peers["onnx-dynamic"]["parity"]["verdict"] == peers["openvino"]["parity"]["verdict"] == "pass"
+    for shape in variant["speed"]["shapes"]:
+        assert set(shape["peers"]) == set(peers)
+
+
+def test_an_unknown_peer_and_a_ratio_that_cannot_be(model: Path, bundle: Path) -> None:
+    result = run("validate", bundle, "--model", model, "--peers", "tvm")
+    assert result.exit_code == 2 and "there is no peer 'tvm'; there are torch-compile, onnx-dense" in result.output
+    result = run("validate", bundle, "--model", model, "--min-speed-ratio", -1)
+    assert result.exit_code == 2 and "cannot be negative" in result.output
+
+
 def test_one_engine_serves_all_contexts(model: Path, tmp_path: Path) -> None:
     result = run("build", model, "-o", tmp_path / "m.cpc", "--merged", "--json", *FAST)
     assert result.exit_code in (0, 1, 3), result.output

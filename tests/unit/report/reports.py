@@ -10,8 +10,9 @@ from cpcompile.validation.memory import compare_memory
 from cpcompile.validation.parity import Parity
 from cpcompile.validation.placement import PlacedNode, Placement
 from cpcompile.validation.quality import Score, compare_quality
-from cpcompile.validation.speed import ShapeSpeed, Speed
-from cpcompile.validation.validator import VariantResult
+from cpcompile.validation.speed import PeerSpeed, ShapeSpeed, Speed
+from cpcompile.validation.throughput import Throughput
+from cpcompile.validation.validator import PeerResult, VariantResult
 
 TRAINING = {
     "perplexity": {"dense-baseline": {"de": 20.0, "en": 30.0}, "partition": {"de": 19.0, "en": 29.0}},
@@ -68,6 +69,7 @@ def variant(context: str = "de", *, perplexity: float = 19.0, dense: float | str
                     ratio=3.0,
                     ratio_low=2.9,
                     ratio_high=3.1,
+                    peers={"onnx-dense": PeerSpeed(p50_ms=2.0, ratio=2.0, ratio_low=1.9, ratio_high=2.1)},
                     rounds=60,
                 ),
                 ShapeSpeed(
@@ -81,12 +83,26 @@ def variant(context: str = "de", *, perplexity: float = 19.0, dense: float | str
                 ),
             ),
             threads=2,
+            not_measured={"verdict": "no least ratio was demanded"},
+        ),
+        throughput=Throughput(
+            workers=2,
+            requests_per_second=800.0,
+            eager_requests_per_second=200.0,
+            ratio=4.0,
+            ratio_low=3.8,
+            ratio_high=4.1,
         ),
         placement=Placement(
+            verdict="pass",
             nodes=(PlacedNode(name="MatMul_0", operator="MatMul", provider="CPUExecutionProvider", precision="float"),),
             providers={"CPUExecutionProvider": 1},
             operators={"MatMul": 1},
             precisions={"float": 1},
+        ),
+        peers=(
+            PeerResult(name="onnx-dense", computes="dense", status="ran"),
+            PeerResult(name="openvino", computes="context", status="skipped", reason="openvino is not installed"),
         ),
     )
 

@@ -43,6 +43,7 @@ def test_a_report_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> N
 
 
 MAPS = {
+    "peers",
     "config",
     "removed_by_kind",
     "removed_experts",

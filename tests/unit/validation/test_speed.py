@@ -1,14 +1,26 @@
 from __future__ import annotations
 
 import gc
+import re
+import time
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 
 from cpcompile.runtime import Feeds
-from cpcompile.validation.reference import Outputs, Timed
-from cpcompile.validation.speed import EAGER_FIELDS, WARM_UP_RUNS, interleave, measure_speed, ratio_interval, warm_up
+from cpcompile.validation.reference import Outputs, Run, Timed
+from cpcompile.validation.speed import (
+    EAGER_FIELDS,
+    LARGEST_FACTOR,
+    WARM_UP_RUNS,
+    Speed,
+    interleave,
+    measure_speed,
+    ratio_interval,
+    warm_up,
+)
+from cpcompile.validation.throughput import measure_throughput
 
 
 def synthetic_rounds(seed: int, rounds: int = 60) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
@@ -78,7 +90,8 @@ def _timed(*shapes: tuple[int, int]) -> list[Timed]:
 
 def test_speed_has_a_row_per_shape_whose_numbers_fit_together() -> None:
     speed = measure_speed(_work, _work, _timed((1, 8), (2, 300)), rounds=9, threads=1, settle=0)
-    assert speed.shapes is not None and speed.threads == 1 and not speed.not_measured
+    assert speed.shapes is not None and speed.threads == 1
+    assert speed.verdict is None and set(speed.not_measured) == {"verdict"}
     assert [(row.batch, row.sequence, row.rounds) for row in speed.shapes] == [(1, 8, 9), (2, 300, 9)]
     for row in speed.shapes:
         assert 0 < row.p50_ms <= row.p90_ms <= row.p99_ms
@@ -101,3 +114,72 @@ def test_inputs_that_are_no_text_have_no_sequence() -> None:
     (row,) = measure_speed(_work, _work, [timed], rounds=3, threads=1, settle=0).shapes
     assert (row.batch, row.sequence) == (2, None)
     assert set(row.not_measured) == {"sequence"}
+
+
+def _slow(feeds: Feeds) -> Outputs:
+    time.sleep(0.002)
+    return _work(feeds)
+
+
+def test_a_demanded_ratio_is_judged_by_its_interval() -> None:
+    fast, slow = _work, _slow
+
+    def speed(engine: Run, least_ratio: float) -> Speed:
+        return measure_speed(engine, slow, _timed((1, 8)), rounds=5, threads=1, least_ratio=least_ratio, settle=0)
+
+    assert speed(fast, 2).verdict == "pass" and speed(fast, 2).reason is None
+    failed = speed(slow, 2)
+    assert failed.verdict == "fail"
+    assert re.search(r"^1 x 8: \d\.\d\d \(.* to .*\) times as fast as eager .* demanded are 2$", failed.reason)
+
+
+def test_what_the_interval_does_not_decide_is_measured_longer_and_then_inconclusive() -> None:
+    calls = iter(range(10**6))
+
+    def erratic(feeds: Feeds) -> Outputs:  # half of its runs are ten times as long as the other half
+        time.sleep(0.0005 if next(calls) % 2 else 0.005)
+        return _work(feeds)
+
+    def even(feeds: Feeds) -> Outputs:
+        time.sleep(0.00275)
+        return _work(feeds)
+
+    speed = measure_speed(erratic, even, _timed((1, 8)), rounds=4, threads=1, least_ratio=1, settle=0)
+    assert speed.verdict == "inconclusive"
+    assert speed.shapes[0].rounds == 4 * LARGEST_FACTOR
+    assert speed.shapes[0].ratio_low < 1 <= speed.shapes[0].ratio_high
+    assert "after 32 rounds" in speed.reason
+
+
+def test_without_a_baseline_a_demanded_ratio_is_undecided() -> None:
+    speed = measure_speed(_work, "no baseline", _timed((1, 8)), rounds=2, threads=1, least_ratio=1, settle=0)
+    assert speed.verdict == "inconclusive" and speed.reason == "1 x 8: no baseline"
+
+
+def test_peers_are_timed_in_the_same_rounds() -> None:
+    (row,) = measure_speed(
+        _work, "no baseline", _timed((1, 8)), rounds=5, threads=1, peers={"slow": _slow}, settle=0
+    ).shapes
+    assert list(row.peers) == ["slow"]
+    assert row.peers["slow"].p50_ms > 2 and row.peers["slow"].ratio_low > 2
+
+
+def test_throughput_counts_what_several_workers_do_at_a_time() -> None:
+    """Sleeping needs no processor: four workers do four times as much, and half the sleep gives twice the rate."""
+    one, four = (
+        measure_throughput(lambda: time.sleep(0.01), lambda: time.sleep(0.02), workers=workers, rounds=3, seconds=0.1)
+        for workers in (1, 4)
+    )
+    assert four.workers == 4
+    assert 2.5 < four.requests_per_second / one.requests_per_second < 5
+    for found in (one, four):
+        assert 1.5 < found.ratio_low <= found.ratio <= found.ratio_high < 2.5
+        assert not found.not_measured
+
+
+def test_throughput_of_an_engine_alone_and_of_one_that_raises() -> None:
+    alone = measure_throughput(lambda: time.sleep(0.001), "no baseline", workers=2, rounds=2, seconds=0.01)
+    assert alone.requests_per_second > 0 and set(alone.not_measured.values()) == {"no baseline"}
+    turns = iter(range(3))
+    with pytest.raises(StopIteration):
+        measure_throughput(lambda: next(turns), "no baseline", workers=2, rounds=2, seconds=0.01)

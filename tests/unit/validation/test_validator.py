@@ -68,7 +68,9 @@ def test_everything_is_measured_for_every_engine(
         assert result.quality.perplexity != result.quality.dense_perplexity
         assert result.memory.run_peak_rss_bytes < result.memory.eager_run_peak_rss_bytes
         assert [(s.batch, s.sequence, s.rounds) for s in result.speed.shapes] == [(1, 8, 3)]
-        assert result.speed.threads == 1
+        assert result.speed.threads == result.throughput.workers == 1
+        assert result.throughput.ratio_low <= result.throughput.ratio <= result.throughput.ratio_high
+        assert result.placement.verdict == "pass"
         assert result.bytes == bundle.variant(result.context, result.name).bytes
         assert list(unexplained(result)) == []
 

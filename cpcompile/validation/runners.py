@@ -1,0 +1,127 @@
+"""Everything that computes a model, behind one protocol: entered it is loaded, left it is freed.
+
+    with runner.load() as run:
+        outputs = run(feeds)
+
+    engine_runner      an engine of the bundle in ONNX Runtime, on its own provider and no other
+    onnx_runner        any ONNX file in ONNX Runtime on the CPU; the dynamic graph with its context bound
+    openvino_runner    any ONNX file in OpenVINO on the CPU
+    callable_runner    an eager model, or one that torch.compile made
+
+A runner that cannot be loaded here raises CpcompileError, which says why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import onnxruntime as ort
+
+from cpcompile.bundle import Variant
+from cpcompile.errors import CpcompileError
+from cpcompile.runtime import Engine, Feeds, create_session, session_options
+from cpcompile.validation.reference import Outputs, Run
+
+NO_SPINNING_AFTER_RUN: Mapping[str, str] = {"session.force_spinning_stop": "1"}
+"""Session options of ONNX Runtime for an engine that is timed beside another runtime, see `speed`."""
+
+Computes = Literal["context", "dense"]
+
+
+@dataclass(frozen=True)
+class Runner:
+    """A model that can be loaded; `computes` says which one it is: that of the context, or the dense one."""
+
+    name: str
+    computes: Computes
+    load: Callable[[], AbstractContextManager[Run]]
+
+
+def engine_runner(variant: Variant, *, threads: int) -> Runner:
+    """An engine of a bundle; its files have been verified."""
+
+    @contextmanager
+    def load() -> Iterator[Run]:
+        options = _without_spinning(session_options(variant, threads=threads))
+        yield Engine(variant, create_session(variant, options)).outputs
+
+    return Runner(variant.name, "context", load)
+
+
+def onnx_runner(
+    name: str, path: Path, *, threads: int, computes: Computes, bound: Mapping[str, int] | None = None
+) -> Runner:
+    """The ONNX file `path`; `bound` are inputs that stay the same, such as the context."""
+
+    @contextmanager
+    def load() -> Iterator[Run]:
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = threads
+        try:
+            session = ort.InferenceSession(path, _without_spinning(options), providers=["CPUExecutionProvider"])
+        except Exception as error:  # ONNX Runtime has no common error class
+            raise CpcompileError(f"{path}: ONNX Runtime {ort.__version__} cannot load it: {error}") from error
+        constants = {key: np.asarray(number) for key, number in (bound or {}).items()}
+        names = [output.name for output in session.get_outputs()]
+
+        def run(feeds: Feeds) -> Outputs:
+            return dict(zip(names, session.run(names, {**feeds, **constants}), strict=True))
+
+        yield run
+
+    return Runner(name, computes, load)
+
+
+def openvino_runner(name: str, path: Path, *, threads: int, computes: Computes) -> Runner:
+    """The ONNX file `path` in OpenVINO, in float32 as everything else here."""
+
+    @contextmanager
+    def load() -> Iterator[Run]:
+        try:
+            import openvino
+        except ImportError as error:
+            raise CpcompileError("openvino is not installed: pip install 'cpcompile[openvino]'") from error
+        settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
+        try:
+            compiled = openvino.Core().compile_model(str(path), "CPU", settings)
+        except RuntimeError as error:
+            raise CpcompileError(f"{path}: OpenVINO cannot compile it: {str(error).splitlines()[0]}") from error
+        names = [_one_name(output.get_names()) for output in compiled.outputs]
+        request = compiled.create_infer_request()
+
+        def run(feeds: Feeds) -> Outputs:
+            found = request.infer(dict(feeds), share_inputs=True)
+            return {name: found[output] for name, output in zip(names, compiled.outputs, strict=True)}
+
+        yield run
+
+    return Runner(name, computes, load)
+
+
+def callable_runner(name: str, computes: Computes, make: Callable[[], Run | str]) -> Runner:
+    """What `make` gives, or CpcompileError with the reason that it gives instead."""
+
+    @contextmanager
+    def load() -> Iterator[Run]:
+        run = make()
+        if isinstance(run, str):
+            raise CpcompileError(run)
+        yield run
+
+    return Runner(name, computes, load)
+
+
+def _without_spinning(options: ort.SessionOptions) -> ort.SessionOptions:
+    for key, value in NO_SPINNING_AFTER_RUN.items():
+        options.add_session_config_entry(key, value)
+    return options
+
+
+def _one_name(names: Sequence[str]) -> str:
+    return min(names)
