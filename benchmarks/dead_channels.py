@@ -28,8 +28,8 @@ from rich.table import Table
 from cpcompile.capture import OPSETS, capture
 from cpcompile.config import ModelConfig
 from cpcompile.models.decoder import Decoder
-from cpcompile.onnx_file import load_onnx, save_onnx
-from cpcompile.optimize import optimize_file, size_of
+from cpcompile.onnx_file import load_onnx, save_onnx, size_of
+from cpcompile.optimize import optimize_file
 from cpcompile.passes.bind_context import BindContext
 from cpcompile.selection import UnitKind
 from cpcompile.training.allocation import allocate_random

@@ -79,6 +79,7 @@ def main(debug: bool) -> None:
     cpcompile validate model.cpc --model model.pt
     cpcompile export model.cpc english -o english.onnx
     cpcompile opt any.onnx -o smaller.onnx --check
+    cpcompile compare any.onnx smaller.onnx
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -413,6 +414,59 @@ def opt(
         Console().print(render_optimization(plain, explain=explain))
     click.echo(f"wrote {out}" if result.bytes_written else f"{out} was not written", err=True)
     sys.exit(VERDICT_EXIT_CODES[result.comparison.verdict if result.comparison is not None else "pass"])
+
+
+@main.command(context_settings={"show_default": True})
+@click.argument("original", type=FilePath)
+@click.argument("candidate", type=FilePath)
+@click.option("--input", "inputs", type=FilePath, multiple=True, help="An .npz with inputs by name; may be repeated.")
+@click.option("--rounds", default=ValidateConfig.rounds, help="Interleaved timing rounds.")
+@click.option("--min-speed-ratio", default=0.0, help="Times as fast as ORIGINAL that CANDIDATE has to be.")
+@click.option("--no-speed", is_flag=True, help="Leave the timings out.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+def compare(
+    original: Path,
+    candidate: Path,
+    inputs: tuple[Path, ...],
+    rounds: int,
+    min_speed_ratio: float,
+    no_speed: bool,
+    as_json: bool,
+) -> None:
+    """Compare two ONNX files: the same outputs, how large, how fast; whoever made them.
+
+    \b
+    Examples:
+      cpcompile compare model.onnx smaller.onnx
+      cpcompile compare model.onnx smaller.onnx --input batch.npz --min-speed-ratio 1.5
+
+    Both run in ONNX Runtime on the CPU, on random inputs and on those given. The tolerance is measured: a multiple of
+    what the runtime's own optimisations change in ORIGINAL.
+    """
+    from cpcompile.compare import compare_models
+    from cpcompile.console import stage_progress
+    from cpcompile.optimize import load_inputs
+
+    checked = ValidateConfig(rounds=rounds, min_speed_ratio=min_speed_ratio)
+    with stage_progress() as stage:
+        result = compare_models(
+            original,
+            candidate,
+            inputs=[load_inputs(path) for path in inputs],
+            rounds=None if no_speed else checked.rounds,
+            min_speed_ratio=checked.min_speed_ratio,
+            progress=stage,
+        )
+    plain = dataclasses.asdict(result) | {"verdict": result.verdict}
+    if as_json:
+        click.echo(json.dumps(plain, indent=1))
+    else:
+        from rich.console import Console
+
+        from cpcompile.report import render_file_comparison
+
+        Console().print(render_file_comparison(plain))
+    sys.exit(VERDICT_EXIT_CODES[result.verdict])
 
 
 @main.command()

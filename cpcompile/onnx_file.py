@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir as ir
@@ -17,6 +18,17 @@ from cpcompile.errors import CpcompileError, UsageError
 PROTOBUF_LIMIT = 2**31 - 1
 """Bytes that one protobuf file can hold; weights of larger models lie beside it."""
 ROOM_FOR_THE_GRAPH = 1 << 27
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large a model is."""
+
+    nodes: int
+    parameters: int
+    """Elements of all floating-point tensors of more than one element."""
+    bytes: int
+    """Of all tensors."""
 
 
 def load_onnx(path: Path) -> ir.Model:
@@ -107,3 +119,13 @@ def _require_data(path: Path, tensor: ir.ExternalTensor) -> None:
             f"{path}: the tensor {tensor.name} needs the bytes up to {end:,} of {data}, "
             f"which has {data.stat().st_size:,}: the file is truncated or another one; copy it again"
         )
+
+
+def size_of(model: ir.Model) -> Size:
+    """Nodes of all graphs, and what the tensors hold."""
+    tensors = list(tensors_of(model))
+    return Size(
+        nodes=sum(1 for graph in model.graphs() for _ in graph),
+        parameters=sum(t.size for t in tensors if t.dtype.is_floating_point() and t.size > 1),
+        bytes=sum(t.nbytes for t in tensors),
+    )

@@ -21,7 +21,7 @@ from onnx_ir.passes.common import InlinePass, LiftConstantsToInitializersPass
 
 from cpcompile.errors import CpcompileError, UsageError
 from cpcompile.files import require_file_path
-from cpcompile.onnx_file import load_onnx, save_onnx, tensors_of
+from cpcompile.onnx_file import Size, load_onnx, save_onnx, size_of
 from cpcompile.passes.bind_context import BindContext
 from cpcompile.passes.canonicalize_shapes import CanonicalizeShapes
 from cpcompile.passes.clean_up import CleanUp
@@ -57,17 +57,6 @@ PASSES: Mapping[str, type[ir.passes.InPlacePass]] = MappingProxyType(
 """What `--passes` can name, in the order in which they are of use."""
 DEFAULT = ("fold_constants", "clean_up", "canonicalize_shapes", "clean_up", "eliminate_dead_channels", "clean_up")
 """Without `--passes`: everything that keeps the interface and the parameters' names."""
-
-
-@dataclass(frozen=True)
-class Size:
-    """How large a model is."""
-
-    nodes: int
-    parameters: int
-    """Elements of all floating-point tensors of more than one element."""
-    bytes: int
-    """Of all tensors."""
 
 
 @dataclass(frozen=True)
@@ -244,13 +233,3 @@ def _run(each: ir.passes.PassBase, model: ir.Model, source: Path, name: str) -> 
             f"{source}: the pass {name} failed with {type(error).__name__}: {error}; leave it out of --passes, "
             "and report the model"
         ) from error
-
-
-def size_of(model: ir.Model) -> Size:
-    """Nodes of all graphs, and what the tensors hold."""
-    tensors = list(tensors_of(model))
-    return Size(
-        nodes=sum(1 for graph in model.graphs() for _ in graph),
-        parameters=sum(t.size for t in tensors if t.dtype.is_floating_point() and t.size > 1),
-        bytes=sum(t.nbytes for t in tensors),
-    )

@@ -20,7 +20,7 @@ from cpcompile.report.contents import (
     training_summary,
     write_report,
 )
-from cpcompile.report.terminal import controls_table, render_optimization, render_report
+from cpcompile.report.terminal import controls_table, render_file_comparison, render_optimization, render_report
 
 __all__ = [
     "SCHEMA",
@@ -34,6 +34,7 @@ __all__ = [
     "judge",
     "make_report",
     "mean_perplexity",
+    "render_file_comparison",
     "render_optimization",
     "render_report",
     "training_summary",

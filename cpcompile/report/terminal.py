@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -106,6 +106,43 @@ def render_optimization(result: Mapping[str, Any], *, explain: bool) -> Group:
     if (comparison := result["comparison"]) is not None:
         parts.append(_comparison_text(comparison))
     return Group(*parts)
+
+
+def render_file_comparison(result: Mapping[str, Any]) -> Group:
+    """What `cpcompile compare` found: sizes, outputs, speed, verdict."""
+    sizes = Table(box=box.SIMPLE)
+    for column in ("", "original", "candidate", "ratio"):
+        sizes.add_column(column, justify="right" if column else "left")
+    for what in ("nodes", "parameters", "bytes"):
+        before, now = result["original"][what], result["candidate"][what]
+        sizes.add_row(what, f"{before:,}", f"{now:,}", _number(now / before if before else None, ".3f"))
+    parts: list[RenderableType] = [sizes, _outputs_table(result["outputs"]["outputs"])]
+    for shape in result["speed"]["shapes"] or ():
+        interval = f"{shape['ratio']:.2f} ({shape['ratio_low']:.2f}–{shape['ratio_high']:.2f})"
+        parts.append(
+            Text(
+                f"p50: original {shape['eager_p50_ms']:.3g} ms, candidate {shape['p50_ms']:.3g} ms; "
+                f"{interval} times as fast, {shape['rounds']} rounds"
+            )
+        )
+    if result["outputs"]["runs"]:
+        parts.append(Text(f"tolerance: {result['outputs']['tolerance_source']}; {result['outputs']['runs']} inputs"))
+    verdict = Text(f"verdict: {result['verdict']}", style=VERDICT_STYLE[result["verdict"]])
+    for reason in (result["outputs"]["reason"], result["speed"]["reason"]):
+        verdict.append(f"\n• {reason}" if reason else "")
+    return Group(*parts, verdict)
+
+
+def _outputs_table(outputs: Sequence[Mapping[str, Any]]) -> Table:
+    table = Table(box=box.SIMPLE)
+    for column in ("output", "max abs difference", "allowed", "relative", "cosine", "SQNR"):
+        table.add_column(column, justify="left" if column == "output" else "right")
+    for out in outputs:
+        ratios = out["ratios"]
+        cells = (_number(out["max_abs_error"], ".2g"), _number(out["tolerance"], ".2g"))
+        more = (_number(ratios.get("max_relative_error"), ".2g"), _number(ratios.get("cosine"), ".9f"))
+        table.add_row(*map(Text, (out["name"], *cells, *more, _number(ratios.get("sqnr_db"), ".1f") + " dB")))
+    return table
 
 
 def _comparison_text(comparison: Mapping[str, Any]) -> Text:

@@ -9,7 +9,7 @@ in which the runtime optimises nothing.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +17,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 import onnxruntime as ort
+
+from cpcompile.validation.difference import Difference
 
 Array = npt.NDArray[Any]
 Feeds = Mapping[str, Array]
@@ -37,6 +39,8 @@ class OutputComparison:
     tolerance: float | None
     reason: str | None
     """Why it is not equal."""
+    ratios: Mapping[str, float | None] = field(default_factory=dict)
+    """How far it is from the original over all runs, see `difference`; empty where that makes no sense."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +90,7 @@ def compare_files(
         return _different(f"the inputs are no longer {', '.join(wanted)}")
 
     worst: dict[str, OutputComparison] = {}
+    differences = {name: Difference() for name in names}
     runs, refusal = 0, "there are no inputs to try"
     for given, feeds in [*((True, f) for f in inputs), *((False, f) for f in random_inputs(plain, seed))]:
         feeds = {**feeds, **{v.name: _bound_array(v, bound[v.name]) for v in plain.get_inputs() if v.name in bound}}
@@ -102,7 +107,7 @@ def compare_files(
             return _different(f"the result refuses what the original takes: {_first_line(error)}")
         runs += 1
         for name, *arrays in zip(names, expected, noise, got, strict=True):
-            now = _compare(name, *arrays)
+            now = _compare(name, *arrays, difference=differences[name])
             worst[name] = max(worst.get(name, now), now, key=_badness)
     if not runs:
         return Comparison(verdict="inconclusive", reason=refusal)
@@ -111,12 +116,21 @@ def compare_files(
         verdict="fail" if wrong else "pass",
         reason=f"{wrong[0].name}: {wrong[0].reason}" if wrong else None,
         runs=runs,
-        outputs=tuple(worst.values()),
+        outputs=tuple(
+            replace(out, ratios=differences[name].ratios()) if differences[name].elements else out
+            for name, out in worst.items()
+        ),
     )
 
 
 def _different(reason: str) -> Comparison:
     return Comparison(verdict="fail", reason=reason)
+
+
+def given_or_random(path: Path, inputs: Sequence[Feeds]) -> list[Feeds]:
+    """`inputs`, or random ones for the model in `path` that it takes."""
+    session = _open(path, optimise=False)
+    return list(inputs) or list(random_inputs(session))
 
 
 def random_inputs(session: ort.InferenceSession, seed: int = 0) -> Iterator[Feeds]:
@@ -158,14 +172,17 @@ def _bound_array(value: Any, number: int) -> Array:
     return np.asarray(number, dtype=_dtype(value))
 
 
-def _compare(name: str, expected: Any, noise: Any, got: Any) -> OutputComparison:
+def _compare(name: str, expected: Any, noise: Any, got: Any, *, difference: Difference) -> OutputComparison:
+    """One output of one run, which is added to `difference`."""
     if not isinstance(expected, np.ndarray) or not isinstance(got, np.ndarray):
         same = expected == got
         return OutputComparison(name, None, None, None if same else "it is another sequence")
     if expected.shape != got.shape or expected.dtype != got.dtype:
         reason = f"it is {got.dtype} {list(got.shape)} instead of {expected.dtype} {list(expected.shape)}"
         return OutputComparison(name, None, None, reason)
-    if expected.dtype.kind not in "fc":
+    if expected.dtype.kind == "c":  # real and imaginary parts side by side
+        expected, noise, got = (array.view(array.real.dtype) for array in (expected, noise, got))
+    if expected.dtype.kind != "f":
         different = int((expected != got).sum())
         missed = f"{different} of {got.size} elements differ"
         return OutputComparison(name, float(different > 0), 0.0, missed if different else None)
@@ -175,6 +192,7 @@ def _compare(name: str, expected: Any, noise: Any, got: Any) -> OutputComparison
     if not np.isfinite(got[finite]).all():
         return OutputComparison(name, None, None, "it is not finite where the original is")
     exact = expected[finite].astype(np.float64)
+    difference.add(exact, got[finite])
     error = float(np.abs(got[finite].astype(np.float64) - exact).max(initial=0.0))
     runtime = np.nan_to_num(np.abs(noise[finite].astype(np.float64) - exact), posinf=0.0).max(initial=0.0)
     rounding = ROUNDINGS * float(np.finfo(expected.dtype).eps) * float(np.abs(exact).max(initial=0.0))

@@ -12,14 +12,11 @@ of an error that nobody objects to, while d also contains the eager model's own 
 be 0 for an engine that repeats it and 2a for one that is just as good. Where float32 happens to be exact, one
 rounding of the output's largest value stands for a. Of several outputs the one nearest to its tolerance is reported.
 
-Beside them, of the same output against float64 and over all inputs: b / max |e64|, the cosine of the two, the ratio of
-signal to noise SQNR = 10 log10(sum e64^2 / sum (g - e64)^2) and of peak to noise PSNR = 10 log10(n max e64^2 / sum
-(g - e64)^2), both in dB. They are what papers on quantization state; the verdict does not use them.
+Beside them stand the ratios of `difference`, of the same output against float64; the verdict does not use them.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -27,6 +24,7 @@ from typing import Literal
 import numpy as np
 
 from cpcompile.runtime import Array, Feeds
+from cpcompile.validation.difference import RATIOS, Difference
 from cpcompile.validation.quality import log_softmax
 from cpcompile.validation.reference import Outputs, Run
 
@@ -37,14 +35,9 @@ NUMBERS = (
     "max_abs_error",
     "max_abs_error_float64",
     "eager_float32_error",
-    "max_relative_error",
-    "cosine",
-    "sqnr_db",
-    "psnr_db",
+    *RATIOS,
     *LOGIT_NUMBERS,
 )
-ALL_ZERO = "the output is zero everywhere"
-EQUAL = "the engine is exactly equal: there is no noise"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,49 +86,22 @@ class Parity:
 
 @dataclass
 class _Errors:
-    """Of one output, over all inputs so far; sums are over float64."""
+    """Of one output, over all inputs so far."""
 
+    engine: Difference = field(default_factory=Difference)
     eager: float = 0.0
-    engine: float = 0.0
     difference: float = 0.0
-    largest: float = 0.0
-    elements: int = 0
-    signal: float = 0.0
-    noise_power: float = 0.0
-    product: float = 0.0
-    engine_power: float = 0.0
 
     def add(self, single: Array, double: Array, engine: Array) -> None:
         """Take in one run."""
-        if not single.size:
-            return
-        exact, own = (array.astype(np.float64, copy=False).ravel() for array in (double, engine))
-        error = own - exact
-        self.eager = max(self.eager, float(np.abs(single - double).max()))
-        self.engine = max(self.engine, float(np.abs(error).max()))
-        self.difference = max(self.difference, float(np.abs(engine - single).max()))
-        self.largest = max(self.largest, float(np.abs(exact).max()))
-        self.elements += exact.size
-        self.signal += float(exact @ exact)
-        self.noise_power += float(error @ error)
-        self.product += float(own @ exact)
-        self.engine_power += float(own @ own)
+        self.engine.add(double, engine)
+        self.eager = max(self.eager, float(np.abs(single - double).max(initial=0.0)))
+        self.difference = max(self.difference, float(np.abs(engine - single).max(initial=0.0)))
 
     @property
     def noise(self) -> float:
         """The eager model's own error, at least one rounding of the largest value."""
-        return max(self.eager, FLOAT32_ROUNDING * self.largest)
-
-    def ratios(self) -> dict[str, float | None]:
-        """What is not measured is None: everything of an output that is all zero, decibels of one without noise."""
-        noise, peak = self.noise_power, self.elements * self.largest**2
-        norm = math.sqrt(self.signal * self.engine_power)
-        return {
-            "max_relative_error": self.engine / self.largest if self.largest else None,
-            "cosine": min(1.0, max(-1.0, self.product / norm)) if norm else None,
-            "sqnr_db": 10 * math.log10(self.signal / noise) if noise and self.signal else None,
-            "psnr_db": 10 * math.log10(peak / noise) if noise and peak else None,
-        }
+        return max(self.eager, FLOAT32_ROUNDING * self.engine.largest)
 
 
 def check_parity(
@@ -170,28 +136,28 @@ def check_parity(
             positions += right[..., 0].size
     if not errors:
         return Parity.without_numbers("inconclusive", missing)
-    name, worst = max(errors.items(), key=lambda item: item[1].engine / (item[1].noise or 1.0))
+    name, worst = max(errors.items(), key=lambda item: item[1].engine.max_abs / (item[1].noise or 1.0))
     tolerance = multiple * worst.noise
-    within = worst.engine <= tolerance
-    where, ratios = f" in {name}" if len(errors) > 1 else "", worst.ratios()
+    farthest = worst.engine.max_abs
+    within = farthest <= tolerance
+    where = f" in {name}" if len(errors) > 1 else ""
     return Parity(
         verdict="pass" if within else "fail",
-        reason=None if within else f"engine error {worst.engine:.3g}{where} exceeds the tolerance {tolerance:.3g}",
+        reason=None if within else f"engine error {farthest:.3g}{where} exceeds the tolerance {tolerance:.3g}",
         tolerance=tolerance,
         tolerance_source=(
             f"{multiple:g} x the eager model's own float32 error {worst.noise:.3g}{where} "
             "(largest absolute difference from float64" + (f", {positions} positions)" if positions else ")")
         ),
         max_abs_error=worst.difference,
-        max_abs_error_float64=worst.engine,
+        max_abs_error_float64=farthest,
         eager_float32_error=worst.eager,
-        **ratios,
+        **worst.engine.ratios(),
         mean_kl=divergence / positions if positions else None,
         top1_agreement=agreed / positions if positions else None,
         top5_agreement=among_five / positions if positions else None,
         tokens=positions or None,
-        not_measured={name: EQUAL if worst.largest else ALL_ZERO for name, value in ratios.items() if value is None}
-        | ({} if positions else dict.fromkeys(LOGIT_NUMBERS, NO_LOGITS)),
+        not_measured=worst.engine.missing() | ({} if positions else dict.fromkeys(LOGIT_NUMBERS, NO_LOGITS)),
     )
 
 

@@ -104,13 +104,15 @@ def measure_speed(
     rounds: int,
     threads: int,
     least_ratio: float = 0.0,
+    against: str = "eager",
     peers: Mapping[str, Run] | None = None,
     seed: int = 0,
     settle: float = SETTLE_SECONDS,
 ) -> Speed:
     """Time `engine`, `eager` (or the reason why there is none) and `peers` on all of `inputs`.
 
-    least_ratio: eager p50 / engine p50 that is demanded at every shape; 0 demands nothing.
+    least_ratio: eager p50 / engine p50 that is demanded at every shape; 0 demands nothing. against: what `eager`
+    is called in the reason.
     """
     sides = {"engine": engine, **({} if isinstance(eager, str) else {"eager": eager}), **(peers or {})}
     shapes, verdicts = [], []
@@ -130,7 +132,9 @@ def measure_speed(
     if least_ratio <= 0:
         return Speed(shapes=tuple(shapes), threads=threads, not_measured={"verdict": NOTHING_DEMANDED})
     worst = next(v for v in ("fail", "inconclusive", "pass") if v in verdicts)
-    missed = [_missed(shape, least_ratio) for shape, v in zip(shapes, verdicts, strict=True) if v == worst != "pass"]
+    missed = [
+        _missed(shape, least_ratio, against) for shape, v in zip(shapes, verdicts, strict=True) if v == worst != "pass"
+    ]
     noisy = worst == "inconclusive" and "eager" in sides
     disturbed = f" ({machine.disturbance})" if noisy and machine.disturbance else ""
     return Speed(verdict=worst, reason="; ".join(missed) + disturbed or None, shapes=tuple(shapes), threads=threads)
@@ -146,12 +150,12 @@ def _judge(times: Mapping[str, FloatArray], least_ratio: float, seed: int) -> Ve
     return "pass" if low >= least_ratio else "fail" if high < least_ratio else "inconclusive"
 
 
-def _missed(shape: ShapeSpeed, least_ratio: float) -> str:
+def _missed(shape: ShapeSpeed, least_ratio: float, against: str) -> str:
     where = f"{shape.batch} x {shape.sequence}" if shape.sequence is not None else f"batch {shape.batch}"
     if shape.ratio is None:
         return f"{where}: {shape.not_measured['ratio']}"
     interval = f"{shape.ratio:.2f} ({shape.ratio_low:.2f} to {shape.ratio_high:.2f})"
-    return f"{where}: {interval} times as fast as eager after {shape.rounds} rounds, demanded are {least_ratio:g}"
+    return f"{where}: {interval} times as fast as {against} after {shape.rounds} rounds, demanded are {least_ratio:g}"
 
 
 def warm_up(run: Callable[[], object]) -> int:

@@ -148,7 +148,7 @@ def test_a_path_that_leaves_the_bundle_is_refused(bundle: Path, path: str) -> No
         open_bundle(bundle)
 
 
-@pytest.mark.parametrize("value", GARBAGE, ids=repr)
+@pytest.mark.parametrize("value", GARBAGE, ids=lambda value: "REMOVE" if value is REMOVE else repr(value))
 @pytest.mark.parametrize(
     "path", ["components", "files", "parameters", "parameters/a", "parameters/a/kept", "shared_weights", "tokenizers/a"]
 )
@@ -164,7 +164,7 @@ def test_a_manifest_of_other_forms_is_refused(bundle: Path, path: str, value: ob
     assert str(bundle) in str(caught.value)
 
 
-@pytest.mark.parametrize("value", GARBAGE, ids=repr)
+@pytest.mark.parametrize("value", GARBAGE, ids=lambda value: "REMOVE" if value is REMOVE else repr(value))
 @pytest.mark.parametrize(
     "path",
     [

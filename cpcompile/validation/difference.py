@@ -1,0 +1,64 @@
+"""How far an output is from its exact value, over any number of runs: what papers on quantization state.
+
+max_abs        max |y - e|
+max_relative   max |y - e| / max |e|
+cosine         of y and e as vectors
+sqnr_db        10 log10(sum e^2 / sum (y - e)^2), signal to noise
+psnr_db        10 log10(n max e^2 / sum (y - e)^2), peak to noise
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from cpcompile.runtime import Array
+
+RATIOS = ("max_relative_error", "cosine", "sqnr_db", "psnr_db")
+ALL_ZERO = "the output is zero everywhere"
+EQUAL = "it is exactly equal: there is no noise"
+
+
+@dataclass
+class Difference:
+    """Running sums in float64."""
+
+    max_abs: float = 0.0
+    largest: float = 0.0
+    """Of the exact values."""
+    elements: int = 0
+    signal: float = 0.0
+    noise: float = 0.0
+    product: float = 0.0
+    power: float = 0.0
+
+    def add(self, exact: Array, own: Array) -> None:
+        """Take in one run: arrays of one shape, of finite real numbers."""
+        if not exact.size:
+            return
+        e, y = (array.astype(np.float64, copy=False).ravel() for array in (exact, own))
+        error = y - e
+        self.max_abs = max(self.max_abs, float(np.abs(error).max()))
+        self.largest = max(self.largest, float(np.abs(e).max()))
+        self.elements += e.size
+        self.signal += float(e @ e)
+        self.noise += float(error @ error)
+        self.product += float(y @ e)
+        self.power += float(y @ y)
+
+    def ratios(self) -> dict[str, float | None]:
+        """RATIOS; None is what does not exist: all of an output that is zero, decibels of one without noise."""
+        peak, norm = self.elements * self.largest**2, math.sqrt(self.signal * self.power)
+        return {
+            "max_relative_error": self.max_abs / self.largest if self.largest else None,
+            "cosine": min(1.0, max(-1.0, self.product / norm)) if norm else None,
+            "sqnr_db": 10 * math.log10(self.signal / self.noise) if self.noise and self.signal else None,
+            "psnr_db": 10 * math.log10(peak / self.noise) if self.noise and peak else None,
+        }
+
+    def missing(self) -> dict[str, str]:
+        """Why some of the ratios do not exist."""
+        reason = EQUAL if self.largest else ALL_ZERO
+        return {name: reason for name, value in self.ratios().items() if value is None}
