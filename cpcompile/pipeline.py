@@ -31,7 +31,7 @@ from cpcompile.exporters.weights_file import Location, write_weights
 from cpcompile.files import file_digest, require_file_path, whole_file
 from cpcompile.measure import environment, peak_resident_bytes, reset_peak
 from cpcompile.partitioning.pretrained import read_pretrained
-from cpcompile.passes.freeze import Frozen, freeze, prepare
+from cpcompile.passes.freeze import Frozen, freeze, prepare, used_sizes
 from cpcompile.passes.merge_contexts import merge_contexts
 from cpcompile.passes.share_weights import Run, ShareWeights, plan_runs
 from cpcompile.peers import open_peers
@@ -146,7 +146,8 @@ def build_bundle(
         for context in chosen:
             tokens = rows[trimmed[context].kept].tolist() if rows is not None else None
             frozen[context] = freeze(prepared, source.contexts.index(context), tokens)
-            accounts[context] = _account(context, frozen[context], source, tokens and len(tokens))
+            used = partial(used_sizes, prepared)
+            accounts[context] = _account(context, frozen[context], source, tokens and len(tokens), used)
     with BundleWriter(out) as writer:
         with stages("export"):
             bundle = _export(writer, dynamic, frozen, accounts, source, trimmed, shared=not standalone, merged=merged)
@@ -199,7 +200,9 @@ def _order_rows(dynamic: ir.Model, source: Source, order: npt.NDArray[np.int64])
     return np.argsort(order)
 
 
-def _account(context: str, frozen: Frozen, source: Source, tokens: int | None) -> Accounting:
+def _account(
+    context: str, frozen: Frozen, source: Source, tokens: int | None, used: Callable[[], Mapping[str, int]]
+) -> Accounting:
     total = source.parameter_sizes()
     return account(
         context,
@@ -207,6 +210,7 @@ def _account(context: str, frozen: Frozen, source: Source, tokens: int | None) -
         total=total,
         expected=source.kept_sizes(context, tokens),
         kinds={name: kind for name in total if (kind := source.parameter_kind(name)) is not None},
+        used=used,
     )
 
 

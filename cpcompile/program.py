@@ -159,14 +159,17 @@ class Program:
     @cached_property
     def _double(self) -> fx.GraphModule:
         """All of its float32 is float64, what the graph itself casts to as well."""
-        module = copy.deepcopy(self._single).double()
-        for name, value in list(module.__dict__.items()):
-            if isinstance(value, Tensor) and value.dtype is torch.float32:
-                setattr(module, name, value.double())
-        for node in module.graph.nodes:
-            if node.op == "call_function":
-                node.args, node.kwargs = fx.node.map_aggregate((node.args, node.kwargs), _doubled)
-        module.recompile()
+        with quiet():
+            module = copy.deepcopy(self._single).double()
+        for part in module.modules():  # what runs without autocast, say, is a graph of its own
+            for name, value in list(part.__dict__.items()):
+                if isinstance(value, Tensor) and value.dtype is torch.float32:
+                    setattr(part, name, value.double())
+            if isinstance(part, fx.GraphModule):
+                for node in part.graph.nodes:
+                    if node.op == "call_function":
+                        node.args, node.kwargs = fx.node.map_aggregate((node.args, node.kwargs), _doubled)
+                part.recompile()
         return module
 
 

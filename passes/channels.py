@@ -71,6 +71,8 @@ class Channels:
     table: ShapeTable
     owners: Mapping[ir.Value, ir.Node] = field(default_factory=dict)
     """Input or output of a body (of an If, Loop, Scan) -> the node that the body belongs to."""
+    opaque: frozenset[str] = frozenset()
+    """Initializers whose values are not looked at."""
     zeros: dict[ir.Value, Zeros] = field(default_factory=dict)
     _cut: dict[Cell, Mask] = field(default_factory=dict)
     _reasons: dict[Cell, npt.NDArray[np.object_]] = field(default_factory=dict)
@@ -100,7 +102,7 @@ class Channels:
             shape = self.shape(value)
             assert shape is not None
             tensor = constant_of(value)
-            if tensor is not None and tensor.dtype.is_floating_point():
+            if tensor is not None and tensor.dtype.is_floating_point() and value.name not in self.opaque:
                 self.zeros[value] = Zeros.of_constant(tensor.numpy())
             else:
                 self.zeros[value] = Zeros.none(shape)

@@ -61,7 +61,10 @@ class Elimination(ir.passes.PassResult):
 
 @dataclass(frozen=True)
 class EliminateDeadChannels(ir.passes.InPlacePass):
-    """Remove dead channels until none is left that the rules can remove."""
+    """Remove dead channels until none is left that the rules can remove.
+
+    What `clean_up` protects is not looked at: a parameter whose values happen to be zero, such as a new bias, stays.
+    """
 
     clean_up: CleanUp = field(default_factory=CleanUp)
 
@@ -79,9 +82,9 @@ class EliminateDeadChannels(ir.passes.InPlacePass):
         kept: dict[ir.Value, Kept] = {}
         round_edits = 1
         while round_edits:
-            zeros = find_zeros(graph)
+            zeros = find_zeros(graph, self.clean_up.protected)
             round_edits = len(remove_zero_terms(graph, zeros))
-            channels = find_channels(graph, None if round_edits else zeros)
+            channels = find_channels(graph, find_zeros(graph, self.clean_up.protected) if round_edits else zeros)
             smaller, sliced = _rewrite(graph, channels)
             for value, own in sliced.items():
                 before = kept.get(value, (None,) * len(own))

@@ -19,8 +19,8 @@ class FoldConstants(ir.passes.InPlacePass):
     """Fold constant expressions and list operators (SplitToSequence), then make every constant an initializer.
 
     An expression over a parameter (a floating-point initializer that is no scalar; exporters write constants
-    as Constant nodes) folds only if it picks from it with Gather: a computed or transposed copy
-    under a new name would be a parameter that got lost.
+    as Constant nodes) folds only if it picks one entry of it with Gather, such as the gates of a context: a computed,
+    transposed or reordered copy under a new name would be a parameter that got lost.
     """
 
     limit: int = 1 << 20
@@ -33,7 +33,7 @@ class FoldConstants(ir.passes.InPlacePass):
 
         def may_fold(node: ir.Node) -> bool | None:
             reads_parameter = any(value is not None and value.name in parameters for value in node.inputs)
-            return False if node.op_type in RANDOM or (reads_parameter and node.op_type != "Gather") else None
+            return False if node.op_type in RANDOM or (reads_parameter and not _picks_one(node)) else None
 
         with _without_defaults(model.graph):
             folded = _Folder(
@@ -41,6 +41,11 @@ class FoldConstants(ir.passes.InPlacePass):
             )(model)
         lifted = LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
         return ir.passes.PassResult(model, modified=folded.modified or lifted.modified)
+
+
+def _picks_one(node: ir.Node) -> bool:
+    index = node.inputs[1] if node.op_type == "Gather" else None
+    return index is not None and index.shape is not None and index.shape.rank() == 0
 
 
 class _Folder(FoldConstantsPass):

@@ -50,6 +50,15 @@ def prepare(dynamic: ir.Model) -> Prepared:
     return prepared
 
 
+def used_sizes(prepared: Prepared) -> dict[str, int]:
+    """Elements of every parameter that some context may read; a row that no constant index picks is read by none."""
+    model = prepared.model.clone()
+    for each in (CanonicalizeShapes(), EliminateDeadChannels(CleanUp(prepared.parameters))):
+        each(model)
+    values = model.graph.initializers
+    return {name: tensor.size if (tensor := v.const_value) is not None else 0 for name, v in values.items()}
+
+
 def freeze(dynamic: ir.Model | Prepared, context: int, tokens: Sequence[int] | None = None) -> Frozen:
     """Bind `context` and remove what it does not use; `dynamic` stays as it is, tensors are shared.
 

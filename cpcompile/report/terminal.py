@@ -244,4 +244,6 @@ def _count(value: int) -> str:
 
 
 def _bytes(value: int | None) -> str:
-    return "–" if value is None else f"{value / 1e6:.1f} MB"
+    if value is None:
+        return "–"
+    return f"{value / 1e6:.1f} MB" if value >= 1e6 else f"{value / 1e3:.1f} kB"

@@ -16,9 +16,12 @@ from cpcompile.passes.channels import EMPTY, Channels, Zeros
 from cpcompile.passes.symbolic_shapes import ShapeTable, bodies_of, nodes_inside_out
 
 
-def find_zeros(graph: ir.Graph) -> Channels:
-    """Which slices are zero whatever the inputs are; nothing is said of what can be cut."""
-    channels = Channels(ShapeTable(graph), owners(graph))
+def find_zeros(graph: ir.Graph, opaque: frozenset[str] = frozenset()) -> Channels:
+    """Which slices are zero whatever the inputs are; nothing is said of what can be cut.
+
+    opaque: names of initializers that are taken for not zero, whatever they hold.
+    """
+    channels = Channels(ShapeTable(graph), owners(graph), opaque)
     _propagate_zeros(channels, graph)
     return channels
 

@@ -85,6 +85,35 @@ def test_the_report_says_what_a_program_has_and_what_not(report: dict[str, Any])
             assert shape["sequence"] is None and shape["ratio"] > 0
 
 
+class _Fresh(torch.nn.Module):
+    """As new: biases are zero, few rows of the table of positions are read, and a part is in float32 come what may."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions = torch.nn.Embedding(12, 16)
+        self.wide, self.narrow = torch.nn.Linear(16, 32), torch.nn.Linear(32, 16)
+        for layer in (self.wide, self.narrow):
+            torch.nn.init.zeros_(layer.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.positions(torch.arange(5))
+        with torch.autocast("cpu", enabled=False):
+            x = x.to(torch.float32) * x.square().mean(-1, keepdim=True).add(1e-6).rsqrt()
+        return self.narrow(torch.relu(self.wide(x)))
+
+
+def test_a_new_module_adds_up(tmp_path: Path) -> None:
+    torch.manual_seed(4)
+    net, batches = _Fresh(), {"day": [(torch.randn(2, 5, 16),)], "night": [(torch.randn(2, 5, 16),)]}
+    module = cpcompile.partition(net, batches["day"][0], contexts=2, align=4)
+    selection = cpcompile.select_units(module, batches, lambda output, _: output.square().sum(), {"ffn": 0.5})
+    cpcompile.save_program(module, selection, tmp_path / "new.pt2", examples=batches)
+    result = run("build", tmp_path / "new.pt2", "--no-speed", "--no-memory", "--json")
+    assert result.exit_code == 0, result.output
+    for context in json.loads(result.stdout)["contexts"]:
+        assert context["parameters"]["removed_by_kind"] == {"ffn": 16 * (16 + 1 + 16), "other": 7 * 16}
+
+
 def test_it_is_validated_again(model: Path, report: dict[str, Any]) -> None:
     result = run("validate", model.with_name("net.cpc"), "--no-speed", "--no-memory")
     assert result.exit_code == 0, result.output

@@ -137,7 +137,8 @@ def test_planted_faults_stop_the_build(
     kinds = {name: str(kind) for name in total if (kind := model.parameter_kind(name)) is not None}
 
     def accounted() -> Accounting:
-        return account("a", frozen.model.graph, total=total, expected=model.kept_sizes(selection, "a"), kinds=kinds)
+        kept = model.kept_sizes(selection, "a")
+        return account("a", frozen.model.graph, total=total, expected=kept, kinds=kinds, used=lambda: total)
 
     if fault is None:
         result = accounted()
