@@ -151,7 +151,9 @@ def _take_apart(graph: ir.Graph, value: ir.Value, runs: Sequence[Run]) -> None:
             _split_input(node, pieces, sizes)
         else:
             if joined is None:
-                joined = _insert_before(node, "Concat", pieces, {"axis": axis}, f"{value.name}.joined", value)
+                readers = {reader for reader, _ in value.uses()}
+                first = next(each for each in graph if each in readers)
+                joined = _insert_before(first, "Concat", pieces, {"axis": axis}, f"{value.name}.joined", value)
             node.replace_input_with(index, joined)
     graph.initializers.pop(value.name)
 
@@ -189,7 +191,14 @@ def _split_input(node: ir.Node, pieces: Sequence[ir.Value], sizes: Sequence[int]
         const_value=ir.tensor(np.asarray(sizes, dtype=np.int64), name=name),
     )
     graph.register_initializer(split_sizes)
-    split = ir.node("Split", [x, split_sizes], {"axis": -1}, num_outputs=len(sizes), name=f"{node.name}.split")
+    split = ir.node(
+        "Split",
+        [x, split_sizes],
+        {"axis": -1},
+        num_outputs=len(sizes),
+        name=f"{node.name}.split",
+        metadata_props=dict(node.metadata_props),
+    )
     for i, part in enumerate(split.outputs):
         part.name = f"{out.name}.in[{i}]"
     graph.insert_before(node, split)
@@ -212,7 +221,7 @@ def _insert_before(
     like: ir.Value | None,
 ) -> ir.Value:
     """A new node before `node`; returns its output, typed like `like` where given."""
-    new = ir.node(operator, inputs, dict(attributes), name=name)
+    new = ir.node(operator, inputs, dict(attributes), name=name, metadata_props=dict(node.metadata_props))
     out = new.outputs[0]
     out.name = name
     if like is not None:
@@ -223,7 +232,9 @@ def _insert_before(
 
 
 def _replace(node: ir.Node, value: ir.Value) -> None:
-    """Let `value` take the place of the only output of `node`, also as an output of the graph."""
+    """Let `value` take the place of the only output of `node`, and its name: a value keeps it when it is made anew."""
     assert node.graph is not None
+    name = node.outputs[0].name
     stand_in(value, node.outputs[0])
     node.graph.remove(node, safe=True)
+    value.name = name

@@ -158,6 +158,8 @@ def test_outputs_are_joined_and_inputs_split_under_the_old_names() -> None:
         "Add",
         "Neg",
     ]
+    made_before = {out.name for node in before.graph for out in node.outputs}
+    assert made_before <= {out.name for node in after.graph for out in node.outputs}  # a value made anew keeps its name
     assert {n for n, v in after.graph.initializers.items() if v.dtype == ir.DataType.FLOAT} == {
         f"{name}[{i}]" for name in "ab" for i in (0, 1, 3)
     }
@@ -212,4 +214,16 @@ def test_a_parameter_that_is_no_matrix_is_joined_by_a_concat() -> None:
     after = before.clone()
     assert ShareWeights("p", plan)(after).modified
     assert [node.op_type for node in after.graph] == ["Concat", "Mul"]
+    assert_same_values(before, after)
+
+
+def test_a_joined_parameter_stands_before_its_first_reader() -> None:
+    text = "(float[N,3] x) => (float[N,3] y) { h = Mul(x, t) y = Add(h, s) }"
+    plan = plan_runs({"p": {"s": (np.array([0, 1, 2]),)}, "q": {"s": (np.array([0, 1]),)}}, {"s": (3,)})
+    before = parse(text, {"s": np.array([1.0, 2, 3]), "t": np.array([4.0, 5, 6])})
+    first = before.graph[0]
+    first.replace_input_with(1, before.graph.initializers["s"])  # of its readers, the graph's first came last
+    after = before.clone()
+    assert ShareWeights("p", plan)(after).modified
+    assert [node.op_type for node in after.graph] == ["Concat", "Mul", "Add"]
     assert_same_values(before, after)
