@@ -18,6 +18,10 @@ from cpcompile.errors import CpcompileError, UsageError
 PROTOBUF_LIMIT = 2**31 - 1
 """Bytes that one protobuf file can hold; weights of larger models lie beside it."""
 ROOM_FOR_THE_GRAPH = 1 << 27
+MODULE = "namespace"
+"""The property of a node in which torch notes its module path: `: Decoder/layers.0: Layer/…`."""
+NO_MODULE = "_empty_nn_module_stack"
+"""How the name begins that torch writes where there is no module."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,23 @@ def tensors_of(model: ir.Model) -> Iterator[ir.TensorProtocol]:
 def external_tensors(model: ir.Model) -> Iterator[ir.ExternalTensor]:
     """The tensors whose data lies in other files."""
     return (tensor for tensor in tensors_of(model) if isinstance(tensor, ir.ExternalTensor))
+
+
+def opset_of(model: ir.Model) -> int:
+    """The version of the ONNX standard that `model` is written in; 0 if it uses none."""
+    return model.opset_imports.get("", model.opset_imports.get("ai.onnx", 0))
+
+
+def module_of(node: ir.Node) -> str:
+    """`: pkg.Decoder/layers.0: pkg.Layer/layers.0.ffn: pkg.FeedForward/linear: aten.linear` -> `layers.0.ffn`.
+
+    A property that is a path already stays as it is; without one, and for the whole model, it is empty.
+    """
+    namespace = node.metadata_props.get(MODULE, "")
+    if ":" not in namespace:
+        return "" if namespace.startswith(NO_MODULE) else namespace
+    parts = [part.split(":")[0].strip() for part in namespace.split("/")]
+    return next((part for part in reversed(parts[:-1]) if part and not part.startswith(NO_MODULE)), "")
 
 
 def _map_data(model: ir.Model) -> None:

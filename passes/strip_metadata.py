@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-MODULE = "namespace"
-"""Where torch notes the module path of a node: `: Decoder/layers.0: Layer/…`."""
+from cpcompile.onnx_file import MODULE, module_of
 
 
 @dataclass(frozen=True)
@@ -19,7 +18,7 @@ class StripMetadata(ir.passes.InPlacePass):
         """Edit `model`; `modified` counts dropped properties and descriptions."""
         dropped = 0
         for node in model.graph.all_nodes():
-            module = _module_path(node.metadata_props.get(MODULE, ""))
+            module = module_of(node)
             kept = {MODULE: module} if module else {}
             dropped += len(node.metadata_props.keys() - kept.keys()) + (module != node.metadata_props.get(MODULE, ""))
             node.metadata_props.clear()
@@ -37,11 +36,3 @@ def _values(model: ir.Model) -> Iterator[ir.Value]:
         yield from (*graph.inputs, *graph.initializers.values())
         for node in graph:
             yield from node.outputs
-
-
-def _module_path(namespace: str) -> str:
-    """`: pkg.Decoder/layers.0: pkg.Layer/layers.0.ffn: pkg.FeedForward/linear: aten.linear` -> `layers.0.ffn`."""
-    if ":" not in namespace:
-        return namespace
-    parts = [part.split(":")[0].strip() for part in namespace.split("/")]
-    return next((part for part in reversed(parts[:-1]) if part), "")
