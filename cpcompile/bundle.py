@@ -66,15 +66,21 @@ class Variant:
     bytes: int
     """Of its own files and of its share of the weights."""
 
-    def standalone(self) -> ir.Model:
-        """Its graph with all weights inside; the files have been verified."""
+    def graph(self) -> ir.Model:
+        """Its graph, whose weights stay in their file; the files have been verified."""
         import onnx_ir as ir  # an application that runs engines does without
 
         model = ir.load(self.model)
         for value in model.graph.initializers.values():
             if isinstance(value.const_value, ir.ExternalTensor) and self.weights is not None:
                 value.const_value.base_dir = self.weights
-        return ir.external_data.load_to_model(model)
+        return model
+
+    def standalone(self) -> ir.Model:
+        """Its graph with all weights inside."""
+        import onnx_ir as ir
+
+        return ir.external_data.load_to_model(self.graph())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -220,11 +220,10 @@ def run_training(
 @click.option("--data", type=FilePath, help="Corpus whose held-out text replaces the checkpoint's.")
 @click.option("--rounds", default=ValidateConfig.rounds, help="Interleaved timing rounds per shape.")
 @click.option("--min-speed-ratio", default=0.0, help="Times as fast as eager dense that engines have to be.")
-@click.option(
-    "--peers", metavar="NAMES", help="Time these beside the engines: 'all', or some of them, see `validate --help`."
-)
+@click.option("--peers", metavar="NAMES", help="What to time beside the engines: see `validate --help`, or 'all'.")
 @click.option("--no-speed", is_flag=True, help="Leave the timings out.")
 @click.option("--no-memory", is_flag=True, help="Leave the memory measurements out.")
+@click.option("--repro", type=FilePath, metavar="DIR", help="On a parity failure: folder for a minimal repro.")
 @click.option("--json", "as_json", is_flag=True, help="Print report.json instead of tables.")
 def build(
     model: Path,
@@ -240,6 +239,7 @@ def build(
     peers: str | None,
     no_speed: bool,
     no_memory: bool,
+    repro: Path | None,
     as_json: bool,
 ) -> None:
     """Compile every context of MODEL into an engine of its own, and prove it against the eager model.
@@ -257,13 +257,7 @@ def build(
     from cpcompile.console import stage_progress
     from cpcompile.pipeline import build_bundle
 
-    config = ValidateConfig(
-        rounds=rounds,
-        min_speed_ratio=min_speed_ratio,
-        peers=_names(peers) or (),
-        speed=not no_speed,
-        memory=not no_memory,
-    )
+    config = _validate_config(rounds, min_speed_ratio, peers, no_speed=no_speed, no_memory=no_memory)
     out = out or _beside(model, ".cpc")
     with stage_progress() as stage:
         report, bundle = build_bundle(
@@ -277,6 +271,7 @@ def build(
             data=data,
             config=config,
             progress=stage,
+            repro=repro,
         )
     stays = f"; {out} stays as it was" if out.exists() else ""
     click.echo(f"wrote {bundle}" + (f" (the verdict is fail{stays})" if report["verdict"] == "fail" else ""), err=True)
@@ -290,11 +285,10 @@ def build(
 @click.option("--data", type=FilePath, help="Corpus whose held-out text replaces the checkpoint's.")
 @click.option("--rounds", default=ValidateConfig.rounds, help="Interleaved timing rounds per shape.")
 @click.option("--min-speed-ratio", default=0.0, help="Times as fast as eager dense that engines have to be.")
-@click.option(
-    "--peers", metavar="NAMES", help="Time these beside the engines: 'all', or some of them, see `validate --help`."
-)
+@click.option("--peers", metavar="NAMES", help="What to time beside the engines: see `validate --help`, or 'all'.")
 @click.option("--no-speed", is_flag=True, help="Leave the timings out.")
 @click.option("--no-memory", is_flag=True, help="Leave the memory measurements out.")
+@click.option("--repro", type=FilePath, metavar="DIR", help="On a parity failure: folder for a minimal repro.")
 @click.option("--json", "as_json", is_flag=True, help="Print report.json instead of tables.")
 def validate(
     bundle: Path,
@@ -305,6 +299,7 @@ def validate(
     peers: str | None,
     no_speed: bool,
     no_memory: bool,
+    repro: Path | None,
     as_json: bool,
 ) -> None:
     """Compare the engines of BUNDLE with the eager model on parity, quality, memory and speed.
@@ -313,6 +308,7 @@ def validate(
     Examples:
       cpcompile validate model.cpc
       cpcompile validate model.cpc --model model.pt --data corpus/ --json
+      cpcompile validate model.cpc --repro repro/     # an engine is wrong: which node, and how to see it
       cpcompile validate model.cpc --min-speed-ratio 2 --peers all
 
     \b
@@ -326,15 +322,11 @@ def validate(
     from cpcompile.pipeline import validate_bundle
     from cpcompile.report import write_report
 
-    config = ValidateConfig(
-        rounds=rounds,
-        min_speed_ratio=min_speed_ratio,
-        peers=_names(peers) or (),
-        speed=not no_speed,
-        memory=not no_memory,
-    )
+    config = _validate_config(rounds, min_speed_ratio, peers, no_speed=no_speed, no_memory=no_memory)
     with stage_progress() as stage:
-        report = validate_bundle(bundle, model or _model_of(bundle), data=data, config=config, progress=stage)
+        report = validate_bundle(
+            bundle, model or _model_of(bundle), data=data, config=config, progress=stage, repro=repro
+        )
     _print_report(report, as_json=as_json)
     if no_speed or no_memory:
         click.echo(f"{bundle / 'report.json'} stays as it was: not everything was measured now", err=True)

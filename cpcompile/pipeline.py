@@ -13,7 +13,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from cpcompile.errors import UsageError
 from cpcompile.exporters.onnxruntime_exporter import MERGED, SINGLE, export_onnxruntime
 from cpcompile.exporters.weights_file import Location, write_weights
 from cpcompile.files import file_digest, require_file_path, whole_file
+from cpcompile.fresh_graphs import FreshGraphs, order_rows
 from cpcompile.measure import environment, peak_resident_bytes, reset_peak
 from cpcompile.partitioning.pretrained import read_pretrained
 from cpcompile.passes.freeze import Frozen, freeze, prepare, used_sizes
@@ -36,11 +37,11 @@ from cpcompile.passes.merge_contexts import merge_contexts
 from cpcompile.passes.share_weights import Run, ShareWeights, plan_runs
 from cpcompile.peers import open_peers
 from cpcompile.report import BuildResult, BuildStage, ContextResult, Report, build_of, make_report, write_report
-from cpcompile.selection import UnitKind
 from cpcompile.source import Source, open_source, tokenizer_file
 from cpcompile.training.branch import Observer
 from cpcompile.training.corpus import load_corpus
 from cpcompile.training.trainer import require_outputs, train
+from cpcompile.validation.diagnosis import diagnose_failures
 from cpcompile.validation.validator import VariantResult, validate
 from cpcompile.vocabulary import TrimmedVocabulary
 
@@ -119,12 +120,13 @@ def build_bundle(
     progress: Progress,
     merged: bool = False,
     coverage: float | None = None,
+    repro: Path | None = None,
 ) -> tuple[Report, Path]:
     """`cpcompile build`: checkpoint or program `model` -> bundle with its report; returns the report and where it is.
 
     `merged` adds one engine for all contexts. `coverage` is the part of a context's text that its vocabulary covers
     in the tokens that it had; None leaves the vocabulary whole. A bundle that fails its validation does not replace an
-    older one: it goes to `out`.failed.
+    older one: it goes to `out`.failed, and minimal repros of what fails parity to the folder `repro`.
     """
     if merged and standalone:
         raise UsageError("--merged is one engine whose weights all contexts share; leave out --standalone")
@@ -141,7 +143,7 @@ def build_bundle(
     with stages("capture"):
         dynamic = source.capture(opset=opset)
     with stages("freeze"):
-        rows = _order_rows(dynamic, source, order) if order is not None else None
+        rows = order_rows(dynamic, source, order) if order is not None else None
         prepared, frozen, accounts = prepare(dynamic), {}, {}
         for context in chosen:
             tokens = rows[trimmed[context].kept].tolist() if rows is not None else None
@@ -154,15 +156,27 @@ def build_bundle(
         build = stages.result()
         with open_peers(config, source, reference) as peers:
             results = validate(bundle, reference, config, peers=peers, progress=progress)
+        tokens = {context: rows[own.kept] for context, own in trimmed.items()} if rows is not None else {}
+        graphs = FreshGraphs(source, lambda _: dynamic, tokens)
+        results = diagnose_failures(bundle, results, reference, graphs, repro)
         report = _report(bundle, source, results, build, config)
         write_report(report, writer.root)
         return report, writer.commit(failed=report["verdict"] == "fail")
 
 
 def validate_bundle(
-    path: Path, model: Path, *, data: Path | None, config: ValidateConfig, progress: Progress
+    path: Path,
+    model: Path,
+    *,
+    data: Path | None,
+    config: ValidateConfig,
+    progress: Progress,
+    repro: Path | None = None,
 ) -> Report:
-    """`cpcompile validate`: measure the bundle `path` anew; what its build took stands in its report already."""
+    """`cpcompile validate`: measure the bundle `path` anew; what its build took stands in its report already.
+
+    Minimal repros of what fails parity go to the folder `repro`.
+    """
     bundle = open_bundle(path)
     bundle.verify_all()
     if not model.exists():
@@ -178,6 +192,8 @@ def validate_bundle(
     reference = source.reference(config, data=data, trimmed=trimmed, progress=progress)
     with open_peers(config, source, reference) as peers:
         results = validate(bundle, reference, config, peers=peers, progress=progress)
+    graphs = FreshGraphs(source, cache(lambda o: source.capture(opset=o)), {c: own.kept for c, own in trimmed.items()})
+    results = diagnose_failures(bundle, results, reference, graphs, repro)
     return _report(bundle, source, results, build_of(path), config)
 
 
@@ -190,14 +206,6 @@ def export_standalone(path: Path, context: str, out: Path, *, variant: str) -> N
     bundle.verify(chosen.model, *([chosen.weights] if chosen.weights else []))
     with whole_file(out) as temporary:
         ir.save(chosen.standalone(), temporary, format="protobuf")
-
-
-def _order_rows(dynamic: ir.Model, source: Source, order: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Bring the vocabulary of `dynamic` into `order`; returns where each old token is now."""
-    for name, value in dynamic.graph.initializers.items():
-        if source.parameter_kind(name) is UnitKind.VOCABULARY and value.const_value is not None:
-            value.const_value = ir.tensor(value.const_value.numpy()[order], name=name)
-    return np.argsort(order)
 
 
 def _account(

@@ -131,6 +131,7 @@ def judge(report: Mapping[str, Any], max_perplexity_increase: float | None) -> t
             parity = variant["parity"]
             if parity["verdict"] != "pass":
                 sentence = f"{context['name']} {variant['name']}: parity {parity['verdict']}: {parity['reason']}"
+                sentence += _divergence_sentence(variant["divergence"])
                 (failures if parity["verdict"] == "fail" else gaps).append(sentence)
             for what in ("speed", "placement"):
                 if (verdict := variant[what]["verdict"]) in ("fail", "inconclusive"):
@@ -270,3 +271,10 @@ def _swap_findings(matrix: Mapping[str, Any]) -> Iterator[str]:
             )
     if at_home:
         yield "Every context does best with its own units: the smallest perplexity of each swap row is on the diagonal."
+
+
+def _divergence_sentence(divergence: Mapping[str, Any] | None) -> str:
+    """Where the engine leaves the path, if that was found."""
+    if divergence is None or divergence["sentence"] is None:
+        return ""
+    return f"; {divergence['sentence']}" + (f"; repro in {divergence['repro']}" if divergence["repro"] else "")

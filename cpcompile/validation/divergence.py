@@ -96,10 +96,7 @@ class LayerError:
 
 def engine_graph(variant: Variant) -> ir.Model:
     """The graph of an engine; its weights stay in their file."""
-    model = ir.load(variant.model)
-    for value in model.graph.initializers.values():
-        if isinstance(value.const_value, ir.ExternalTensor) and variant.weights is not None:
-            value.const_value.base_dir = variant.weights
+    model = variant.graph()
     model.graph.sort()  # as ONNX Runtime does
     return model
 

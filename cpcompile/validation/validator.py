@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -23,6 +23,9 @@ from cpcompile.validation.reference import Reference, Run
 from cpcompile.validation.runners import Runner, engine_runner
 from cpcompile.validation.speed import Speed, measure_speed
 from cpcompile.validation.throughput import Throughput, measure_throughput
+
+if TYPE_CHECKING:
+    from cpcompile.validation.diagnosis import Diagnosis  # which builds on this module
 
 Progress = Callable[[str, int, int | None], None]
 """(stage, engines done, engines in all)."""
@@ -67,6 +70,8 @@ class VariantResult:
     throughput: Throughput
     placement: Placement
     peers: tuple[PeerResult, ...] = ()
+    divergence: Diagnosis | None = None
+    """The first node that differs; None where parity did not fail."""
 
     @classmethod
     def not_run(

@@ -1,11 +1,17 @@
 from __future__ import annotations
 
+import dataclasses
 import io
+import json
 from typing import Any
 
+import jsonschema
 from rich.console import Console
 
-from cpcompile.report import controls_table, render_report
+from cpcompile.report import SCHEMA, controls_table, render_report
+from cpcompile.validation.diagnosis import Diagnosis
+from cpcompile.validation.divergence import LayerError
+from cpcompile.validation.parity import Parity
 from tests.unit.report.reports import complete, report, variant
 
 
@@ -44,3 +50,24 @@ def test_no_sentence_is_lost_on_a_narrow_terminal() -> None:
 
 def test_a_checkpoint_without_training_results_says_so() -> None:
     assert "records no training results" in text_of(controls_table(None))
+
+
+def test_the_first_divergence_stands_in_the_reasons_or_its_absence_in_the_footnotes() -> None:
+    parity = Parity.without_numbers("fail", "too far")
+    found = Diagnosis(
+        sentence="the first node that differs is MatMul m in layers.0: y differs by 1, allowed are 1e-06",
+        node="m",
+        operator="MatMul",
+        module="layers.0",
+        value="y",
+        difference="it differs by 1, allowed are 1e-06",
+        max_abs_error=1.0,
+        tolerance=1e-6,
+        layers=(LayerError("layers.0", "y", None, 2.0),),
+        not_measured={"repro": "no folder was given"},
+    )
+    for divergence, reason in ((found, f"too far; {found.sentence}"), (Diagnosis.without("no reference"), "too far")):
+        made = report(dataclasses.replace(variant(), parity=parity, divergence=divergence))
+        jsonschema.validate(made, json.loads(SCHEMA.read_text(encoding="utf-8")))
+        assert made["reasons"][0] == f"de cpu-fp32: parity fail: {reason}"
+        assert next(iter(divergence.not_measured.values())) in text_of(render_report(made))

@@ -23,7 +23,7 @@ HeldOut = Mapping[str, npt.NDArray[np.int32]]
 
 SMALL = ValidateConfig(shapes=((1, 1), (2, 8)), speed_shapes=((1, 8),), rounds=3, threads=1)
 QUICK = dataclasses.replace(SMALL, memory=False, speed=False)
-EXPLAINED_BY_STATUS = {"reason", "bytes"}
+EXPLAINED_BY_STATUS = {"reason", "bytes", "divergence"}
 
 
 def validate(
