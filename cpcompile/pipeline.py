@@ -328,6 +328,7 @@ def _report(
             )
             for context in bundle.contexts
         ],
+        selection=source.selection,
         training=source.training,
         max_perplexity_increase=config.max_perplexity_increase if source.has_text else None,
     )

@@ -37,7 +37,7 @@ from cpcompile.files import require_file_path, whole_file
 from cpcompile.partitioning.onnx_graph import input_names
 from cpcompile.partitioning.partitioned_module import PartitionedModule
 from cpcompile.partitioning.trace import quiet
-from cpcompile.selection import Selection, UnitKind
+from cpcompile.selection import Digits, Selection, UnitKind
 
 FORMAT, VERSION = "cpcompile-program", 1
 RECORD, EXAMPLES = "cpcompile.json", "examples.npz.base64"
@@ -82,6 +82,8 @@ class Program:
     kinds: Mapping[str, UnitKind]
     """The kind of unit whose removal makes a parameter smaller."""
     examples: Mapping[str, tuple[Feeds, ...]]
+    selection: Digits | None
+    """`Selection.digits`, a layer per group; None where the file does not say."""
 
     def parameter_sizes(self) -> dict[str, int]:
         """Elements of every parameter but the gates, by name."""
@@ -220,6 +222,9 @@ def save_program(
         "axes": _axis_names(names, dynamic),
         "parameters": {n: own_names[id(every[n])] for n in program.state_dict if id(every.get(n)) in own_names},
         "kept": {context: module.kept_sizes(selection, context) for context in selection.contexts},
+        "selection": selection.digits(
+            {kind: [(g.name, g.units) for g in module.groups if g.kind is kind] for kind in selection.kept}
+        ),
         "kinds": {name: kind for name in own_names.values() if (kind := module.parameter_kind(name)) is not None},
     }
     arrays = {
@@ -254,6 +259,7 @@ def load_program(path: Path) -> Program:
             kept=record["kept"],
             kinds={name: UnitKind(kind) for name, kind in record["kinds"].items()},
             examples=examples,
+            selection=record.get("selection"),
         )
         _require_consistent(program)
     except (KeyError, TypeError, ValueError, AttributeError, UsageError) as error:
@@ -374,6 +380,10 @@ def _require_consistent(program: Program) -> None:
         for feeds in program.examples[context]:
             if feeds.keys() != set(program.inputs):
                 raise ValueError(f"an example of {context} has the inputs {sorted(feeds)}")
+    for layer in (layer for layers in (program.selection or {}).values() for layer in layers):
+        rows = [layer["kept"][context] for context in program.contexts]
+        if not all(re.fullmatch("[01]+", digits) and len(digits) == len(rows[0]) for digits in rows):
+            raise ValueError(f"the selection of {str(layer['name'])!r} is not a digit per unit")
     users = len(program.exported.graph_signature.user_inputs)
     if users != len(program.inputs) + 1 or len(program.exported.graph_signature.user_outputs) != len(program.outputs):
         raise ValueError("names of inputs or outputs do not fit the program")

@@ -7,14 +7,17 @@ contexts x units per layer and kind; the units that the same set of contexts kee
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 BoolArray = npt.NDArray[np.bool_]
+Digits = dict[str, list[dict[str, Any]]]
+"""kind -> per layer {name, kept: context -> a digit per unit, 1 where the context keeps it}."""
 
 
 class UnitKind(StrEnum):
@@ -87,6 +90,26 @@ class Selection:
         either = sizes[:, None] + sizes[None, :] - shared
         overlap: npt.NDArray[np.float64] = np.divide(shared, either, out=np.ones_like(shared), where=either > 0)
         return overlap
+
+    def digits(self, layers: Mapping[UnitKind, Sequence[tuple[str, int]]]) -> Digits:
+        """The table as text, for people and reports; `layers` gives name and number of units of every layer of a kind.
+
+        A table may be wider than a layer has units.
+        """
+        return {
+            str(kind): [
+                {
+                    "name": name,
+                    "kept": {
+                        context: "".join("01"[int(unit)] for unit in table[index, layer, :units])
+                        for index, context in enumerate(self.contexts)
+                    },
+                }
+                for layer, (name, units) in enumerate(layers[kind])
+            ]
+            for kind, table in self.kept.items()
+            if kind in layers
+        }
 
     def __iter__(self) -> Iterator[tuple[str, dict[UnitKind, BoolArray]]]:
         for context in self.contexts:

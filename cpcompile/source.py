@@ -21,7 +21,7 @@ from cpcompile.errors import UsageError
 from cpcompile.models.language_model import LanguageModel
 from cpcompile.program import Program, load_program
 from cpcompile.report import training_summary
-from cpcompile.selection import UnitKind
+from cpcompile.selection import Digits, UnitKind
 from cpcompile.training.corpus import load_corpus
 from cpcompile.training.tokenization import parse_tokenizer, vocabulary_size
 from cpcompile.training.trainer import dense_path
@@ -49,6 +49,8 @@ class Source(ABC):
     """`training_summary`."""
     tokenizer: str | None = None
     """The text of tokenizer.json."""
+    selection: Digits | str
+    """`Selection.digits`, or why it is unknown."""
     has_text: bool
     """Whether its quality is measured as perplexity."""
 
@@ -132,6 +134,12 @@ class TrainedSource(Source):
         self.config = {name: value for name, value in plain.items() if isinstance(value, int | float | str)}
         self._checkpoint = checkpoint
         self._selection = checkpoint.selection
+        self.selection = checkpoint.selection.digits(
+            {
+                kind: [(f"layer {number}", table.shape[2]) for number in range(table.shape[1])]
+                for kind, table in checkpoint.selection.kept.items()
+            }
+        )
         self._dense = _load_dense(path, checkpoint)
         self.dense_bytes = (
             sum(tensor.numel() for tensor in self._dense.state.values()) * FLOAT32_BYTES if self._dense else None
@@ -221,6 +229,8 @@ class ProgramSource(Source):
         self._program: Program = load_program(path)
         self.contexts = self._program.contexts
         self.config = {}
+        unknown = "the program was saved without its selection; save it again"
+        self.selection = unknown if self._program.selection is None else self._program.selection
         self.dense_bytes = sum(self.parameter_sizes().values()) * FLOAT32_BYTES
 
     def capture(self, *, opset: int) -> ir.Model:

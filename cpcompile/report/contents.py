@@ -83,14 +83,16 @@ def make_report(
     dense_bytes: int | None,
     shared_weights: bool,
     contexts: Sequence[ContextResult],
+    selection: Mapping[str, Sequence[Mapping[str, Any]]] | str,
     training: Mapping[str, Any] | None,
     max_perplexity_increase: float | None,
 ) -> Report:
     """The report with its verdict.
 
-    model: {name, architecture, config}. environment: `cpcompile.measure.environment`. training:
-    `training_summary`. dense_bytes: weights of the dense model in the bundle's precision. max_perplexity_increase: what
-    the verdict allows; None where quality is not measured as perplexity.
+    model: {name, architecture, config}. environment: `cpcompile.measure.environment`. dense_bytes: weights of the dense
+    model in the bundle's precision. selection: which units each context keeps (`cpcompile.selection.Digits`), or why
+    that is unknown; contexts without a place in the report are left out. training: `training_summary`.
+    max_perplexity_increase: what the verdict allows; None where quality is not measured as perplexity.
     """
     report = {
         "schema_version": SCHEMA_VERSION,
@@ -101,9 +103,7 @@ def make_report(
             "bytes": bundle_bytes,
             "dense_bytes": dense_bytes,
             "shared_weights": shared_weights,
-            "not_measured": {}
-            if dense_bytes is not None
-            else {"dense_bytes": "the size of the dense model is unknown"},
+            "not_measured": {} if dense_bytes is not None else {"dense_bytes": DENSE_SIZE_UNKNOWN},
         },
         "contexts": [
             {
@@ -113,6 +113,7 @@ def make_report(
             }
             for context in contexts
         ],
+        "selection": _selection(selection, [context.name for context in contexts]),
         "training": dict(training) if training is not None else None,
     }
     verdict, reasons = judge(report, max_perplexity_increase)
@@ -219,6 +220,16 @@ def build_of(folder: Path) -> BuildResult:
         return BuildResult(
             seconds=None, peak_rss_bytes=None, not_measured=dict.fromkeys(("seconds", "peak_rss_bytes"), unknown)
         )
+
+
+def _selection(selection: Mapping[str, Sequence[Mapping[str, Any]]] | str, contexts: Sequence[str]) -> dict[str, Any]:
+    if isinstance(selection, str):
+        return {"kinds": None, "not_measured": {"kinds": selection}}
+    kinds = {
+        kind: [{"name": layer["name"], "kept": {c: layer["kept"][c] for c in contexts}} for layer in layers]
+        for kind, layers in selection.items()
+    }
+    return {"kinds": kinds, "not_measured": {}}
 
 
 def _plain(result: DataclassInstance, *, without: str | None = None) -> dict[str, Any]:

@@ -42,7 +42,16 @@ RESAMPLES = 2000
 LARGEST_FACTOR = 8
 """The rounds may grow to that many times their number."""
 NOTHING_DEMANDED = "no least ratio was demanded"
-EAGER_FIELDS = ("eager_p50_ms", "eager_p90_ms", "eager_p99_ms", "ratio", "ratio_low", "ratio_high")
+QUANTILES = 21
+EAGER_FIELDS = (
+    "eager_p50_ms",
+    "eager_p90_ms",
+    "eager_p99_ms",
+    "eager_quantiles_ms",
+    "ratio",
+    "ratio_low",
+    "ratio_high",
+)
 NO_SEQUENCE = "the inputs are not text"
 
 
@@ -65,9 +74,12 @@ class ShapeSpeed:
     p50_ms: float
     p90_ms: float
     p99_ms: float
+    quantiles_ms: tuple[float, ...]
+    """21 of them, from the least to the largest in steps of 5 %: the distribution."""
     eager_p50_ms: float | None = None
     eager_p90_ms: float | None = None
     eager_p99_ms: float | None = None
+    eager_quantiles_ms: tuple[float, ...] | None = None
     ratio: float | None = None
     ratio_low: float | None = None
     ratio_high: float | None = None
@@ -210,6 +222,7 @@ def _shape_speed(timed: Timed, times: Mapping[str, FloatArray], seed: int, no_ea
         p50_ms=p50,
         p90_ms=p90,
         p99_ms=p99,
+        quantiles_ms=_quantiles_ms(times["engine"]),
         peers=peers,
         rounds=len(times["engine"]),
         not_measured={} if timed.sequence is not None else {"sequence": NO_SEQUENCE},
@@ -219,7 +232,14 @@ def _shape_speed(timed: Timed, times: Mapping[str, FloatArray], seed: int, no_ea
     p50, p90, p99 = _percentiles_ms(times["eager"])
     ratio, low, high = ratio_interval(times["eager"], times["engine"], seed=seed)
     return replace(
-        alone, eager_p50_ms=p50, eager_p90_ms=p90, eager_p99_ms=p99, ratio=ratio, ratio_low=low, ratio_high=high
+        alone,
+        eager_p50_ms=p50,
+        eager_p90_ms=p90,
+        eager_p99_ms=p99,
+        eager_quantiles_ms=_quantiles_ms(times["eager"]),
+        ratio=ratio,
+        ratio_low=low,
+        ratio_high=high,
     )
 
 
@@ -232,6 +252,10 @@ def _peer_speed(times: Mapping[str, FloatArray], name: str, seed: int) -> PeerSp
 def _percentiles_ms(seconds: FloatArray) -> tuple[float, float, float]:
     p50, p90, p99 = (float(value) for value in np.percentile(seconds * 1e3, (50, 90, 99)))
     return p50, p90, p99
+
+
+def _quantiles_ms(seconds: FloatArray) -> tuple[float, ...]:
+    return tuple(float(value) for value in np.quantile(seconds * 1e3, np.linspace(0, 1, QUANTILES)))
 
 
 def _bound(run: Run, feeds: Feeds) -> Callable[[], object]:

@@ -75,6 +75,9 @@ def test_the_report_says_what_a_program_has_and_what_not(report: dict[str, Any])
     jsonschema.validate(report, json.loads(SCHEMA.read_text()))
     assert report["verdict"] == "pass" and report["reasons"] == []
     assert report["model"]["architecture"] == "program" and report["training"] is None
+    assert set(report["selection"]["kinds"]) == {"ffn", "head"}
+    for layer in report["selection"]["kinds"]["ffn"]:
+        assert {kept.count("1") / len(kept) for kept in layer["kept"].values()} == {0.5}, layer["name"]
     for context in report["contexts"]:
         for variant in context["variants"]:
             assert variant["parity"]["verdict"] == "pass"

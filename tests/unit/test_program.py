@@ -266,6 +266,9 @@ def test_what_is_no_program_of_ours(good: Path, tmp_path: Path) -> None:
         lambda record: record["kept"]["day"].popitem(),
         lambda record: record["kept"]["day"].update({"down.weight": -1}),
         lambda record: record["kept"].pop("night"),
+        lambda record: record["selection"]["ffn"][0]["kept"].pop("night"),
+        lambda record: record["selection"]["ffn"][0]["kept"].update(night="1"),
+        lambda record: record["selection"]["ffn"][0]["kept"].update(night="<b>"),
         lambda record: record.pop("parameters"),
     ],
 )

@@ -24,6 +24,20 @@ TRAINING = {
 }
 
 
+SELECTION = {
+    "ffn": [
+        {"name": "layer 0", "kept": {"de": "1100", "en": "1010"}},
+        {"name": "layer 1", "kept": {"de": "1111", "en": "1000"}},
+    ],
+    "head": [{"name": "layer 0", "kept": {"de": "10", "en": "01"}}],
+}
+
+
+def quantiles(median: float) -> tuple[float, ...]:
+    """Of 0.9 to 1.3 times `median`."""
+    return tuple(median * (0.9 + 0.1 * min(i, 10) / 10 + 0.3 * max(i - 10, 0) / 10) for i in range(21))
+
+
 def variant(context: str = "de", *, perplexity: float = 19.0, dense: float | str = 20.0) -> VariantResult:
     """An engine about which everything is known."""
     return VariantResult(
@@ -63,9 +77,11 @@ def variant(context: str = "de", *, perplexity: float = 19.0, dense: float | str
                     p50_ms=1.0,
                     p90_ms=1.1,
                     p99_ms=1.2,
+                    quantiles_ms=quantiles(1.0),
                     eager_p50_ms=3.0,
                     eager_p90_ms=3.1,
                     eager_p99_ms=3.2,
+                    eager_quantiles_ms=quantiles(3.0),
                     ratio=3.0,
                     ratio_low=2.9,
                     ratio_high=3.1,
@@ -78,6 +94,7 @@ def variant(context: str = "de", *, perplexity: float = 19.0, dense: float | str
                     p50_ms=0.25,
                     p90_ms=0.3,
                     p99_ms=0.4,
+                    quantiles_ms=quantiles(0.25),
                     rounds=60,
                     not_measured={"ratio": "there is no dense baseline"},
                 ),
@@ -119,23 +136,31 @@ def skipped(context: str = "de") -> VariantResult:
 
 
 def report(*variants: VariantResult, bundle_bytes: int = 9, dense_bytes: int | None = 10) -> dict[str, Any]:
+    return make_report(**arguments(*variants, bundle_bytes=bundle_bytes, dense_bytes=dense_bytes))
+
+
+def arguments(*variants: VariantResult, bundle_bytes: int = 9, dense_bytes: int | None = 10) -> dict[str, Any]:
+    """Those of `make_report`."""
     parameters = {"total": 4_000_000, "kept": 1_000_000, "removed": 3_000_000, "removed_by_kind": {"ffn": 3_000_000}}
     parameters["removed_experts"] = {}
     contexts = dict.fromkeys(v.context for v in variants)
-    return make_report(
-        model={"name": "model", "architecture": "decoder", "config": {"width": 64, "tied": True}},
-        environment=environment(),
-        build=BuildResult(seconds=12.5, peak_rss_bytes=300_000_000, stages=(BuildStage(name="capture", seconds=3.0),)),
-        bundle_bytes=bundle_bytes,
-        dense_bytes=dense_bytes,
-        shared_weights=True,
-        contexts=[
+    return {
+        "model": {"name": "model", "architecture": "decoder", "config": {"width": 64, "tied": True}},
+        "environment": environment(),
+        "build": BuildResult(
+            seconds=12.5, peak_rss_bytes=300_000_000, stages=(BuildStage(name="capture", seconds=3.0),)
+        ),
+        "bundle_bytes": bundle_bytes,
+        "dense_bytes": dense_bytes,
+        "shared_weights": True,
+        "contexts": [
             ContextResult(name=c, parameters=parameters, variants=[v for v in variants if v.context == c])
             for c in contexts
         ],
-        training=training_summary(TRAINING, ("de", "en")),
-        max_perplexity_increase=0.01,
-    )
+        "selection": SELECTION,
+        "training": training_summary(TRAINING, ("de", "en")),
+        "max_perplexity_increase": 0.01,
+    }
 
 
 def complete() -> dict[str, Any]:

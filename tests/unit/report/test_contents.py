@@ -10,8 +10,8 @@ import jsonschema
 import pytest
 
 from cpcompile.errors import CpcompileError
-from cpcompile.report import SCHEMA, judge, mean_perplexity, training_summary, write_report
-from tests.unit.report.reports import TRAINING, complete, report, skipped, variant
+from cpcompile.report import SCHEMA, judge, make_report, mean_perplexity, training_summary, write_report
+from tests.unit.report.reports import TRAINING, arguments, complete, report, skipped, variant
 
 VALIDATOR = jsonschema.Draft202012Validator(json.loads(SCHEMA.read_text(encoding="utf-8")))
 
@@ -47,6 +47,8 @@ MAPS = {
     "config",
     "removed_by_kind",
     "removed_experts",
+    "kinds",
+    "kept",
     "not_measured",
     "providers",
     "operators",
@@ -55,7 +57,7 @@ MAPS = {
     "perplexity",
 }
 """Objects whose keys are data."""
-NULLABLE = {"training", "swap_matrix", "providers", "operators", "precisions"}
+NULLABLE = {"training", "kinds", "swap_matrix", "providers", "operators", "precisions"}
 """Objects that may be absent."""
 
 
@@ -113,6 +115,8 @@ def test_the_schema_rejects_every_wrong_type() -> None:
         (("contexts", 0, "variants", 0, "speed", "shapes", 0), "p50_ms", 0),
         (("contexts", 0, "variants", 0, "speed", "shapes", 0), "p50_ms", None),
         (("contexts", 0, "variants", 0, "speed", "shapes", 0), "rounds", 2.5),
+        (("contexts", 0, "variants", 0, "speed", "shapes", 0), "quantiles_ms", [1.0] * 20),
+        (("selection", "kinds", "ffn", 0, "kept"), "de", "1o"),
         (("environment",), "cores", 0),
     ],
 )
@@ -174,6 +178,17 @@ def test_an_unknown_size_of_the_dense_model_is_inconclusive() -> None:
     assert unknown["verdict"] == "inconclusive"
     assert unknown["reasons"] == ["bundle: the size of the dense model is unknown"]
     VALIDATOR.validate(unknown)
+
+
+def test_a_selection_that_is_unknown_says_why() -> None:
+    unknown = make_report(**{**arguments(variant()), "selection": "an old program"})
+    assert unknown["selection"] == {"kinds": None, "not_measured": {"kinds": "an old program"}}
+    VALIDATOR.validate(unknown)
+
+
+def test_only_contexts_of_the_report_are_in_its_selection() -> None:
+    kinds = report(variant())["selection"]["kinds"]
+    assert kinds["head"] == [{"name": "layer 0", "kept": {"de": "10"}}]
 
 
 def test_every_variant_is_judged_by_its_own_mean() -> None:

@@ -13,6 +13,7 @@ from cpcompile.validation.reference import Outputs, Run, Timed
 from cpcompile.validation.speed import (
     EAGER_FIELDS,
     LARGEST_FACTOR,
+    NOTHING_DEMANDED,
     WARM_UP_RUNS,
     Speed,
     interleave,
@@ -90,11 +91,14 @@ def _timed(*shapes: tuple[int, int]) -> list[Timed]:
 
 def test_speed_has_a_row_per_shape_whose_numbers_fit_together() -> None:
     speed = measure_speed(_work, _work, _timed((1, 8), (2, 300)), rounds=9, threads=1, settle=0)
-    assert speed.shapes is not None and speed.threads == 1
-    assert speed.verdict is None and set(speed.not_measured) == {"verdict"}
+    assert speed.shapes is not None and speed.threads == 1 and speed.not_measured == {"verdict": NOTHING_DEMANDED}
     assert [(row.batch, row.sequence, row.rounds) for row in speed.shapes] == [(1, 8, 9), (2, 300, 9)]
     for row in speed.shapes:
         assert 0 < row.p50_ms <= row.p90_ms <= row.p99_ms
+        assert len(row.quantiles_ms) == len(row.eager_quantiles_ms) == 21
+        assert list(row.quantiles_ms) == sorted(row.quantiles_ms)
+        assert row.quantiles_ms[10] == pytest.approx(row.p50_ms, rel=1e-12)
+        assert row.eager_quantiles_ms[18] == pytest.approx(row.eager_p90_ms, rel=1e-12)
         assert 0 < row.eager_p50_ms <= row.eager_p90_ms <= row.eager_p99_ms
         assert row.ratio == pytest.approx(row.eager_p50_ms / row.p50_ms, rel=1e-9)
         assert row.ratio_low <= row.ratio <= row.ratio_high
