@@ -77,6 +77,7 @@ def main(debug: bool) -> None:
     cpcompile train --data corpus/ --out model.pt
     cpcompile build model.pt -o model.cpc
     cpcompile validate model.cpc --model model.pt
+    cpcompile report before.json model.cpc        # what changed
     cpcompile export model.cpc english -o english.onnx
     cpcompile opt any.onnx -o smaller.onnx --check
     cpcompile compare any.onnx smaller.onnx
@@ -333,6 +334,51 @@ def validate(
     else:
         write_report(report, bundle)
     _exit(report)
+
+
+@main.command(context_settings={"show_default": True})
+@click.argument("before", metavar="REPORT", type=FilePath)
+@click.argument("after", metavar="[OTHER]", type=FilePath, required=False)
+@click.option("--out", "-o", type=FilePath, help="Page to write (.html).")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+def report(before: Path, after: Path | None, out: Path | None, as_json: bool) -> None:
+    """Show a report again, or what changed from REPORT to OTHER; each is a bundle or its report.json.
+
+    \b
+    Examples:
+      cpcompile report model.cpc -o report.html
+      cpcompile report before.json after.json
+      cpcompile report before.json model.cpc -o difference.html
+
+    The exit code is 0 whatever the verdict.
+    """
+    from cpcompile.files import require_file_path
+    from cpcompile.report import (
+        compare_reports,
+        read_report,
+        render_difference,
+        render_difference_page,
+        render_page,
+        write_text,
+    )
+
+    if out is not None:
+        require_file_path(out, ".html")
+    first = read_report(before)
+    if after is None:
+        _print_report(first, as_json=as_json)
+        page = render_page(first) if out else ""
+    else:
+        difference = compare_reports(first, read_report(after), (str(before), str(after)))
+        if as_json:
+            click.echo(json.dumps(dataclasses.asdict(difference), indent=1))
+        else:
+            from rich.console import Console
+
+            Console().print(render_difference(difference))
+        page = render_difference_page(difference) if out else ""
+    if out is not None:
+        click.echo(f"wrote {write_text(out, page)}", err=True)
 
 
 @main.command(context_settings={"show_default": True})

@@ -70,7 +70,7 @@ def run_demo(folder: Path, *, train: Callable[..., None], show: Callable[[Report
         )
     show(report)
     show_samples(open_bundle(built))
-    console.print(f"report: {built / 'report.json'}")
+    console.print(f"report: {built / 'report.html'}")
     return report
 
 

@@ -23,8 +23,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from cpcompile.files import whole_file
-
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
@@ -140,7 +138,7 @@ def judge(report: Mapping[str, Any], max_perplexity_increase: float | None) -> t
                     (failures if verdict == "fail" else gaps).append(sentence)
     if not report["contexts"]:
         gaps.append("the bundle has no contexts")
-    for name, pairs in _perplexities(report).items():
+    for name, pairs in perplexities(report).items():
         if max_perplexity_increase is None:
             break
         missing = sorted(context for context, pair in pairs.items() if None in pair)
@@ -168,6 +166,18 @@ def mean_perplexity(perplexities: Sequence[float]) -> float:
     return math.exp(sum(math.log(value) for value in perplexities) / len(perplexities))
 
 
+def perplexities(report: Mapping[str, Any]) -> dict[str, dict[str, tuple[float, float]]]:
+    """(engine, dense) perplexity by variant and context, of all engines that ran."""
+    pairs: dict[str, dict[str, tuple[float, float]]] = {}
+    for context in report["contexts"]:
+        for variant in context["variants"]:
+            if variant["status"] == "ran":
+                quality = variant["quality"]
+                pair = (quality["perplexity"], quality["dense_perplexity"])
+                pairs.setdefault(variant["name"], {})[context["name"]] = pair
+    return pairs
+
+
 def training_summary(training: Mapping[str, Any], contexts: Sequence[str]) -> dict[str, Any] | None:
     """The branches of a training run side by side, and what that says; None if the checkpoint records none.
 
@@ -193,14 +203,6 @@ def training_summary(training: Mapping[str, Any], contexts: Sequence[str]) -> di
     )
     findings = [*_branch_findings(controls), *(_swap_findings(matrix) if matrix else ())]
     return {"controls": controls, "swap_matrix": matrix, "findings": findings}
-
-
-def write_report(report: Report, folder: Path) -> Path:
-    """Write `folder`/report.json in one step: a reader sees the old report or the new one."""
-    path = folder / "report.json"
-    with whole_file(path) as temporary:
-        temporary.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    return path
 
 
 def build_of(folder: Path) -> BuildResult:
@@ -236,18 +238,6 @@ def _plain(result: DataclassInstance, *, without: str | None = None) -> dict[str
     """Plain containers, tuples as lists, exactly as they come back from the file."""
     plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(result)))
     return {key: value for key, value in plain.items() if key != without}
-
-
-def _perplexities(report: Mapping[str, Any]) -> dict[str, dict[str, tuple[float, float]]]:
-    """(engine, dense) perplexity by variant and context, of all engines that ran."""
-    pairs: dict[str, dict[str, tuple[float, float]]] = {}
-    for context in report["contexts"]:
-        for variant in context["variants"]:
-            if variant["status"] == "ran":
-                quality = variant["quality"]
-                pair = (quality["perplexity"], quality["dense_perplexity"])
-                pairs.setdefault(variant["name"], {})[context["name"]] = pair
-    return pairs
 
 
 def _branch_findings(controls: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:

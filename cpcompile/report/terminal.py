@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -11,6 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from cpcompile.report.contents import PARTITION
+from cpcompile.report.difference import Difference
+from cpcompile.report.formats import arrow, count, gaps, megabytes, number, plain, shape_name, signed
 
 VERDICT_STYLE = {"pass": "bold green", "fail": "bold red", "inconclusive": "bold yellow"}
 
@@ -44,7 +46,7 @@ def contexts_table(report: Mapping[str, Any]) -> Table:
             cells = [
                 f"{context['name']}\n{variant['name']}",
                 _parameters_cell(context["parameters"]),
-                _bytes(variant["bytes"]),
+                megabytes(variant["bytes"]),
                 *(_measured_cells(variant) if variant["status"] == "ran" else [variant["status"], "–", "–", "–"]),
             ]
             table.add_row(*(Text(cell) for cell in cells))
@@ -62,7 +64,12 @@ def peers_table(report: Mapping[str, Any]) -> Table:
     for context, variant in variants:
         for shape in variant["speed"]["shapes"] or ():
             ratios = [shape["ratio"], *(shape["peers"].get(name, {}).get("ratio") for name in names)]
-            cells = [context["name"], _shape(shape), f"{shape['p50_ms']:.3g} ms", *(_number(r, ".2f") for r in ratios)]
+            cells = [
+                context["name"],
+                shape_name(shape),
+                f"{shape['p50_ms']:.3g} ms",
+                *(number(r, ".2f") for r in ratios),
+            ]
             table.add_row(*(Text(cell) for cell in cells))
     return table
 
@@ -85,6 +92,28 @@ def controls_table(training: Mapping[str, Any] | None) -> RenderableType:
     return Group(table, *(Text(f"• {finding}") for finding in training["findings"]))
 
 
+def render_difference(difference: Difference) -> Group:
+    """Two reports side by side: the numbers that differ, and which of them exceed the noise."""
+    parts: list[RenderableType] = []
+    for part in difference.parts:
+        title = Text(part.name + (f": parity {arrow(part.verdicts)}" if part.verdicts else ""))
+        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        for column in ("number", "before", "after", "change", "noise"):
+            table.add_column(column, justify="left" if column == "number" else "right")
+        for change in part.changes:
+            noise = {True: "beyond", False: "within", None: "unknown"}[change.beyond_noise]
+            cells = (change.name, plain(change.before), plain(change.after), signed(change.relative), noise)
+            table.add_row(*map(Text, cells), style="bold" if change.beyond_noise else None)
+        parts += [table] if part.changes else [title]
+        parts.append(Text(f"{part.equal} numbers are equal\n", style="dim"))
+    lines = [f"+ {name}" for name in difference.appeared] + [f"- {name}" for name in difference.disappeared]
+    for when, reasons in zip(("before", "after"), difference.reasons, strict=True):
+        lines += [f"• {when}: {reason}" for reason in reasons]
+    text = Text("\n".join([*lines, difference.summary, ""]))
+    text.append(f"verdict: {arrow(difference.verdicts)}", style=VERDICT_STYLE[difference.verdicts[1]])
+    return Group(*parts, text)
+
+
 def render_optimization(result: Mapping[str, Any], *, explain: bool) -> Group:
     """What `cpcompile opt` did: size after every pass, outputs compared, zero channels that stayed."""
     table = Table(box=box.SIMPLE)
@@ -92,7 +121,7 @@ def render_optimization(result: Mapping[str, Any], *, explain: bool) -> Group:
         table.add_column(column, justify="left" if column == "pass" else "right")
     rows = [("(before)", result["before"], None), *((s["name"], s["size"], s["seconds"]) for s in result["steps"])]
     for name, size, seconds in rows:
-        cells = (str(size["nodes"]), f"{size['parameters']:,}", f"{size['bytes']:,}", _number(seconds, ".2f"))
+        cells = (str(size["nodes"]), f"{size['parameters']:,}", f"{size['bytes']:,}", number(seconds, ".2f"))
         table.add_row(Text(name), *cells)
     parts: list[RenderableType] = [table]
     if explain and not result["blocked"]:
@@ -115,7 +144,7 @@ def render_file_comparison(result: Mapping[str, Any]) -> Group:
         sizes.add_column(column, justify="right" if column else "left")
     for what in ("nodes", "parameters", "bytes"):
         before, now = result["original"][what], result["candidate"][what]
-        sizes.add_row(what, f"{before:,}", f"{now:,}", _number(now / before if before else None, ".3f"))
+        sizes.add_row(what, f"{before:,}", f"{now:,}", number(now / before if before else None, ".3f"))
     parts: list[RenderableType] = [sizes, _outputs_table(result["outputs"]["outputs"])]
     for shape in result["speed"]["shapes"] or ():
         interval = f"{shape['ratio']:.2f} ({shape['ratio_low']:.2f}–{shape['ratio_high']:.2f})"
@@ -139,16 +168,16 @@ def _outputs_table(outputs: Sequence[Mapping[str, Any]]) -> Table:
         table.add_column(column, justify="left" if column == "output" else "right")
     for out in outputs:
         ratios = out["ratios"]
-        cells = (_number(out["max_abs_error"], ".2g"), _number(out["tolerance"], ".2g"))
-        more = (_number(ratios.get("max_relative_error"), ".2g"), _number(ratios.get("cosine"), ".9f"))
-        table.add_row(*map(Text, (out["name"], *cells, *more, _number(ratios.get("sqnr_db"), ".1f") + " dB")))
+        cells = (number(out["max_abs_error"], ".2g"), number(out["tolerance"], ".2g"))
+        more = (number(ratios.get("max_relative_error"), ".2g"), number(ratios.get("cosine"), ".9f"))
+        table.add_row(*map(Text, (out["name"], *cells, *more, number(ratios.get("sqnr_db"), ".1f") + " dB")))
     return table
 
 
 def _comparison_text(comparison: Mapping[str, Any]) -> Text:
     lines = []
     for out in comparison["outputs"]:
-        error, tolerance = (_number(out[key], ".2g") for key in ("max_abs_error", "tolerance"))
+        error, tolerance = (number(out[key], ".2g") for key in ("max_abs_error", "tolerance"))
         lines.append(f"{out['name']}: max abs difference {error} of {tolerance}")
     if comparison["runs"]:
         lines.append(f"tolerance: {comparison['tolerance_source']}; {comparison['runs']} inputs")
@@ -163,12 +192,11 @@ def footnotes(report: Mapping[str, Any]) -> Text:
     for context in report["contexts"]:
         for variant in context["variants"]:
             if variant["status"] == "ran":
-                # A verdict that nobody asked for is no gap.
-                gaps = [(key, reason) for key, reason in _reasons(variant) if key != "verdict"]
-                gaps += [(peer["name"], peer["reason"]) for peer in variant["peers"] if peer["reason"]]
+                found = list(gaps(variant))
+                found += [(peer["name"], peer["reason"]) for peer in variant["peers"] if peer["reason"]]
             else:
-                gaps = [(f"{context['name']} {variant['name']}", variant["reason"])]
-            for what, reason in gaps:
+                found = [(f"{context['name']} {variant['name']}", variant["reason"])]
+            for what, reason in found:
                 whats = concerned.setdefault(reason, [])
                 if what not in whats:
                     whats.append(what)
@@ -181,8 +209,8 @@ def verdict_text(report: Mapping[str, Any]) -> Text:
     build, bundle = report["build"], report["bundle"]
     text = Text()
     if build["seconds"] is not None:
-        text.append(f"built in {build['seconds']:.1f} s, peak {_bytes(build['peak_rss_bytes'])}; ")
-    text.append(f"bundle {_bytes(bundle['bytes'])}, dense model {_bytes(bundle['dense_bytes'])}\n")
+        text.append(f"built in {build['seconds']:.1f} s, peak {megabytes(build['peak_rss_bytes'])}; ")
+    text.append(f"bundle {megabytes(bundle['bytes'])}, dense model {megabytes(bundle['dense_bytes'])}\n")
     text.append(f"verdict: {report['verdict']}", style=VERDICT_STYLE[report["verdict"]])
     for reason in report["reasons"]:
         text.append(f"\n• {reason}")
@@ -193,19 +221,19 @@ def _measured_cells(variant: Mapping[str, Any]) -> list[str]:
     """Parity, perplexity, memory and speed of an engine that ran."""
     parity, quality, memory = variant["parity"], variant["quality"], variant["memory"]
     shapes = variant["speed"]["shapes"]
-    error, tolerance = _number(parity["max_abs_error_float64"], ".2g"), _number(parity["tolerance"], ".2g")
+    error, tolerance = number(parity["max_abs_error_float64"], ".2g"), number(parity["tolerance"], ".2g")
     return [
         f"{error}\nof {tolerance}\n{parity['verdict']}",
-        f"{_number(quality['perplexity'], '.2f')}\ndense {_number(quality['dense_perplexity'], '.2f')}",
-        f"{_bytes(memory['run_peak_rss_bytes'])}\neager {_bytes(memory['eager_run_peak_rss_bytes'])}",
+        f"{number(quality['perplexity'], '.2f')}\ndense {number(quality['dense_perplexity'], '.2f')}",
+        f"{megabytes(memory['run_peak_rss_bytes'])}\neager {megabytes(memory['eager_run_peak_rss_bytes'])}",
         "\n".join([*map(_speed_line, shapes), *_throughput_line(variant["throughput"])]) if shapes else "–",
     ]
 
 
 def _speed_line(shape: Mapping[str, Any]) -> str:
     if shape["ratio"] is None:
-        return f"{_shape(shape)}: {shape['p50_ms']:.2f} ms"
-    return f"{_shape(shape)}: {shape['ratio']:.2f} ({shape['ratio_low']:.2f}–{shape['ratio_high']:.2f})"
+        return f"{shape_name(shape)}: {shape['p50_ms']:.2f} ms"
+    return f"{shape_name(shape)}: {shape['ratio']:.2f} ({shape['ratio_low']:.2f}–{shape['ratio_high']:.2f})"
 
 
 def _throughput_line(throughput: Mapping[str, Any]) -> list[str]:
@@ -215,35 +243,6 @@ def _throughput_line(throughput: Mapping[str, Any]) -> list[str]:
     return [f"{throughput['workers']} at a time: {ratio:.2f} ({low:.2f}–{high:.2f})"]
 
 
-def _shape(shape: Mapping[str, Any]) -> str:
-    return f"{shape['batch']}×{shape['sequence']}" if shape["sequence"] else f"batch {shape['batch']}"
-
-
 def _parameters_cell(parameters: Mapping[str, Any]) -> str:
     kept, total = parameters["kept"], parameters["total"]
-    return f"{_count(kept)}\nof {_count(total)}\n{kept / total:.0%}"
-
-
-def _reasons(node: Any) -> Iterator[tuple[str, str]]:
-    """(field, reason) of everything below `node` that was not measured."""
-    if isinstance(node, list):
-        for item in node:
-            yield from _reasons(item)
-    elif isinstance(node, dict):
-        yield from node.get("not_measured", {}).items()
-        for value in node.values():
-            yield from _reasons(value)
-
-
-def _number(value: float | None, form: str) -> str:
-    return "–" if value is None else format(value, form)
-
-
-def _count(value: int) -> str:
-    return f"{value / 1e6:.2f} M" if value >= 1e6 else f"{value / 1e3:.1f} k"
-
-
-def _bytes(value: int | None) -> str:
-    if value is None:
-        return "–"
-    return f"{value / 1e6:.1f} MB" if value >= 1e6 else f"{value / 1e3:.1f} kB"
+    return f"{count(kept)}\nof {count(total)}\n{kept / total:.0%}"

@@ -88,6 +88,12 @@ def test_the_report_says_what_a_program_has_and_what_not(report: dict[str, Any])
             assert shape["sequence"] is None and shape["ratio"] > 0
 
 
+def test_its_page_says_so_too(model: Path, report: dict[str, Any]) -> None:
+    page = model.with_name("net.cpc").joinpath("report.html").read_text(encoding="utf-8")
+    assert ">Pass</strong>" in page and "for its own task to say" in page
+    assert "the model records no training results" in page
+
+
 class _Fresh(torch.nn.Module):
     """As new: biases are zero, few rows of the table of positions are read, and a part is in float32 come what may."""
 

@@ -45,8 +45,10 @@ def test_wheel_holds_every_source(installed: Path, package: str) -> None:
     assert found == expected
 
 
-def test_wheel_holds_schema_and_licence(installed: Path) -> None:
+def test_wheel_holds_schema_templates_and_licence(installed: Path) -> None:
     assert (installed / "cpcompile/report/report.schema.json").is_file()
+    templates = {p.name for p in (ROOT / "cpcompile/report/templates").iterdir()}
+    assert {p.name for p in (installed / "cpcompile/report/templates").iterdir()} == templates
     assert (installed / "cpcompile/py.typed").is_file()
     (information,) = installed.glob("cpcompile-*.dist-info")
     assert "License-Expression: Apache-2.0" in (information / "METADATA").read_text()

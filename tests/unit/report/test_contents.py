@@ -3,15 +3,13 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
 
-from cpcompile.errors import CpcompileError
-from cpcompile.report import SCHEMA, judge, make_report, mean_perplexity, training_summary, write_report
-from tests.unit.report.reports import TRAINING, arguments, complete, report, skipped, variant
+from cpcompile.report import SCHEMA, judge, make_report, mean_perplexity, training_summary
+from tests.unit.report.reports import TRAINING, arguments, complete, report, variant
 
 VALIDATOR = jsonschema.Draft202012Validator(json.loads(SCHEMA.read_text(encoding="utf-8")))
 
@@ -20,26 +18,6 @@ def test_a_complete_report_fits_the_schema_and_passes() -> None:
     VALIDATOR.check_schema(VALIDATOR.schema)
     VALIDATOR.validate(complete())
     assert complete()["verdict"] == "pass" and complete()["reasons"] == []
-
-
-def test_the_report_survives_its_file(tmp_path: Path) -> None:
-    path = write_report(complete(), tmp_path)
-    assert path == tmp_path / "report.json"
-    assert json.loads(path.read_text(encoding="utf-8")) == complete()
-    write_report(report(skipped()), tmp_path)
-    assert json.loads(path.read_text(encoding="utf-8"))["verdict"] == "inconclusive"
-    assert [p.name for p in tmp_path.iterdir()] == ["report.json"]
-
-
-def test_a_report_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:
-    path = write_report(complete(), tmp_path)
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        write_report({**complete(), "verdict": float("nan")}, tmp_path)
-    assert json.loads(path.read_text(encoding="utf-8")) == complete()
-    assert [p.name for p in tmp_path.iterdir()] == ["report.json"]
-    (tmp_path / "other" / "report.json").mkdir(parents=True)
-    with pytest.raises(CpcompileError, match="is a folder"):
-        write_report(complete(), tmp_path / "other")
 
 
 MAPS = {

@@ -1,0 +1,185 @@
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cpcompile.report import render_difference_page, render_page
+from cpcompile.report.difference import compare_reports
+from cpcompile.report.page import selection_map
+from cpcompile.selection import Selection, UnitKind
+from tests.unit.report.reports import SELECTION, complete, report, skipped, variant
+
+HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(1)>$x^{"
+SECTIONS = ("verdict", "engines", "selection", "overlap", "swap", "controls", "build", "environment", "gaps")
+ERRORS = [
+    {"module": f"layers.{i}", "max_abs_error": error, "largest": 2.0} for i, error in enumerate((1e-7, 4e-7, 0.0))
+]
+
+
+class Elements(HTMLParser):
+    """All elements with their attributes, and the text."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+    def all(self, attribute: str) -> list[str]:
+        return [value for _, own in self.tags if (value := own.get(attribute)) is not None]
+
+
+def hostile() -> dict[str, Any]:
+    """A report in which everything that can be a name or a reason is an attack."""
+    whole = complete()
+    whole["contexts"][0]["variants"][0]["layer_errors"] = [{**ERRORS[0], "module": HOSTILE}, *ERRORS]
+    whole["model"]["name"] = whole["reasons"][:] = [HOSTILE]
+    text = json.dumps(whole)
+    for name in ("de", "layer 0", "capture", "cpu-fp32", "one-mask", "MatMul", "CPUExecutionProvider", "width"):
+        assert json.dumps(name) in text
+        text = text.replace(json.dumps(name), json.dumps(HOSTILE))
+    found: dict[str, Any] = json.loads(text.replace("tensorrt [the library]", json.dumps(HOSTILE)[1:-1]))
+    return found
+
+
+def difference() -> str:
+    return render_difference_page(compare_reports(complete(), hostile(), ("a", HOSTILE)))
+
+
+def test_the_page_has_every_section_and_what_is_in_the_report() -> None:
+    page = Elements(render_page(complete()))
+    assert set(SECTIONS) <= set(page.all("id"))
+    words = " ".join(page.text.split())
+    for part in (
+        "Every engine that ran computes what its eager model computes",
+        "mean perplexity of cpu-fp32; dense 24.49 (−4.2 %)",
+        "1.00 M 25 % of 4.00 M",
+        "removed FFN blocks: 3.00 M (75 %)",
+        "3.00 (2.90–3.10)",
+        "eager 600.0 MB",
+        "Tolerance: 8 x the eager model's own float32 error 2e-06.",
+        "skipped: tensorrt [the library] is not installed",
+        "The partitioned model loses to small-dense",
+        "Not measured: the errors of single layers were not measured",
+        "CPUExecutionProvider 1",
+        "text of de 19.00 40.00",
+    ):
+        assert part in words, part
+
+
+@pytest.mark.parametrize(
+    ("verdict", "word"),
+    [
+        ("fail", "Something that was measured is out of bounds"),
+        ("inconclusive", "not everything that decides could be measured"),
+    ],
+)
+def test_a_verdict_that_is_no_pass_comes_with_its_reasons(verdict: str, word: str) -> None:
+    text = Elements(render_page({**complete(), "verdict": verdict, "reasons": ["one", "another reason"]})).text
+    assert word in text and text.index("another reason") < text.index("Engines")
+
+
+@pytest.mark.parametrize("page_of", [lambda: render_page(complete()), lambda: render_page(hostile()), difference])
+def test_the_page_is_one_file_without_scripts(page_of: Callable[[], str]) -> None:
+    page = page_of()
+    found = Elements(page)
+    assert not {"script", "img", "iframe", "object", "embed"} & {tag for tag, _ in found.tags}
+    assert not [name for _, own in found.tags for name in own if name.startswith("on") or name == "src"]
+    assert all(link.startswith("#") or link == "data:," for link in found.all("href"))
+    assert "@import" not in page and not re.search(r"url\((?!#)", page) and "http" not in page.replace("http-equiv", "")
+    assert "default-src 'none'" in page
+
+
+def test_names_and_reasons_are_text() -> None:
+    whole = hostile()
+    assert Elements(render_page(whole)).text.count(HOSTILE) > 20
+    assert HOSTILE in Elements(difference()).text
+
+
+def test_ids_are_unique_and_every_link_leads_somewhere() -> None:
+    page = render_page(complete())
+    found = Elements(page)
+    ids = found.all("id")
+    assert len(ids) == len(set(ids))
+    links = [link for link in found.all("href") if link.startswith("#")] + re.findall(r"url\((#[^)]*)\)", page)
+    assert len(links) > 10 and {link[1:] for link in links} <= set(ids)
+
+
+def test_charts_are_named_painted_by_the_page_and_hold_text() -> None:
+    page = render_page({**complete(), "contexts": complete()["contexts"][:1]})
+    charts = re.findall(r"<svg .*?</svg>", page, flags=re.DOTALL)
+    drawn = [chart for chart in charts if "aria-labelledby" in chart]
+    assert len(drawn) == 3  # latency, speed, stages: of the only stage no memory is known
+    for chart in drawn:
+        assert 'role="img"' in chart and "<title" in chart and "<text" in chart
+        assert "var(--ink)" in chart and "#0101" not in chart and "DejaVu" not in chart
+
+
+def test_errors_of_layers_are_drawn_where_they_were_measured() -> None:
+    whole = complete()
+    first, _, other = (v for context in whole["contexts"] for v in context["variants"])
+    first["layer_errors"] = ERRORS
+    other |= {"layer_errors": None, "not_measured": {"layer_errors": "parity passed"}}
+    text = " ".join(Elements(render_page(whole)).text.split())
+    assert "Relative error per layer; the largest is 2e-07 at layers.1" in text
+    assert "Not measured: parity passed" in text
+    assert "parity passed layer errors · en cpu-fp32" in text
+
+
+def test_every_reason_is_there_once_with_what_it_concerns() -> None:
+    text = " ".join(Elements(render_page(complete())).text.split())
+    gaps = text[text.rindex("What was not run and why") :]
+    assert gaps.count("there is no dense baseline") == 1
+    assert "speed ratio · de cpu-fp32, en cpu-fp32" in gaps
+    assert "the whole engine (skipped) · de tensorrt-fp16" in gaps
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"training": None},
+        {"contexts": []},
+        {"selection": {"kinds": None, "not_measured": {"kinds": "an old program"}}},
+        {"contexts": report(skipped())["contexts"]},
+        {"contexts": report(variant(dense="no baseline"))["contexts"]},
+        {"build": {"seconds": None, "peak_rss_bytes": None, "stages": [], "not_measured": {"seconds": "lost"}}},
+    ],
+)
+def test_a_report_with_gaps_is_a_page_as_well(change: dict[str, Any]) -> None:
+    assert set(SECTIONS) <= set(Elements(render_page({**complete(), **change})).all("id"))
+
+
+def test_units_that_the_same_contexts_keep_are_one_run() -> None:
+    found = selection_map("ffn", SELECTION["ffn"])
+    assert found["rows"][0]["runs"] == [
+        (0, 1, "all", "de, en"),
+        (1, 1, "own0", "de"),
+        (2, 1, "own1", "en"),
+        (3, 1, "none", "no context"),
+    ]
+    assert found["rows"][1]["runs"] == [(0, 1, "all", "de, en"), (1, 3, "own0", "de")]
+    assert [text for _, text in found["legend"]] == ["all contexts", "only de", "only en", "no context"]
+
+
+def test_many_contexts_are_told_apart_by_how_many_keep_a_unit() -> None:
+    kept = {f"c{i}": "1" if i < 4 else "0" for i in range(10)}
+    assert selection_map("ffn", [{"name": "layer 0", "kept": kept}])["rows"][0]["runs"][0][:3] == (0, 1, "share4")
+
+
+def test_the_overlap_is_that_of_the_selection() -> None:
+    table = np.random.default_rng(0).random((3, 4, 9)) < 0.4
+    selection = Selection(("a", "b", "c"), {UnitKind.FFN: table})
+    digits = selection.digits({UnitKind.FFN: [(f"layer {i}", 9) for i in range(4)]})
+    assert np.allclose(selection_map("ffn", digits["ffn"])["overlap"], selection.overlap(UnitKind.FFN), rtol=1e-12)

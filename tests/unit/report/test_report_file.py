@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cpcompile.errors import CpcompileError, UsageError
+from cpcompile.report import read_report, write_report
+from tests.unit.report.reports import complete, report, skipped
+
+
+def test_the_report_survives_its_file(tmp_path: Path) -> None:
+    path = write_report(complete(), tmp_path)
+    assert path == tmp_path / "report.json"
+    assert read_report(path) == read_report(tmp_path) == complete()
+    write_report(report(skipped()), tmp_path)
+    assert read_report(path)["verdict"] == "inconclusive"
+    assert ">Inconclusive</strong>" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert {p.name for p in tmp_path.iterdir()} == {"report.json", "report.html"}
+
+
+def test_a_report_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:
+    path = write_report(complete(), tmp_path)
+    page = (tmp_path / "report.html").read_bytes()
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_report({**complete(), "verdict": float("nan")}, tmp_path)
+    assert read_report(path) == complete() and (tmp_path / "report.html").read_bytes() == page
+    assert {p.name for p in tmp_path.iterdir()} == {"report.json", "report.html"}
+    (tmp_path / "other" / "report.json").mkdir(parents=True)
+    with pytest.raises(CpcompileError, match="is a folder"):
+        write_report(complete(), tmp_path / "other")
+
+
+def edited(change: Callable[[dict[str, Any]], object]) -> str:
+    content = complete()
+    change(content)
+    return json.dumps(content)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is not JSON, or only a part of it"),
+        (json.dumps(complete())[:3000], "is not JSON, or only a part of it"),
+        ("[" * 100_000, "is not JSON, or only a part of it"),
+        ("[1, 2]", "is not a report of cpcompile; give a bundle or its report.json"),
+        ('{"schema_version": "1.0", "components": {}}', "is not a report of cpcompile"),
+        (edited(lambda r: r.update(schema_version=7)), "has schema version 7, this cpcompile reads 1"),
+        (edited(lambda r: r.pop("verdict")), "'verdict' is a required property"),
+        (edited(lambda r: r["build"].update(seconds=float("nan"))), "NaN is no number"),
+        (edited(lambda r: r["build"].update(seconds=1)).replace('"seconds": 1,', '"seconds": 1e999,'), "1e999 is no"),
+        (edited(lambda r: r["bundle"].update(bytes=10**30)), "is too large"),
+        (edited(lambda r: r["contexts"].append(r["contexts"][0])), "a context occurs twice"),
+        (edited(lambda r: r["selection"]["kinds"]["ffn"][0]["kept"].pop("de")), "layer 0 does not give a digit"),
+        (edited(lambda r: r["selection"]["kinds"]["ffn"][0]["kept"].update(de="1")), "layer 0 does not give a digit"),
+        (edited(lambda r: r["training"].update(controls={})), "the branches have no perplexities"),
+        (edited(lambda r: r["training"]["swap_matrix"]["perplexity"].pop()), "the swap matrix is not square"),
+    ],
+)
+def test_what_is_no_report_is_refused_with_the_reason(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(UsageError, match=r"report\.json: ") as caught:
+        read_report(path)
+    assert message in str(caught.value)
+
+
+def test_a_report_that_is_not_there_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="there is no such file; `cpcompile validate` writes one"):
+        read_report(tmp_path)
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe")
+    with pytest.raises(UsageError, match="is not JSON"):
+        read_report(tmp_path / "bytes")
