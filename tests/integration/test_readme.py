@@ -55,6 +55,7 @@ def test_the_readme_names_these_commands_and_no_others() -> None:
         ["cpcompile", "train"],
         ["cpcompile", "build"],
         ["cpcompile", "validate"],
+        ["cpcompile", "report"],
         ["cpcompile", "export"],
         ["cpcompile", "train"],
         ["cpcompile", "build"],
@@ -102,6 +103,7 @@ def test_the_commands_run_one_after_the_other(folder: Path) -> None:
         if failed.exists():
             shutil.move(failed, folder / "model.cpc")
     assert (folder / "net.cpc" / "report.json").is_file()
+    assert (folder / "report.html").is_file()
     assert (folder / "english.onnx").is_file()
     assert (folder / "smaller.onnx").is_file()
     for block in blocks("python"):
