@@ -9,11 +9,15 @@ A checkpoint is in memory once in this way, and nothing is drawn at random to be
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.overrides import TorchFunctionMode
+
+DRAWING = (Tensor.normal_, Tensor.uniform_, nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_)
 
 
 @contextmanager
@@ -21,9 +25,26 @@ def without_weights() -> Iterator[None]:
     """Parameters made here take no memory (device "meta"); buffers are real, for they are computed and not loaded."""
     hook = register_module_parameter_registration_hook(_without_memory)  # type: ignore[arg-type]
     try:
-        yield
+        with _NothingDrawn():
+            yield
     finally:
         hook.remove()
+
+
+class _NothingDrawn(TorchFunctionMode):
+    """What has no memory is not filled at random.
+
+    torch would trace the drawing, and import 70 MB of torch._dynamo and sympy for it, which would then count as memory
+    of the eager model.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in DRAWING and (tensor := args[0] if args else kwargs["tensor"]).is_meta:
+            return tensor
+        return func(*args, **kwargs)
 
 
 def _without_memory(_module: nn.Module, _name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:

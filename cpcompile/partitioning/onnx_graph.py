@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import inspect
+from typing import TYPE_CHECKING
 
-import onnx_ir as ir
 import torch
 
 from cpcompile.errors import CpcompileError
 from cpcompile.partitioning.partitioned_module import PartitionedModule
 from cpcompile.partitioning.trace import quiet
+
+if TYPE_CHECKING:
+    import onnx_ir as ir  # not at run time: a pretrained model that only runs is measured without it
 
 
 def capture_partitioned(module: PartitionedModule, *, opset: int = 23) -> ir.Model:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cpcompile.bundle import Bundle
-from cpcompile.measure import ProcessMemory
+from cpcompile.measure import ProcessMemory, in_fresh_process
 from cpcompile.validation.memory import compare_memory, measure_eager, measure_engine
 
 MIB = 2**20
@@ -23,6 +23,17 @@ def test_engine_and_eager_model_in_processes_of_their_own(bundle: Bundle, dense_
         assert side.base_rss_bytes <= side.run_peak_rss_bytes
     # torch alone weighs more than the engine's whole process, so neither side measured the other or this process.
     assert engine.run_peak_rss_bytes < eager.base_rss_bytes
+
+
+def test_the_eager_model_brings_nothing_of_a_compiler(dense_path: Path) -> None:
+    """What torch imports in order to trace (torch._dynamo, sympy: 70 MB) would count as memory of the eager model."""
+    code = (
+        "import json, sys; from pathlib import Path; from cpcompile.checkpoint import load_checkpoint; "
+        "load_checkpoint(Path(sys.argv[1])).model; print(json.dumps([*sys.modules]))"
+    )
+    modules = in_fresh_process("-c", code, str(dense_path))
+    assert "torch" in modules
+    assert not {"torch._dynamo", "sympy", "onnx", "onnx_ir", "onnxruntime"} & set(modules)
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint"])
