@@ -114,9 +114,12 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
     )
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
-    """Read `path`; UsageError says what is wrong with it and what to do."""
-    plain = load_plain(path)
+def load_checkpoint(path: Path, *, mapped: bool = False) -> Checkpoint:
+    """Read `path`; UsageError says what is wrong with it and what to do.
+
+    mapped: weights stay in the file, whose pages take memory as they are read; for a look at what is there.
+    """
+    plain = load_plain(path, mapped=mapped)
     if not isinstance(plain, dict) or plain.get("format") != FORMAT:
         raise UsageError(
             f"{path}: is a torch file but not a cpcompile checkpoint; `cpcompile train --out {path.name}` writes one"
@@ -188,14 +191,14 @@ def save_atomically(plain: object, path: Path) -> None:
             ) from error
 
 
-def load_plain(path: Path) -> Any:
+def load_plain(path: Path, *, mapped: bool = False) -> Any:
     """`torch.load(weights_only=True)` with errors that help."""
     if path.is_dir():
         raise UsageError(f"{path}: is a folder; a checkpoint is a file such as model.pt")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickles of other writers, which are refused just below
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except FileNotFoundError as error:
         raise UsageError(f"{path}: there is no such file; `cpcompile train` writes one") from error
     except PermissionError as error:

@@ -140,10 +140,8 @@ class TrainedSource(Source):
                 for kind, table in checkpoint.selection.kept.items()
             }
         )
-        self._dense = _load_dense(path, checkpoint)
-        self.dense_bytes = (
-            sum(tensor.numel() for tensor in self._dense.state.values()) * FLOAT32_BYTES if self._dense else None
-        )
+        self._dense = dense_path(path) if dense_path(path).exists() else None
+        self.dense_bytes = _dense_bytes(self._dense, path, checkpoint) if self._dense else None
 
     @property
     def _eager(self) -> LanguageModel:
@@ -153,7 +151,7 @@ class TrainedSource(Source):
         return capture(self._eager, opset=opset)
 
     def capture_dense(self, *, opset: int) -> ir.Model | None:
-        return capture_dense(self._dense.model, opset=opset) if self._dense else None
+        return capture_dense(load_checkpoint(self._dense).model, opset=opset) if self._dense else None
 
     def parameter_sizes(self) -> dict[str, int]:
         return self._eager.parameter_sizes()
@@ -263,18 +261,16 @@ class ProgramSource(Source):
         return ProgramReference(self.path, self._program)
 
 
-def _load_dense(model: Path, checkpoint: Checkpoint) -> Checkpoint | None:
-    path = dense_path(model)
-    if not path.exists():
-        return None
-    dense = load_checkpoint(path)
+def _dense_bytes(path: Path, model: Path, checkpoint: Checkpoint) -> int:
+    """Bytes of the weights in `path`, which are not read; UsageError if it is not the dense baseline of `model`."""
+    dense = load_checkpoint(path, mapped=True)
     same_run = dense.training.get("run") == checkpoint.training.get("run")
     if dense.selection is not None or not same_run or dense.tokenizer != checkpoint.tokenizer:
         raise UsageError(
             f"{path}: is not the dense baseline that was trained with {model}; put that one there (a training that was "
             "interrupted goes on with --resume), or take it away to build without a comparison"
         )
-    return dense
+    return sum(tensor.numel() for tensor in dense.state.values()) * FLOAT32_BYTES
 
 
 @contextmanager

@@ -7,8 +7,6 @@ eager model is asked through the id map.
 from __future__ import annotations
 
 import copy
-import dataclasses
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,8 +16,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import nn
 
-from cpcompile.checkpoint import Checkpoint, save_checkpoint
+from cpcompile.checkpoint import Checkpoint, load_checkpoint
 from cpcompile.config import ValidateConfig
 from cpcompile.measure import ProcessMemory
 from cpcompile.models.language_model import LanguageModel
@@ -60,7 +59,7 @@ class LanguageReference:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        dense: Checkpoint | None,
+        dense: Path | None,
         config: ValidateConfig,
         *,
         held_out: Mapping[str, npt.NDArray[Any]],
@@ -84,11 +83,13 @@ class LanguageReference:
         return self._run(self._single, context)
 
     def exact(self, context: str) -> Run:
-        return self._run(self._double, context)
+        """Takes twice the model's bytes while the function lives; the dense baseline makes room meanwhile."""
+        self.__dict__.pop("_dense_model", None)
+        return self._run(_in_float64(self._single), context)
 
     def dense(self, context: str) -> Run | str:
         """It gives all logits, as whoever runs it would get: choosing from them is not its cost."""
-        return self.as_engine(context, eager_run(self._dense.model), all_logits=True) if self._dense else NO_DENSE
+        return self.as_engine(context, eager_run(self._dense_model), all_logits=True) if self._dense else NO_DENSE
 
     def compiled(self, context: str) -> Run | str:
         return self.as_engine(context, eager_run(self._compiled), all_logits=True) if self._dense else NO_DENSE
@@ -99,13 +100,9 @@ class LanguageReference:
     def dense_memory(self, context: str, *, threads: int) -> ProcessMemory | str:
         if self._dense is None:
             return NO_DENSE
-        if self._dense_memory is None:  # the same for all contexts; held-out text and training data stay out of it
-            with tempfile.TemporaryDirectory(prefix="cpcompile-dense-") as folder:
-                path = Path(folder) / "dense.pt"
-                save_checkpoint(dataclasses.replace(self._dense, training={}, held_out={}), path)
-                shape = self._config.speed_shapes[0]
-                feeds = {INPUT: np.zeros(shape, dtype=np.int64)}
-                self._dense_memory = measure_eager(path, feeds, threads=threads)
+        if self._dense_memory is None:  # the same for all contexts
+            feeds = {INPUT: np.zeros(self._config.speed_shapes[0], dtype=np.int64)}
+            self._dense_memory = measure_eager(self._dense, feeds, threads=threads)
         return self._dense_memory
 
     def inputs(self, context: str) -> Iterator[Feeds]:
@@ -128,17 +125,13 @@ class LanguageReference:
         return compare_quality(score, self._dense_score(context))
 
     @cached_property
-    def _double(self) -> LanguageModel:
-        """Casting takes the rotary frequencies along as they are in float32.
-
-        Both forms and the engine turn by the same angles, of which float64 only rounds less.
-        """
-        return copy.deepcopy(self._single).double().eval()
+    def _dense_model(self) -> LanguageModel:
+        assert self._dense is not None
+        return load_checkpoint(self._dense).model
 
     @cached_property
     def _compiled(self) -> Callable[..., torch.Tensor]:
-        assert self._dense is not None
-        return torch.compile(self._dense.model, dynamic=True)
+        return torch.compile(self._dense_model, dynamic=True)
 
     def _run(self, model: LanguageModel, context: str) -> Run:
         index = torch.tensor(self.contexts.index(context)) if model.contexts else None
@@ -157,9 +150,19 @@ class LanguageReference:
             return NO_DENSE
         if context not in self._dense_scores:
             windows = cut_windows(self._held_out[context], self._sequence)
-            run = _logits_of(eager_run(self._dense.model))
+            run = _logits_of(eager_run(self._dense_model))
             self._dense_scores[context] = measure_score(run, windows) if len(windows) else NO_TEXT
         return self._dense_scores[context]
+
+
+def _in_float64(model: LanguageModel) -> LanguageModel:
+    """A copy in float64, without one in float32 on the way.
+
+    Casting takes the rotary frequencies along as they are in float32: both forms and the engine turn by the same
+    angles, of which float64 only rounds less.
+    """
+    made = {id(parameter): nn.Parameter(parameter.detach().double()) for parameter in model.parameters()}
+    return copy.deepcopy(model, made).double().eval()
 
 
 def eager_run(model: Callable[..., torch.Tensor], context: torch.Tensor | None = None) -> Run:

@@ -74,10 +74,10 @@ def measure_score(run: Run, windows: IntArray, *, batch: int = 4, ratio: float =
     loss, right = 0.0, 0
     for start in range(0, len(windows), batch):
         part = windows[start : start + batch]
-        log_probabilities = log_softmax(run(part[:, :-1]))
-        labels = part[:, 1:]
-        loss -= float(np.take_along_axis(log_probabilities, labels[..., None], axis=-1).sum())
-        right += int((log_probabilities.argmax(axis=-1) == labels).sum())
+        for logits, labels in zip(run(part[:, :-1]), part[:, 1:], strict=True):  # in float64 one window at a time
+            log_probabilities = log_softmax(logits)
+            loss -= float(np.take_along_axis(log_probabilities, labels[..., None], axis=-1).sum())
+            right += int((log_probabilities.argmax(axis=-1) == labels).sum())
     tokens = windows[:, 1:].size
     return Score(perplexity=_exp(loss / tokens * ratio), accuracy=right / tokens, tokens=tokens, ratio=ratio)
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ EXPLAINED_BY_STATUS = {"reason", "bytes", "divergence"}
 def validate(
     bundle: Bundle,
     checkpoint: Checkpoint,
-    dense: Checkpoint | None,
+    dense: Path | None,
     config: ValidateConfig,
     held_out: HeldOut,
     **more: Any,
@@ -52,11 +53,11 @@ def unexplained(result: Any) -> Iterator[str]:
 
 
 def test_everything_is_measured_for_every_engine(
-    bundle: Bundle, checkpoint: Checkpoint, dense: Checkpoint, held_out: HeldOut
+    bundle: Bundle, checkpoint: Checkpoint, dense_path: Path, held_out: HeldOut
 ) -> None:
     steps: list[tuple[str, int, int | None]] = []
     threads = torch.get_num_threads()
-    results = validate(bundle, checkpoint, dense, SMALL, held_out, progress=lambda *step: steps.append(step))
+    results = validate(bundle, checkpoint, dense_path, SMALL, held_out, progress=lambda *step: steps.append(step))
     assert torch.get_num_threads() == threads
     assert steps == [("validate", 0, 2), ("validate", 1, 2), ("validate", 2, 2)]
     assert [(r.context, r.name, r.status) for r in results] == [("de", "cpu-fp32", "ran"), ("en", "cpu-fp32", "ran")]
@@ -113,9 +114,9 @@ def _add_output(graph: ir.Graph) -> None:
     ("change", "outputs"), [(_rename_output, r"['scores']"), (_add_output, r"expected exactly ['logits']")]
 )
 def test_an_engine_with_other_outputs_fails_and_is_not_measured_further(
-    change, outputs: str, make_bundle, checkpoint: Checkpoint, dense: Checkpoint, held_out: HeldOut
+    change, outputs: str, make_bundle, checkpoint: Checkpoint, dense_path: Path, held_out: HeldOut
 ) -> None:
-    (result,) = validate(make_bundle(change, {"de": 0}), checkpoint, dense, SMALL, held_out)
+    (result,) = validate(make_bundle(change, {"de": 0}), checkpoint, dense_path, SMALL, held_out)
     assert result.parity.verdict == "fail" and outputs in result.parity.reason
     assert result.quality.perplexity is None and result.quality.dense_perplexity is not None
     assert result.speed.shapes is None and result.memory.run_peak_rss_bytes is None
