@@ -30,7 +30,7 @@ from cpcompile.exporters.onnxruntime_exporter import MERGED, SINGLE, export_onnx
 from cpcompile.exporters.weights_file import Location, write_weights
 from cpcompile.files import file_digest, require_file_path, whole_file
 from cpcompile.fresh_graphs import FreshGraphs, order_rows
-from cpcompile.measure import environment, peak_resident_bytes, reset_peak
+from cpcompile.measure import NO_PRIVATE, PrivatePeak, environment, peak_resident_bytes, reset_peak
 from cpcompile.partitioning.pretrained import read_pretrained
 from cpcompile.passes.freeze import Frozen, freeze, prepare, used_sizes
 from cpcompile.passes.merge_contexts import merge_contexts
@@ -154,6 +154,7 @@ def build_bundle(
         with stages("export"):
             bundle = _export(writer, dynamic, frozen, accounts, source, trimmed, shared=not standalone, merged=merged)
         build = stages.result()
+        del prepared, frozen  # validation needs the room
         with open_peers(config, source, reference) as peers:
             results = validate(bundle, reference, config, peers=peers, progress=progress)
         tokens = {context: rows[own.kept] for context, own in trimmed.items()} if rows is not None else {}
@@ -346,16 +347,25 @@ class _Stages:
     def __call__(self, name: str) -> Iterator[None]:
         self._progress(name, 0, 1)
         started = time.perf_counter()
-        yield
+        with PrivatePeak() as private:
+            yield
         self._stages.append(
-            BuildStage(name=name, seconds=time.perf_counter() - started, peak_rss_bytes=peak_resident_bytes())
+            BuildStage(
+                name=name,
+                seconds=time.perf_counter() - started,
+                peak_rss_bytes=peak_resident_bytes(),
+                peak_private_bytes=private.bytes,
+            )
         )
         self._progress(name, 1, 1)
 
     def result(self) -> BuildResult:
         """Of the stages so far."""
+        private = [stage.peak_private_bytes for stage in self._stages if stage.peak_private_bytes is not None]
         return BuildResult(
             seconds=sum(stage.seconds for stage in self._stages),
             peak_rss_bytes=peak_resident_bytes(),
+            peak_private_bytes=max(private, default=None),
             stages=tuple(self._stages),
+            not_measured={} if private else {"peak_private_bytes": NO_PRIVATE},
         )

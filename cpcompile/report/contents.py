@@ -46,11 +46,12 @@ NOISE = 0.002
 
 @dataclass(frozen=True, kw_only=True)
 class BuildStage:
-    """One stage of a build; the peak is that of the process since it began."""
+    """One stage of a build; the peak of resident bytes is since the build began, that of private ones the stage's."""
 
     name: str
     seconds: float
     peak_rss_bytes: int | None = None
+    peak_private_bytes: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +60,7 @@ class BuildResult:
 
     seconds: float | None
     peak_rss_bytes: int | None
+    peak_private_bytes: int | None
     stages: tuple[BuildStage, ...] = ()
     not_measured: Mapping[str, str] = field(default_factory=dict)
 
@@ -212,15 +214,26 @@ def build_of(folder: Path) -> BuildResult:
         return BuildResult(
             seconds=float(build["seconds"]),
             peak_rss_bytes=int(build["peak_rss_bytes"]),
+            peak_private_bytes=_known(build["peak_private_bytes"]),
             stages=tuple(
-                BuildStage(name=str(s["name"]), seconds=float(s["seconds"]), peak_rss_bytes=int(s["peak_rss_bytes"]))
-                for s in build["stages"]
+                BuildStage(
+                    name=str(stage["name"]),
+                    seconds=float(stage["seconds"]),
+                    peak_rss_bytes=int(stage["peak_rss_bytes"]),
+                    peak_private_bytes=_known(stage["peak_private_bytes"]),
+                )
+                for stage in build["stages"]
             ),
+            not_measured={str(name): str(reason) for name, reason in build["not_measured"].items()},
         )
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         unknown = "the bundle was validated, and has no report of its build"
+        names = ("seconds", "peak_rss_bytes", "peak_private_bytes")
         return BuildResult(
-            seconds=None, peak_rss_bytes=None, not_measured=dict.fromkeys(("seconds", "peak_rss_bytes"), unknown)
+            seconds=None,
+            peak_rss_bytes=None,
+            peak_private_bytes=None,
+            not_measured=dict.fromkeys(names, unknown),
         )
 
 
@@ -232,6 +245,10 @@ def _selection(selection: Mapping[str, Sequence[Mapping[str, Any]]] | str, conte
         for kind, layers in selection.items()
     }
     return {"kinds": kinds, "not_measured": {}}
+
+
+def _known(value: Any) -> int | None:
+    return None if value is None else int(value)
 
 
 def _plain(result: DataclassInstance, *, without: str | None = None) -> dict[str, Any]:

@@ -209,7 +209,8 @@ def verdict_text(report: Mapping[str, Any]) -> Text:
     build, bundle = report["build"], report["bundle"]
     text = Text()
     if build["seconds"] is not None:
-        text.append(f"built in {build['seconds']:.1f} s, peak {megabytes(build['peak_rss_bytes'])}; ")
+        text.append(f"built in {build['seconds']:.1f} s, peak {megabytes(build['peak_rss_bytes'])}")
+        text.append(f" ({megabytes(build['peak_private_bytes'])} of it private); ")
     text.append(f"bundle {megabytes(bundle['bytes'])}, dense model {megabytes(bundle['dense_bytes'])}\n")
     text.append(f"verdict: {report['verdict']}", style=VERDICT_STYLE[report["verdict"]])
     for reason in report["reasons"]:
@@ -225,9 +226,14 @@ def _measured_cells(variant: Mapping[str, Any]) -> list[str]:
     return [
         f"{error}\nof {tolerance}\n{parity['verdict']}",
         f"{number(quality['perplexity'], '.2f')}\ndense {number(quality['dense_perplexity'], '.2f')}",
-        f"{megabytes(memory['run_peak_rss_bytes'])}\neager {megabytes(memory['eager_run_peak_rss_bytes'])}",
+        f"{_memory_lines(memory, '')}\neager {_memory_lines(memory, 'eager_')}",
         "\n".join([*map(_speed_line, shapes), *_throughput_line(variant["throughput"])]) if shapes else "–",
     ]
+
+
+def _memory_lines(memory: Mapping[str, Any], side: str) -> str:
+    resident, private = (megabytes(memory[f"{side}run_peak_{what}_bytes"]) for what in ("rss", "private"))
+    return f"{resident}\nprivate {private}"
 
 
 def _speed_line(shape: Mapping[str, Any]) -> str:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cpcompile.errors import CpcompileError
-from cpcompile.measure import ProcessMemory, in_fresh_process, measure_memory
+from cpcompile.measure import NO_PRIVATE, ProcessMemory, in_fresh_process, measure_memory, video_memory
 
 if TYPE_CHECKING:
     from cpcompile.runtime import Feeds  # not at run time: what onnxruntime weighs is not the eager model's
@@ -31,29 +31,45 @@ RUNS = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Peak resident bytes; `base` is the process with its libraries before anything is loaded."""
+    """Peak resident bytes, by the kernel, and peak private bytes, of samples, as `cpcompile.measure` says.
+
+    `base` is the process with its libraries before anything is loaded.
+    """
 
     load_peak_rss_bytes: int | None
     run_peak_rss_bytes: int | None
     base_rss_bytes: int | None
+    load_peak_private_bytes: int | None
+    run_peak_private_bytes: int | None
+    base_private_bytes: int | None
     eager_load_peak_rss_bytes: int | None
     eager_run_peak_rss_bytes: int | None
     eager_base_rss_bytes: int | None
-    vram_bytes: int | None = None
+    eager_load_peak_private_bytes: int | None
+    eager_run_peak_private_bytes: int | None
+    eager_base_private_bytes: int | None
+    vram_bytes: int | None
+    """Of the engine."""
     not_measured: Mapping[str, str] = field(default_factory=dict)
     """Field -> why it is null."""
 
 
 def compare_memory(engine: ProcessMemory | str, eager: ProcessMemory | str) -> Memory:
     """Put both sides together; a side that was not measured is the reason why."""
-    values: dict[str, int | None] = {}
-    reasons = {"vram_bytes": "the engine runs on the CPU"}
-    for prefix, side in (("", engine), ("eager_", eager)):
-        for item in dataclasses.fields(ProcessMemory):
-            values[prefix + item.name] = None if isinstance(side, str) else getattr(side, item.name)
-            if isinstance(side, str):
-                reasons[prefix + item.name] = side
+    sides = {"": engine, "eager_": eager}
+    values, reasons = {}, {}
+    for name in (item.name for item in dataclasses.fields(Memory) if item.name != "not_measured"):
+        prefix = "eager_" if name.startswith("eager_") else ""
+        side = sides[prefix]
+        values[name] = None if isinstance(side, str) else getattr(side, name.removeprefix(prefix))
+        if values[name] is None:
+            reasons[name] = side if isinstance(side, str) else _why_unknown(name)
     return Memory(**values, not_measured=reasons)
+
+
+def _why_unknown(name: str) -> str:
+    """Why a process that was measured does not say `name`; this one runs on the same system."""
+    return str(video_memory()) if name == "vram_bytes" else NO_PRIVATE
 
 
 def measure_engine(bundle: Path, context: str, variant: str, feeds: Feeds, *, threads: int) -> ProcessMemory | str:

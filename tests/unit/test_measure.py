@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import mmap
 import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,12 +12,16 @@ import torch
 import cpcompile
 from cpcompile.errors import CpcompileError
 from cpcompile.measure import (
+    NO_GPU,
+    PrivatePeak,
     available_cores,
     environment,
     in_fresh_process,
     peak_resident_bytes,
+    private_bytes,
     reset_peak,
     resident_bytes,
+    video_memory,
 )
 
 MIB = 2**20
@@ -44,6 +50,58 @@ def test_a_fresh_process_measures_what_it_allocates() -> None:
     # Linux counts resident pages per thread and sums up in batches: a few pages more or less.
     assert 95 * MIB < memory["load_peak_rss_bytes"] - base < 104 * MIB
     assert 39 * MIB < memory["run_peak_rss_bytes"] - base < 48 * MIB
+
+
+MAPS_OR_ALLOCATES = """
+import dataclasses, json, mmap, sys
+from cpcompile.measure import measure_memory
+
+def mapped(path):
+    with open(path, "rb") as file:
+        whole = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    sum(whole[::4096])
+    return whole
+
+def read(path):
+    with open(path, "rb") as file:
+        return file.read()
+
+load = {"maps": mapped, "allocates": read}[sys.argv[1]]
+print(json.dumps(dataclasses.asdict(measure_memory(lambda: load(sys.argv[2]), len))))
+"""
+
+
+@needs_proc
+def test_a_mapped_file_is_resident_and_not_private(tmp_path: Path) -> None:
+    """Both processes have its 64 MiB in memory; only that which read it holds them."""
+    (tmp_path / "weights").write_bytes(bytes(range(256)) * (64 * MIB // 256))
+    grown = {}
+    for how in ("maps", "allocates"):
+        memory = in_fresh_process("-c", MAPS_OR_ALLOCATES, how, str(tmp_path / "weights"))
+        resident = memory["load_peak_rss_bytes"] - memory["base_rss_bytes"]
+        private = [memory[f"{when}_peak_private_bytes"] - memory["base_private_bytes"] for when in ("load", "run")]
+        grown[how] = (resident, *private)
+    for when in (0, 1, 2):
+        assert 63 * MIB < grown["allocates"][when] < 72 * MIB
+    assert 63 * MIB < grown["maps"][0] < 72 * MIB
+    assert all(private < 4 * MIB for private in grown["maps"][1:])
+
+
+@needs_proc
+def test_samples_see_what_is_freed_again() -> None:
+    before = private_bytes()
+    with PrivatePeak() as private, mmap.mmap(-1, 64 * MIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as block:
+        np.frombuffer(block, dtype=np.uint8)[:] = 1
+        time.sleep(0.1)
+    assert before is not None and private.bytes is not None
+    assert private.bytes - before >= 60 * MIB
+
+
+def test_without_a_gpu_the_reason_says_so() -> None:
+    if environment()["gpu"] is None:
+        assert video_memory() == NO_GPU
+    else:
+        assert video_memory()
 
 
 @needs_proc

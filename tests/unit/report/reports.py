@@ -65,7 +65,14 @@ def variant(context: str = "de", *, perplexity: float = 19.0, dense: float | str
         ),
         memory=compare_memory(
             *(
-                ProcessMemory(base_rss_bytes=b, load_peak_rss_bytes=2 * b, run_peak_rss_bytes=3 * b)
+                ProcessMemory(
+                    base_rss_bytes=b,
+                    load_peak_rss_bytes=2 * b,
+                    run_peak_rss_bytes=3 * b,
+                    base_private_bytes=b // 2,
+                    load_peak_private_bytes=b,
+                    run_peak_private_bytes=2 * b,
+                )
                 for b in (50_000_000, 200_000_000)
             )
         ),
@@ -148,7 +155,10 @@ def arguments(*variants: VariantResult, bundle_bytes: int = 9, dense_bytes: int 
         "model": {"name": "model", "architecture": "decoder", "config": {"width": 64, "tied": True}},
         "environment": environment(),
         "build": BuildResult(
-            seconds=12.5, peak_rss_bytes=300_000_000, stages=(BuildStage(name="capture", seconds=3.0),)
+            seconds=12.5,
+            peak_rss_bytes=300_000_000,
+            peak_private_bytes=200_000_000,
+            stages=(BuildStage(name="capture", seconds=3.0),),
         ),
         "bundle_bytes": bundle_bytes,
         "dense_bytes": dense_bytes,

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from cpcompile.bundle import Bundle
-from cpcompile.measure import ProcessMemory, in_fresh_process
+from cpcompile.measure import NO_PRIVATE, ProcessMemory, in_fresh_process, video_memory
 from cpcompile.validation.memory import compare_memory, measure_eager, measure_engine
 
 MIB = 2**20
@@ -21,6 +22,8 @@ def test_engine_and_eager_model_in_processes_of_their_own(bundle: Bundle, dense_
     for side in (engine, eager):
         assert MIB < side.base_rss_bytes <= side.load_peak_rss_bytes
         assert side.base_rss_bytes <= side.run_peak_rss_bytes
+        if sys.platform == "linux":
+            assert MIB < side.run_peak_private_bytes < side.run_peak_rss_bytes - 10 * MIB  # libraries are files
     # torch alone weighs more than the engine's whole process, so neither side measured the other or this process.
     assert engine.run_peak_rss_bytes < eager.base_rss_bytes
 
@@ -52,13 +55,21 @@ def test_an_unknown_variant_is_the_reason(bundle: Bundle) -> None:
 
 
 def test_a_missing_side_is_null_with_its_reason() -> None:
-    engine = ProcessMemory(base_rss_bytes=1, load_peak_rss_bytes=2, run_peak_rss_bytes=3)
+    sampled = {"base_private_bytes": 4, "load_peak_private_bytes": 5, "run_peak_private_bytes": 6}
+    engine = ProcessMemory(base_rss_bytes=1, load_peak_rss_bytes=2, run_peak_rss_bytes=3, **sampled)
     memory = compare_memory(engine, "no baseline")
     assert (memory.base_rss_bytes, memory.load_peak_rss_bytes, memory.run_peak_rss_bytes) == (1, 2, 3)
+    assert (memory.base_private_bytes, memory.load_peak_private_bytes, memory.run_peak_private_bytes) == (4, 5, 6)
     assert memory.eager_run_peak_rss_bytes is None and memory.vram_bytes is None
-    assert memory.not_measured == {
-        "vram_bytes": "the engine runs on the CPU",
-        "eager_base_rss_bytes": "no baseline",
-        "eager_load_peak_rss_bytes": "no baseline",
-        "eager_run_peak_rss_bytes": "no baseline",
+    assert memory.not_measured == {"vram_bytes": video_memory()} | {
+        f"eager_{when}_{what}_bytes": "no baseline"
+        for when in ("base", "load_peak", "run_peak")
+        for what in ("rss", "private")
     }
+
+
+def test_a_system_that_does_not_tell_private_memory_is_the_reason() -> None:
+    engine = ProcessMemory(base_rss_bytes=1, load_peak_rss_bytes=2, run_peak_rss_bytes=3)
+    memory = compare_memory(engine, engine)
+    assert memory.run_peak_private_bytes is None
+    assert memory.not_measured["run_peak_private_bytes"] == NO_PRIVATE
