@@ -61,6 +61,7 @@ def test_the_readme_names_these_commands_and_no_others() -> None:
         ["cpcompile", "build"],
         ["cpcompile", "build"],
         ["cpcompile", "opt"],
+        ["cpcompile", "compare"],
         ["cpcompile", "passes"],
     ]
 
@@ -94,7 +95,7 @@ def test_the_commands_run_one_after_the_other(folder: Path) -> None:
             words += ["--sequence", "32", "--batch", "2"]
         elif words[1] == "train":
             words += ["--preset", "nano", "--steps", "4", "--batch", "1"]
-        if words[1] in ("build", "validate"):
+        if words[1] in ("build", "validate", "compare"):
             words += ["--rounds", "2"]
         done = run(folder, sys.executable, "-m", *words)
         # After four steps nothing is certain about quality; a verdict of fail is one.
