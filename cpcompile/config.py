@@ -267,6 +267,8 @@ class ValidateConfig:
     """What else is timed beside the engines (`cpcompile.peers.NAMES`)."""
     memory: bool = True
     speed: bool = True
+    coherence: bool = True
+    """Whether text is generated to see that it stays with its subject."""
     min_speed_ratio: float = 0.0
     """Times as fast as the eager dense model that every engine has to be at every shape; 0 demands nothing."""
     max_perplexity_increase: float = 0.01

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,18 @@ from cpcompile.config import ValidateConfig
 from cpcompile.measure import ProcessMemory
 from cpcompile.models.language_model import LanguageModel
 from cpcompile.runtime import Feeds
+from cpcompile.selection import UnitKind
+from cpcompile.validation.coherence import measure_coherence
 from cpcompile.validation.memory import measure_eager
-from cpcompile.validation.quality import IntArray, Quality, Score, compare_quality, cut_windows, measure_score
+from cpcompile.validation.quality import (
+    SHORT_TEXT,
+    IntArray,
+    Quality,
+    Score,
+    compare_quality,
+    cut_windows,
+    measure_score,
+)
 from cpcompile.validation.reference import Outputs, Run, Timed
 from cpcompile.vocabulary import TrimmedVocabulary, reencode
 
@@ -121,8 +131,7 @@ class LanguageReference:
         text = self._texts[context]
         if isinstance(engine, str):
             return compare_quality(engine, self._dense_score(context))
-        score = measure_score(_logits_of(engine), text.windows, ratio=text.ratio) if len(text.windows) else NO_TEXT
-        return compare_quality(score, self._dense_score(context))
+        return compare_quality(self._score(engine, text), self._dense_score(context))
 
     @cached_property
     def _dense_model(self) -> LanguageModel:
@@ -149,10 +158,31 @@ class LanguageReference:
         if self._dense is None:
             return NO_DENSE
         if context not in self._dense_scores:
-            windows = cut_windows(self._held_out[context], self._sequence)
-            run = _logits_of(eager_run(self._dense_model))
-            self._dense_scores[context] = measure_score(run, windows) if len(windows) else NO_TEXT
+            ids = self._held_out[context]
+            text = _Text(ids, cut_windows(ids, self._sequence))
+            self._dense_scores[context] = self._score(eager_run(self._dense_model), text)
         return self._dense_scores[context]
+
+    def _score(self, run: Run, text: _Text) -> Score | str:
+        if not len(text.windows):
+            return NO_TEXT
+        logits_of = _logits_of(run)
+        score = measure_score(logits_of, text.windows, ratio=text.ratio)
+        if not self._config.coherence:
+            return score
+        if self._dense is None:
+            return replace(score, coherence=NO_DENSE)
+        table = self._embeddings if text.token_ids is None else self._embeddings[text.token_ids]
+        coherence = measure_coherence(logits_of, text.ids, table)
+        return replace(score, coherence=SHORT_TEXT if coherence is None else coherence)
+
+    @cached_property
+    def _embeddings(self) -> npt.NDArray[Any]:
+        """The token embeddings of the dense baseline (vocabulary, width), float64: its first parameter of that kind."""
+        model = self._dense_model
+        tables = (p for n, p in model.named_parameters() if model.parameter_kind(n) is UnitKind.VOCABULARY)
+        table: npt.NDArray[Any] = next(tables).detach().double().numpy()
+        return table
 
 
 def _in_float64(model: LanguageModel) -> LanguageModel:

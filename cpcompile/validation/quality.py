@@ -23,7 +23,8 @@ IntArray = npt.NDArray[np.int64]
 Run = Callable[[IntArray], npt.NDArray[Any]]
 """input_ids (batch, sequence) -> logits (batch, sequence, vocabulary)."""
 
-COHERENCE_REASON = "coherence of generated text is not measured by this version"
+SHORT_TEXT = "the held-out text is too short to be continued"
+NOT_ASKED = "coherence measurements were switched off"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,8 @@ class Score:
     accuracy: float
     """Fraction of tokens that the likeliest logit names."""
     tokens: int
+    coherence: float | str = NOT_ASKED
+    """See `coherence`; or why it is not known."""
     ratio: float = 1.0
     """Tokens of the text for each of the whole vocabulary, per which the perplexity is stated."""
 
@@ -84,10 +87,10 @@ def measure_score(run: Run, windows: IntArray, *, batch: int = 4, ratio: float =
 
 def compare_quality(engine: Score | str, dense: Score | str) -> Quality:
     """Put both sides together; a side that was not measured is the reason why."""
-    reasons = {"coherence": COHERENCE_REASON, "dense_coherence": COHERENCE_REASON}
+    reasons: dict[str, str] = {}
     sides = {}
     for prefix, side in (("", engine), ("dense_", dense)):
-        for name in ("perplexity", "accuracy"):
+        for name in ("perplexity", "accuracy", "coherence"):
             value = side if isinstance(side, str) else getattr(side, name)
             if name == "accuracy" and isinstance(engine, Score) and engine.ratio != 1:
                 value = f"the trimmed vocabulary cuts the text into {engine.ratio:.3f} times the tokens: not comparable"

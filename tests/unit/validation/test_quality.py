@@ -9,7 +9,7 @@ import torch
 
 from cpcompile.checkpoint import Checkpoint
 from cpcompile.validation.language_reference import eager_run
-from cpcompile.validation.quality import COHERENCE_REASON, Score, compare_quality, cut_windows, measure_score
+from cpcompile.validation.quality import NOT_ASKED, Score, compare_quality, cut_windows, measure_score
 
 
 def quarter(ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
@@ -64,8 +64,8 @@ def test_a_missing_side_is_null_with_its_reason() -> None:
     assert (quality.perplexity, quality.accuracy, quality.tokens) == (3.0, 0.5, 10)
     assert quality.dense_perplexity is None and quality.dense_accuracy is None
     assert quality.not_measured == {
-        "coherence": COHERENCE_REASON,
-        "dense_coherence": COHERENCE_REASON,
+        "coherence": NOT_ASKED,
+        "dense_coherence": "no baseline",
         "dense_perplexity": "no baseline",
         "dense_accuracy": "no baseline",
     }
