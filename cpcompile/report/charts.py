@@ -82,7 +82,7 @@ def latency_chart(shapes: Sequence[Mapping[str, Any]], key: str) -> Markup:
 
 def ratio_chart(shapes: Sequence[Mapping[str, Any]], key: str) -> Markup:
     """How many times as fast as eager, with the 95 % interval; empty where eager was not timed."""
-    known = [shape for shape in shapes if shape["ratio"] is not None]
+    known = [shape for shape in shapes if None not in (shape["ratio"], shape["ratio_low"], shape["ratio_high"])]
     if not known:
         return Markup()
     with _style():
@@ -163,7 +163,7 @@ def memory_chart(stages: Sequence[Mapping[str, Any]], key: str) -> Markup:
         axes.fill_between(ends, [peaks[0], *peaks], step="pre", color=ACCENT, alpha=0.25, linewidth=0)
         axes.step(ends, [peaks[0], *peaks], where="pre", color=ACCENT, linewidth=2)
         axes.set_xlim(0, ends[-1] or 1.0)
-        axes.set_ylim(0, 1.15 * max(peaks))
+        axes.set_ylim(0, 1.15 * (max(peaks) or 1.0))
         axes.grid(axis="y")
         _few_ticks(axes)
         axes.set_xlabel("seconds")

@@ -159,7 +159,8 @@ def _numbers(node: Any, path: Keys = ()) -> Iterator[tuple[Keys, float]]:
 def _beyond_noise(path: Keys, before: Mapping[str, Any], after: Mapping[str, Any]) -> bool | None:
     name, old, new = path[-1], _at(before, path[:-1]), _at(after, path[:-1])
     if name.startswith("ratio"):
-        return bool(old["ratio_high"] < new["ratio_low"] or new["ratio_high"] < old["ratio_low"])
+        bounds = [side[bound] for side in (old, new) for bound in ("ratio_low", "ratio_high")]
+        return None if None in bounds else bool(bounds[1] < bounds[2] or bounds[3] < bounds[0])
     if name in PARITY_ERRORS:
         tolerances = [side["tolerance"] for side in (old, new) if side["tolerance"] is not None]
         return bool(abs(new[name] - old[name]) > max(tolerances)) if tolerances else None

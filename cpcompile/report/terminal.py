@@ -237,15 +237,15 @@ def _memory_lines(memory: Mapping[str, Any], side: str) -> str:
 
 
 def _speed_line(shape: Mapping[str, Any]) -> str:
-    if shape["ratio"] is None:
+    if None in (shape["ratio"], shape["ratio_low"], shape["ratio_high"]):
         return f"{shape_name(shape)}: {shape['p50_ms']:.2f} ms"
     return f"{shape_name(shape)}: {shape['ratio']:.2f} ({shape['ratio_low']:.2f}–{shape['ratio_high']:.2f})"
 
 
 def _throughput_line(throughput: Mapping[str, Any]) -> list[str]:
-    if throughput["ratio"] is None:
-        return []
     ratio, low, high = (throughput[key] for key in ("ratio", "ratio_low", "ratio_high"))
+    if None in (ratio, low, high):
+        return []
     return [f"{throughput['workers']} at a time: {ratio:.2f} ({low:.2f}–{high:.2f})"]
 
 

@@ -2,18 +2,20 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from typing import Any
 
+import jsonschema
 import numpy as np
 import pytest
 
-from cpcompile.report import render_difference_page, render_page
+from cpcompile.report import SCHEMA, render_difference, render_difference_page, render_page, render_report
 from cpcompile.report.difference import compare_reports
 from cpcompile.report.page import selection_map
 from cpcompile.selection import Selection, UnitKind
 from tests.unit.report.reports import SELECTION, complete, report, skipped, variant
+from tests.unit.report.test_terminal import text_of
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(1)>$x^{"
 SECTIONS = ("verdict", "engines", "selection", "overlap", "swap", "controls", "build", "environment", "gaps")
@@ -183,3 +185,35 @@ def test_the_overlap_is_that_of_the_selection() -> None:
     selection = Selection(("a", "b", "c"), {UnitKind.FFN: table})
     digits = selection.digits({UnitKind.FFN: [(f"layer {i}", 9) for i in range(4)]})
     assert np.allclose(selection_map("ffn", digits["ffn"])["overlap"], selection.overlap(UnitKind.FFN), rtol=1e-12)
+
+
+VALIDATOR = jsonschema.Draft202012Validator(json.loads(SCHEMA.read_text(encoding="utf-8")))
+
+
+def leaves(node: Any) -> Iterator[tuple[Any, Any]]:
+    """(container, key) of everything in `node` that holds nothing itself."""
+    for key, value in list(node.items() if isinstance(node, dict) else enumerate(node)):
+        if isinstance(value, dict | list):
+            yield from leaves(value)
+        else:
+            yield node, key
+
+
+@pytest.mark.parametrize("extreme", [None, 0, 1, 1e300])
+def test_whatever_follows_the_schema_is_a_page(extreme: float | None) -> None:
+    """Every leaf that may take the extreme value takes it, and no reason is given for anything."""
+    whole = complete()
+    for context in whole["contexts"]:
+        for engine in context["variants"]:
+            for part in ("parity", "quality", "memory", "speed", "placement"):
+                engine[part]["not_measured"] = {}
+    changed = 0
+    for container, key in leaves(whole):
+        before, container[key] = container[key], extreme
+        if VALIDATOR.is_valid(whole):
+            changed += 1
+        else:
+            container[key] = before
+    assert changed > 10
+    assert set(SECTIONS) <= set(Elements(render_page(whole)).all("id"))
+    assert text_of(render_report(whole)) and text_of(render_difference(compare_reports(complete(), whole, ("a", "b"))))
