@@ -17,7 +17,7 @@ from xml.etree import ElementTree
 
 from markupsafe import Markup
 
-from cpcompile.report.formats import megabytes, milliseconds, number, shape_name
+from cpcompile.report.formats import megabytes, milliseconds, number, shape_name, short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -92,7 +92,7 @@ def ratio_chart(shapes: Sequence[Mapping[str, Any]], key: str) -> Markup:
             axes.plot((low, high), (row, row), color=ACCENT, linewidth=3, solid_capstyle="butt")
             axes.plot((shape["ratio"],), (row,), "o", color=ACCENT, markersize=8)
             _label(axes, -70, row, shape_name(shape), weight="bold")
-            text = f"{shape['ratio']:.3g} ({low:.3g}–{high:.3g})"
+            text = f"{short(shape['ratio'])} ({short(low)}–{short(high)})"
             _label(axes, 116, row, text, align="right", side=1)
         axes.axvline(1, color=NEUTRAL, linewidth=1.5)
         bounds = [1.0, *(shape[field] for shape in known for field in ("ratio_low", "ratio_high"))]

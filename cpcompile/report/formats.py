@@ -64,11 +64,16 @@ def arrow(sides: tuple[str, str]) -> str:
     return sides[0] if sides[0] == sides[1] else " → ".join(sides)
 
 
-def milliseconds(value: float | None) -> str:
-    """Three significant digits: 0.182 ms, 27.5 ms, 1200 ms."""
+def short(value: float | None) -> str:
+    """Three significant digits, or all before the point: 3.11, 86.1, 1,139."""
     if value is None:
         return NOTHING
-    return f"{value:.0f} ms" if value >= 100 else f"{value:.3g} ms"
+    return f"{value:,.0f}" if 1000 <= value < 1e9 else f"{value:.3g}"
+
+
+def milliseconds(value: float | None) -> str:
+    """As `short`: 0.182 ms, 27.5 ms, 1,200 ms."""
+    return NOTHING if value is None else f"{short(value)} ms"
 
 
 def shape_name(shape: Mapping[str, Any]) -> str:

@@ -67,6 +67,7 @@ def environment() -> Environment:
         "milliseconds": formats.milliseconds,
         "plain": formats.plain,
         "shape_name": formats.shape_name,
+        "short": formats.short,
         "signed": formats.signed,
         "arrow": formats.arrow,
     }
@@ -103,7 +104,7 @@ def key_figures(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         figures.append(
             (
                 "Speed",
-                f"{_span(ratios, lambda v: f'{v:.1f}')}\N{NO-BREAK SPACE}×",
+                f"{_span(ratios, formats.short)}\N{NO-BREAK SPACE}×",
                 f"as fast as eager at {formats.shape_name(first[0])}",
             )
         )
