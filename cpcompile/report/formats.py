@@ -68,7 +68,7 @@ def short(value: float | None) -> str:
     """Three significant digits, or all before the point: 3.11, 86.1, 1,139."""
     if value is None:
         return NOTHING
-    return f"{value:,.0f}" if 1000 <= value < 1e9 else f"{value:.3g}"
+    return f"{value:,.0f}" if 1000 <= value < 1e9 else f"{value:#.3g}".rstrip(".")
 
 
 def milliseconds(value: float | None) -> str:

@@ -69,7 +69,7 @@ def test_the_page_has_every_section_and_what_is_in_the_report() -> None:
         "mean perplexity of cpu-fp32; dense 24.49 (−4.2 %)",
         "1.00 M 25 % of 4.00 M",
         "removed FFN blocks: 3.00 M (75 %)",
-        "3 (2.9–3.1)",
+        "3.00 (2.90–3.10)",
         "eager 600.0 MB",
         "Tolerance: 8 x the eager model's own float32 error 2e-06.",
         "skipped: tensorrt [the library] is not installed",
