@@ -10,15 +10,28 @@ psnr_db        10 log10(n max e^2 / sum (y - e)^2), peak to noise
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from cpcompile.runtime import Array
 
 RATIOS = ("max_relative_error", "cosine", "sqnr_db", "psnr_db")
 ALL_ZERO = "the output is zero everywhere"
 EQUAL = "it is exactly equal: there is no noise"
+
+
+PIECE = 1 << 18
+"""Elements that are compared at a time: the outputs of a language model are large, and float64 doubles them."""
+
+
+def pieces(*arrays: Array) -> Iterator[tuple[npt.NDArray[np.float64], ...]]:
+    """Their elements in float64, PIECE at a time; arrays of one shape."""
+    flat = [array.ravel() for array in arrays]
+    for start in range(0, flat[0].size, PIECE):
+        yield tuple(array[start : start + PIECE].astype(np.float64) for array in flat)
 
 
 @dataclass
@@ -36,17 +49,15 @@ class Difference:
 
     def add(self, exact: Array, own: Array) -> None:
         """Take in one run: arrays of one shape, of finite real numbers."""
-        if not exact.size:
-            return
-        e, y = (array.astype(np.float64, copy=False).ravel() for array in (exact, own))
-        error = y - e
-        self.max_abs = max(self.max_abs, float(np.abs(error).max()))
-        self.largest = max(self.largest, float(np.abs(e).max()))
-        self.elements += e.size
-        self.signal += float(e @ e)
-        self.noise += float(error @ error)
-        self.product += float(y @ e)
-        self.power += float(y @ y)
+        for e, y in pieces(exact, own):
+            error = y - e
+            self.max_abs = max(self.max_abs, float(np.abs(error).max()))
+            self.largest = max(self.largest, float(np.abs(e).max()))
+            self.elements += e.size
+            self.signal += float(e @ e)
+            self.noise += float(error @ error)
+            self.product += float(y @ e)
+            self.power += float(y @ y)
 
     def ratios(self) -> dict[str, float | None]:
         """RATIOS; None is what does not exist: all of an output that is zero, decibels of one without noise."""

@@ -20,7 +20,7 @@ from torch import nn
 
 from cpcompile.checkpoint import Checkpoint, load_checkpoint
 from cpcompile.config import ValidateConfig
-from cpcompile.measure import ProcessMemory
+from cpcompile.measure import ProcessMemory, release_memory
 from cpcompile.models.language_model import LanguageModel
 from cpcompile.runtime import Feeds
 from cpcompile.selection import UnitKind
@@ -95,6 +95,7 @@ class LanguageReference:
     def exact(self, context: str) -> Run:
         """Takes twice the model's bytes while the function lives; the dense baseline makes room meanwhile."""
         self.__dict__.pop("_dense_model", None)
+        release_memory()
         return self._run(_in_float64(self._single), context)
 
     def dense(self, context: str) -> Run | str:

@@ -24,7 +24,7 @@ from typing import Literal
 import numpy as np
 
 from cpcompile.runtime import Array, Feeds
-from cpcompile.validation.difference import RATIOS, Difference
+from cpcompile.validation.difference import PIECE, RATIOS, Difference, pieces
 from cpcompile.validation.quality import log_softmax
 from cpcompile.validation.reference import Outputs, Run
 
@@ -95,8 +95,9 @@ class _Errors:
     def add(self, single: Array, double: Array, engine: Array) -> None:
         """Take in one run."""
         self.engine.add(double, engine)
-        self.eager = max(self.eager, float(np.abs(single - double).max(initial=0.0)))
-        self.difference = max(self.difference, float(np.abs(engine - single).max(initial=0.0)))
+        for expected, exact, actual in pieces(single, double, engine):
+            self.eager = max(self.eager, float(np.abs(expected - exact).max()))
+            self.difference = max(self.difference, float(np.abs(actual - expected).max()))
 
     @property
     def noise(self) -> float:
@@ -127,13 +128,17 @@ def check_parity(
             if expected[name].dtype.kind == "f":
                 errors.setdefault(name, _Errors()).add(expected[name], exact[name], actual[name])
         if logits is not None:
-            right, own = log_softmax(expected[logits]), log_softmax(actual[logits])
-            divergence += float((np.exp(right) * (right - own)).sum())
-            first = right.argmax(axis=-1, keepdims=True)
-            likelier = (own > np.take_along_axis(own, first, axis=-1)).sum(axis=-1)
-            agreed += int((first[..., 0] == own.argmax(axis=-1)).sum())
-            among_five += int((likelier < 5).sum())
-            positions += right[..., 0].size
+            classes = expected[logits].shape[-1]
+            rows = max(1, PIECE // max(1, classes))
+            flat = [outputs[logits].reshape(-1, classes) for outputs in (expected, actual)]
+            for start in range(0, len(flat[0]), rows):
+                right, own = (log_softmax(array[start : start + rows]) for array in flat)
+                divergence += float((np.exp(right) * (right - own)).sum())
+                first = right.argmax(axis=-1, keepdims=True)
+                likelier = (own > np.take_along_axis(own, first, axis=-1)).sum(axis=-1)
+                agreed += int((first[..., 0] == own.argmax(axis=-1)).sum())
+                among_five += int((likelier < 5).sum())
+                positions += len(right)
     if not errors:
         return Parity.without_numbers("inconclusive", missing)
     name, worst = max(errors.items(), key=lambda item: item[1].engine.max_abs / (item[1].noise or 1.0))

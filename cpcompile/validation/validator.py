@@ -13,7 +13,7 @@ import torch
 from cpcompile.bundle import Bundle, Variant
 from cpcompile.config import ValidateConfig
 from cpcompile.errors import CpcompileError, UsageError
-from cpcompile.measure import ProcessMemory, available_cores
+from cpcompile.measure import ProcessMemory, available_cores, release_memory
 from cpcompile.runtime import load_engine
 from cpcompile.validation.memory import Memory, compare_memory, measure_engine
 from cpcompile.validation.parity import Parity, check_parity
@@ -178,7 +178,7 @@ def _validate_variant(
 
 
 def _parity(run: Run, reference: Reference, context: str, config: ValidateConfig) -> Parity:
-    return check_parity(
+    parity = check_parity(
         run,
         reference.masked(context),
         reference.exact(context),
@@ -187,6 +187,8 @@ def _parity(run: Run, reference: Reference, context: str, config: ValidateConfig
         logits=reference.logits,
         missing=reference.no_inputs,
     )
+    release_memory()  # of the model in float64
+    return parity
 
 
 def _speed(
