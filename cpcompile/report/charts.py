@@ -10,6 +10,7 @@ become CSS variables, so that light and dark mode are one drawing. Ids are made 
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
@@ -17,7 +18,7 @@ from xml.etree import ElementTree
 
 from markupsafe import Markup
 
-from cpcompile.report.formats import megabytes, milliseconds, number, shape_name, short
+from cpcompile.report.formats import megabytes, milliseconds, module_name, number, shape_name, short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -108,24 +109,32 @@ def ratio_chart(shapes: Sequence[Mapping[str, Any]], key: str) -> Markup:
 
 
 def layer_chart(errors: Sequence[Mapping[str, Any]], key: str) -> Markup:
-    """Largest error of every module as a part of its largest value, in the order in which they run."""
-    parts = [error["max_abs_error"] / error["largest"] if error["largest"] else 0.0 for error in errors]
-    positive = [part for part in parts if part > 0]
+    """Largest error of every module as a part of its largest value, in the order in which they run.
+
+    An error that is not finite reaches the top, in another colour.
+    """
+    known = [error["max_abs_error"] for error in errors]
+    parts = [
+        math.inf if error is None else error / most["largest"] if most["largest"] else 0.0
+        for error, most in zip(known, errors, strict=True)
+    ]
+    positive = [part for part in parts if 0 < part < math.inf]
     with _style():
         figure, axes = _axes(170, left=58, right=12)
         if positive:
             axes.set_yscale("log")
             axes.set_ylim(min(positive) / 3, max(positive) * 3)
-        floor = axes.get_ylim()[0]
-        places = range(1, len(parts) + 1)
-        axes.vlines(places, floor, [max(part, floor) for part in parts], color=ACCENT, linewidth=_stem(len(parts)))
+        floor, top = axes.get_ylim()
+        ends = [min(max(part, floor), top) for part in parts]
+        colours = [NEUTRAL if part == math.inf else ACCENT for part in parts]
+        axes.vlines(range(1, len(parts) + 1), floor, ends, colors=colours, linewidth=_stem(len(parts)))
         axes.set_xlim(0.4, len(parts) + 0.6)
         axes.grid(axis="y")
         _few_ticks(axes)
         axes.set_xlabel("modules in the order in which they run")
         worst = max(range(len(parts)), key=parts.__getitem__)
         return _inline(
-            figure, f"Relative error per layer; the largest is {parts[worst]:.2g} at {errors[worst]['module']}", key
+            figure, f"Relative error per layer; the largest is {parts[worst]:.2g} at {module_name(errors[worst])}", key
         )
 
 

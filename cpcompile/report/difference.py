@@ -30,7 +30,6 @@ SKIPPED = (
     "quantiles_ms",
     "eager_quantiles_ms",
     "not_measured",
-    "layer_errors",
     "divergence",
     "removed_experts",
 )

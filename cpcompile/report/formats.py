@@ -81,6 +81,11 @@ def shape_name(shape: Mapping[str, Any]) -> str:
     return f"{shape['batch']}×{shape['sequence']}" if shape["sequence"] else f"batch {shape['batch']}"
 
 
+def module_name(error: Mapping[str, Any]) -> str:
+    """Of an entry of the errors by layer."""
+    return str(error["module"] or "the whole model")
+
+
 def gaps(node: Any) -> Iterator[tuple[str, str]]:
     """(field, reason) of everything in and below `node` that was not measured; a verdict nobody asked for is no gap."""
     if isinstance(node, list):

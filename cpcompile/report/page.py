@@ -8,6 +8,7 @@ and tables are HTML, charts with axes are drawn by `charts`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -25,7 +26,7 @@ OWN_COLOURS = 7
 """As many contexts get a colour of their own; more than that are told apart by how many keep a unit."""
 WIDE_UNITS = 64
 """A map of more units, or of more contexts than have colours, gets the width of the page."""
-NO_LAYER_ERRORS = "the errors of single layers were not measured"
+NO_LAYER_ERRORS = "layers are compared where parity fails"
 
 
 def render_page(report: Mapping[str, Any]) -> str:
@@ -63,6 +64,7 @@ def environment() -> Environment:
         "number": formats.number,
         "count": formats.count,
         "megabytes": formats.megabytes,
+        "module_name": formats.module_name,
         "percent": formats.percent,
         "milliseconds": formats.milliseconds,
         "plain": formats.plain,
@@ -76,6 +78,7 @@ def environment() -> Environment:
         "charts": charts,
         "kind_names": formats.KINDS,
         "layer_errors": layer_errors,
+        "worst": worst,
     }
     return env
 
@@ -141,7 +144,10 @@ def unmeasured(report: Mapping[str, Any]) -> list[tuple[str, list[str], list[str
             if variant["status"] == "ran":
                 for part, content in variant.items():
                     for field, reason in formats.gaps({part: content}):
-                        note(reason, field if part == "not_measured" else f"{part} {field}", engine)
+                        note(reason, f"{part} {field}", engine)
+                for peer in variant["peers"]:
+                    if peer["status"] != "ran":
+                        note(peer["reason"], f"peer {peer['name']}", engine)
             else:
                 note(variant["reason"], f"the whole engine ({variant['status']})", engine)
     if report["training"] is None:
@@ -155,8 +161,19 @@ def unmeasured(report: Mapping[str, Any]) -> list[tuple[str, list[str], list[str
 
 def layer_errors(variant: Mapping[str, Any]) -> tuple[Sequence[Mapping[str, Any]], str]:
     """The errors of single layers, or none and the reason."""
-    errors = variant.get("layer_errors")
-    return errors or (), variant.get("not_measured", {}).get("layer_errors", NO_LAYER_ERRORS)
+    divergence = variant["divergence"]
+    if divergence is None:
+        return (), NO_LAYER_ERRORS
+    return divergence["layers"] or (), divergence["not_measured"].get("layers", NO_LAYER_ERRORS)
+
+
+def worst(errors: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The five largest, those that are not finite first."""
+
+    def size(error: Mapping[str, Any]) -> float:
+        return math.inf if error["max_abs_error"] is None else float(error["max_abs_error"])
+
+    return sorted(errors, key=size, reverse=True)[:5]
 
 
 def selection_map(kind: str, layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -14,13 +15,14 @@ from cpcompile.report import SCHEMA, render_difference, render_difference_page, 
 from cpcompile.report.difference import compare_reports
 from cpcompile.report.page import selection_map
 from cpcompile.selection import Selection, UnitKind
+from cpcompile.validation.diagnosis import Diagnosis
 from tests.unit.report.reports import SELECTION, complete, report, skipped, variant
 from tests.unit.report.test_terminal import text_of
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(1)>$x^{"
 SECTIONS = ("verdict", "engines", "selection", "overlap", "swap", "controls", "build", "environment", "gaps")
 ERRORS = [
-    {"module": f"layers.{i}", "max_abs_error": error, "largest": 2.0} for i, error in enumerate((1e-7, 4e-7, 0.0))
+    {"module": f"layers.{i}", "value": "v", "max_abs_error": e, "largest": 2.0} for i, e in enumerate((1e-7, 4e-7, 0.0))
 ]
 
 
@@ -39,14 +41,23 @@ class Elements(HTMLParser):
     def handle_data(self, data: str) -> None:
         self.text += data
 
+    def handle_endtag(self, tag: str) -> None:
+        self.text += " " * (tag in ("td", "dd", "dt"))
+
     def all(self, attribute: str) -> list[str]:
         return [value for _, own in self.tags if (value := own.get(attribute)) is not None]
+
+
+def diverged(sentence: str, layers: list[dict[str, Any]]) -> dict[str, Any]:
+    """What a report holds of an engine that left the path."""
+    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(Diagnosis.without("no reference"))))
+    return {**plain, "sentence": sentence, "layers": layers, "not_measured": {}}
 
 
 def hostile() -> dict[str, Any]:
     """A report in which everything that can be a name or a reason is an attack."""
     whole = complete()
-    whole["contexts"][0]["variants"][0]["layer_errors"] = [{**ERRORS[0], "module": HOSTILE}, *ERRORS]
+    whole["contexts"][0]["variants"][0]["divergence"] = diverged(HOSTILE, [{**ERRORS[0], "module": HOSTILE}, *ERRORS])
     whole["model"]["name"] = whole["reasons"][:] = [HOSTILE]
     text = json.dumps(whole)
     for name in ("de", "layer 0", "capture", "cpu-fp32", "one-mask", "MatMul", "CPUExecutionProvider", "width"):
@@ -74,7 +85,9 @@ def test_the_page_has_every_section_and_what_is_in_the_report() -> None:
         "Tolerance: 8 x the eager model's own float32 error 2e-06.",
         "skipped: tensorrt [the library] is not installed",
         "The partitioned model loses to small-dense",
-        "Not measured: the errors of single layers were not measured",
+        "Not measured: layers are compared where parity fails",
+        "engine, private 100.0 MB",
+        "requests a second, 2 at a time 800 eager 200 times as many 4.00 (3.80–4.10)",
         "CPUExecutionProvider 1",
         "text of de 19.00 40.00",
     ):
@@ -132,12 +145,17 @@ def test_charts_are_named_painted_by_the_page_and_hold_text() -> None:
 def test_errors_of_layers_are_drawn_where_they_were_measured() -> None:
     whole = complete()
     first, _, other = (v for context in whole["contexts"] for v in context["variants"])
-    first["layer_errors"] = ERRORS
-    other |= {"layer_errors": None, "not_measured": {"layer_errors": "parity passed"}}
+    first["divergence"] = diverged(
+        "node up differs first", [*ERRORS, {**ERRORS[0], "module": "", "max_abs_error": None}]
+    )
+    other["divergence"] = diverged("", [])
+    other["divergence"] |= {"sentence": None, "layers": None, "not_measured": {"layers": "no reference"}}
     text = " ".join(Elements(render_page(whole)).text.split())
-    assert "Relative error per layer; the largest is 2e-07 at layers.1" in text
-    assert "Not measured: parity passed" in text
-    assert "parity passed layer errors · en cpu-fp32" in text
+    assert "First divergence: node up differs first" in text
+    assert "Relative error per layer; the largest is inf at the whole model" in text
+    assert "the whole model not finite 2 layers.1 4e-07 2 layers.0 1e-07 2" in text
+    assert "Not measured: no reference" in text
+    assert "no reference divergence layers · en cpu-fp32" in text
 
 
 def test_every_reason_is_there_once_with_what_it_concerns() -> None:
@@ -146,6 +164,7 @@ def test_every_reason_is_there_once_with_what_it_concerns() -> None:
     assert gaps.count("there is no dense baseline") == 1
     assert "speed ratio · de cpu-fp32, en cpu-fp32" in gaps
     assert "the whole engine (skipped) · de tensorrt-fp16" in gaps
+    assert "openvino is not installed peer openvino · de cpu-fp32, en cpu-fp32" in gaps
 
 
 @pytest.mark.parametrize(
@@ -156,7 +175,7 @@ def test_every_reason_is_there_once_with_what_it_concerns() -> None:
         {"selection": {"kinds": None, "not_measured": {"kinds": "an old program"}}},
         {"contexts": report(skipped())["contexts"]},
         {"contexts": report(variant(dense="no baseline"))["contexts"]},
-        {"build": {"seconds": None, "peak_rss_bytes": None, "stages": [], "not_measured": {"seconds": "lost"}}},
+        {"build": dict.fromkeys(complete()["build"]) | {"stages": [], "not_measured": {"seconds": "lost"}}},
     ],
 )
 def test_a_report_with_gaps_is_a_page_as_well(change: dict[str, Any]) -> None:
