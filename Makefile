@@ -16,7 +16,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 test: lint ## everything that has to hold: lint, types, layers, tests, the wheel
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --durations 15
 
 lint: $(STAMP) ## ruff, strict mypy, the layers of the house
 	$(BIN)/ruff check .
