@@ -105,6 +105,30 @@ class _Errors:
         return max(self.eager, FLOAT32_ROUNDING * self.engine.largest)
 
 
+@dataclass
+class _Agreement:
+    """Of the logits, over all positions so far."""
+
+    positions: int = 0
+    divergence: float = 0.0
+    first: int = 0
+    among_five: int = 0
+
+    def add(self, expected: Array, actual: Array) -> None:
+        """Take in one run, as many positions at a time as make up a PIECE."""
+        classes = expected.shape[-1]
+        rows = max(1, PIECE // max(1, classes))
+        flat = [logits.reshape(-1, classes) for logits in (expected, actual)]
+        for start in range(0, len(flat[0]), rows):
+            right, own = (log_softmax(logits[start : start + rows]) for logits in flat)
+            self.divergence += float((np.exp(right) * (right - own)).sum())
+            best = right.argmax(axis=-1, keepdims=True)
+            likelier = (own > np.take_along_axis(own, best, axis=-1)).sum(axis=-1)
+            self.first += int((best[..., 0] == own.argmax(axis=-1)).sum())
+            self.among_five += int((likelier < 5).sum())
+            self.positions += len(right)
+
+
 def check_parity(
     engine: Run, single: Run, double: Run, inputs: Iterable[Feeds], multiple: float, *, logits: str | None, missing: str
 ) -> Parity:
@@ -114,7 +138,7 @@ def check_parity(
     `logits` names the output of which divergence and agreement are taken. Without inputs it is inconclusive: `missing`.
     """
     errors: dict[str, _Errors] = {}
-    divergence, agreed, among_five, positions = 0.0, 0, 0, 0
+    agreement = _Agreement()
     for feeds in inputs:
         expected, exact = single(feeds), double(feeds)
         try:
@@ -128,17 +152,8 @@ def check_parity(
             if expected[name].dtype.kind == "f":
                 errors.setdefault(name, _Errors()).add(expected[name], exact[name], actual[name])
         if logits is not None:
-            classes = expected[logits].shape[-1]
-            rows = max(1, PIECE // max(1, classes))
-            flat = [outputs[logits].reshape(-1, classes) for outputs in (expected, actual)]
-            for start in range(0, len(flat[0]), rows):
-                right, own = (log_softmax(array[start : start + rows]) for array in flat)
-                divergence += float((np.exp(right) * (right - own)).sum())
-                first = right.argmax(axis=-1, keepdims=True)
-                likelier = (own > np.take_along_axis(own, first, axis=-1)).sum(axis=-1)
-                agreed += int((first[..., 0] == own.argmax(axis=-1)).sum())
-                among_five += int((likelier < 5).sum())
-                positions += len(right)
+            agreement.add(expected[logits], actual[logits])
+        del expected, exact, actual  # before the next ones are there
     if not errors:
         return Parity.without_numbers("inconclusive", missing)
     name, worst = max(errors.items(), key=lambda item: item[1].engine.max_abs / (item[1].noise or 1.0))
@@ -146,6 +161,7 @@ def check_parity(
     farthest = worst.engine.max_abs
     within = farthest <= tolerance
     where = f" in {name}" if len(errors) > 1 else ""
+    positions = agreement.positions
     return Parity(
         verdict="pass" if within else "fail",
         reason=None if within else f"engine error {farthest:.3g}{where} exceeds the tolerance {tolerance:.3g}",
@@ -158,9 +174,9 @@ def check_parity(
         max_abs_error_float64=farthest,
         eager_float32_error=worst.eager,
         **worst.engine.ratios(),
-        mean_kl=divergence / positions if positions else None,
-        top1_agreement=agreed / positions if positions else None,
-        top5_agreement=among_five / positions if positions else None,
+        mean_kl=agreement.divergence / positions if positions else None,
+        top1_agreement=agreement.first / positions if positions else None,
+        top5_agreement=agreement.among_five / positions if positions else None,
         tokens=positions or None,
         not_measured=worst.engine.missing() | ({} if positions else dict.fromkeys(LOGIT_NUMBERS, NO_LOGITS)),
     )
