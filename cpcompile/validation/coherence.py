@@ -32,9 +32,12 @@ def measure_coherence(run: Callable[[Array], Array], ids: Array, embeddings: Arr
         return None
     starts = np.linspace(0, len(ids) - PROMPT_TOKENS, PROMPTS).astype(np.int64)
     prompts = np.stack([ids[start : start + PROMPT_TOKENS] for start in starts])
-    centred = embeddings - embeddings[ids].mean(axis=0)
+    common = embeddings[ids].mean(axis=0, dtype=np.float64)
     text = _continue(run, prompts, np.random.default_rng(seed))
-    before, after = (centred[part].mean(axis=1) for part in (prompts, text[:, PROMPT_TOKENS:]))
+    # Only of the tokens that occur: the whole table in float64 would be the largest array of all.
+    before, after = (
+        embeddings[part].mean(axis=1, dtype=np.float64) - common for part in (prompts, text[:, PROMPT_TOKENS:])
+    )
     norms = np.linalg.norm(before, axis=1) * np.linalg.norm(after, axis=1)
     return float(((before * after).sum(axis=1) / np.maximum(norms, np.finfo(np.float64).tiny)).mean())
 

@@ -177,12 +177,12 @@ class LanguageReference:
         coherence = measure_coherence(logits_of, text.ids, table)
         return replace(score, coherence=SHORT_TEXT if coherence is None else coherence)
 
-    @cached_property
+    @property
     def _embeddings(self) -> npt.NDArray[Any]:
-        """The token embeddings of the dense baseline (vocabulary, width), float64: its first parameter of that kind."""
+        """The token embeddings of the dense baseline (vocabulary, width): its first parameter of that kind."""
         model = self._dense_model
         tables = (p for n, p in model.named_parameters() if model.parameter_kind(n) is UnitKind.VOCABULARY)
-        table: npt.NDArray[Any] = next(tables).detach().double().numpy()
+        table: npt.NDArray[Any] = next(tables).detach().numpy()
         return table
 
 
