@@ -14,7 +14,8 @@ import functools
 import json
 import pickle
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,14 @@ def load_checkpoint(path: Path, *, mapped: bool = False) -> Checkpoint:
 
     mapped: weights stay in the file, whose pages take memory as they are read; for a look at what is there.
     """
+    checkpoint = read_checkpoint(path, mapped=mapped)
+    with _sentences(path):
+        _require_consistent(checkpoint)
+    return checkpoint
+
+
+def read_checkpoint(path: Path, *, mapped: bool = False) -> Checkpoint:
+    """`load_checkpoint` without a look at whether all fits together, for which the model has to be made."""
     plain = load_plain(path, mapped=mapped)
     if not isinstance(plain, dict) or plain.get("format") != FORMAT:
         raise UsageError(
@@ -129,11 +138,11 @@ def load_checkpoint(path: Path, *, mapped: bool = False) -> Checkpoint:
             f"{path}: checkpoint version {plain.get('version')!r}, this cpcompile reads {VERSION}; "
             "train it again or use the cpcompile that wrote it"
         )
-    try:
+    with _sentences(path):
         name, settings = plain["architecture"]["name"], plain["architecture"]["config"]
         if name not in ARCHITECTURES:
             raise UsageError(f"unknown architecture {name!r}; there are {', '.join(ARCHITECTURES)}")
-        checkpoint = Checkpoint(
+        return Checkpoint(
             config=ARCHITECTURES[name](**settings),
             state=plain["state"],
             selection=Selection.from_plain(plain["selection"]) if plain["selection"] else None,
@@ -143,12 +152,17 @@ def load_checkpoint(path: Path, *, mapped: bool = False) -> Checkpoint:
             held_out={context: ids.numpy() for context, ids in plain["held_out"].items()},
             token_counts={context: counts.numpy() for context, counts in plain.get("token_counts", {}).items()},
         )
-        _require_consistent(checkpoint)
+
+
+@contextmanager
+def _sentences(path: Path) -> Iterator[None]:
+    """What is wrong with the content of `path` as a UsageError that names it."""
+    try:
+        yield
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from error
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise UsageError(f"{path}: the checkpoint is incomplete or inconsistent: {error}; train it again") from error
-    return checkpoint
 
 
 def _require_consistent(checkpoint: Checkpoint) -> None:

@@ -30,6 +30,7 @@ from cpcompile.config import (
     preset,
 )
 from cpcompile.errors import CpcompileError, UsageError
+from cpcompile.sizes import parse_size
 
 if TYPE_CHECKING:
     from cpcompile.report import Report
@@ -75,6 +76,7 @@ def main(debug: bool) -> None:
     \b
     cpcompile demo                                # everything below on text that you already have
     cpcompile train --data corpus/ --out model.pt
+    cpcompile estimate model.pt                   # memory and size, before the work starts
     cpcompile build model.pt -o model.cpc
     cpcompile validate model.cpc --model model.pt
     cpcompile report before.json model.cpc        # what changed
@@ -225,6 +227,7 @@ def run_training(
 @click.option("--no-speed", is_flag=True, help="Leave the timings out.")
 @click.option("--no-memory", is_flag=True, help="Leave the memory measurements out.")
 @click.option("--repro", type=FilePath, metavar="DIR", help="On a parity failure: folder for a minimal repro.")
+@click.option("--max-memory", metavar="SIZE", help="Do not start if more is needed (2GB, 1500MiB); see `estimate`.")
 @click.option("--json", "as_json", is_flag=True, help="Print report.json instead of tables.")
 def build(
     model: Path,
@@ -241,6 +244,7 @@ def build(
     no_speed: bool,
     no_memory: bool,
     repro: Path | None,
+    max_memory: str | None,
     as_json: bool,
 ) -> None:
     """Compile every context of MODEL into an engine of its own, and prove it against the eager model.
@@ -250,6 +254,7 @@ def build(
       cpcompile build model.pt
       cpcompile build model.pt -o model.cpc --contexts english,python
       cpcompile build model.pt --merged               # for a server of many contexts
+      cpcompile build model.pt --max-memory 4GB       # or stop before it starts
       cpcompile build model.pt --vocabulary-coverage 1  # only the tokens that a context's text needs
       cpcompile build model.pt --json > report.json
       cpcompile build model.pt --peers all            # time torch.compile and others too, see validate --help
@@ -260,6 +265,15 @@ def build(
 
     config = _validate_config(rounds, min_speed_ratio, peers, no_speed=no_speed, no_memory=no_memory)
     out = out or _beside(model, ".cpc")
+    _check_memory(
+        model,
+        max_memory,
+        config,
+        contexts=_names(contexts),
+        coverage=vocabulary_coverage,
+        standalone=standalone,
+        merged=merged,
+    )
     with stage_progress() as stage:
         report, bundle = build_bundle(
             model,
@@ -281,6 +295,59 @@ def build(
 
 
 @main.command(context_settings={"show_default": True})
+@click.argument("model", type=FilePath)
+@click.option("--contexts", help="Comma-separated names; all by default.")
+@click.option("--standalone", is_flag=True, help="Of a build with --standalone.")
+@click.option("--merged", is_flag=True, help="Of a build with --merged.")
+@click.option("--vocabulary-coverage", type=float, metavar="PART", help="Of a build with --vocabulary-coverage.")
+@click.option("--no-memory", is_flag=True, help="Of a build with --no-memory.")
+@click.option("--batch", type=click.IntRange(min=1), default=1, help="Sequences of a run of the engines.")
+@click.option("--sequence", type=click.IntRange(min=1), default=128, help="Tokens of each.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+def estimate(
+    model: Path,
+    contexts: str | None,
+    standalone: bool,
+    merged: bool,
+    vocabulary_coverage: float | None,
+    no_memory: bool,
+    batch: int,
+    sequence: int,
+    as_json: bool,
+) -> None:
+    """Say what a build of MODEL is going to take: peak memory per stage, engines, size of the bundle.
+
+    The weights of MODEL are not read; what the libraries take is measured here, by building a model of one layer.
+
+    \b
+    Examples:
+      cpcompile estimate model.pt
+      cpcompile estimate model.pt --vocabulary-coverage 1 --json
+      cpcompile estimate model.pt --batch 8 --sequence 512   # engines that run other shapes
+      cpcompile build model.pt --max-memory 4GB              # and do not start if it takes more
+    """
+    from cpcompile.estimation import Plan, measure_libraries, read_facts, render_estimate
+    from cpcompile.estimation import estimate as estimate_memory
+
+    facts = read_facts(model, contexts=_names(contexts), coverage=vocabulary_coverage)
+    plan = Plan(
+        standalone=standalone,
+        merged=merged,
+        trimmed=vocabulary_coverage is not None,
+        memory=not no_memory,
+        batch=batch,
+        sequence=sequence,
+    )
+    estimated = estimate_memory(facts, measure_libraries(facts.library), plan)
+    if as_json:
+        click.echo(json.dumps(estimated.to_plain(), indent=1))
+        return
+    from rich.console import Console
+
+    Console().print(render_estimate(estimated, plan))
+
+
+@main.command(context_settings={"show_default": True})
 @click.argument("bundle", type=FilePath)
 @click.option("--model", type=FilePath, help="What it was built from.  [default: BUNDLE with .pt or .pt2]")
 @click.option("--data", type=FilePath, help="Corpus whose held-out text replaces the checkpoint's.")
@@ -290,6 +357,7 @@ def build(
 @click.option("--no-speed", is_flag=True, help="Leave the timings out.")
 @click.option("--no-memory", is_flag=True, help="Leave the memory measurements out.")
 @click.option("--repro", type=FilePath, metavar="DIR", help="On a parity failure: folder for a minimal repro.")
+@click.option("--max-memory", metavar="SIZE", help="Do not start if more is needed (2GB, 1500MiB); see `estimate`.")
 @click.option("--json", "as_json", is_flag=True, help="Print report.json instead of tables.")
 def validate(
     bundle: Path,
@@ -301,6 +369,7 @@ def validate(
     no_speed: bool,
     no_memory: bool,
     repro: Path | None,
+    max_memory: str | None,
     as_json: bool,
 ) -> None:
     """Compare the engines of BUNDLE with the eager model on parity, quality, memory and speed.
@@ -324,10 +393,11 @@ def validate(
     from cpcompile.report import write_report
 
     config = _validate_config(rounds, min_speed_ratio, peers, no_speed=no_speed, no_memory=no_memory)
+    model = model or _model_of(bundle)
+    if model.exists():
+        _check_memory(model, max_memory, config)
     with stage_progress() as stage:
-        report = validate_bundle(
-            bundle, model or _model_of(bundle), data=data, config=config, progress=stage, repro=repro
-        )
+        report = validate_bundle(bundle, model, data=data, config=config, progress=stage, repro=repro)
     _print_report(report, as_json=as_json)
     if no_speed or no_memory:
         click.echo(f"{bundle / 'report.json'} stays as it was: not everything was measured now", err=True)
@@ -556,6 +626,26 @@ def _validate_config(
         speed=not no_speed,
         memory=not no_memory,
     )
+
+
+def _check_memory(
+    model: Path,
+    max_memory: str | None,
+    config: ValidateConfig,
+    *,
+    contexts: tuple[str, ...] | None = None,
+    coverage: float | None = None,
+    standalone: bool = False,
+    merged: bool = False,
+) -> None:
+    """Refuse what `max_memory` does not allow; warn of what the machine may not have."""
+    limit = parse_size(max_memory) if max_memory is not None else None
+    from cpcompile.estimation import Plan, check_memory
+
+    plan = Plan(standalone=standalone, merged=merged, trimmed=coverage is not None, memory=config.memory)
+    warning = check_memory(model, limit, plan, config, contexts=contexts, coverage=coverage)
+    if warning is not None:
+        click.echo(f"Warning: {warning}", err=True)
 
 
 def _names(text: str | None) -> tuple[str, ...] | None:

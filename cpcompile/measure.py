@@ -23,6 +23,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import threading
@@ -46,6 +47,8 @@ STATUS = Path("/proc/self/status")
 STATM = Path("/proc/self/statm")
 CLEAR_REFS = Path("/proc/self/clear_refs")
 PROCESSORS = Path("/proc/stat")
+MEMINFO = Path("/proc/meminfo")
+GROUP, GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 FREQUENCY = Path("/sys/devices/system/cpu/cpu0/cpufreq")
 PACKAGES = {
     "torch": ("torch",),
@@ -214,6 +217,33 @@ def in_fresh_process(*arguments: str) -> Any:
     return json.loads(done.stdout.strip().rsplit("\n", maxsplit=1)[-1])
 
 
+def available_memory() -> int | None:
+    """Bytes that a new process may take before the system or a control group runs out; None where nothing tells.
+
+    The least of MemAvailable (proc_meminfo(5)) and, of each control group of version 2 around this process, the limit
+    less what is used and could not be dropped (memory.max, memory.current, inactive_file of memory.stat).
+    """
+    rooms = [_first_bytes(MEMINFO, "MemAvailable:")]
+    try:
+        groups = [line.split(":", 2)[2] for line in GROUP.read_text(encoding="ascii").splitlines() if line[:3] == "0::"]
+    except OSError:
+        groups = []
+    for group in groups:
+        folder = GROUPS / group.strip().lstrip("/")
+        rooms += [_room(each) for each in (folder, *folder.parents) if each.is_relative_to(GROUPS)]
+    return min((room for room in rooms if room is not None), default=None)
+
+
+def _room(group: Path) -> int | None:
+    """What the limit of one control group leaves; None if it has none."""
+    try:
+        limit, used = (int((group / f"memory.{name}").read_text(encoding="ascii")) for name in ("max", "current"))
+        cached = re.search(r"^inactive_file (\d+)$", (group / "memory.stat").read_text(encoding="ascii"), re.MULTILINE)
+    except (OSError, ValueError):  # "max" is no number
+        return None
+    return max(0, limit - used + (int(cached[1]) if cached else 0))
+
+
 @dataclass
 class Machine:
     """What else the machine did while it was watched."""
@@ -281,12 +311,17 @@ def environment() -> dict[str, Any]:
 
 
 def _status_bytes(key: str) -> int | None:
-    """A field of /proc/self/status, which are in KiB; None where there is no such file or field."""
+    """A field of /proc/self/status; None where there is no such file or field."""
+    return _first_bytes(STATUS, f"{key}:")
+
+
+def _first_bytes(path: Path, key: str) -> int | None:
+    """The value, in KiB there, of the first line of a file under /proc that begins with `key`."""
     try:
-        lines = STATUS.read_text(encoding="ascii", errors="replace").splitlines()
+        lines = path.read_text(encoding="ascii", errors="replace").splitlines()
     except OSError:
         return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:")), None)
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(key)), None)
 
 
 def _version(distributions: tuple[str, ...]) -> str | None:

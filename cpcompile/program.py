@@ -242,7 +242,7 @@ def save_program(
 
 def load_program(path: Path) -> Program:
     """Read `path`; UsageError says what is wrong with it and what to do."""
-    record, examples = _inspect(path)
+    record, examples = inspect_program(path)
     try:
         with path.open("rb") as file, quiet():
             exported = torch.export.load(file)
@@ -267,7 +267,7 @@ def load_program(path: Path) -> Program:
     return program
 
 
-def _inspect(path: Path) -> tuple[dict[str, Any], dict[str, tuple[Feeds, ...]]]:
+def inspect_program(path: Path) -> tuple[dict[str, Any], dict[str, tuple[Feeds, ...]]]:
     """Our own files of the archive, after a look at what torch.export.load would run."""
     if path.is_dir():
         raise UsageError(f"{path}: is a folder; a program is a file such as model.pt2")

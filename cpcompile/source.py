@@ -21,7 +21,7 @@ from cpcompile.errors import UsageError
 from cpcompile.models.language_model import LanguageModel
 from cpcompile.program import Program, load_program
 from cpcompile.report import training_summary
-from cpcompile.selection import Digits, UnitKind
+from cpcompile.selection import Digits, Selection, UnitKind
 from cpcompile.training.corpus import load_corpus
 from cpcompile.training.tokenization import parse_tokenizer, vocabulary_size
 from cpcompile.training.trainer import dense_path
@@ -93,10 +93,24 @@ class Source(ABC):
 
     def choose(self, contexts: Sequence[str] | None) -> tuple[str, ...]:
         """Those of `contexts`, or all; UsageError lists what there is."""
-        for context in contexts or ():
-            if context not in self.contexts:
-                raise UsageError(f"{self.path}: has no context {context!r}; it has {', '.join(self.contexts)}")
-        return tuple(contexts or self.contexts)
+        return choose_contexts(self.path, self.contexts, contexts)
+
+
+def choose_contexts(path: Path, there: Sequence[str], wanted: Sequence[str] | None) -> tuple[str, ...]:
+    """Those of `wanted`, or all that are `there`; UsageError lists them."""
+    for context in wanted or ():
+        if context not in there:
+            raise UsageError(f"{path}: has no context {context!r}; it has {', '.join(there)}")
+    return tuple(wanted or there)
+
+
+def require_selection(path: Path, checkpoint: Checkpoint) -> Selection:
+    """Which units its contexts keep; UsageError if it is a dense checkpoint."""
+    if checkpoint.selection is None:
+        raise UsageError(
+            f"{path}: is a dense checkpoint and has no contexts to build; give the partitioned one, such as model.pt"
+        )
+    return checkpoint.selection
 
 
 def open_source(model: Path) -> Source:
@@ -111,11 +125,7 @@ class TrainedSource(Source):
 
     def __init__(self, path: Path) -> None:
         checkpoint = load_checkpoint(path)
-        if checkpoint.selection is None:
-            raise UsageError(
-                f"{path}: is a dense checkpoint and has no contexts to build; "
-                "give the partitioned one, such as model.pt"
-            )
+        self._selection = require_selection(path, checkpoint)
         try:
             entries = vocabulary_size(parse_tokenizer(checkpoint.tokenizer))
             self.training = training_summary(checkpoint.training, checkpoint.contexts)
@@ -133,11 +143,10 @@ class TrainedSource(Source):
         plain = settings.settings if isinstance(settings, PretrainedConfig) else dataclasses.asdict(settings)
         self.config = {name: value for name, value in plain.items() if isinstance(value, int | float | str)}
         self._checkpoint = checkpoint
-        self._selection = checkpoint.selection
-        self.selection = checkpoint.selection.digits(
+        self.selection = self._selection.digits(
             {
                 kind: [(f"layer {number}", table.shape[2]) for number in range(table.shape[1])]
-                for kind, table in checkpoint.selection.kept.items()
+                for kind, table in self._selection.kept.items()
             }
         )
         self._dense = dense_path(path) if dense_path(path).exists() else None

@@ -27,6 +27,10 @@ SHORT_TEXT = "the held-out text is too short to be continued"
 NOT_ASKED = "coherence measurements were switched off"
 
 
+BATCH = 4
+"""Windows that are run at a time."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Score:
     """How well one model predicts the held-out text."""
@@ -69,7 +73,7 @@ def cut_windows(ids: npt.NDArray[Any], sequence: int) -> IntArray:
     return windows
 
 
-def measure_score(run: Run, windows: IntArray, *, batch: int = 4, ratio: float = 1.0) -> Score:
+def measure_score(run: Run, windows: IntArray, *, batch: int = BATCH, ratio: float = 1.0) -> Score:
     """Score `run` on windows (n, length + 1), `batch` of them at a time.
 
     ratio: tokens that the text has here for each of the whole vocabulary, per which the perplexity is then stated.

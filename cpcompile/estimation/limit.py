@@ -1,0 +1,66 @@
+"""Stop before the work starts, not when the memory is gone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from cpcompile.config import ValidateConfig
+from cpcompile.errors import UsageError
+from cpcompile.estimation.facts import Facts, read_facts
+from cpcompile.estimation.formula import BESIDE, Estimate, Plan, estimate
+from cpcompile.estimation.libraries import Libraries, measure_libraries
+from cpcompile.measure import available_memory, resident_bytes
+from cpcompile.report.formats import megabytes
+
+
+def check_memory(
+    model: Path,
+    limit: int | None,
+    plan: Plan,
+    config: ValidateConfig,
+    *,
+    contexts: Sequence[str] | None = None,
+    coverage: float | None = None,
+) -> str | None:
+    """UsageError if work on `model` needs more than `limit`; else a warning if it may need more than there is.
+
+    Without a limit nothing is measured as long as the work fits in any case.
+    """
+    available = available_memory()
+    if limit is None and (available is None or _bound(read_facts(model, contexts=contexts), plan, config) <= available):
+        return None
+    facts = read_facts(model, contexts=contexts, coverage=coverage)
+    estimated = estimate(facts, measure_libraries(facts.library), plan, config)
+    if limit is not None:
+        require_memory(estimated, limit)
+    return memory_warning(estimated, available) if available is not None else None
+
+
+def require_memory(estimated: Estimate, limit: int) -> None:
+    """UsageError if the work needs more than `limit` bytes, which the user gave."""
+    if estimated.largest.peak_rss_bytes > limit:
+        raise UsageError(f"--max-memory allows {megabytes(limit)}, {_needs(estimated, limit)}")
+
+
+def memory_warning(estimated: Estimate, available: int) -> str | None:
+    """A sentence if the work may need more than there is; an estimate is no reason to refuse it."""
+    if estimated.largest.peak_rss_bytes <= available:
+        return None
+    return f"{megabytes(available)} of memory are available, {_needs(estimated, available)}"
+
+
+def _bound(facts: Facts, plan: Plan, config: ValidateConfig) -> int:
+    """More than is needed: libraries never grow to twice what they take once a build is imported."""
+    held = resident_bytes()
+    libraries = Libraries(build=2 * held, validation=2 * held, engine=held, eager=held)
+    return estimate(facts, libraries, plan, config).largest.peak_rss_bytes
+
+
+def _needs(estimated: Estimate, limit: int) -> str:
+    """What is needed, where, and what would help."""
+    largest, alone = estimated.largest, estimated.process_peak_rss_bytes
+    needed = f"about {megabytes(largest.peak_rss_bytes)} are needed at the peak ({largest.name})"
+    if BESIDE in largest.parts and alone <= limit:
+        return f"{needed}; --no-memory measures no process beside it and needs {megabytes(alone)}"
+    return f"{needed}; contexts are built one after the other, so only a smaller model or a larger machine helps"
