@@ -8,7 +8,9 @@
     report.json                         what validation found (outside of the digests)
 
 Reading needs neither torch nor onnxruntime. Everything is checked before it is used: the
-manifest against its own digest, each file against the manifest, each path against the root.
+manifest against its own digest, each file against the manifest, each path against the root, and what an engine makes
+its runtime open against both. Digests show damage, not who wrote the bundle: one that was sealed anew can ask for any
+amount of time and memory, but for no file outside, no library and no output. Nobody may change it while it is in use.
 The format: microsoft/onnxruntime, model_package/README.md.
 """
 
@@ -19,6 +21,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -30,7 +33,9 @@ import numpy as np
 import numpy.typing as npt
 
 from cpcompile.artifact import Artifact
+from cpcompile.config import CONTEXT_NAME
 from cpcompile.errors import CpcompileError, UsageError
+from cpcompile.external_data import references_of
 from cpcompile.files import NO_ROOM, file_digest, remove_leftovers, temporary_path
 
 if TYPE_CHECKING:
@@ -46,6 +51,10 @@ ROUTER = "router"
 """The component of engines that serve several contexts."""
 REPORTS = ("report.json", "report.html")
 WEIGHTS_OPTION = "session.model_external_initializers_file_folder_path"
+SESSION_OPTIONS = frozenset({"session.disable_prepacking"})
+"""What a bundle may set for ONNX Runtime besides its weights: others load libraries and write files."""
+MAX_JSON = 1 << 26
+"""Bytes of a manifest or component: one of a thousand contexts has less than a megabyte."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,13 +77,9 @@ class Variant:
 
     def graph(self) -> ir.Model:
         """Its graph, whose weights stay in their file; the files have been verified."""
-        import onnx_ir as ir  # an application that runs engines does without
+        from cpcompile.onnx_file import load_onnx  # an application that runs engines does without onnx_ir
 
-        model = ir.load(self.model)
-        for value in model.graph.initializers.values():
-            if isinstance(value.const_value, ir.ExternalTensor) and self.weights is not None:
-                value.const_value.base_dir = self.weights
-        return model
+        return load_onnx(self.model, data=self.weights)
 
     def standalone(self) -> ir.Model:
         """Its graph with all weights inside."""
@@ -110,10 +115,13 @@ class Bundle:
         if path.relative_to(self.root).as_posix() not in self.metadata["files"]:
             return None
         self.verify(path)
-        try:
-            return np.asarray(np.load(path, allow_pickle=False), dtype=np.int64)
-        except (OSError, ValueError) as error:
+        try:  # mapped: a shape of more than the file holds is refused, not allocated
+            ids: npt.NDArray[Any] = np.array(np.lib.format.open_memmap(path, mode="r"))
+        except Exception as error:  # the header is parsed as Python
             raise UsageError(f"{path}: cannot be read ({error}); build the bundle again") from error
+        if ids.ndim != 1 or ids.dtype.kind not in "iu" or (ids.size and not 0 <= ids.min() <= ids.max() < 1 << 31):
+            raise UsageError(f"{path}: holds {ids.dtype} of shape {ids.shape}, no token ids; build the bundle again")
+        return ids.astype(np.int64)
 
     @property
     def bytes(self) -> int:
@@ -148,9 +156,34 @@ class Bundle:
                 _verify_file(_inside(self.root, name), digests[name])
 
     def verify_all(self) -> None:
-        """Check every file that the manifest lists."""
+        """Check every file that the manifest lists, and what every engine refers to."""
         for name, digest in self.metadata["files"].items():
             _verify_file(_inside(self.root, name), digest)
+        for context in self.contexts:
+            for variant in self.variants(context):
+                self._verify_references(variant)
+
+    def verify_engine(self, variant: Variant) -> None:
+        """Check all files that loading `variant` opens: its model, its weights, and that it refers to no others."""
+        self.verify(variant.model, *([variant.weights] if variant.weights else []))
+        self._verify_references(variant)
+
+    def _verify_references(self, variant: Variant) -> None:
+        """Every tensor outside of the model lies in a file of its weights that the manifest lists, and within it."""
+        folder = None if variant.weights is None else variant.weights.relative_to(self.root).as_posix()
+        for reference in references_of(variant.model):
+            name = f"{folder}/{reference.location}"
+            if folder is None or name not in self.metadata["files"]:
+                raise UsageError(
+                    f"{variant.model}: a tensor lies in {reference.location!r}, which is no file of its weights; "
+                    "it is refused. Build the bundle again"
+                )
+            there = _inside(self.root, name).stat().st_size
+            if (end := reference.offset + (reference.length or 0)) > there:
+                raise UsageError(
+                    f"{variant.model}: a tensor needs the bytes up to {end:,} of {reference.location}, which has "
+                    f"{there:,}; build the bundle again"
+                )
 
     def _variant(self, context: str, component: str, name: str) -> Variant:
         body = self.components[component]["variants"][name]
@@ -158,14 +191,14 @@ class Bundle:
         options = dict(ort.get("session_options", {}))
         weights = options.pop(WEIGHTS_OPTION, None)
         folder = f"{component}/{body.get('variant_directory', name)}"
-        contexts = own["contexts"]
+        contexts = _require(own["contexts"], list, "contexts")
         return Variant(
             context=context,
             name=name,
             runtime=own["runtime"],
             precision=own["precision"],
             provider=body["ep"],
-            model=_inside(self.root, f"{folder}/{ort['model_file']}"),
+            model=_inside(self.root, f"{folder}/{_require(ort['model_file'], str, 'model_file')}"),
             weights=self._asset(weights) if weights else None,
             session_options=options,
             feeds={"context": contexts.index(context)} if contexts else {},
@@ -178,7 +211,7 @@ class Bundle:
 
 def open_bundle(path: Path) -> Bundle:
     """Open and check the manifest and the components of the bundle `path`."""
-    if not (path / MANIFEST).is_file():
+    if not _inside(path, MANIFEST).is_file():
         kind = "there is no such folder" if not path.exists() else f"is not a bundle (no {MANIFEST} in it)"
         raise UsageError(f"{path}: {kind}; `cpcompile build model.pt -o model.cpc` makes one")
     manifest = _read_json(path / MANIFEST)
@@ -192,19 +225,20 @@ def open_bundle(path: Path) -> Bundle:
         if digest != _manifest_digest(manifest):
             raise UsageError(f"{path / MANIFEST}: was changed or damaged after the build; build the bundle again")
         components = {}
-        for name, folder in manifest["components"].items():
+        for name, folder in _require(manifest["components"], dict, "components").items():
+            _require_name(name, "context")
             component = _inside(path, f"{folder}/component.json")
             _verify_file(component, metadata["files"][f"{folder}/component.json"])
             components[name] = _read_json(component)
         bundle = Bundle(
             root=path,
-            name=manifest["package_name"],
+            name=_require(manifest["package_name"], str, "package_name"),
             contexts=tuple(name for name in components if name != ROUTER),
             metadata=metadata,
             components=components,
         )
         _require_readable(bundle)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise UsageError(f"{path / MANIFEST}: lacks or garbles {error}; build the bundle again") from error
     return bundle
 
@@ -230,17 +264,28 @@ def _require_readable(bundle: Bundle) -> None:
         if not _require(bundle.components[context]["variants"], dict, f"variants of {context}"):
             raise ValueError(f"variants of {context}: there are none")
         for variant in bundle.variants(context):
-            _require(variant.bytes, int, f"bytes of {variant.name}")
+            _require_name(variant.name, f"variant of {context}")
+            if _require(variant.bytes, int, f"bytes of {variant.name}") < 0:
+                raise ValueError(f"bytes of {variant.name}: {variant.bytes}")
+            if variant.model.suffix != ".onnx":
+                raise ValueError(f"model_file of {variant.name}: {variant.model.name!r} is not named .onnx")
             for field in (variant.name, variant.runtime, variant.precision, variant.provider):
                 _require(field, str, f"variant of {context}")
             for key, value in variant.session_options.items():
                 _require(value, str, f"session option {key}")
+                if key not in SESSION_OPTIONS:
+                    raise ValueError(f"session option {key!r}, which a bundle may not set")
 
 
 def _require(value: Any, kind: type[T], what: str) -> T:
     if type(value) is not kind:
         raise TypeError(f"{what} (a {type(value).__name__} instead of {kind.__name__})")
     return value
+
+
+def _require_name(name: str, what: str) -> None:
+    if not CONTEXT_NAME.fullmatch(name):
+        raise ValueError(f"{what} {name!r} is no name")
 
 
 class BundleWriter:
@@ -369,13 +414,19 @@ def _inside(root: Path, name: str) -> Path:
     """`root/name`, refused if it leaves `root` by its text or through a link."""
     pure = PurePosixPath(name)
     path = root / pure
-    if pure.is_absolute() or ".." in pure.parts or not path.resolve().is_relative_to(root.resolve()):
+    try:
+        outside = not path.resolve().is_relative_to(root.resolve())
+    except (OSError, RuntimeError, ValueError) as error:  # too long, a loop of links, a character no path has
+        raise UsageError(f"{root}: {name[:100]!r} is no path; build the bundle again") from error
+    if pure.is_absolute() or ".." in pure.parts or outside:
         raise UsageError(f"{root}: the path {name!r} leaves the bundle; it is refused. Build the bundle again")
     return path
 
 
 def _verify_file(path: Path, digest: str) -> None:
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for, a device has no end
+            raise UsageError(f"{path}: is not a regular file; build the bundle again or copy it whole")
         actual = file_digest(path)
     except FileNotFoundError as error:
         raise UsageError(f"{path}: is missing from the bundle; build it again or copy it whole") from error
@@ -396,9 +447,23 @@ def _manifest_digest(manifest: Mapping[str, Any]) -> str:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        if (size := path.stat().st_size) > MAX_JSON:
+            raise ValueError(f"{size:,} bytes, more than {MAX_JSON:,}")
+        text = path.read_text(encoding="utf-8")
+        return json.loads(text, object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant)
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path}: cannot be read as JSON ({error}); build the bundle again") from error
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A parser may take the first of two equal keys, another the last: there must be one."""
+    if len(content := dict(pairs)) != len(pairs):
+        raise ValueError("a key is there twice")
+    return content
+
+
+def _refuse_constant(text: str) -> None:
+    raise ValueError(f"{text} is no JSON")
 
 
 def _write_json(path: Path, content: object) -> None:

@@ -35,8 +35,11 @@ class Size:
     """Of all tensors."""
 
 
-def load_onnx(path: Path) -> ir.Model:
-    """The model in `path`; UsageError if it is no model, or its external data is missing, too short or elsewhere."""
+def load_onnx(path: Path, *, data: Path | None = None) -> ir.Model:
+    """The model in `path`; UsageError if it is no model, or its external data is missing, too short or elsewhere.
+
+    data: the folder of the external data, where it is not that of the model.
+    """
     try:
         model = ir.load(path)
     except OSError as error:
@@ -57,7 +60,9 @@ def load_onnx(path: Path) -> ir.Model:
                 f"{path}: nothing makes {value.name!r}, which a node reads; sparse initializers have to be stored dense"
             )
     for tensor in external_tensors(model):
-        _require_data(path, tensor)
+        if data is not None:
+            tensor.base_dir = data
+        _require_data(path, tensor, data or path.parent)
     return model
 
 
@@ -127,11 +132,11 @@ def _map_data(model: ir.Model) -> None:
                 value.const_value = ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=tensor.name)
 
 
-def _require_data(path: Path, tensor: ir.ExternalTensor) -> None:
-    """The data of `tensor` lies in the folder of the model and is long enough."""
+def _require_data(path: Path, tensor: ir.ExternalTensor, folder: Path) -> None:
+    """The data of `tensor` lies in `folder` and is long enough."""
     data = Path(tensor.path)
-    if not data.resolve().is_relative_to(path.parent.resolve()):
-        raise UsageError(f"{path}: the tensor {tensor.name} refers to {data}, outside of the model's folder: refused")
+    if not data.resolve().is_relative_to(folder.resolve()):
+        raise UsageError(f"{path}: the tensor {tensor.name} refers to {data}, outside of {folder}: refused")
     if not data.is_file():
         raise UsageError(f"{path}: the weights file {data} of the tensor {tensor.name} is missing; put it back")
     end = (tensor.offset or 0) + (tensor.length if tensor.length is not None else tensor.nbytes)

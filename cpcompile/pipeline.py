@@ -204,7 +204,7 @@ def export_standalone(path: Path, context: str, out: Path, *, variant: str) -> N
     if require_file_path(out, ".onnx").is_relative_to(bundle.root.resolve()):
         raise UsageError(f"{out}: lies in the bundle; choose another --out")
     chosen = bundle.variant(context, variant)
-    bundle.verify(chosen.model, *([chosen.weights] if chosen.weights else []))
+    bundle.verify_engine(chosen)
     with whole_file(out) as temporary:
         ir.save(chosen.standalone(), temporary, format="protobuf")
 

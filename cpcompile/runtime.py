@@ -69,15 +69,15 @@ class Engine:
 def load_engine(bundle: Bundle, context: str, variant: str = "cpu-fp32", *, threads: int = 0) -> Engine:
     """Verify and load one engine; `threads` 0 leaves the number to ONNX Runtime.
 
-    UsageError: no such context or variant, a damaged or missing file.
+    UsageError: no such context or variant, a damaged or missing file, a reference to a file that is not its own.
     CpcompileError: ONNX Runtime refuses the model, or falls back to another provider.
+
+    The graph itself is judged by ONNX Runtime, in this process: one from a stranger can take any time and memory, so
+    load it where that does no harm.
     """
     chosen = bundle.variant(context, variant)
-    bundle.verify(chosen.model)
-    options = session_options(chosen, threads=threads)
-    if chosen.weights is not None:
-        bundle.verify(chosen.weights)
-    return Engine(chosen, create_session(chosen, options))
+    bundle.verify_engine(chosen)
+    return Engine(chosen, create_session(chosen, session_options(chosen, threads=threads)))
 
 
 def session_options(variant: Variant, *, threads: int = 0) -> Any:

@@ -102,7 +102,7 @@ def _diagnose(
     variant = bundle.variant(context, result.name)
     if variant.feeds or (variant.runtime, variant.precision) != ("onnxruntime", "fp32"):
         return Diagnosis.without(f"the first divergence {OTHER_KIND}")
-    bundle.verify(variant.model, *([variant.weights] if variant.weights else []))
+    bundle.verify_engine(variant)
     engine = engine_graph(variant)
     opset, inputs = opset_of(engine), list(reference.inputs(context))
     try:

@@ -87,7 +87,7 @@ def test_weights_outside_of_the_folder_are_refused(tmp_path: Path, location: str
     model = onnx.load(path, load_external_data=False)
     model.graph.initializer[0].external_data[0].value = location
     path.write_bytes(model.SerializeToString())
-    with pytest.raises(UsageError, match="outside of the model's folder"):
+    with pytest.raises(UsageError, match="outside of "):
         load_onnx(path)
 
 
