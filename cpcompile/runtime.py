@@ -37,21 +37,28 @@ class Engine:
             raise UsageError(
                 f"input_ids is {input_ids.dtype} of shape {input_ids.shape}; int64 (batch, sequence) is needed"
             )
-        (logits,) = self.session.run(["logits"], self._feeds({"input_ids": input_ids}))
+        (logits,) = self._run(["logits"], {"input_ids": input_ids})
         result: npt.NDArray[np.float32] = logits
         return result
 
     def outputs(self, feeds: Feeds) -> dict[str, Array]:
         """Every output that the graph declares, by name, for `feeds`: the inputs by name, without the context."""
-        return dict(zip(self._names, self.session.run(self._names, self._feeds(feeds)), strict=True))
+        return dict(zip(self._names, self._run(self._names, feeds), strict=True))
 
     @cached_property
     def _names(self) -> list[str]:
         return [output.name for output in self.session.get_outputs()]
 
-    def _feeds(self, feeds: Feeds) -> Feeds:
+    def _run(self, names: list[str], feeds: Feeds) -> list[Array]:
         """With what chooses the context, where the engine serves several."""
-        return {**feeds, **{name: np.asarray(number) for name, number in self.variant.feeds.items()}}
+        chosen = {name: np.asarray(number) for name, number in self.variant.feeds.items()}
+        try:
+            outputs: list[Array] = self.session.run(names, {**feeds, **chosen})
+        except Exception as error:  # as in `create_session`
+            raise CpcompileError(
+                f"{self.variant.model}: ONNX Runtime {ort.__version__} cannot run it on these inputs: {error}"
+            ) from error
+        return outputs
 
     def generate(self, prompt: list[int], *, tokens: int, temperature: float = 0.0, seed: int = 0) -> Iterator[int]:
         """Continue `prompt` by `tokens` ids: the likeliest ones, or sampled where `temperature` > 0."""

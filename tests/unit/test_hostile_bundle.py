@@ -305,3 +305,10 @@ def test_hostile_token_ids_are_refused(bundle: Path, content: bytes) -> None:
     reseal(bundle)
     with pytest.raises(UsageError, match="token_ids.npy"):
         open_bundle(bundle).token_ids("a")
+
+
+def test_a_context_that_the_engine_does_not_choose_is_a_sentence(bundle: Path) -> None:
+    """Found by tests/fuzz."""
+    edit_variant(bundle, lambda variant: variant["executor_info"]["cpcompile"].update(contexts=["a"]))
+    with pytest.raises(CpcompileError, match=r"model.onnx: ONNX Runtime .* cannot run it .*context"):
+        load_engine(open_bundle(bundle), "a", threads=1).outputs({"x": SECRET})
