@@ -37,6 +37,7 @@ from cpcompile.config import CONTEXT_NAME
 from cpcompile.errors import CpcompileError, UsageError
 from cpcompile.external_data import references_of
 from cpcompile.files import NO_ROOM, file_digest, remove_leftovers, temporary_path
+from cpcompile.vocabulary import TrimmedVocabulary
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -122,6 +123,14 @@ class Bundle:
         if ids.ndim != 1 or ids.dtype.kind not in "iu" or (ids.size and not 0 <= ids.min() <= ids.max() < 1 << 31):
             raise UsageError(f"{path}: holds {ids.dtype} of shape {ids.shape}, no token ids; build the bundle again")
         return ids.astype(np.int64)
+
+    def trimmed_vocabularies(self) -> dict[str, TrimmedVocabulary]:
+        """By context, of those that have a vocabulary of their own."""
+        return {
+            context: TrimmedVocabulary(self.tokenizer(context).read_text(encoding="utf-8"), ids)
+            for context in self.contexts
+            if (ids := self.token_ids(context)) is not None
+        }
 
     @property
     def bytes(self) -> int:

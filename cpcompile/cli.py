@@ -9,8 +9,9 @@ import dataclasses
 import errno
 import io
 import json
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -22,6 +23,7 @@ from cpcompile.config import (
     PRESETS,
     PRETRAINED_TRAIN,
     RECOVERIES,
+    CheckConfig,
     ModelConfig,
     TrainConfig,
     ValidateConfig,
@@ -33,6 +35,7 @@ from cpcompile.errors import CpcompileError, UsageError
 from cpcompile.sizes import parse_size
 
 if TYPE_CHECKING:
+    from cpcompile.check.criteria import Check
     from cpcompile.report import Report
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -80,6 +83,7 @@ def main(debug: bool) -> None:
     cpcompile build model.pt -o model.cpc
     cpcompile validate model.cpc --model model.pt
     cpcompile report before.json model.cpc        # what changed
+    cpcompile check model.cpc --baseline base.json
     cpcompile export model.cpc english -o english.onnx
     cpcompile opt any.onnx -o smaller.onnx --check
     cpcompile compare any.onnx smaller.onnx
@@ -137,9 +141,6 @@ def train(
     DATA has one entry per context: a sub-folder of text files, or a .txt, .jsonl, .jsonl.gz or .parquet file.
     """
     tables = load_toml(config) if config else {}
-    for name in tables:
-        if name not in ("model", "train"):
-            raise UsageError(f"{config}: there is no table [{name}]; there are [model] and [train]")
     if from_pretrained and (preset_name or tokenizer or tables.get("model")):
         raise UsageError("--from-pretrained brings shape and tokenizer: leave --preset, [model] and --tokenizer out")
     shape = override(preset(preset_name or "tiny"), tables.get("model", {}), where=f"{config}: model")
@@ -178,9 +179,7 @@ def run_training(
     held_out: bool,
 ) -> None:
     """Corpus, training with progress, and a closing summary."""
-    from rich.console import Console
-
-    from cpcompile.console import TrainProgress, console, stage_progress
+    from cpcompile.console import TrainProgress, console, print_result, stage_progress
     from cpcompile.pipeline import train_from_data
     from cpcompile.report import controls_table, training_summary
     from cpcompile.training.trainer import dense_path, planned_steps, work_path
@@ -203,7 +202,7 @@ def run_training(
     except KeyboardInterrupt:
         kept = "; go on with the same command and --resume" if work_path(out).exists() else ""
         raise CpcompileError(f"interrupted{kept}") from None
-    Console().print(controls_table(training_summary(checkpoint.training, checkpoint.contexts)))
+    print_result(controls_table(training_summary(checkpoint.training, checkpoint.contexts)))
     console.print(f"wrote {out} and {dense_path(out)}, its dense baseline")
 
 
@@ -342,9 +341,9 @@ def estimate(
     if as_json:
         click.echo(json.dumps(estimated.to_plain(), indent=1))
         return
-    from rich.console import Console
+    from cpcompile.console import print_result
 
-    Console().print(render_estimate(estimated, plan))
+    print_result(render_estimate(estimated, plan))
 
 
 @main.command(context_settings={"show_default": True})
@@ -443,12 +442,97 @@ def report(before: Path, after: Path | None, out: Path | None, as_json: bool) ->
         if as_json:
             click.echo(json.dumps(dataclasses.asdict(difference), indent=1))
         else:
-            from rich.console import Console
+            from cpcompile.console import print_result
 
-            Console().print(render_difference(difference))
+            print_result(render_difference(difference))
         page = render_difference_page(difference) if out else ""
     if out is not None:
         click.echo(f"wrote {write_text(out, page)}", err=True)
+
+
+@main.command(context_settings={"show_default": True})
+@click.argument("subject", type=FilePath, metavar="BUNDLE")
+@click.option(
+    "--baseline", type=FilePath, required=True, help="What --update-baseline wrote; of an .onnx, an older .onnx."
+)
+@click.option("--model", type=FilePath, help="What it was built from.  [default: BUNDLE with .pt or .pt2]")
+@click.option("--without-model", is_flag=True, help="Check sizes, counts and placement only.")
+@click.option("--data", type=FilePath, help="Corpus whose held-out text replaces the checkpoint's.")
+@click.option("--config", type=FilePath, help="TOML file with the table [check].  [default: cpcompile.toml, if any]")
+@click.option("--rounds", type=int, help=f"Interleaved timing rounds per shape.  [default: {CheckConfig.rounds}]")
+@click.option("--no-speed", is_flag=True, help="Leave the timings out.")
+@click.option("--no-memory", is_flag=True, help="Leave the memory measurements out.")
+@click.option("--update-baseline", is_flag=True, help="Write the baseline instead of comparing with it.")
+@click.option(
+    "--format",
+    "formats",
+    multiple=True,
+    default=["table"],
+    metavar="NAME[=FILE]",
+    help="table, json, junit, sarif or github, to standard output or a file; may be repeated.",
+)
+def check(
+    subject: Path,
+    baseline: Path,
+    model: Path | None,
+    without_model: bool,
+    data: Path | None,
+    config: Path | None,
+    rounds: int | None,
+    no_speed: bool,
+    no_memory: bool,
+    update_baseline: bool,
+    formats: tuple[str, ...],
+) -> None:
+    """Measure BUNDLE and compare it with its baseline: parity, quality, sizes, memory, speed. For CI.
+
+    \b
+    Examples:
+      cpcompile check model.cpc --baseline base.json --update-baseline
+      cpcompile check model.cpc --baseline base.json
+      cpcompile check model.cpc --baseline base.json --format table --format junit=check.xml --format sarif=check.sarif
+      cpcompile check model.cpc --baseline base.json --without-model
+      cpcompile check new.onnx --baseline old.onnx
+
+    Speed is that of the engine as a multiple of the dense model's, both timed now. What misses its limit on a noisy
+    value is measured again; it fails when its interval lies wholly beyond the limit. Exit codes: 0 pass, 1 fail,
+    2 usage, 3 inconclusive.
+    """
+    from cpcompile.check.baseline import read_baseline, write_baseline
+    from cpcompile.console import stage_progress
+    from cpcompile.regression import check_bundle, check_file
+
+    targets = _targets(formats)
+    own = Path("cpcompile.toml")
+    file = config or (own if own.exists() else None)
+    settings = override(CheckConfig(), load_toml(file).get("check", {}) if file else {}, where=f"{file}: check")
+    settings = override(settings, {"rounds": rounds}, where="check")
+    if subject.suffix == ".onnx":
+        if update_baseline:
+            raise UsageError(f"{subject}: the baseline of an ONNX file is an ONNX file; copy it to {baseline}")
+        with stage_progress() as stage:
+            result = check_file(subject, baseline, config=settings, speed=not no_speed, progress=stage)
+    else:
+        before = None if update_baseline else read_baseline(baseline)
+        with stage_progress() as stage:
+            now, result = check_bundle(
+                subject,
+                None if without_model else model or _model_of(subject),
+                before,
+                baseline=baseline,
+                data=data,
+                config=settings,
+                speed=not no_speed,
+                memory=not no_memory,
+                progress=stage,
+            )
+        if update_baseline:
+            _require_sound(result)
+            write_baseline(now, baseline)
+            click.echo(f"wrote {baseline}", err=True)
+            return
+    _print_check(result, targets)
+    sys.exit(VERDICT_EXIT_CODES[result.verdict])
 
 
 @main.command(context_settings={"show_default": True})
@@ -517,9 +601,9 @@ def opt(
     if as_json:
         click.echo(json.dumps(plain, indent=1))
     else:
-        from rich.console import Console
+        from cpcompile.console import print_result
 
-        Console().print(render_optimization(plain, explain=explain))
+        print_result(render_optimization(plain, explain=explain))
     click.echo(f"wrote {out}" if result.bytes_written else f"{out} was not written", err=True)
     sys.exit(VERDICT_EXIT_CODES[result.comparison.verdict if result.comparison is not None else "pass"])
 
@@ -569,11 +653,10 @@ def compare(
     if as_json:
         click.echo(json.dumps(plain, indent=1))
     else:
-        from rich.console import Console
-
+        from cpcompile.console import print_result
         from cpcompile.report import render_file_comparison
 
-        Console().print(render_file_comparison(plain))
+        print_result(render_file_comparison(plain))
     sys.exit(VERDICT_EXIT_CODES[result.verdict])
 
 
@@ -658,15 +741,61 @@ def _names(text: str | None) -> tuple[str, ...] | None:
     return names
 
 
+def _targets(formats: tuple[str, ...]) -> list[tuple[str, Path | None]]:
+    """(format, file or None for standard output) of each `--format`."""
+    from cpcompile.check.formats import FORMATS
+
+    targets = []
+    for text in formats:
+        name, equals, file = text.partition("=")
+        if name not in FORMATS or (equals and not file):
+            raise UsageError(f"--format {text}: give one of {', '.join(FORMATS)}, or one of them with =FILE")
+        targets.append((name, Path(file) if file else None))
+    return targets
+
+
+def _require_sound(result: Check) -> None:
+    """A baseline is what later checks hold on to."""
+    wrong = [outcome for outcome in result.outcomes if outcome.verdict == "fail"]
+    if wrong:
+        raise CpcompileError(
+            f"{wrong[0].place}: {wrong[0].name} fails ({wrong[0].reason}); the baseline stays as it was: mend the "
+            "bundle first"
+        )
+
+
+def _print_check(result: Check, targets: Sequence[tuple[str, Path | None]]) -> None:
+    """In the formats that were asked for, and for GitHub where it runs this."""
+    from cpcompile.check.formats import TABLE, TEXTS, summary
+    from cpcompile.check.formats.table import render_check
+    from cpcompile.console import print_result
+    from cpcompile.files import whole_file
+
+    for name, file in targets:
+        if file is None:
+            print_result(render_check(result)) if name == TABLE else click.echo(TEXTS[name](result), nl=False)
+            continue
+        with whole_file(file) as temporary:
+            if name == TABLE:
+                with temporary.open("w", encoding="utf-8") as stream:
+                    print_result(render_check(result), stream)
+            else:
+                temporary.write_text(TEXTS[name](result), encoding="utf-8")
+    if os.environ.get("GITHUB_ACTIONS") == "true" and ("github", None) not in targets:
+        click.echo(TEXTS["github"](result), nl=False, err=True)  # GitHub reads both streams
+    if step := os.environ.get("GITHUB_STEP_SUMMARY"):
+        with Path(step).open("a", encoding="utf-8") as stream:
+            stream.write(summary(result))
+
+
 def _print_report(report: Report, *, as_json: bool = False) -> None:
     if as_json:
         click.echo(json.dumps(report, indent=1))
         return
-    from rich.console import Console
-
+    from cpcompile.console import print_result
     from cpcompile.report import render_report
 
-    Console().print(render_report(report))
+    print_result(render_report(report))
 
 
 def _exit(report: Report) -> None:

@@ -59,12 +59,14 @@ def compare_models(
         speed = Speed.not_run(NO_SPEED)
     else:
         progress("time", 0, None)
-        speed = _speed(original, candidate, inputs, rounds, min_speed_ratio)
+        speed = time_models(original, candidate, inputs, rounds, min_speed_ratio)
     return FileComparison(original=sizes[0], candidate=sizes[1], outputs=outputs, speed=speed)
 
 
-def _speed(original: Path, candidate: Path, inputs: Sequence[Feeds], rounds: int, min_speed_ratio: float) -> Speed:
-    """Both side by side on the largest of the inputs that were compared."""
+def time_models(
+    original: Path, candidate: Path, inputs: Sequence[Feeds], rounds: int, min_speed_ratio: float = 0.0
+) -> Speed:
+    """Both side by side on the largest of `inputs`, of random ones where there are none."""
     threads = available_cores()
     feeds = max(given_or_random(original, inputs), key=lambda each: sum(array.size for array in each.values()))
     leading = next((array.shape[0] for array in feeds.values() if array.ndim), 1)

@@ -5,6 +5,7 @@ each validates itself when it is made and says how to put a wrong value right.
 
     preset -> ModelConfig
     TOML [model], [train] < flags -> TrainConfig
+    TOML [check] < flags -> CheckConfig
 """
 
 from __future__ import annotations
@@ -40,6 +41,11 @@ CONTROLS = (
     "small-dense-distilled",
     "dense-distilled",
 )
+
+
+TABLES = ("model", "train", "check")
+"""What a TOML file may have; a command reads those that concern it."""
+_TABLE_NAMES = ", ".join(f"[{name}]" for name in TABLES)
 
 
 def require_context_name(name: object, where: str) -> None:
@@ -282,6 +288,55 @@ class ValidateConfig:
         _require(self.threads >= 0, f"validate.threads is {self.threads}: it cannot be negative")
 
 
+@dataclass(frozen=True, kw_only=True)
+class MaxIncrease:
+    """By how much a value may exceed its baseline."""
+
+    max_increase: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaxDecrease:
+    """By how much a value may fall short of its baseline."""
+
+    max_decrease: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckConfig:
+    """How a bundle is compared with its baseline (`cpcompile.check`).
+
+    Limits are parts of the baseline's value (0.01 is 1 %), except where a field says otherwise.
+    """
+
+    parity_error: MaxIncrease = MaxIncrease(max_increase=3.0)
+    """Of the error against the eager model, within what parity allows: other processors round differently."""
+    perplexity: MaxIncrease = MaxIncrease(max_increase=0.01)
+    accuracy: MaxDecrease = MaxDecrease(max_decrease=0.01)
+    """In parts of all tokens: from 0.40 down to 0.39."""
+    bundle_bytes: MaxIncrease = MaxIncrease(max_increase=0.01)
+    bytes: MaxIncrease = MaxIncrease(max_increase=0.01)
+    """Of one engine, with its share of the weights; of an ONNX file."""
+    parameters: MaxIncrease = MaxIncrease(max_increase=0.0)
+    nodes: MaxIncrease = MaxIncrease(max_increase=0.1)
+    """That ran, after the runtime's own fusions; of an ONNX file, that it holds."""
+    memory: MaxIncrease = MaxIncrease(max_increase=0.1)
+    """Peak while running, resident and private."""
+    speed_ratio: MaxDecrease = MaxDecrease(max_decrease=0.1)
+    """Of how many times as fast as the dense model the engine is, both timed in one run."""
+    rounds: int = 60
+    """Interleaved timing rounds per shape; a baseline is measured with twice as many."""
+    attempts: int = 2
+    """Times that speed and memory beyond their limits are measured again, each time with twice the rounds."""
+
+    def __post_init__(self) -> None:
+        _require(self.rounds >= 2, f"check.rounds is {self.rounds}: an interval needs at least 2")
+        _require(self.attempts >= 0, f"check.attempts is {self.attempts}: it cannot be negative")
+        for criterion, limits in vars(self).items():
+            for name, value in vars(limits).items() if isinstance(limits, MaxIncrease | MaxDecrease) else ():
+                _require(value >= 0, f"check.{criterion}.{name} is {value}: it cannot be negative")
+
+
 def preset(name: str) -> ModelConfig:
     """The model configuration called `name`; UsageError lists the names there are."""
     if name not in PRESETS:
@@ -298,7 +353,8 @@ def load_toml(path: Path) -> dict[str, dict[str, Any]]:
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{path}: is not valid TOML: {error}") from error
     for name, table in tables.items():
-        _require(isinstance(table, dict), f"{path}: {name!r} stands outside of a table; use [model] or [train]")
+        _require(isinstance(table, dict), f"{path}: {name!r} stands outside of a table; use {_TABLE_NAMES}")
+        _require(name in TABLES, f"{path}: there is no table [{name}]; there are {_TABLE_NAMES}")
     return tables
 
 
@@ -309,12 +365,17 @@ def override(config: T, values: Mapping[str, Any], *, where: str) -> T:
     """
     assert dataclasses.is_dataclass(config) and not isinstance(config, type)
     hints = typing.get_type_hints(type(config))
-    changes = {}
+    changes: dict[str, Any] = {}
     for name, value in values.items():
         if value is None:
             continue
         _require(name in hints, f"{where}: there is no setting {name!r}; there are {', '.join(hints)}")
-        own, new = getattr(config, name), _coerce(value, hints[name], f"{where}.{name}")
+        own = getattr(config, name)
+        if dataclasses.is_dataclass(own) and not isinstance(own, type):
+            _require(isinstance(value, Mapping), f"{where}.{name} is {value!r}: a table is needed")
+            changes[name] = override(own, value, where=f"{where}.{name}")
+            continue
+        new = _coerce(value, hints[name], f"{where}.{name}")
         changes[name] = {**own, **new} if isinstance(new, dict) else new
     return dataclasses.replace(config, **changes)
 

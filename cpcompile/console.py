@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -24,8 +25,19 @@ if TYPE_CHECKING:
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 """Progress and messages go to standard error, a record per line however long; results go to standard output."""
 
+WIDTH = 120
+"""Columns of tables where no terminal says how many it has: in a log or a file."""
+
 Stage = Callable[[str, int, int | None], None]
 """stage(name, done, total): how far a stage of the work has come."""
+
+
+def print_result(result: RenderableType, file: TextIO | None = None) -> None:
+    """Print a result to standard output, or to `file`."""
+    out = Console(file=file)
+    if not out.is_terminal and "COLUMNS" not in os.environ:
+        out.width = WIDTH
+    out.print(result)
 
 
 @contextmanager

@@ -67,17 +67,20 @@ def file_digest(path: Path) -> str:
 
 
 @contextmanager
-def only_process(lock: Path, message: str) -> Iterator[None]:
-    """Hold the file `lock`; UsageError with `message` while another process does. It goes with the process."""
+def only_process(lock: Path, message: str | None) -> Iterator[None]:
+    """Hold the file `lock`; UsageError with `message` while another process does, or wait for it without one.
+
+    It goes with the process.
+    """
     lock.parent.mkdir(parents=True, exist_ok=True)
     with lock.open("wb") as file:
         if sys.platform != "win32":
             import fcntl
 
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if message is None else fcntl.LOCK_NB))
             except BlockingIOError:
-                raise UsageError(message) from None
+                raise UsageError(message or "") from None
         yield
 
 

@@ -160,7 +160,7 @@ def build_bundle(
         tokens = {context: rows[own.kept] for context, own in trimmed.items()} if rows is not None else {}
         graphs = FreshGraphs(source, lambda _: dynamic, tokens)
         results = diagnose_failures(bundle, results, reference, graphs, repro)
-        report = _report(bundle, source, results, build, config)
+        report = report_of(bundle, source, results, build, config)
         write_report(report, writer.root)
         return report, writer.commit(failed=report["verdict"] == "fail")
 
@@ -178,6 +178,18 @@ def validate_bundle(
 
     Minimal repros of what fails parity go to the folder `repro`.
     """
+    bundle, source = open_with_model(path, model)
+    trimmed = bundle.trimmed_vocabularies()
+    reference = source.reference(config, data=data, trimmed=trimmed, progress=progress)
+    with open_peers(config, source, reference) as peers:
+        results = validate(bundle, reference, config, peers=peers, progress=progress)
+    graphs = FreshGraphs(source, cache(lambda o: source.capture(opset=o)), {c: own.kept for c, own in trimmed.items()})
+    results = diagnose_failures(bundle, results, reference, graphs, repro)
+    return report_of(bundle, source, results, build_of(path), config)
+
+
+def open_with_model(path: Path, model: Path) -> tuple[Bundle, Source]:
+    """The bundle `path`, intact, and the model that it was built from; UsageError if it was built from another."""
     bundle = open_bundle(path)
     bundle.verify_all()
     if not model.exists():
@@ -185,17 +197,7 @@ def validate_bundle(
     source = open_source(model)
     if file_digest(model) != bundle.metadata["checkpoint"]:
         raise UsageError(f"{path}: was not built from {model}; give its own model with --model, or build it again")
-    trimmed = {
-        context: TrimmedVocabulary(bundle.tokenizer(context).read_text(encoding="utf-8"), ids)
-        for context in bundle.contexts
-        if (ids := bundle.token_ids(context)) is not None
-    }
-    reference = source.reference(config, data=data, trimmed=trimmed, progress=progress)
-    with open_peers(config, source, reference) as peers:
-        results = validate(bundle, reference, config, peers=peers, progress=progress)
-    graphs = FreshGraphs(source, cache(lambda o: source.capture(opset=o)), {c: own.kept for c, own in trimmed.items()})
-    results = diagnose_failures(bundle, results, reference, graphs, repro)
-    return _report(bundle, source, results, build_of(path), config)
+    return bundle, source
 
 
 def export_standalone(path: Path, context: str, out: Path, *, variant: str) -> None:
@@ -310,9 +312,10 @@ def _parameters(accounting: Accounting, frozen: Frozen) -> dict[str, Any]:
     }
 
 
-def _report(
+def report_of(
     bundle: Bundle, source: Source, results: Sequence[VariantResult], build: BuildResult, config: ValidateConfig
 ) -> Report:
+    """`results` of the engines of `bundle`, and what its build took."""
     parameters = bundle.metadata["parameters"]
     return make_report(
         model={"name": bundle.name, "architecture": source.architecture, "config": dict(source.config)},

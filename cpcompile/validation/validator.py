@@ -13,7 +13,7 @@ import torch
 from cpcompile.bundle import Bundle, Variant
 from cpcompile.config import ValidateConfig
 from cpcompile.errors import CpcompileError, UsageError
-from cpcompile.measure import ProcessMemory, available_cores, release_memory
+from cpcompile.measure import ProcessMemory, available_cores, release_memory, watch_machine
 from cpcompile.runtime import load_engine
 from cpcompile.validation.memory import Memory, compare_memory, measure_engine
 from cpcompile.validation.parity import Parity, check_parity
@@ -132,6 +132,17 @@ def validate(
             results.append(_validate_variant(bundle, variant, reference, config, peers(variant), threads))
             report(STAGE, done, len(variants))
     return tuple(results)
+
+
+def measure_again(
+    bundle: Bundle, variant: Variant, reference: Reference, config: ValidateConfig
+) -> tuple[Speed, Memory, str | None]:
+    """Speed and memory of one engine alone, where `config` has them on, and what else the machine did meanwhile."""
+    threads = config.threads or available_cores()
+    with _torch_threads(threads):
+        with watch_machine() as machine:
+            speed, _ = _speed(variant, reference, (), config, threads)
+        return speed, _memory(bundle, variant, reference, threads, config), machine.disturbance
 
 
 def _validate_variant(

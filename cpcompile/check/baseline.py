@@ -1,0 +1,280 @@
+"""What of a report is compared: a snapshot, and the baseline, which is a snapshot in a file.
+
+A place is (context, variant): an engine; ("english", "") is a context, ("", "") the whole bundle. Every place
+has values, and not_measured says why others are missing. Values are named like the criterion that judges
+them (`cpcompile.check.criteria`), with the shape behind it where there are several: speed_ratio[1x128].
+
+`baseline.schema.json` beside this file is the contract of the file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from cpcompile.errors import UsageError
+from cpcompile.files import whole_file
+
+Place: TypeAlias = tuple[str, str]
+Judged: TypeAlias = Literal["pass", "fail", "inconclusive"]
+BUNDLE: Place = ("", "")
+
+VERSION = 1
+SCHEMA = Path(__file__).with_name("baseline.schema.json")
+MEASURED_AGAIN = ("memory", "private_memory", "speed_ratio")
+"""Criteria whose values are noisy."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Value:
+    """A number and, where it is noisy, the interval in which it lies."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+    disturbance: str | None = None
+    """What else the machine did while it was measured; not part of a baseline."""
+
+    def widened(self, other: Value) -> Value:
+        """The lower of both, and an interval that holds both: of peaks, where no sample is more right than another."""
+        values = [v for each in (self, other) for v in (each.value, each.low, each.high) if v is not None]
+        return Value(value=min(self.value, other.value), low=min(values), high=max(values))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """All that is compared at one place."""
+
+    values: Mapping[str, Value] = field(default_factory=dict)
+    verdicts: Mapping[str, tuple[Judged, str | None]] = field(default_factory=dict)
+    """Criterion -> verdict, and why it is not a pass."""
+    counts: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """operators, providers, precisions -> how many nodes."""
+    not_measured: Mapping[str, str] = field(default_factory=dict)
+    """Criterion -> why it is neither in values nor in verdicts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """Everything that a check compares."""
+
+    model: str
+    architecture: str
+    config: Mapping[str, Any]
+    environment: Mapping[str, Any]
+    places: Mapping[Place, Measured]
+
+    @property
+    def contexts(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(context for context, _ in self.places if context))
+
+    @property
+    def engines(self) -> tuple[Place, ...]:
+        return tuple(place for place in self.places if place[1])
+
+    def again(self, place: Place, measured: Measured, disturbance: str | None) -> Snapshot:
+        """With what was measured again at `place`: new ratios replace the old, peaks widen them."""
+        old = self.places[place]
+        values = dict(old.values)
+        for name, value in measured.values.items():
+            fresh = dataclasses.replace(value, disturbance=disturbance)
+            values[name] = values[name].widened(fresh) if criterion_of(name) != "speed_ratio" else fresh
+        return dataclasses.replace(self, places={**self.places, place: dataclasses.replace(old, values=values)})
+
+
+def criterion_of(name: str) -> str:
+    """The criterion that judges the value `name`."""
+    return name.partition("[")[0]
+
+
+def snapshot_of(report: Mapping[str, Any]) -> Snapshot:
+    """What of a report (`cpcompile.report`) is compared."""
+    places = {BUNDLE: Measured(values={"bundle_bytes": Value(value=report["bundle"]["bytes"])})}
+    for context in report["contexts"]:
+        name = context["name"]
+        places[name, ""] = Measured(values={"parameters": Value(value=context["parameters"]["kept"])})
+        for variant in context["variants"]:
+            places[name, variant["name"]] = measured_of(variant)
+    model = report["model"]
+    return Snapshot(
+        model=model["name"],
+        architecture=model["architecture"],
+        config=model["config"],
+        environment=report["environment"],
+        places=places,
+    )
+
+
+def measured_of(variant: Mapping[str, Any]) -> Measured:
+    """What of one engine in a report is compared; parts of it may be missing."""
+    values: dict[str, Value] = {}
+    verdicts: dict[str, tuple[Judged, str | None]] = {}
+    missing: dict[str, str] = {}
+    _take(values, missing, variant, bytes="bytes")
+    if variant.get("status", "ran") != "ran":
+        missing.update(dict.fromkeys(("parity", "placement"), variant["reason"]))
+    for name in {"parity", "placement"} - missing.keys():
+        if (verdict := variant.get(name, {}).get("verdict")) is not None:
+            verdicts[name] = (verdict, variant[name]["reason"])
+        elif name in variant:
+            missing[name] = variant[name]["not_measured"].get("verdict", "it was not judged")
+    parity = variant.get("parity", {})
+    if parity.get("tolerance"):
+        values["parity_error"] = Value(value=parity["max_abs_error_float64"] / parity["tolerance"])
+    elif parity:
+        missing["parity_error"] = parity["reason"] or "every error is allowed"
+    _take(values, missing, variant.get("quality", {}), perplexity="perplexity", accuracy="accuracy")
+    memory = variant.get("memory", {})
+    _take(values, missing, memory, memory="run_peak_rss_bytes", private_memory="run_peak_private_bytes")
+    speed = variant.get("speed", {})
+    for shape in speed.get("shapes") or ():
+        where = f"speed_ratio[{_shape(shape)}]"
+        if shape["ratio"] is None:
+            missing[where] = shape["not_measured"]["ratio"]
+        else:
+            values[where] = Value(value=shape["ratio"], low=shape["ratio_low"], high=shape["ratio_high"])
+    if speed and not speed["shapes"]:
+        missing["speed_ratio"] = speed["not_measured"]["shapes"]
+    placement = variant.get("placement", {})
+    counts = {name: dict(placement[name]) for name in ("operators", "providers", "precisions") if placement.get(name)}
+    if "operators" in counts:
+        values["nodes"] = Value(value=sum(counts["operators"].values()))
+    elif placement:
+        missing["nodes"] = placement["not_measured"]["operators"]
+    return Measured(values=values, verdicts=verdicts, counts=counts, not_measured=missing)
+
+
+def write_baseline(snapshot: Snapshot, path: Path) -> None:
+    """Write `snapshot` to the file `path`, whole or not at all."""
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(_plain(snapshot), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def read_baseline(path: Path) -> Snapshot:
+    """The baseline in the file `path`; UsageError says how to write one if there is none, or it is none."""
+    how = f"write it with `cpcompile check BUNDLE --baseline {path} --update-baseline`"
+    try:
+        plain = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"{path}: there is no such baseline; {how}") from None
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror}); {how}") from error
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path}: is no baseline ({error}); {how}") from error
+    try:
+        if plain["baseline_version"] != VERSION:
+            found = plain["baseline_version"]
+            raise UsageError(f"{path}: baseline version {found!r}, this cpcompile reads {VERSION}; {how}")
+        return _snapshot(plain)
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise UsageError(f"{path}: is no baseline: it lacks or garbles {error}; {how}") from error
+
+
+def require_same_model(baseline: Snapshot, path: Path, *, architecture: str, contexts: tuple[str, ...]) -> None:
+    """UsageError unless the baseline `path` can be one of this model: its architecture, and some context, are the same.
+
+    architecture "" leaves that one out: without the model it is not known.
+    """
+    other_kind = bool(architecture) and architecture != baseline.architecture
+    if other_kind or not set(contexts) & set(baseline.contexts):
+        mine = f"{architecture} with the contexts" if architecture else "the contexts"
+        raise UsageError(
+            f"{path}: is the baseline of another model: {baseline.model} ({baseline.architecture} with the contexts "
+            f"{', '.join(baseline.contexts)}), the bundle has {mine} {', '.join(contexts)}; give its own baseline, or "
+            "write a new one with --update-baseline"
+        )
+
+
+def _take(values: dict[str, Value], missing: dict[str, str], node: Mapping[str, Any], **names: str) -> None:
+    """Field of `node` by criterion, into `values` or with its reason into `missing`; not there at all: neither."""
+    for criterion, key in names.items():
+        if (value := node.get(key)) is not None:
+            values[criterion] = Value(value=value)
+        elif key in node:
+            missing[criterion] = node.get("not_measured", {}).get(key) or node.get("reason") or "it is null"
+
+
+def _shape(shape: Mapping[str, Any]) -> str:
+    return f"{shape['batch']}x{shape['sequence']}" if shape["sequence"] else f"batch {shape['batch']}"
+
+
+def _plain(snapshot: Snapshot) -> dict[str, Any]:
+    return {
+        "baseline_version": VERSION,
+        "model": {
+            "name": snapshot.model,
+            "architecture": snapshot.architecture,
+            "config": dict(snapshot.config),
+        },
+        "environment": dict(snapshot.environment),
+        "places": [
+            {
+                "context": context or None,
+                "variant": variant or None,
+                "values": {
+                    name: {"value": value.value, "low": value.low, "high": value.high}
+                    for name, value in measured.values.items()
+                },
+                "verdicts": {name: verdict for name, (verdict, _) in measured.verdicts.items()},
+                "counts": {name: dict(counts) for name, counts in measured.counts.items()},
+                "not_measured": dict(measured.not_measured),
+            }
+            for (context, variant), measured in snapshot.places.items()
+        ],
+    }
+
+
+def _snapshot(plain: Any) -> Snapshot:
+    """KeyError, TypeError or ValueError for whatever `_plain` does not write."""
+    model = plain["model"]
+    places = {
+        (_text(place["context"] or ""), _text(place["variant"] or "")): Measured(
+            values={
+                _text(name): Value(
+                    value=_number(value["value"]),
+                    low=None if value["low"] is None else _number(value["low"]),
+                    high=None if value["high"] is None else _number(value["high"]),
+                )
+                for name, value in place["values"].items()
+            },
+            verdicts={_text(name): (_judged(verdict), None) for name, verdict in place["verdicts"].items()},
+            counts={
+                _text(name): {_text(key): int(_number(count)) for key, count in counts.items()}
+                for name, counts in place["counts"].items()
+            },
+            not_measured={_text(name): _text(reason) for name, reason in place["not_measured"].items()},
+        )
+        for place in plain["places"]
+    }
+    if BUNDLE not in places:
+        raise ValueError("the values of the bundle")
+    return Snapshot(
+        model=_text(model["name"]),
+        architecture=_text(model["architecture"]),
+        config=dict(model["config"]),
+        environment=dict(plain["environment"]),
+        places=places,
+    )
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r}: text is needed")
+    return value
+
+
+def _judged(value: Any) -> Judged:
+    if value not in ("pass", "fail", "inconclusive"):
+        raise ValueError(f"{value!r}: a verdict is needed")
+    return value  # type: ignore[no-any-return]
+
+
+def _number(value: Any) -> float:
+    if type(value) not in (int, float) or not math.isfinite(value) or value < 0:
+        raise ValueError(f"{value!r}: a number that is not negative is needed")
+    return value  # type: ignore[no-any-return]
