@@ -38,9 +38,8 @@ def test_every_criterion_is_a_test(files: Path, pytester: pytest.Pytester, worke
     result.stdout.fnmatch_lines_random(["*same.onnx::parity*", "*same.onnx::nodes*"])
 
 
-@pytest.mark.parametrize("workers", [(), ("-p", "xdist", "-n", "2")])
-def test_a_failure_is_a_sentence(files: Path, pytester: pytest.Pytester, workers: tuple[str, ...]) -> None:
-    result = pytester.runpytest_subprocess("--cpcompile", "other.onnx", *ARGUMENTS, *workers)
+def test_a_failure_is_a_sentence(files: Path, pytester: pytest.Pytester) -> None:
+    result = pytester.runpytest_subprocess("--cpcompile", "other.onnx", *ARGUMENTS)
     result.assert_outcomes(passed=3, failed=1, skipped=1)
     result.stdout.fnmatch_lines(["*FAILED*other.onnx::parity*"])
     assert "Traceback" not in result.stdout.str()
