@@ -30,7 +30,8 @@ import numpy as np
 from cpcompile.bundle import open_bundle
 from cpcompile.errors import CpcompileError
 from cpcompile.runtime import load_engine
-from tests.unit.test_hostile_bundle import SECRET, reseal, write_bundle
+from tests.bundles import reseal
+from tests.unit.test_hostile_bundle import SECRET, write_bundle
 
 CASES_PER_PROCESS = 250
 SECONDS_PER_PROCESS = 60

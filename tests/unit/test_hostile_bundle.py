@@ -12,11 +12,11 @@ import onnx
 import pytest
 
 from cpcompile.artifact import Artifact
-from cpcompile.bundle import Bundle, BundleWriter, _manifest_digest, open_bundle
+from cpcompile.bundle import Bundle, BundleWriter, open_bundle
 from cpcompile.errors import CpcompileError, UsageError
 from cpcompile.external_data import references_of
-from cpcompile.files import file_digest
 from cpcompile.runtime import load_engine
+from tests.bundles import reseal
 
 ENGINE = "a/cpu-fp32/model.onnx"
 SECRET = np.arange(4, dtype=np.float32)
@@ -72,16 +72,6 @@ def write_bundle(target: Path) -> Path:
         more = {"shared_weights": True, "parameters": {"a": counts}, "checkpoint": "0" * 64}
         writer.seal(name="test", metadata={"tokenizers": {"a": words}} | more)
         return writer.commit()
-
-
-def reseal(bundle: Path, edit: Callable[[dict[str, Any]], object] = lambda manifest: None) -> None:
-    """`edit` the manifest; then every digest fits again."""
-    manifest = json.loads((bundle / "manifest.json").read_text())
-    files = manifest["additional_metadata"]["cpcompile"]["files"]
-    files.update({name: file_digest(bundle / name) for name in files if (bundle / name).is_file()})
-    edit(manifest)
-    manifest["additional_metadata"]["cpcompile"]["manifest_digest"] = _manifest_digest(manifest)
-    (bundle / "manifest.json").write_text(json.dumps(manifest))
 
 
 def edit_variant(bundle: Path, edit: Callable[[dict[str, Any]], object]) -> None:

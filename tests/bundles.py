@@ -1,0 +1,21 @@
+"""Bundles as somebody would change them who knows how they are sealed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from cpcompile.bundle import _manifest_digest
+from cpcompile.files import file_digest
+
+
+def reseal(bundle: Path, edit: Callable[[dict[str, Any]], object] = lambda manifest: None) -> None:
+    """`edit` the manifest; then every digest fits again."""
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    files = manifest["additional_metadata"]["cpcompile"]["files"]
+    files.update({name: file_digest(bundle / name) for name in files if (bundle / name).is_file()})
+    edit(manifest)
+    manifest["additional_metadata"]["cpcompile"]["manifest_digest"] = _manifest_digest(manifest)
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
