@@ -96,6 +96,40 @@ def test_speed_and_memory_of_this_run(built: Path, fewer: Path, tmp_path: Path) 
             assert each["change_low"] <= each["change"] <= each["change_high"]
 
 
+def test_an_engine_that_takes_twice_the_memory_fails(built: Path, fewer: Path, tmp_path: Path) -> None:
+    """Its logits are the same: half a gigabyte is made, and a zero of it added."""
+    base, greedy = tmp_path / "base.json", tmp_path / "greedy.cpc"
+    arguments = ("--baseline", base, "--model", built / "model.pt", "--no-speed")
+    assert run("check", fewer, *arguments, "--update-baseline").exit_code == 0
+    shutil.copytree(fewer, greedy)
+    (context,) = open_bundle(greedy).contexts
+    path = greedy / context / "cpu-fp32" / "model.onnx"
+    model = onnx.load(path, load_external_data=False)
+    (ids,), (logits,) = model.graph.input, model.graph.output
+    name = logits.name
+    for node in model.graph.node:
+        node.output[:] = ["raw" if each == name else each for each in node.output]
+    for operator, inputs, output in (
+        ("ReduceSum", [ids.name], "sum"),
+        ("Cast", ["sum"], "number"),
+        ("Expand", ["number", "shape"], "large"),
+        ("Softmax", ["large"], "parts"),
+        ("ReduceMin", ["parts"], "least"),
+        ("Floor", ["least"], "zero"),
+        ("Add", ["raw", "zero"], name),
+    ):
+        attributes = {"to": onnx.TensorProto.FLOAT} if operator == "Cast" else {}
+        attributes |= {"keepdims": 0} if operator.startswith("Reduce") else {}
+        model.graph.node.append(onnx.helper.make_node(operator, inputs, [output], **attributes))
+    model.graph.initializer.append(onnx.helper.make_tensor("shape", onnx.TensorProto.INT64, [2], [1000, 60_000]))
+    onnx.save(model, path)
+    reseal(greedy)
+    (tmp_path / "cpcompile.toml").write_text("[check]\nattempts = 1\nnodes.max_increase = 1.0\n")
+    result = run("check", greedy, *arguments, "--format", "json")
+    assert result.exit_code == 1, result.output
+    assert failures(json.loads(result.stdout)) == {(context, "memory"), (context, "private_memory")}
+
+
 def test_the_engine_of_another_context_fails(built: Path, tmp_path: Path) -> None:
     swapped = tmp_path / "swapped.cpc"
     shutil.copytree(built / "model.cpc", swapped)
