@@ -61,7 +61,7 @@ PACKAGES = {
 
 @dataclass(frozen=True, kw_only=True)
 class ProcessMemory:
-    """Resident bytes of one process."""
+    """Resident bytes of one process, and what its start took."""
 
     base_rss_bytes: int
     """The interpreter and its libraries, before anything is loaded."""
@@ -75,6 +75,9 @@ class ProcessMemory:
     run_peak_private_bytes: int | None = None
     vram_bytes: int | None = None
     """On the GPUs, after running. None where it cannot be told (`video_memory` says why)."""
+    load_ms: float | None = None
+    first_run_ms: float | None = None
+    """Its files are in the page cache; libraries are imported before."""
 
 
 def available_cores() -> int:
@@ -182,16 +185,22 @@ def video_memory() -> int | str:
     return sum(known)
 
 
-def measure_memory(load: Callable[[], T], run: Callable[[T], object]) -> ProcessMemory:
+def measure_memory(load: Callable[[], T], run: Callable[[T], object], *, runs: int = 1) -> ProcessMemory:
     """Measure `run(load())` in this process, which should be fresh and have imported what both need."""
     base, base_private = resident_bytes(), private_bytes()
     reset_peak()
+    started = time.perf_counter()
     with PrivatePeak() as load_private:
         loaded = load()
+    load_seconds = time.perf_counter() - started
     load_peak = peak_resident_bytes()
     reset_peak()
     with PrivatePeak() as run_private:
+        started = time.perf_counter()
         run(loaded)
+        first_run_seconds = time.perf_counter() - started
+        for _ in range(runs - 1):
+            run(loaded)
     video = video_memory()
     return ProcessMemory(
         base_rss_bytes=base,
@@ -201,6 +210,8 @@ def measure_memory(load: Callable[[], T], run: Callable[[T], object]) -> Process
         load_peak_private_bytes=load_private.bytes,
         run_peak_private_bytes=run_private.bytes,
         vram_bytes=video if isinstance(video, int) else None,
+        load_ms=1e3 * load_seconds,
+        first_run_ms=1e3 * first_run_seconds,
     )
 
 

@@ -1,4 +1,4 @@
-"""Memory: what loading and running costs, engine and eager dense baseline each in a fresh process.
+"""Memory and start: what loading and running costs, engine and eager dense baseline each in a fresh process.
 
     python -m cpcompile.validation.memory engine  INPUTS THREADS BUNDLE CONTEXT VARIANT     (never imports torch)
     python -m cpcompile.validation.memory eager   INPUTS THREADS CHECKPOINT
@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from cpcompile.runtime import Feeds  # not at run time: what onnxruntime weighs is not the eager model's
 
 RUNS = 3
+Sides = TypeVar("Sides", "Memory", "Start")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,17 +55,39 @@ class Memory:
     """Field -> why it is null."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """From nothing to the first answer, in milliseconds: loading, and the first run. One sample each."""
+
+    load_ms: float | None
+    first_run_ms: float | None
+    eager_load_ms: float | None
+    eager_first_run_ms: float | None
+    not_measured: Mapping[str, str] = field(default_factory=dict)
+    """Field -> why it is null."""
+
+
 def compare_memory(engine: ProcessMemory | str, eager: ProcessMemory | str) -> Memory:
     """Put both sides together; a side that was not measured is the reason why."""
+    return _both(Memory, engine, eager)
+
+
+def compare_start(engine: ProcessMemory | str, eager: ProcessMemory | str) -> Start:
+    """As `compare_memory`."""
+    return _both(Start, engine, eager)
+
+
+def _both(kind: type[Sides], engine: ProcessMemory | str, eager: ProcessMemory | str) -> Sides:
+    """The fields of `kind` from both sides, by name."""
     sides = {"": engine, "eager_": eager}
     values, reasons = {}, {}
-    for name in (item.name for item in dataclasses.fields(Memory) if item.name != "not_measured"):
+    for name in (item.name for item in dataclasses.fields(kind) if item.name != "not_measured"):
         prefix = "eager_" if name.startswith("eager_") else ""
         side = sides[prefix]
         values[name] = None if isinstance(side, str) else getattr(side, name.removeprefix(prefix))
         if values[name] is None:
             reasons[name] = side if isinstance(side, str) else _why_unknown(name)
-    return Memory(**values, not_measured=reasons)
+    return kind(**values, not_measured=reasons)
 
 
 def _why_unknown(name: str) -> str:
@@ -104,7 +127,8 @@ def _engine_process(feeds: Feeds, threads: int, bundle: str, context: str, varia
 
     memory = measure_memory(
         lambda: load_engine(open_bundle(Path(bundle)), context, variant, threads=threads),
-        lambda engine: [engine.outputs(feeds) for _ in range(RUNS)],
+        lambda engine: engine.outputs(feeds),
+        runs=RUNS,
     )
     if "torch" in sys.modules:
         raise CpcompileError("the engine's process imported torch: its memory would be torch's")
@@ -122,10 +146,9 @@ def _eager_process(feeds: Feeds, threads: int, checkpoint: str) -> ProcessMemory
 
     def run(model: LanguageModel) -> None:
         with torch.inference_mode():
-            for _ in range(RUNS):
-                model(ids)
+            model(ids)
 
-    return measure_memory(lambda: load_checkpoint(Path(checkpoint)).model, run)
+    return measure_memory(lambda: load_checkpoint(Path(checkpoint)).model, run, runs=RUNS)
 
 
 def _program_process(feeds: Feeds, threads: int, program: str, context: str) -> ProcessMemory:
@@ -136,7 +159,8 @@ def _program_process(feeds: Feeds, threads: int, program: str, context: str) -> 
     torch.set_num_threads(threads)
     return measure_memory(
         lambda: load_program(Path(program)).eager(context),
-        lambda run: [run(feeds) for _ in range(RUNS)],
+        lambda run: run(feeds),
+        runs=RUNS,
     )
 
 

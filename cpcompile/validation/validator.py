@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
 
@@ -15,7 +15,7 @@ from cpcompile.config import ValidateConfig
 from cpcompile.errors import CpcompileError, UsageError
 from cpcompile.measure import ProcessMemory, available_cores, release_memory, watch_machine
 from cpcompile.runtime import load_engine
-from cpcompile.validation.memory import Memory, compare_memory, measure_engine
+from cpcompile.validation.memory import Memory, Start, compare_memory, compare_start, measure_engine
 from cpcompile.validation.parity import Parity, check_parity
 from cpcompile.validation.placement import Placement, measure_placement
 from cpcompile.validation.quality import Quality, compare_quality
@@ -36,6 +36,9 @@ Peers = Callable[[Variant], Sequence[Runner]]
 
 NO_MEMORY = "memory measurements were switched off"
 NO_SPEED = "speed measurements were switched off"
+
+Processes: TypeAlias = tuple[ProcessMemory | str, ProcessMemory | str]
+"""What engine and eager dense model took in processes of their own, or why that is not known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +69,7 @@ class VariantResult:
     parity: Parity
     quality: Quality
     memory: Memory
+    start: Start
     speed: Speed
     throughput: Throughput
     placement: Placement
@@ -97,6 +101,7 @@ class VariantResult:
             parity=Parity.without_numbers("inconclusive", reason),
             quality=compare_quality(reason, reason),
             memory=compare_memory(reason, reason),
+            start=compare_start(reason, reason),
             speed=Speed.not_run(reason),
             throughput=Throughput.not_run(reason),
             placement=Placement.not_run(reason),
@@ -142,7 +147,8 @@ def measure_again(
     with _torch_threads(threads):
         with watch_machine() as machine:
             speed, _ = _speed(variant, reference, (), config, threads)
-        return speed, _memory(bundle, variant, reference, threads, config), machine.disturbance
+        memory = compare_memory(*_processes(bundle, variant, reference, threads, config))
+        return speed, memory, machine.disturbance
 
 
 def _validate_variant(
@@ -162,13 +168,13 @@ def _validate_variant(
         reason = f"parity failed: {parity.reason}"
         quality, speed, placement = reference.quality(context, reason), Speed.not_run(reason), Placement.not_run(reason)
         throughput = Throughput.not_run(reason)
-        memory = compare_memory(reason, _dense_memory(reference, context, config, threads))
+        processes: Processes = (reason, _dense_process(reference, context, config, threads))
     else:
         quality = reference.quality(context, engine.outputs)
         del engine  # what is timed and measured next should have the machine for itself
         speed, results = _speed(variant, reference, peers, config, threads)
         throughput = _throughput(variant, reference, config, threads)
-        memory = _memory(bundle, variant, reference, threads, config)
+        processes = _processes(bundle, variant, reference, threads, config)
         placement = measure_placement(variant, reference.timed(context)[0].feeds)
     return VariantResult(
         context=context,
@@ -180,7 +186,8 @@ def _validate_variant(
         reason=None,
         parity=parity,
         quality=quality,
-        memory=memory,
+        memory=compare_memory(*processes),
+        start=compare_start(*processes),
         speed=speed,
         throughput=throughput,
         placement=placement,
@@ -245,15 +252,18 @@ def _throughput(variant: Variant, reference: Reference, config: ValidateConfig, 
         return measure_throughput(partial(engine, feeds), eager, workers=workers)
 
 
-def _memory(bundle: Bundle, variant: Variant, reference: Reference, threads: int, config: ValidateConfig) -> Memory:
-    dense = _dense_memory(reference, variant.context, config, threads)
+def _processes(
+    bundle: Bundle, variant: Variant, reference: Reference, threads: int, config: ValidateConfig
+) -> Processes:
+    """Engine and eager dense model, each in a process of its own."""
+    dense = _dense_process(reference, variant.context, config, threads)
     if not config.memory:
-        return compare_memory(NO_MEMORY, dense)
+        return NO_MEMORY, dense
     feeds = reference.timed(variant.context)[0].feeds
-    return compare_memory(measure_engine(bundle.root, variant.context, variant.name, feeds, threads=threads), dense)
+    return measure_engine(bundle.root, variant.context, variant.name, feeds, threads=threads), dense
 
 
-def _dense_memory(reference: Reference, context: str, config: ValidateConfig, threads: int) -> ProcessMemory | str:
+def _dense_process(reference: Reference, context: str, config: ValidateConfig, threads: int) -> ProcessMemory | str:
     return reference.dense_memory(context, threads=threads) if config.memory else NO_MEMORY
 
 

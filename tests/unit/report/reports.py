@@ -6,7 +6,7 @@ from typing import Any
 
 from cpcompile.measure import ProcessMemory, environment
 from cpcompile.report import BuildResult, BuildStage, ContextResult, make_report, training_summary
-from cpcompile.validation.memory import compare_memory
+from cpcompile.validation.memory import compare_memory, compare_start
 from cpcompile.validation.parity import Parity
 from cpcompile.validation.placement import PlacedNode, Placement
 from cpcompile.validation.quality import Score, compare_quality
@@ -38,6 +38,21 @@ def quantiles(median: float) -> tuple[float, ...]:
     return tuple(median * (0.9 + 0.1 * min(i, 10) / 10 + 0.3 * max(i - 10, 0) / 10) for i in range(21))
 
 
+PROCESSES = tuple(
+    ProcessMemory(
+        base_rss_bytes=b,
+        load_peak_rss_bytes=2 * b,
+        run_peak_rss_bytes=3 * b,
+        base_private_bytes=b // 2,
+        load_peak_private_bytes=b,
+        run_peak_private_bytes=2 * b,
+        load_ms=b / 1e6,
+        first_run_ms=b / 1e7,
+    )
+    for b in (50_000_000, 200_000_000)
+)
+
+
 def variant(context: str = "de", *, perplexity: float = 19.0, dense: float | str = 20.0) -> VariantResult:
     """An engine about which everything is known."""
     return VariantResult(
@@ -63,19 +78,8 @@ def variant(context: str = "de", *, perplexity: float = 19.0, dense: float | str
             Score(perplexity=perplexity, accuracy=0.3, tokens=100),
             Score(perplexity=dense, accuracy=0.25, tokens=100) if isinstance(dense, float) else dense,
         ),
-        memory=compare_memory(
-            *(
-                ProcessMemory(
-                    base_rss_bytes=b,
-                    load_peak_rss_bytes=2 * b,
-                    run_peak_rss_bytes=3 * b,
-                    base_private_bytes=b // 2,
-                    load_peak_private_bytes=b,
-                    run_peak_private_bytes=2 * b,
-                )
-                for b in (50_000_000, 200_000_000)
-            )
-        ),
+        memory=compare_memory(*PROCESSES),
+        start=compare_start(*PROCESSES),
         speed=Speed(
             shapes=(
                 ShapeSpeed(

@@ -66,6 +66,7 @@ def test_everything_is_measured_for_every_engine(
         assert not result.quality.not_measured
         assert -1 <= result.quality.coherence <= 1 and -1 <= result.quality.dense_coherence <= 1
         assert set(result.memory.not_measured) == {"vram_bytes"}
+        assert not result.start.not_measured and min(result.start.load_ms, result.start.first_run_ms) > 0
         assert result.quality.tokens == 288
         assert result.quality.perplexity != result.quality.dense_perplexity
         assert result.memory.run_peak_rss_bytes < result.memory.eager_run_peak_rss_bytes
