@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from cpcompile.targets import EngineInfo
+
 
 @dataclass(frozen=True, kw_only=True)
 class Artifact:
@@ -15,7 +17,7 @@ class Artifact:
     runtime: str
     precision: str
     provider: str
-    """Execution provider of ONNX Runtime."""
+    """Execution provider of ONNX Runtime; empty for a plan of TensorRT."""
     device: str
     model_file: str
     files: tuple[str, ...]
@@ -24,3 +26,5 @@ class Artifact:
     contexts: tuple[str, ...] = ()
     """The contexts that the input `context` chooses from, in the order of their numbers; none for an engine of one."""
     session_options: Mapping[str, str] = field(default_factory=dict)
+    engine: EngineInfo | None = None
+    """Of a plan of TensorRT."""

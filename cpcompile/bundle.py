@@ -3,6 +3,7 @@
     manifest.json                       components, and under additional_metadata.cpcompile the digest of every file
     <context>/component.json            variants = runtime + precision
     <context>/<variant>/model.onnx      graph; its weights are slices of one shared file
+    <context>/<variant>/engine.plan     of TensorRT, with its own weights; executor_info.tensorrt says what runs it
     router/cpu-fp32-merged/model.onnx   all contexts in one graph, which has the context as an input
     shared_assets/sha256-<hex>/         weights.bin; tokenizer.json, and token_ids.npy where it was trimmed
     report.json                         what validation found (outside of the digests)
@@ -37,6 +38,7 @@ from cpcompile.config import CONTEXT_NAME
 from cpcompile.errors import CpcompileError, UsageError
 from cpcompile.external_data import references_of
 from cpcompile.files import NO_ROOM, file_digest, remove_leftovers, temporary_path
+from cpcompile.targets import EngineInfo
 from cpcompile.vocabulary import TrimmedVocabulary
 
 if TYPE_CHECKING:
@@ -51,6 +53,8 @@ TOKEN_IDS = "token_ids.npy"
 ROUTER = "router"
 """The component of engines that serve several contexts."""
 REPORTS = ("report.json", "report.html")
+PLAN = "tensorrt"
+"""The executor of plans, as `executor_info` calls it."""
 WEIGHTS_OPTION = "session.model_external_initializers_file_folder_path"
 SESSION_OPTIONS = frozenset({"session.disable_prepacking"})
 """What a bundle may set for ONNX Runtime besides its weights: others load libraries and write files."""
@@ -67,6 +71,7 @@ class Variant:
     runtime: str
     precision: str
     provider: str
+    """Execution provider of ONNX Runtime; empty for a plan of TensorRT."""
     model: Path
     weights: Path | None
     """Folder of the shared weights."""
@@ -75,11 +80,15 @@ class Variant:
     """Inputs that choose the context, of an engine that serves several."""
     bytes: int
     """Of its own files and of its share of the weights."""
+    engine: EngineInfo | None = None
+    """Of a plan of TensorRT: what it was built by and for."""
 
     def graph(self) -> ir.Model:
-        """Its graph, whose weights stay in their file; the files have been verified."""
+        """Its graph, whose weights stay in their file; the files have been verified. UsageError for a plan."""
         from cpcompile.onnx_file import load_onnx  # an application that runs engines does without onnx_ir
 
+        if self.engine is not None:
+            raise UsageError(f"{self.model}: is a plan of {self.runtime}, no ONNX graph; choose another variant")
         return load_onnx(self.model, data=self.weights)
 
     def standalone(self) -> ir.Model:
@@ -179,6 +188,8 @@ class Bundle:
 
     def _verify_references(self, variant: Variant) -> None:
         """Every tensor outside of the model lies in a file of its weights that the manifest lists, and within it."""
+        if variant.engine is not None:
+            return  # a plan is one file
         folder = None if variant.weights is None else variant.weights.relative_to(self.root).as_posix()
         for reference in references_of(variant.model):
             name = f"{folder}/{reference.location}"
@@ -196,8 +207,10 @@ class Bundle:
 
     def _variant(self, context: str, component: str, name: str) -> Variant:
         body = self.components[component]["variants"][name]
-        own, ort = body["executor_info"]["cpcompile"], body["executor_info"]["ort"]
-        options = dict(ort.get("session_options", {}))
+        own, info = body["executor_info"]["cpcompile"], body["executor_info"]
+        engine = EngineInfo.from_plain(info[PLAN]) if PLAN in info else None
+        executor = info[PLAN] if engine is not None else info["ort"]
+        options = dict(executor.get("session_options", {}))
         weights = options.pop(WEIGHTS_OPTION, None)
         folder = f"{component}/{body.get('variant_directory', name)}"
         contexts = _require(own["contexts"], list, "contexts")
@@ -206,12 +219,13 @@ class Bundle:
             name=name,
             runtime=own["runtime"],
             precision=own["precision"],
-            provider=body["ep"],
-            model=_inside(self.root, f"{folder}/{_require(ort['model_file'], str, 'model_file')}"),
+            provider=body["ep"] if engine is None else "",
+            model=_inside(self.root, f"{folder}/{_require(executor['model_file'], str, 'model_file')}"),
             weights=self._asset(weights) if weights else None,
             session_options=options,
             feeds={"context": contexts.index(context)} if contexts else {},
             bytes=own["bytes"],
+            engine=engine,
         )
 
     def _asset(self, uri: str) -> Path:
@@ -276,8 +290,9 @@ def _require_readable(bundle: Bundle) -> None:
             _require_name(variant.name, f"variant of {context}")
             if _require(variant.bytes, int, f"bytes of {variant.name}") < 0:
                 raise ValueError(f"bytes of {variant.name}: {variant.bytes}")
-            if variant.model.suffix != ".onnx":
-                raise ValueError(f"model_file of {variant.name}: {variant.model.name!r} is not named .onnx")
+            suffix = ".onnx" if variant.engine is None else ".plan"
+            if variant.model.suffix != suffix:
+                raise ValueError(f"model_file of {variant.name}: {variant.model.name!r} is not named {suffix}")
             for field in (variant.name, variant.runtime, variant.precision, variant.provider):
                 _require(field, str, f"variant of {context}")
             for key, value in variant.session_options.items():
@@ -367,12 +382,18 @@ class BundleWriter:
         own = sum((folder / name).stat().st_size for name in artifact.files)
         options = dict(artifact.session_options) | ({WEIGHTS_OPTION: weights} if weights else {})
         component = self._components.setdefault(context, {"component_name": context, "variants": {}})
+        executor = {"model_file": artifact.model_file}
+        if artifact.engine is None:
+            provided = {"ep": artifact.provider, "device": artifact.device}
+            executors: dict[str, Any] = {"ort": executor | {"session_options": options}}
+        else:
+            provided = {}  # without a provider, ONNX Runtime passes the variant over
+            executors = {PLAN: executor | artifact.engine.to_plain()}
         component["variants"][artifact.variant] = {
             "variant_directory": artifact.variant,
-            "ep": artifact.provider,
-            "device": artifact.device,
+            **provided,
             "executor_info": {
-                "ort": {"model_file": artifact.model_file, "session_options": options},
+                **executors,
                 "cpcompile": {
                     "runtime": artifact.runtime,
                     "precision": artifact.precision,

@@ -33,6 +33,7 @@ from cpcompile.config import (
 )
 from cpcompile.errors import CpcompileError, UsageError
 from cpcompile.sizes import parse_size
+from cpcompile.targets import parse_plans
 
 if TYPE_CHECKING:
     from cpcompile.check.criteria import Check
@@ -219,6 +220,13 @@ def run_training(
     metavar="PART",
     help="Trim each context's vocabulary to the tokens that make up this part of its text (0.999, say).",
 )
+@click.option(
+    "--target", "targets", multiple=True, help="Add engines: tensorrt, tensorrt-rtx[=sm86,sm120]; repeatable."
+)
+@click.option("--precision", "precisions", metavar="NAMES", help="Of them: fp32, fp16, bf16.  [default: fp16]")
+@click.option(
+    "--profile", "profiles", multiple=True, metavar="AXIS=MIN:OPT:MAX", help="Lengths that they take; repeatable."
+)
 @click.option("--data", type=FilePath, help="Corpus whose held-out text replaces the checkpoint's.")
 @click.option("--rounds", default=ValidateConfig.rounds, help="Interleaved timing rounds per shape.")
 @click.option("--min-speed-ratio", default=0.0, help="Times as fast as eager dense that engines have to be.")
@@ -236,6 +244,9 @@ def build(
     standalone: bool,
     merged: bool,
     vocabulary_coverage: float | None,
+    targets: tuple[str, ...],
+    precisions: str | None,
+    profiles: tuple[str, ...],
     data: Path | None,
     rounds: int,
     min_speed_ratio: float,
@@ -258,11 +269,21 @@ def build(
       cpcompile build model.pt --json > report.json
       cpcompile build model.pt --peers all            # time torch.compile and others too, see validate --help
       cpcompile build model.pt2                       # a module of your own, see `cpcompile.save_program`
+
+    \b
+    Engines of TensorRT beside those of the CPU; TensorRT-RTX builds without a GPU:
+      cpcompile build model.pt --target tensorrt-rtx --precision fp16,bf16
+      cpcompile build model.pt --target tensorrt-rtx=sm89 --profile batch=1:1:4 --profile sequence=1:128:1024
     """
     from cpcompile.console import stage_progress
     from cpcompile.pipeline import build_bundle
 
     config = _validate_config(rounds, min_speed_ratio, peers, no_speed=no_speed, no_memory=no_memory)
+    plans = parse_plans(targets, _names(precisions), profiles)
+    if targets and max_memory is not None:
+        raise UsageError(
+            "--max-memory knows what engines of the CPU take, not what TensorRT does; leave one of them out"
+        )
     out = out or _beside(model, ".cpc")
     _check_memory(
         model,
@@ -286,6 +307,7 @@ def build(
             config=config,
             progress=stage,
             repro=repro,
+            plans=plans,
         )
     stays = f"; {out} stays as it was" if out.exists() else ""
     click.echo(f"wrote {bundle}" + (f" (the verdict is fail{stays})" if report["verdict"] == "fail" else ""), err=True)

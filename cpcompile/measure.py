@@ -166,7 +166,7 @@ def video_memory() -> int | str:
     Runtimes keep what they once allocated there until they are closed, so that this is also the peak.
     Source: NVML API reference, nvmlDeviceGetComputeRunningProcesses.
     """
-    if _gpu_model() is None:
+    if gpu_model() is None:
         return NO_GPU
     try:
         import pynvml
@@ -316,7 +316,7 @@ def environment() -> dict[str, Any]:
     return {
         "cpu": _cpu_model(),
         "cores": available_cores(),
-        "gpu": _gpu_model(),
+        "gpu": gpu_model(),
         "versions": {"cpcompile": cpcompile.__version__, "python": platform.python_version(), **versions},
     }
 
@@ -348,7 +348,7 @@ def _cpu_model() -> str:
     return _first_value(Path("/proc/cpuinfo"), "model name") or platform.processor() or platform.machine()
 
 
-def _gpu_model() -> str | None:
+def gpu_model() -> str | None:
     """The NVIDIA GPU that the driver lists first; None if there is none."""
     cards = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
     return _first_value(cards[0], "Model") if cards else None

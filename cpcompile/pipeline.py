@@ -4,6 +4,7 @@ text per context -> Corpus -> trainer -> Checkpoint             or a Program of 
 Checkpoint, Program -> capture (once) -> dynamic graph
 dynamic graph x context -> freeze passes -> frozen graph         for every context
 frozen graphs -> shared weights -> exporter -> bundle
+frozen graphs x targets -> legal, in their precision -> exporter -> plans in the bundle
 bundle + eager models + held-out text -> validator -> report, verdict
 """
 
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +29,23 @@ from cpcompile.checkpoint import Checkpoint
 from cpcompile.config import ModelConfig, PretrainedConfig, TrainConfig, ValidateConfig
 from cpcompile.errors import UsageError
 from cpcompile.exporters.onnxruntime_exporter import MERGED, SINGLE, export_onnxruntime
+from cpcompile.exporters.tensorrt_exporter import export_tensorrt, load_library, variant_name
 from cpcompile.exporters.weights_file import Location, write_weights
 from cpcompile.files import file_digest, require_file_path, whole_file
 from cpcompile.fresh_graphs import FreshGraphs, order_rows
 from cpcompile.measure import NO_PRIVATE, PrivatePeak, environment, peak_resident_bytes, reset_peak
 from cpcompile.partitioning.pretrained import read_pretrained
+from cpcompile.passes.fold_gates import FoldGates
 from cpcompile.passes.freeze import Frozen, freeze, prepare, used_sizes
+from cpcompile.passes.infer_shapes import InferShapes
+from cpcompile.passes.legalize_for_tensorrt import LegalizeForTensorRT
+from cpcompile.passes.lower_precision import HALVES, LowerPrecision
 from cpcompile.passes.merge_contexts import merge_contexts
 from cpcompile.passes.share_weights import Run, ShareWeights, plan_runs
 from cpcompile.peers import open_peers
 from cpcompile.report import BuildResult, BuildStage, ContextResult, Report, build_of, make_report, write_report
 from cpcompile.source import Source, open_source, tokenizer_file
+from cpcompile.targets import NO_PLANS, Plans
 from cpcompile.training.branch import Observer
 from cpcompile.training.corpus import load_corpus
 from cpcompile.training.trainer import require_outputs, train
@@ -121,17 +129,21 @@ def build_bundle(
     merged: bool = False,
     coverage: float | None = None,
     repro: Path | None = None,
+    plans: Plans = NO_PLANS,
 ) -> tuple[Report, Path]:
     """`cpcompile build`: checkpoint or program `model` -> bundle with its report; returns the report and where it is.
 
     `merged` adds one engine for all contexts. `coverage` is the part of a context's text that its vocabulary covers
-    in the tokens that it had; None leaves the vocabulary whole. A bundle that fails its validation does not replace an
+    in the tokens that it had; None leaves the vocabulary whole. `plans` says which engines of TensorRT
+    every context gets. A bundle that fails its validation does not replace an
     older one: it goes to `out`.failed, and minimal repros of what fails parity to the folder `repro`.
     """
     if merged and standalone:
         raise UsageError("--merged is one engine whose weights all contexts share; leave out --standalone")
     if merged and coverage is not None:
         raise UsageError("--merged is one engine for all contexts, which have one vocabulary; leave it whole")
+    for target in plans.targets:
+        load_library(target.flavour)  # before the work of freezing
     stages = _Stages(progress)
     with stages("load"):
         source = open_source(model)
@@ -151,9 +163,15 @@ def build_bundle(
             used = partial(used_sizes, prepared)
             accounts[context] = _account(context, frozen[context], source, tokens and len(tokens), used)
     with BundleWriter(out) as writer:
+        whole = {context: each.model.clone() for context, each in frozen.items()} if plans.targets else {}
         with stages("export"):
-            bundle = _export(writer, dynamic, frozen, accounts, source, trimmed, shared=not standalone, merged=merged)
+            metadata = _export(writer, dynamic, frozen, accounts, source, trimmed, shared=not standalone, merged=merged)
+        if whole:
+            with stages("plans"):
+                _export_plans(writer, whole, plans, source.sequence, progress)
+        bundle = writer.seal(name=source.path.stem, metadata=metadata)
         build = stages.result()
+        del whole
         del prepared, frozen  # validation needs the room
         with open_peers(config, source, reference) as peers:
             results = validate(bundle, reference, config, peers=peers, progress=progress)
@@ -235,8 +253,8 @@ def _export(
     *,
     shared: bool,
     merged: bool,
-) -> Bundle:
-    """Write weights, tokenizers and engines, and seal the bundle."""
+) -> dict[str, Any]:
+    """Write weights, tokenizers and engines; returns what the bundle records of them."""
     uri: str | None = None
     locations: Mapping[str, Location] = {}
     if shared:
@@ -275,15 +293,40 @@ def _export(
         folder = writer.folder(ROUTER, MERGED)
         artifact = export_onnxruntime(one, folder, weights=weights, locations=locations, contexts=tuple(frozen))
         writer.add_variant(ROUTER, artifact, weights=uri)
-    return writer.seal(
-        name=source.path.stem,
-        metadata={
-            "checkpoint": file_digest(source.path),
-            "tokenizers": tokenizers,
-            "shared_weights": shared,
-            "parameters": {context: _parameters(accounts[context], frozen[context]) for context in frozen},
-        },
-    )
+    return {
+        "checkpoint": file_digest(source.path),
+        "tokenizers": tokenizers,
+        "shared_weights": shared,
+        "parameters": {context: _parameters(accounts[context], frozen[context]) for context in frozen},
+    }
+
+
+def _export_plans(
+    writer: BundleWriter,
+    frozen: Mapping[str, ir.Model],
+    plans: Plans,
+    sequence: int | None,
+    progress: Progress,
+) -> None:
+    """A plan of every context for every target in every precision; `frozen` stays as it is."""
+    for context, precision in product(frozen, plans.precisions):
+        model = frozen[context].clone()
+        for each in (InferShapes(), FoldGates(), LegalizeForTensorRT()):
+            each(model)
+        if precision in HALVES:
+            LowerPrecision(precision)(model)
+        for target in plans.targets:
+            name = variant_name(target, precision)
+            artifact = export_tensorrt(
+                model,
+                writer.folder(context, name),
+                target=target,
+                precision=precision,
+                ranges=plans.ranges,
+                sequence=sequence,
+                progress=partial(progress, f"{context} {name}"),
+            )
+            writer.add_variant(context, artifact, weights=None)
 
 
 def _stored(dynamic: ir.Model, permutations: Mapping[str, tuple[int, ...]], run: Run) -> npt.NDArray[np.generic]:

@@ -45,6 +45,8 @@ class Source(ABC):
     """The settings of the architecture that are numbers, strings or flags."""
     dense_bytes: int | None
     """Weights of the dense model in float32."""
+    sequence: int | None = None
+    """Tokens of a sequence that it was trained on."""
     training: Mapping[str, Any] | None = None
     """`training_summary`."""
     tokenizer: str | None = None
@@ -143,6 +145,7 @@ class TrainedSource(Source):
         plain = settings.settings if isinstance(settings, PretrainedConfig) else dataclasses.asdict(settings)
         self.config = {name: value for name, value in plain.items() if isinstance(value, int | float | str)}
         self._checkpoint = checkpoint
+        self.sequence: int = int(checkpoint.training.get("settings", {}).get("sequence", TrainConfig.sequence))
         self.selection = self._selection.digits(
             {
                 kind: [(f"layer {number}", table.shape[2]) for number in range(table.shape[1])]
@@ -195,14 +198,9 @@ class TrainedSource(Source):
             self._dense,
             config,
             held_out=self._checkpoint.held_out if data is None else self._held_out(data, progress),
-            sequence=self._sequence,
+            sequence=self.sequence,
             trimmed=trimmed,
         )
-
-    @property
-    def _sequence(self) -> int:
-        """Tokens per window of evaluation: as in training."""
-        return int(self._checkpoint.training.get("settings", {}).get("sequence", TrainConfig.sequence))
 
     def _held_out(self, data: Path, progress: Progress) -> Mapping[str, npt.NDArray[np.int32]]:
         """Held-out token ids per context of the text in `data`."""
@@ -212,7 +210,7 @@ class TrainedSource(Source):
             corpus = load_corpus(
                 data,
                 vocabulary=self._checkpoint.config.vocabulary,
-                sequence=self._sequence,
+                sequence=self.sequence,
                 held_out_fraction=settings.held_out_fraction,
                 seed=own.get("seed", settings.seed),
                 tokenizer=tokenizer,

@@ -6,8 +6,9 @@
     fail          an engine misses parity, is slower than was demanded, or has nodes that fell back to
                   another provider; or the mean perplexity over the contexts exceeds the dense
                   baseline's by more than is allowed; or the bundle's shared
-                  weights make it larger than the dense model, graphs and tokenizer aside
-    inconclusive  something of that could not be measured
+                  weights make it larger than the dense model, graphs, tokenizer and plans of TensorRT aside
+    inconclusive  something of that could not be measured; an engine that was built and not run here is not judged,
+                  and a context of which no engine ran is inconclusive
     pass          otherwise
 
 Mean perplexities are geometric: exp of the mean loss.
@@ -22,6 +23,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
+
+from cpcompile.targets import FLAVOURS
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -153,7 +156,9 @@ def judge(report: Mapping[str, Any], max_perplexity_increase: float | None) -> t
                 f"{name}: mean perplexity {mean:.4g} is {mean / dense - 1:.1%} above the dense baseline's {dense:.4g}; "
                 f"{max_perplexity_increase:.1%} are allowed: train longer, or with larger budgets"
             )
-    size, dense_size = report["bundle"]["bytes"], report["bundle"]["dense_bytes"]
+    # Plans of TensorRT have weights of their own.
+    plans = [v["bytes"] or 0 for context in report["contexts"] for v in context["variants"] if v["runtime"] in FLAVOURS]
+    size, dense_size = report["bundle"]["bytes"] - sum(plans), report["bundle"]["dense_bytes"]
     engines = sum(len(context["variants"]) for context in report["contexts"])
     if dense_size is None:
         gaps.append(f"bundle: {report['bundle']['not_measured']['dense_bytes']}")

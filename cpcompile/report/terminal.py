@@ -40,7 +40,8 @@ def contexts_table(report: Mapping[str, Any]) -> Table:
         "run\nmemory",
         "times as fast\nas eager",
     ):
-        table.add_column(column, justify="left" if column == "context" else "right")
+        first = column == "context"
+        table.add_column(column, justify="left" if first else "right", no_wrap=first)
     for context in report["contexts"]:
         for variant in context["variants"]:
             cells = [
@@ -213,6 +214,9 @@ def verdict_text(report: Mapping[str, Any]) -> Text:
         text.append(f" ({megabytes(build['peak_private_bytes'])} of it private); ")
     text.append(f"bundle {megabytes(bundle['bytes'])}, dense model {megabytes(bundle['dense_bytes'])}\n")
     text.append(f"verdict: {report['verdict']}", style=VERDICT_STYLE[report["verdict"]])
+    variants = [variant for context in report["contexts"] for variant in context["variants"]]
+    if built := sum(variant["status"] == "built" for variant in variants):
+        text.append(f" (of the engines that ran; {built} of {len(variants)} were built and not run)")
     for reason in report["reasons"]:
         text.append(f"\n• {reason}")
     return text

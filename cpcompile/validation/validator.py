@@ -13,7 +13,14 @@ import torch
 from cpcompile.bundle import Bundle, Variant
 from cpcompile.config import ValidateConfig
 from cpcompile.errors import CpcompileError, UsageError
-from cpcompile.measure import ProcessMemory, available_cores, release_memory, watch_machine
+from cpcompile.measure import (
+    NO_GPU,
+    ProcessMemory,
+    available_cores,
+    gpu_model,
+    release_memory,
+    watch_machine,
+)
 from cpcompile.runtime import load_engine
 from cpcompile.validation.memory import Memory, Start, compare_memory, compare_start, measure_engine
 from cpcompile.validation.parity import Parity, check_parity
@@ -36,6 +43,7 @@ Peers = Callable[[Variant], Sequence[Runner]]
 
 NO_MEMORY = "memory measurements were switched off"
 NO_SPEED = "speed measurements were switched off"
+NO_RUNNER = "plans of TensorRT are not run here yet"
 
 Processes: TypeAlias = tuple[ProcessMemory | str, ProcessMemory | str]
 """What engine and eager dense model took in processes of their own, or why that is not known."""
@@ -160,6 +168,17 @@ def _validate_variant(
     threads: int,
 ) -> VariantResult:
     context = variant.context
+    if variant.engine is not None:
+        bundle.verify_engine(variant)
+        return VariantResult.not_run(
+            context=context,
+            name=variant.name,
+            runtime=variant.runtime,
+            precision=variant.precision,
+            status="built",
+            reason=f"built, not run: {NO_GPU if gpu_model() is None else NO_RUNNER}",
+            bytes=variant.bytes,
+        )
     engine = load_engine(bundle, context, variant.name, threads=threads)
     parity = _parity(engine.outputs, reference, context, config)
     results: tuple[PeerResult, ...] = ()

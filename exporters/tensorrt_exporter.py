@@ -1,0 +1,371 @@
+"""TensorRT 10, 11 and TensorRT-RTX: a frozen graph -> `tensorrt-rtx-fp16/engine.plan`.
+
+    graph -> ONNX file, its weights beside it -> parser -> network of the graph's own types -> builder -> plan
+
+All three by what they have in common: precision is that of the graph, TF32 is off, shapes are ranges of profiles. One
+plan of TensorRT-RTX holds for all its compute capabilities: kernels are finished on the GPU, and the plan for three
+is 8 bytes larger than that for one. The library is imported when it is needed; what it says comes through one logger
+per process, since only the first counts. (An IErrorRecorder crashes at exit.)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import re
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import onnx_ir as ir
+
+from cpcompile.artifact import Artifact
+from cpcompile.errors import CpcompileError, UsageError
+from cpcompile.files import file_digest, whole_file
+from cpcompile.onnx_file import module_of
+from cpcompile.targets import (
+    TENSORRT,
+    TENSORRT_RTX,
+    EngineInfo,
+    Profile,
+    Range,
+    Shapes,
+    Target,
+    TensorInfo,
+)
+
+Progress = Callable[[int, int], None]
+"""Steps done, and in all."""
+PLAN_FILE = "engine.plan"
+MODULES = {TENSORRT: "tensorrt", TENSORRT_RTX: "tensorrt_rtx"}
+BATCH = Range(1, 1, 8)
+SEQUENCES = ("sequence", "seq", "sequence_length", "seq_len")
+"""What exporters call the axis of the tokens."""
+PAST = "past"
+"""How the names of inputs begin that hold the cache."""
+LONGEST = 400
+"""Characters of what a library says that a message repeats."""
+
+
+def variant_name(target: Target, precision: str) -> str:
+    """Runtime and precision, as every variant is called."""
+    return f"{target.flavour}-{precision}"
+
+
+def export_tensorrt(
+    model: ir.Model,
+    folder: Path,
+    *,
+    target: Target,
+    precision: str,
+    ranges: Mapping[str, Range],
+    sequence: int | None,
+    progress: Progress = lambda _done, _total: None,
+) -> Artifact:
+    """Write the plan of `model` to `folder`; it computes in the graph's own types, which `precision` names.
+
+    ranges: lengths of dynamic axes by name; sequence: tokens that it was trained on, for the axes that are not given.
+    UsageError: no library, an unknown capability or axis. CpcompileError: the library refuses the graph.
+    """
+    library = load_library(target.flavour)
+    profiles = profiles_of(model, ranges, sequence)
+    with tempfile.TemporaryDirectory(prefix=".onnx-", dir=folder) as scratch:
+        onnx = Path(scratch) / "model.onnx"
+        ir.save(model, onnx, external_data="weights.bin")
+        digest = _digest(sorted(Path(scratch).iterdir()))
+        modules = {node.name: module_of(node) for node in model.graph.all_nodes() if node.name}
+        build_plan(onnx, folder / PLAN_FILE, library, target, profiles, modules=modules, progress=progress)
+    info = EngineInfo(
+        flavour=target.flavour,
+        version=str(library.__version__),
+        capabilities=target.capabilities,
+        precision=precision,
+        profiles=profiles,
+        tensors=tuple(_tensors(model)),
+        onnx_digest=digest,
+    )
+    return Artifact(
+        variant=variant_name(target, precision),
+        runtime=target.flavour,
+        precision=precision,
+        provider="",
+        device="gpu",
+        model_file=PLAN_FILE,
+        files=(PLAN_FILE,),
+        shared_bytes=0,
+        engine=info,
+    )
+
+
+def load_library(flavour: str) -> Any:
+    """The module of `flavour`; UsageError says how to install it."""
+    try:
+        return importlib.import_module(MODULES[flavour])
+    except Exception as error:  # of a half-installed library anything: OSError, RuntimeError, its own classes
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UsageError(
+            f"--target {flavour} needs the library of that name ({first}): pip install 'cpcompile[{flavour}]'; "
+            "`cpcompile doctor` says what else is missing"
+        ) from error
+
+
+def build_plan(
+    onnx: Path,
+    plan: Path,
+    library: Any,
+    target: Target,
+    profiles: Sequence[Profile],
+    *,
+    modules: Mapping[str, str] = {},
+    progress: Progress = lambda _done, _total: None,
+) -> None:
+    """Build the file `onnx` to `plan`, which appears whole or not at all; Ctrl-C ends it at the next step.
+
+    modules: the torch module of each node, for messages.
+    """
+    log = _log(library)
+    say = _Speaker(f"{library.__name__} {library.__version__}", modules)
+    with log.listening() as messages:
+        try:
+            builder = library.Builder(log)
+        except Exception as error:  # pybind11 has a class of its own for "returned nullptr"
+            raise say.failure("has no builder here", messages or [str(error)]) from error
+        network = builder.create_network(_typed(library))
+        _parse(library, network, onnx, log, say, messages)
+        config = builder.create_builder_config()
+        config.clear_flag(library.BuilderFlag.TF32)
+        _set_capabilities(library, config, target)
+        _add_profiles(builder, network, config, profiles, say, messages)
+        with whole_file(plan) as temporary, temporary.open("wb") as file:
+            writer, monitor = _writer(library, file), _monitor(library, progress)
+            config.progress_monitor = monitor
+            built = _run(lambda: builder.build_serialized_network_to_stream(network, config, writer), monitor)
+            for failure in (writer.error, monitor.error):
+                if failure is not None:
+                    raise failure
+            if not built or not file.tell():
+                raise say.failure("cannot build the engine", messages)
+
+
+def profiles_of(model: ir.Model, ranges: Mapping[str, Range], sequence: int | None) -> tuple[Profile, ...]:
+    """One profile, or with a cache one for the prompt (no past) and one for the tokens after it (one at a time).
+
+    UsageError: a range of an axis that is not there, or an axis of which no range is known.
+    """
+    axes = {name: None for value in model.graph.inputs for name in _shape(value) if isinstance(name, str)}
+    if unknown := sorted(ranges.keys() - axes.keys()):
+        there = f"the dynamic axes are {', '.join(axes)}" if axes else "no axis is dynamic"
+        raise UsageError(f"--profile {unknown[0]}: the inputs have no such axis; {there}")
+    usual = {axis: _usual(axis, sequence) for axis in axes}
+    known = {axis: found for axis, found in usual.items() if found is not None} | dict(ranges)
+    if open_axes := [axis for axis in axes if axis not in known]:
+        raise UsageError(f"the axis {open_axes[0]!r} has no usual range; give --profile {open_axes[0]}=min:opt:max")
+    beside_cache = {n for v in model.graph.inputs if not _is_cache(v) for n in _shape(v)}
+    past = [axis for axis in axes if axis not in beside_cache]
+    if not past:
+        return (_profile("default", model, known),)
+    fresh = known | dict.fromkeys(past, Range(0, 0, 0))
+    step = known | {axis: Range(1, 1, 1) for axis in axes if axis in SEQUENCES}
+    return _profile("prefill", model, fresh), _profile("decode", model, step)
+
+
+def _usual(axis: str, sequence: int | None) -> Range | None:
+    if "batch" in axis:
+        return BATCH
+    tokens = axis in SEQUENCES or axis.startswith(PAST) or axis.startswith("total")
+    return Range(1, sequence, 4 * sequence) if tokens and sequence else None
+
+
+def _profile(name: str, model: ir.Model, known: Mapping[str, Range]) -> Profile:
+    shapes: dict[str, Shapes] = {}
+    for value in model.graph.inputs:
+        ranges = [known[axis] if isinstance(axis, str) else Range(axis, axis, axis) for axis in _shape(value)]
+        low, best, high = (tuple(getattr(each, end) for each in ranges) for end in ("min", "opt", "max"))
+        shapes[value.name or ""] = (low, best, high)
+    return Profile(name=name, shapes=shapes)
+
+
+def _shape(value: ir.Value) -> list[int | str]:
+    if value.shape is None or value.shape.has_unknown_dim():
+        raise UsageError(f"the input {value.name}: an axis has neither a length nor a name; export it with names")
+    return [axis if isinstance(axis, int) else str(axis.value) for axis in value.shape]
+
+
+def _is_cache(value: ir.Value) -> bool:
+    return (value.name or "").startswith(PAST)
+
+
+def _tensors(model: ir.Model) -> Iterator[TensorInfo]:
+    for values, is_input in ((model.graph.inputs, True), (model.graph.outputs, False)):
+        for value in values:
+            assert value.name is not None and value.dtype is not None and value.shape is not None
+            shape = tuple(axis if isinstance(axis, int) else str(axis.value) for axis in value.shape)
+            yield TensorInfo(name=value.name, is_input=is_input, dtype=str(value.dtype.numpy()), shape=shape)
+
+
+def _digest(files: Iterable[Path]) -> str:
+    return hashlib.sha256("".join(file_digest(file) for file in files).encode()).hexdigest()
+
+
+def _typed(library: Any) -> int:
+    """Strong typing: the only kind in TensorRT 11 and TensorRT-RTX, a flag in 10."""
+    strong = getattr(library.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    return 0 if strong is None else 1 << int(strong)
+
+
+def _parse(library: Any, network: Any, onnx: Path, log: Any, say: _Speaker, messages: list[str]) -> None:
+    """Read the file into `network`. By its path, since weights beside it cannot be found from bytes."""
+    parser = library.OnnxParser(network, log)
+    parsed = parser.parse_from_file(str(onnx))
+    errors = [parser.get_error(index) for index in range(parser.num_errors)]
+    if errors:
+        first = errors[0]
+        where = say.place(first.node_operator(), first.node_name())
+        raise say.failure(f"cannot read {where}", [first.desc()])
+    if not parsed or not network.num_outputs:  # of what is no ONNX it says that it was parsed
+        raise say.failure("found no graph", [*messages, f"{onnx.name} is damaged, or no ONNX"])
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        if layer.type == getattr(library.LayerType, "ATTENTION_INPUT", None):
+            layer.__class__ = library.IAttentionInputLayer  # the bindings give every layer as an ILayer
+            layer.attention.decomposable = True  # in float32 there is no fused kernel, and it would be refused
+
+
+def _set_capabilities(library: Any, config: Any, target: Target) -> None:
+    if not target.capabilities:
+        return
+    known = library.ComputeCapability.__members__
+    config.num_compute_capabilities = len(target.capabilities)
+    for index, name in enumerate(target.capabilities):
+        if name.upper() not in known:
+            there = ", ".join(each.lower() for each in known if each.startswith("SM"))
+            raise UsageError(f"{target.flavour} {library.__version__} does not build for {name}; it builds for {there}")
+        config.set_compute_capability(known[name.upper()], index)
+
+
+def _add_profiles(
+    builder: Any, network: Any, config: Any, profiles: Sequence[Profile], say: _Speaker, messages: list[str]
+) -> None:
+    inputs = [network.get_input(index) for index in range(network.num_inputs)]
+    for profile in profiles:
+        own = builder.create_optimization_profile()
+        for tensor in inputs:
+            if tensor.is_shape_tensor:
+                reason = f"the values of the input {tensor.name} decide shapes; make it a constant of the model"
+                raise say.failure("cannot build the engine", [reason])
+            shapes = profile.shapes.get(tensor.name)
+            if shapes is None or len(shapes[0]) != len(tensor.shape):
+                reason = (
+                    f"the profile {profile.name} has {shapes} for the input {tensor.name} of {len(tensor.shape)} axes"
+                )
+                raise say.failure("cannot build the engine", [reason])
+            try:
+                own.set_shape(tensor.name, *shapes)
+            except Exception as error:
+                reason = f"the profile {profile.name} for {tensor.name}: {error}"
+                raise say.failure("cannot build the engine", [*messages, reason]) from error
+        if config.add_optimization_profile(own) < 0:
+            raise say.failure(f"refuses the profile {profile.name}", messages)
+
+
+def _run(build: Callable[[], Any], monitor: Any) -> Any:
+    """`build`, which does not hold the interpreter; in a thread, so that Ctrl-C arrives here while it works."""
+    with ThreadPoolExecutor(1, "tensorrt") as pool:
+        future = pool.submit(build)
+        try:
+            return future.result()
+        finally:
+            monitor.cancelled = True  # of no effect on a build that has ended
+
+
+@dataclass(frozen=True)
+class _Speaker:
+    """Makes one sentence of what a library says."""
+
+    library: str
+    modules: Mapping[str, str]
+
+    def place(self, operator: str, name: str) -> str:
+        module = self.modules.get(name, "")
+        return f"{operator} {name}".strip() + (f" (module {module})" if module else "")
+
+    def failure(self, what: str, messages: Sequence[str]) -> CpcompileError:
+        text = " ".join((messages[0] if messages else "it gives no reason").split())
+        text = re.sub(r"^.*?Error Code \d+: (Myelin \(|API Usage Error \()?", "", text)[:LONGEST].rstrip(" .")
+        named = [name for name in re.findall(r"[\w./:-]+", text) if self.modules.get(name)]
+        where = f" (node {named[0]}, module {self.modules[named[0]]})" if named else ""
+        return CpcompileError(f"{self.library} {what}: {text}{where}; change the model there, or leave this target out")
+
+
+@cache
+def _log(library: Any) -> Any:
+    """The logger of the process for `library`; its `listening()` collects errors."""
+
+    class Log(library.ILogger):  # type: ignore[misc]
+        """Keeps errors; warnings and below are of no use to whoever builds."""
+
+        def __init__(self) -> None:
+            library.ILogger.__init__(self)
+            self._messages: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (library.ILogger.Severity.ERROR, library.ILogger.Severity.INTERNAL_ERROR):
+                self._messages.append(message)
+
+        @contextmanager
+        def listening(self) -> Iterator[list[str]]:
+            self._messages = []
+            yield self._messages
+
+    return Log()
+
+
+def _writer(library: Any, file: BinaryIO) -> Any:
+    class Writer(library.IStreamWriter):  # type: ignore[misc]
+        """Writes to `file`; an exception must not pass through the library, so it is kept."""
+
+        def __init__(self) -> None:
+            library.IStreamWriter.__init__(self)
+            self.error: BaseException | None = None
+
+        def write(self, data: Any) -> int:
+            try:
+                return file.write(data)
+            except BaseException as error:
+                self.error = error
+                return 0
+
+    return Writer()
+
+
+def _monitor(library: Any, progress: Progress) -> Any:
+    class Monitor(library.IProgressMonitor):  # type: ignore[misc]
+        """Reports the steps of the outermost phase, and ends the build once `cancelled` is set."""
+
+        def __init__(self) -> None:
+            library.IProgressMonitor.__init__(self)
+            self.cancelled = False
+            self.error: BaseException | None = None
+            self._steps: dict[str, int] = {}
+
+        def phase_start(self, name: str, parent: str | None, steps: int) -> None:
+            if parent is None:
+                self._steps[name] = steps
+
+        def phase_finish(self, name: str) -> None:
+            self._steps.pop(name, None)
+
+        def step_complete(self, name: str, step: int) -> bool:
+            try:
+                if name in self._steps:
+                    progress(step + 1, self._steps[name])
+            except BaseException as error:
+                self.error, self.cancelled = error, True
+            return not self.cancelled
+
+    return Monitor()
