@@ -41,7 +41,7 @@ def contexts_table(report: Mapping[str, Any]) -> Table:
         "times as fast\nas eager",
     ):
         first = column == "context"
-        table.add_column(column, justify="left" if first else "right", no_wrap=first)
+        table.add_column(column, justify="left" if first else "right", overflow="fold" if first else "ellipsis")
     for context in report["contexts"]:
         for variant in context["variants"]:
             cells = [
