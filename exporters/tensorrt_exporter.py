@@ -223,12 +223,12 @@ def _parse(library: Any, network: Any, onnx: Path, log: Any, say: _Speaker, mess
     parser = library.OnnxParser(network, log)
     parsed = parser.parse_from_file(str(onnx))
     errors = [parser.get_error(index) for index in range(parser.num_errors)]
-    if errors:
+    if errors and errors[0].node_operator():
         first = errors[0]
-        where = say.place(first.node_operator(), first.node_name())
-        raise say.failure(f"cannot read {where}", [first.desc()])
-    if not parsed or not network.num_outputs:  # of what is no ONNX it says that it was parsed
-        raise say.failure("found no graph", [*messages, f"{onnx.name} is damaged, or no ONNX"])
+        raise say.failure(f"cannot read {say.place(first.node_operator(), first.node_name())}", [first.desc()])
+    if errors or not parsed or not network.num_outputs:  # of what is no ONNX it may say that it was parsed
+        reasons = [*messages, *(error.desc() for error in errors), "it is damaged, or no ONNX"]
+        raise say.failure(f"cannot read {onnx.name}", reasons, way_out="export it again, with its weights beside it")
     for index in range(network.num_layers):
         layer = network.get_layer(index)
         if layer.type == getattr(library.LayerType, "ATTENTION_INPUT", None):
@@ -294,12 +294,15 @@ class _Speaker:
         module = self.modules.get(name, "")
         return f"{operator} {name}".strip() + (f" (module {module})" if module else "")
 
-    def failure(self, what: str, messages: Sequence[str]) -> CpcompileError:
+    def failure(
+        self, what: str, messages: Sequence[str], way_out: str = "change the model there, or leave this target out"
+    ) -> CpcompileError:
         text = " ".join((messages[0] if messages else "it gives no reason").split())
-        text = re.sub(r"^.*?Error Code \d+: (Myelin \(|API Usage Error \()?", "", text)[:LONGEST].rstrip(" .")
+        text = re.sub(r"^(.*?Error Code \d+: (Myelin \(|API Usage Error \()?|\w+\.cpp:\d+: (ERROR: )?)", "", text)
+        text = text[:LONGEST].rstrip(" .")
         named = [name for name in re.findall(r"[\w./:-]+", text) if self.modules.get(name)]
         where = f" (node {named[0]}, module {self.modules[named[0]]})" if named else ""
-        return CpcompileError(f"{self.library} {what}: {text}{where}; change the model there, or leave this target out")
+        return CpcompileError(f"{self.library} {what}: {text}{where}; {way_out}")
 
 
 @cache

@@ -122,9 +122,10 @@ class LowerPrecision(ir.passes.InPlacePass):
             graph.register_initializer(copied)
         else:
             attributes = [ir.AttrInt64("to", dtype.value)]
-            props = dict(reader.metadata_props)
-            cast = ir.Node("", "Cast", [value], attributes, outputs=[copied], name=copied.name, metadata_props=props)
             producer = value.producer()
+            origin = reader if reader.metadata_props or producer is None else producer  # of which torch module
+            props = dict(origin.metadata_props)
+            cast = ir.Node("", "Cast", [value], attributes, outputs=[copied], name=copied.name, metadata_props=props)
             if producer is not None:
                 graph.insert_after(producer, cast)
             else:

@@ -1,0 +1,281 @@
+"""Plans of TensorRT-RTX, built for real; it needs no GPU for that. What runs them is tested where there is one."""
+
+import hashlib
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+
+from cpcompile.artifact import Artifact
+from cpcompile.errors import CpcompileError, UsageError
+from cpcompile.exporters.tensorrt_exporter import PLAN_FILE, build_plan, export_tensorrt, load_library, profiles_of
+from cpcompile.onnx_file import MODULE
+from cpcompile.passes.freeze import freeze
+from cpcompile.passes.legalize_for_tensorrt import LegalizeForTensorRT
+from cpcompile.passes.lower_precision import HALVES, LowerPrecision
+from cpcompile.targets import Profile, Range, Target, parse_target
+from tests.unit.passes.decoders import dynamic_graph, random_decoder, random_selection
+from tests.unit.passes.graph_text import parse
+
+pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed: pip install 'cpcompile[tensorrt-rtx]'")
+
+RTX = parse_target("tensorrt-rtx")
+FLAT = (Profile(name="default", shapes={"x": ((1, 8), (4, 8), (16, 8))}),)
+
+
+@pytest.fixture(scope="module")
+def frozen() -> Mapping[int, ir.Model]:
+    """Of opset 20, where attention is spelled out, and of 23; both layers have heads and FFN."""
+    model = random_decoder(kv_heads=2, seed=1)
+    model.select(random_selection(model, seed=5))
+    return {opset: freeze(dynamic_graph(model, opset), 0).model for opset in (20, 23)}
+
+
+def export(model: ir.Model, folder: Path, precision: str = "fp16", **more: Any) -> Artifact:
+    """The plan of `model` in `folder`, which has nothing else."""
+    model = model.clone()
+    LegalizeForTensorRT()(model)
+    if precision in HALVES:
+        LowerPrecision(precision)(model)
+    folder.mkdir(exist_ok=True)
+    settings = {"target": RTX, "ranges": {}, "sequence": 32} | more
+    artifact = export_tensorrt(model, folder, precision=precision, **settings)
+    assert [path.name for path in folder.iterdir()] == [PLAN_FILE]
+    return artifact
+
+
+def write(path: Path, text: str, **weights: np.ndarray) -> Path:
+    model = ir.to_proto(parse(text, weights, infer=False))
+    for node in model.graph.node:
+        node.name = node.name or f"node_{node.output[0]}"
+    onnx.save(model, path)
+    return path
+
+
+def refused(onnx_file: Path, **more: Any) -> str:
+    """The one error of a build, which leaves nothing behind."""
+    before = sorted(onnx_file.parent.iterdir())
+    with pytest.raises(CpcompileError) as raised:
+        build_plan(onnx_file, onnx_file.with_suffix(".plan"), load_library(RTX.flavour), RTX, FLAT, **more)
+    assert sorted(onnx_file.parent.iterdir()) == before
+    message = str(raised.value)
+    assert "\n" not in message and len(message) < 800
+    return message
+
+
+@pytest.mark.parametrize("opset", [20, 23])
+def test_every_precision_for_three_generations(frozen: Mapping[int, ir.Model], opset: int, tmp_path: Path) -> None:
+    sizes = {}
+    for precision, logits in (("fp32", "float32"), ("fp16", "float32"), ("bf16", "float32")):
+        steps: list[tuple[int, int]] = []
+        folder = tmp_path / precision
+        artifact = export(frozen[opset], folder, precision, progress=lambda *step, s=steps: s.append(step))
+        assert steps and steps == sorted(steps) and steps[-1][0] <= steps[-1][1]
+        assert (artifact.variant, artifact.runtime) == (f"tensorrt-rtx-{precision}", "tensorrt-rtx")
+        info = artifact.engine
+        assert info is not None and info.version == load_library("tensorrt-rtx").__version__
+        assert info.capabilities == ("sm86", "sm89", "sm120")
+        assert [(t.name, t.is_input, t.dtype, t.shape) for t in info.tensors] == [
+            ("input_ids", True, "int64", ("batch", "sequence")),
+            ("logits", False, logits, ("batch", "sequence", 512)),
+        ]
+        assert dict(info.profiles[0].shapes) == {"input_ids": ((1, 1), (1, 32), (8, 128))}
+        sizes[precision] = (folder / PLAN_FILE).stat().st_size
+    assert sizes["fp16"] < sizes["fp32"] and sizes["bf16"] < sizes["fp32"]
+
+
+def test_one_plan_holds_for_all_compute_capabilities(frozen: Mapping[int, ir.Model], tmp_path: Path) -> None:
+    sizes = []
+    for name in ("sm86", "sm86,sm89,sm120"):
+        export(frozen[23], tmp_path / name, target=parse_target(f"tensorrt-rtx={name}"))
+        sizes.append((tmp_path / name / PLAN_FILE).stat().st_size)
+    assert 0 <= sizes[1] - sizes[0] < 1000
+
+
+def test_the_same_input_has_the_same_digests(tmp_path: Path) -> None:
+    model = parse("(float[batch,sequence,8] x) => (float[batch,sequence,8] y) { y = MatMul(x, w) }", {"w": (8, 8)})
+    first, second, other = (
+        export(model, tmp_path / name, ranges={"sequence": Range(1, 8, most)}).engine
+        for name, most in (("a", 32), ("b", 32), ("c", 64))
+    )
+    assert first is not None and second is not None and other is not None
+    assert first == second and first.settings_digest == second.settings_digest
+    assert other.onnx_digest == first.onnx_digest and other.settings_digest != first.settings_digest
+    model.graph.initializers["w"].const_value = ir.tensor(np.eye(8, dtype=np.float32), name="w")
+    changed = export(model, tmp_path / "d", ranges={"sequence": Range(1, 8, 32)}).engine
+    assert changed is not None and changed.onnx_digest != first.onnx_digest
+    assert changed.settings_digest == first.settings_digest
+
+
+CACHED = """(float[batch,2,sequence,64] q, float[batch,2,sequence,64] k, float[batch,2,sequence,64] v,
+    float[batch,2,past,64] past_k, float[batch,2,past,64] past_v)
+    => (float[batch,2,sequence,64] y, float[batch,2,total,64] new_k, float[batch,2,total,64] new_v)
+    { y, new_k, new_v = Attention(q, k, v, , past_k, past_v) }"""
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_cache_has_a_profile_for_the_prompt_and_one_for_the_tokens_after_it(precision: str, tmp_path: Path) -> None:
+    info = export(parse(CACHED), tmp_path / "out", precision, ranges={"past": Range(1, 64, 512)}).engine
+    assert info is not None
+    prefill, decode = info.profiles
+    assert (prefill.name, decode.name) == ("prefill", "decode")
+    assert prefill.shapes["q"] == ((1, 2, 1, 64), (1, 2, 32, 64), (8, 2, 128, 64))
+    assert prefill.shapes["past_k"] == ((1, 2, 0, 64), (1, 2, 0, 64), (8, 2, 0, 64))
+    assert decode.shapes["q"] == ((1, 2, 1, 64), (1, 2, 1, 64), (8, 2, 1, 64))
+    assert decode.shapes["past_v"] == ((1, 2, 1, 64), (1, 2, 64, 64), (8, 2, 512, 64))
+    assert [tensor.name for tensor in info.tensors] == ["q", "k", "v", "past_k", "past_v", "y", "new_k", "new_v"]
+
+
+def test_axes_without_a_usual_range_are_asked_for() -> None:
+    model = parse("(float[frames,8] x) => (float[frames,8] y) { y = Exp(x) }")
+    with pytest.raises(UsageError, match="'frames' has no usual range; give --profile frames=min:opt:max"):
+        profiles_of(model, {}, 32)
+    with pytest.raises(UsageError, match="--profile tokens: the inputs have no such axis; the dynamic axes are frames"):
+        profiles_of(model, {"tokens": Range(1, 2, 3), "frames": Range(1, 2, 3)}, 32)
+    nameless = parse("(float[?,8] x) => (float[?,8] y) { y = Exp(x) }")
+    with pytest.raises(UsageError, match="the input x: an axis has neither a length nor a name"):
+        profiles_of(nameless, {}, 32)
+    fixed = parse("(float[3,8] x) => (float[3,8] y) { y = Exp(x) }")
+    assert profiles_of(fixed, {}, None)[0].shapes["x"] == ((3, 8),) * 3
+    with pytest.raises(UsageError, match="no axis is dynamic"):
+        profiles_of(fixed, {"batch": Range(1, 1, 1)}, None)
+
+
+class TestRefusals:
+    """Each is one sentence; the library's own output goes nowhere else."""
+
+    @pytest.mark.parametrize("content", [b"", b"no onnx", bytes(range(256)) * 40])
+    def test_garbage_that_the_parser_accepts(self, content: bytes, tmp_path: Path) -> None:
+        (tmp_path / "model.onnx").write_bytes(content)
+        message = refused(tmp_path / "model.onnx")
+        assert "cannot read model.onnx: " in message
+        assert "it is damaged, or no ONNX" in message or "Failed to parse the ONNX model" in message
+
+    def test_a_truncated_file(self, tmp_path: Path) -> None:
+        path = write(
+            tmp_path / "model.onnx", "(float[N,8] x) => (float[N,8] y) { y = MatMul(x, w) }", w=np.ones((8, 8))
+        )
+        path.write_bytes(path.read_bytes()[:-40])
+        assert "tensorrt_rtx" in refused(path)
+
+    def test_missing_external_data(self, tmp_path: Path) -> None:
+        text = "(float[N,8] x) => (float[N,8] y) { y = MatMul(x, w) }"
+        ir.save(parse(text.replace("8", "64"), {"w": (64, 64)}), tmp_path / "model.onnx", external_data="w.bin")
+        (tmp_path / "w.bin").unlink()
+        assert "w.bin" in refused(tmp_path / "model.onnx")
+
+    @pytest.mark.parametrize(
+        ("text", "says"),
+        [
+            ("(float[N,8] x) => (float[N] y) { y = other.Foo(x) }", "cannot read Foo node_y (module layers.0.foo): "),
+            ("(float[N,8] x) => (float[N,8] y) { y = Det(x) }", "cannot read Det node_y (module layers.0.foo)"),
+            ("(float[N,8] x, float16[N,8] z) => (float[N,8] y) { y = Add(x, z) }", "must have same input types"),
+            ("(float[N,8] x) => (float[8,N,8] y) { y = Transpose<perm=[2,0,1]>(x) }", "cannot read Transpose node_y"),
+            ("(float[N,8] x) => (float[N,8] y) { y = Gemm(x, w, c) }", "Gemm node_y (module layers.0.foo)"),
+        ],
+        ids=["no such operator", "unsupported operator", "wrong dtype", "wrong rank", "wrong shapes"],
+    )  # fmt: skip
+    def test_a_graph_that_is_refused_names_node_and_module(self, text: str, says: str, tmp_path: Path) -> None:
+        path = write(tmp_path / "model.onnx", text, w=np.ones((5, 8)), c=np.ones(3))
+        assert says in refused(path, modules={"node_y": "layers.0.foo"})
+
+    def test_a_profile_of_the_wrong_rank(self, tmp_path: Path) -> None:
+        path = write(tmp_path / "model.onnx", "(float[N,8,2] x) => (float[N,8,2] y) { y = Exp(x) }")
+        message = refused(path)
+        assert "the profile default has" in message and "for the input x of 3 axes" in message
+
+    def test_a_profile_that_does_not_fit_the_graph(self, tmp_path: Path) -> None:
+        path = write(tmp_path / "model.onnx", "(float[N,7] x) => (float[N,7] y) { y = Exp(x) }")
+        assert "profile" in refused(path)
+
+    def test_what_the_builder_refuses(self, frozen: Mapping[int, ir.Model], tmp_path: Path) -> None:
+        with pytest.raises(CpcompileError, match=r"FP32 GEMM is not supported.*module layers\.\d") as raised:
+            export(frozen[23], tmp_path / "out", "fp32", target=parse_target("tensorrt-rtx=sm75"))
+        assert raised.value.exit_code == 1
+        assert not list((tmp_path / "out").iterdir())
+
+    def test_an_unknown_compute_capability(self, frozen: Mapping[int, ir.Model], tmp_path: Path) -> None:
+        with pytest.raises(UsageError, match="does not build for sm90; it builds for sm75, sm80, sm86"):
+            export(frozen[23], tmp_path / "out", target=parse_target("tensorrt-rtx=sm90"))
+        assert not list((tmp_path / "out").iterdir())
+
+    def test_a_library_that_is_not_there(self, frozen: Mapping[int, ir.Model], tmp_path: Path) -> None:
+        if importlib.util.find_spec("tensorrt") is not None:
+            pytest.skip("tensorrt is installed here")
+        with pytest.raises(UsageError, match=r"pip install 'cpcompile\[tensorrt\]'; `cpcompile doctor`"):
+            export(frozen[23], tmp_path / "out", target=Target("tensorrt"))
+
+
+def test_ctrl_c_ends_the_build_and_leaves_nothing(frozen: Mapping[int, ir.Model], tmp_path: Path) -> None:
+    steps = []
+
+    def interrupt(done: int, total: int) -> None:
+        steps.append((done, total))
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        export(frozen[23], tmp_path / "out", progress=interrupt)
+    assert steps and steps[-1][0] < steps[-1][1]
+    assert not list((tmp_path / "out").iterdir())
+    export(frozen[23], tmp_path / "again")  # and the next one is not harmed
+
+
+def test_an_error_of_the_progress_display_is_not_swallowed(frozen: Mapping[int, ir.Model], tmp_path: Path) -> None:
+    def fail(done: int, total: int) -> None:
+        raise ValueError("the display broke")
+
+    with pytest.raises(ValueError, match="the display broke"):
+        export(frozen[23], tmp_path / "out", progress=fail)
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on the size of files")
+def test_a_full_disk_is_a_sentence(frozen: Mapping[int, ir.Model], tmp_path: Path) -> None:
+    """A limit on the size of files stands for the disk; in a process of its own, which it also lets end in peace."""
+    ir.save(frozen[23], tmp_path / "model.onnx")
+    code = """
+import resource, signal, sys
+from pathlib import Path
+from cpcompile.errors import CpcompileError
+from cpcompile.exporters.tensorrt_exporter import build_plan, load_library
+from cpcompile.targets import Profile, parse_target
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, -1))
+onnx, plan = map(Path, sys.argv[1:])
+profiles = (Profile(name="p", shapes={"input_ids": ((1, 1), (1, 8), (2, 16))}),)
+try:
+    build_plan(onnx, plan, load_library("tensorrt-rtx"), parse_target("tensorrt-rtx"), profiles)
+except CpcompileError as error:
+    sys.exit(str(error))
+"""
+    arguments = [sys.executable, "-c", code, str(tmp_path / "model.onnx"), str(tmp_path / "engine.plan")]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert "engine.plan: cannot be written (File too large); free space" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+
+
+def test_an_older_plan_stays_until_the_new_one_is_whole(tmp_path: Path) -> None:
+    path = write(tmp_path / "model.onnx", "(float[N,8] x) => (float[N,8] y) { y = Det(x) }")
+    (tmp_path / "model.plan").write_bytes(b"the old one")
+    refused(path)
+    assert (tmp_path / "model.plan").read_bytes() == b"the old one"
+    write(path, "(float[N,8] x) => (float[N,8] y) { y = Exp(x) }")
+    build_plan(path, tmp_path / "model.plan", load_library("tensorrt-rtx"), RTX, FLAT)
+    assert hashlib.sha256((tmp_path / "model.plan").read_bytes()).digest() != hashlib.sha256(b"the old one").digest()
+
+
+def test_the_module_of_a_node_that_a_pass_added_is_known(frozen: Mapping[int, ir.Model]) -> None:
+    model = frozen[23].clone()
+    LowerPrecision("fp16")(model)
+    casts = [node for node in model.graph if node.op_type == "Cast" and node.name.startswith("rms_norm")]
+    assert casts and all(node.metadata_props[MODULE] for node in casts)
