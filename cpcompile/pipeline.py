@@ -29,7 +29,7 @@ from cpcompile.checkpoint import Checkpoint
 from cpcompile.config import ModelConfig, PretrainedConfig, TrainConfig, ValidateConfig
 from cpcompile.errors import UsageError
 from cpcompile.exporters.onnxruntime_exporter import MERGED, SINGLE, export_onnxruntime
-from cpcompile.exporters.tensorrt_exporter import export_tensorrt, load_library, variant_name
+from cpcompile.exporters.tensorrt_exporter import export_tensorrt, require_target, variant_name
 from cpcompile.exporters.weights_file import Location, write_weights
 from cpcompile.files import file_digest, require_file_path, whole_file
 from cpcompile.fresh_graphs import FreshGraphs, order_rows
@@ -143,7 +143,7 @@ def build_bundle(
     if merged and coverage is not None:
         raise UsageError("--merged is one engine for all contexts, which have one vocabulary; leave it whole")
     for target in plans.targets:
-        load_library(target.flavour)  # before the work of freezing
+        require_target(target)  # before the work begins
     stages = _Stages(progress)
     with stages("load"):
         source = open_source(model)

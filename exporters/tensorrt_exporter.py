@@ -72,7 +72,7 @@ def export_tensorrt(
     ranges: lengths of dynamic axes by name; sequence: tokens that it was trained on, for the axes that are not given.
     UsageError: no library, an unknown capability or axis. CpcompileError: the library refuses the graph.
     """
-    library = load_library(target.flavour)
+    library = require_target(target)
     profiles = profiles_of(model, ranges, sequence)
     with tempfile.TemporaryDirectory(prefix=".onnx-", dir=folder) as scratch:
         onnx = Path(scratch) / "model.onnx"
@@ -112,6 +112,17 @@ def load_library(flavour: str) -> Any:
             f"--target {flavour} needs the library of that name ({first}): pip install 'cpcompile[{flavour}]'; "
             "`cpcompile doctor` says what else is missing"
         ) from error
+
+
+def require_target(target: Target) -> Any:
+    """The library of `target`; UsageError if it is not there, or does not build for one of the capabilities."""
+    library = load_library(target.flavour)
+    known = library.ComputeCapability.__members__ if target.capabilities else {}
+    for name in target.capabilities:
+        if name.upper() not in known:
+            there = ", ".join(each.lower() for each in known if each.startswith("SM"))
+            raise UsageError(f"{target.flavour} {library.__version__} does not build for {name}; it builds for {there}")
+    return library
 
 
 def build_plan(
@@ -237,15 +248,10 @@ def _parse(library: Any, network: Any, onnx: Path, log: Any, say: _Speaker, mess
 
 
 def _set_capabilities(library: Any, config: Any, target: Target) -> None:
-    if not target.capabilities:
-        return
-    known = library.ComputeCapability.__members__
-    config.num_compute_capabilities = len(target.capabilities)
+    if target.capabilities:  # the plain library builds for the GPU that is there, and has no such setting
+        config.num_compute_capabilities = len(target.capabilities)
     for index, name in enumerate(target.capabilities):
-        if name.upper() not in known:
-            there = ", ".join(each.lower() for each in known if each.startswith("SM"))
-            raise UsageError(f"{target.flavour} {library.__version__} does not build for {name}; it builds for {there}")
-        config.set_compute_capability(known[name.upper()], index)
+        config.set_compute_capability(library.ComputeCapability.__members__[name.upper()], index)
 
 
 def _add_profiles(

@@ -16,6 +16,7 @@ from cpcompile.bundle import Bundle, BundleWriter, open_bundle
 from cpcompile.errors import CpcompileError, UsageError
 from cpcompile.external_data import references_of
 from cpcompile.runtime import load_engine
+from cpcompile.targets import EngineInfo, Profile, TensorInfo
 from tests.bundles import reseal
 
 ENGINE = "a/cpu-fp32/model.onnx"
@@ -302,3 +303,44 @@ def test_a_context_that_the_engine_does_not_choose_is_a_sentence(bundle: Path) -
     edit_variant(bundle, lambda variant: variant["executor_info"]["cpcompile"].update(contexts=["a"]))
     with pytest.raises(CpcompileError, match=r"model.onnx: ONNX Runtime .* cannot run it .*context"):
         load_engine(open_bundle(bundle), "a", threads=1).outputs({"x": SECRET})
+
+
+PLAN = EngineInfo(
+    flavour="tensorrt-rtx",
+    version="1.7.1.116",
+    capabilities=("sm86",),
+    precision="fp16",
+    profiles=(Profile(name="default", shapes={"x": ((4,), (4,), (4,))}),),
+    tensors=(TensorInfo(name="x", is_input=True, dtype="float32", shape=(4,)),),
+    onnx_digest="0" * 64,
+).to_plain()
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"model_file": "engine.plan", "version": None}, "lacks or garbles None is no text"),
+        ({"model_file": "engine.plan", "flavour": "tpu"}, "lacks or garbles"),
+        (
+            {"model_file": "engine.plan", "profiles": [{"name": "p", "shapes": {"x": [[-1], [1], [1]]}}]},
+            "-1 is no length",
+        ),
+        ({"model_file": "engine.plan", "precision": "fp32"}, "lacks or garbles"),
+        ({"model_file": "model.onnx"}, "is not named .plan"),
+        ({"model_file": "../../../secret.bin"}, "leaves the bundle"),
+        ({}, "lacks or garbles 'model_file'"),
+    ],
+)
+def test_a_plan_that_is_described_wrongly_is_refused(bundle: Path, change: dict[str, Any], says: str) -> None:
+    edit_variant(bundle, lambda variant: variant["executor_info"].update(tensorrt=PLAN | change))
+    with pytest.raises(UsageError, match=says):
+        open_bundle(bundle)
+
+
+def test_a_plan_is_no_engine_of_onnx_runtime(bundle: Path) -> None:
+    (bundle / "a" / "cpu-fp32" / "engine.plan").write_bytes(b"plan")
+    edit_variant(bundle, lambda variant: variant["executor_info"].update(tensorrt=PLAN | {"model_file": "engine.plan"}))
+    opened = open_bundle(bundle)
+    opened.verify_all()
+    with pytest.raises(UsageError, match="which ONNX Runtime does not run"):
+        load_engine(opened, "a", threads=1)

@@ -88,7 +88,7 @@ def test_a_record_comes_back_from_json() -> None:
 def test_a_garbled_record_is_refused(key: str) -> None:
     for wrong in (None, 5, "x", [], {}, [[1]], [{}], {"a": 1}):
         plain = INFO.to_plain() | {key: wrong}
-        if plain == INFO.to_plain() or (key == "onnx_digest" and isinstance(wrong, str)):
+        if (key, wrong) in (("onnx_digest", "x"), ("tensors", [])):  # what a record may say
             continue
         with pytest.raises((KeyError, TypeError, ValueError, AttributeError)):
             EngineInfo.from_plain(plain)
@@ -101,7 +101,8 @@ def test_an_engine_of_another_version_or_gpu_says_what_it_is_and_how_to_build_it
         INFO.require_fit(PLAN, version="1.8.0.1", capability="sm86")
     assert str(raised.value) == (
         f"{PLAN}: was built by tensorrt-rtx 1.7.1.116 for sm86, sm120, and here is 1.8.0.1, which cannot load it; "
-        "install that version, or build it again: cpcompile build MODEL --target tensorrt-rtx=sm86,sm120 --precision fp16"
+        "install that version, or build it again: "
+        "cpcompile build MODEL --target tensorrt-rtx=sm86,sm120 --precision fp16"
     )
     with pytest.raises(UsageError) as raised:
         INFO.require_fit(PLAN, version="1.7.1.116", capability="sm89")

@@ -9,6 +9,7 @@ import jsonschema
 import pytest
 
 from cpcompile.report import SCHEMA, judge, make_report, mean_perplexity, training_summary
+from cpcompile.validation.validator import VariantResult
 from tests.unit.report.reports import TRAINING, arguments, complete, report, variant
 
 VALIDATOR = jsonschema.Draft202012Validator(json.loads(SCHEMA.read_text(encoding="utf-8")))
@@ -148,6 +149,23 @@ def test_a_failure_outweighs_a_gap_and_both_are_told() -> None:
     both = report(variant(dense="no baseline"), bundle_bytes=200_011, dense_bytes=10)
     assert both["verdict"] == "fail"
     assert len(both["reasons"]) == 2
+    VALIDATOR.validate(both)
+
+
+def test_plans_are_no_shared_weights_and_no_pass() -> None:
+    plan = VariantResult.not_run(
+        context="de",
+        name="tensorrt-rtx-fp16",
+        runtime="tensorrt-rtx",
+        precision="fp16",
+        status="built",
+        reason="built, not run: no NVIDIA GPU",
+        bytes=9_000_000,
+    )
+    both = report(variant(), plan, bundle_bytes=9_000_009, dense_bytes=10)
+    assert both["verdict"] == "pass" and both["contexts"][0]["variants"][1]["parity"]["verdict"] == "inconclusive"
+    alone = report(plan, bundle_bytes=9_000_009, dense_bytes=10)
+    assert (alone["verdict"], alone["reasons"]) == ("inconclusive", ["de: no engine of this context ran"])
     VALIDATOR.validate(both)
 
 
