@@ -310,11 +310,7 @@ def _export_plans(
 ) -> None:
     """A plan of every context for every target in every precision; `frozen` stays as it is."""
     for context, precision in product(frozen, plans.precisions):
-        model = frozen[context].clone()
-        for each in (InferShapes(), FoldGates(), LegalizeForTensorRT()):
-            each(model)
-        if precision in HALVES:
-            LowerPrecision(precision)(model)
+        model = legal_for_plans(frozen[context], precision)
         for target in plans.targets:
             name = variant_name(target, precision)
             artifact = export_tensorrt(
@@ -327,6 +323,16 @@ def _export_plans(
                 progress=partial(progress, f"{context} {name}"),
             )
             writer.add_variant(context, artifact, weights=None)
+
+
+def legal_for_plans(frozen: ir.Model, precision: str) -> ir.Model:
+    """A copy that TensorRT takes, in `precision`; tensors are shared, and converted when they are read."""
+    model = frozen.clone()
+    for each in (InferShapes(), FoldGates(), LegalizeForTensorRT()):
+        each(model)
+    if precision in HALVES:
+        LowerPrecision(precision)(model)
+    return model
 
 
 def _stored(dynamic: ir.Model, permutations: Mapping[str, tuple[int, ...]], run: Run) -> npt.NDArray[np.generic]:
