@@ -60,6 +60,12 @@ def whole_file(path: Path) -> Iterator[Path]:
             temporary.unlink()
 
 
+def cache_folder() -> Path:
+    """What can be made again, by the XDG base directory specification, which ignores a relative path."""
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (base if base.is_absolute() else Path.home() / ".cache") / "cpcompile"
+
+
 def file_digest(path: Path) -> str:
     """SHA-256 of the content, in hex."""
     with path.open("rb") as file:

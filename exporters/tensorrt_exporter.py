@@ -16,7 +16,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -26,7 +26,7 @@ import onnx_ir as ir
 
 from cpcompile.artifact import Artifact
 from cpcompile.errors import CpcompileError, UsageError
-from cpcompile.files import file_digest, whole_file
+from cpcompile.files import cache_folder, file_digest, whole_file
 from cpcompile.onnx_file import module_of
 from cpcompile.targets import (
     TENSORRT,
@@ -152,7 +152,8 @@ def build_plan(
         config.clear_flag(library.BuilderFlag.TF32)
         _set_capabilities(library, config, target)
         _add_profiles(builder, network, config, profiles, say, messages)
-        with whole_file(plan) as temporary, temporary.open("wb") as file:
+        timings = cache_folder() / f"timings-{library.__version__}" if target.flavour == TENSORRT else None
+        with timing_cache(config, timings), whole_file(plan) as temporary, temporary.open("wb") as file:
             writer, monitor = _writer(library, file), _monitor(library, progress)
             config.progress_monitor = monitor
             built = _run(lambda: builder.build_serialized_network_to_stream(network, config, writer), monitor)
@@ -161,6 +162,23 @@ def build_plan(
                     raise failure
             if not built or not file.tell():
                 raise say.failure("cannot build the engine", messages)
+
+
+@contextmanager
+def timing_cache(config: Any, path: Path | None) -> Iterator[None]:
+    """What earlier builds have measured of kernels, in `path`, and then what this one has; None where nothing is timed.
+
+    A cache of another version or GPU is one without use; without one the build takes longer, and that is all.
+    """
+    if path is None:
+        yield
+        return
+    known = path.read_bytes() if path.is_file() else b""
+    cache = config.create_timing_cache(known) or config.create_timing_cache(b"")
+    config.set_timing_cache(cache, False)
+    yield
+    with suppress(CpcompileError), whole_file(path) as temporary:
+        temporary.write_bytes(config.get_timing_cache().serialize())
 
 
 def profiles_of(model: ir.Model, ranges: Mapping[str, Range], sequence: int | None) -> tuple[Profile, ...]:

@@ -34,7 +34,7 @@ import tokenizers
 from tokenizers import Tokenizer
 
 from cpcompile.errors import CpcompileError, UsageError
-from cpcompile.files import NO_ROOM
+from cpcompile.files import NO_ROOM, cache_folder
 from cpcompile.training.text_sources import Source, find_sources, pieces
 from cpcompile.training.tokenization import (
     LEAST_VOCABULARY,
@@ -155,7 +155,7 @@ def load_corpus(
         "text_field": text_field,
         "data": {source.context: source.fingerprint() for source in sources},
     }
-    folder = (cache or _default_cache()) / _sha256(json.dumps(settings, sort_keys=True))[:32]
+    folder = (cache or cache_folder()) / _sha256(json.dumps(settings, sort_keys=True))[:32]
     corpus = _open(folder)
     if corpus is None:
         report = _Report(progress)
@@ -444,12 +444,6 @@ def _sync(stream: IO[bytes]) -> None:
     """A file that is renamed into place before its bytes are on the disk can be found empty after a power cut."""
     stream.flush()
     os.fsync(stream.fileno())
-
-
-def _default_cache() -> Path:
-    """By the XDG base directory specification, which ignores a relative path."""
-    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (base if base.is_absolute() else Path.home() / ".cache") / "cpcompile"
 
 
 def _sha256(text: str) -> str:

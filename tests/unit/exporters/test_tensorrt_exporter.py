@@ -17,7 +17,15 @@ import pytest
 
 from cpcompile.artifact import Artifact
 from cpcompile.errors import CpcompileError, UsageError
-from cpcompile.exporters.tensorrt_exporter import PLAN_FILE, build_plan, export_tensorrt, load_library, profiles_of
+from cpcompile.exporters.tensorrt_exporter import (
+    PLAN_FILE,
+    _log,
+    build_plan,
+    export_tensorrt,
+    load_library,
+    profiles_of,
+    timing_cache,
+)
 from cpcompile.onnx_file import MODULE
 from cpcompile.passes.freeze import freeze
 from cpcompile.passes.legalize_for_tensorrt import LegalizeForTensorRT
@@ -279,3 +287,21 @@ def test_the_module_of_a_node_that_a_pass_added_is_known(frozen: Mapping[int, ir
     LowerPrecision("fp16")(model)
     casts = [node for node in model.graph if node.op_type == "Cast" and node.name.startswith("rms_norm")]
     assert casts and all(node.metadata_props[MODULE] for node in casts)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # TensorRT-RTX has the calls of TensorRT, and nothing to time
+def test_timings_are_kept_for_the_next_build(tmp_path: Path) -> None:
+    library, path = load_library("tensorrt-rtx"), tmp_path / "cache" / "timings"
+    builder = library.Builder(_log(library))
+    for before in (None, b"not what it was", b""):
+        if before is not None:
+            path.write_bytes(before)
+        config = builder.create_builder_config()
+        with timing_cache(config, path):
+            assert config.get_timing_cache() is not None
+        assert path.stat().st_size > len(before or b"")
+    with timing_cache(builder.create_builder_config(), None):
+        pass
+    with pytest.raises(KeyError), timing_cache(builder.create_builder_config(), tmp_path / "failed"):
+        raise KeyError("a build that fails keeps nothing")
+    assert [each.name for each in tmp_path.rglob("*") if each.is_file()] == ["timings"]
