@@ -127,6 +127,38 @@ def _join(node: ir.Node, index: int, own: ir.Value | None, old: ir.Value | None,
         out.name, value.name = f"{name}.replaced", name
 
 
+def _rotary(node: ir.Node) -> Refusal | int:
+    """Tables that one sequence has for all of the batch are repeated for each."""
+    source, position_ids = node.inputs[0], _input(node, 3)
+    tables = [value for value in node.inputs[1:3] if value is not None]
+    if position_ids is not None or source is None or source.shape is None or source.shape[0] == 1:
+        return 0
+    alike = [value for value in tables if value.shape is not None and value.shape.rank() == 3 and value.shape[0] == 1]
+    if not alike or not isinstance(graph := node.graph, ir.Graph):
+        return 0
+    props, name = dict(node.metadata_props), node.name or node.outputs[0].name
+    ones = ir.Value(name=f"{name}.ones", const_value=ir.tensor([1, 1], name=f"{name}.ones"))
+    ones.type, ones.shape = ir.TensorType(ir.DataType.INT64), ir.Shape([2])
+    graph.register_initializer(ones)
+    batch = ir.node("Shape", [source], {"start": 0, "end": 1}, name=f"{name}.batch", metadata_props=props)
+    shape = ir.node("Concat", [batch.outputs[0], ones], {"axis": 0}, name=f"{name}.shape", metadata_props=props)
+    added = [batch, shape]
+    for each, length in ((batch, 1), (shape, 3)):
+        each.outputs[0].type, each.outputs[0].shape = ir.TensorType(ir.DataType.INT64), ir.Shape([length])
+        each.outputs[0].name = each.name
+    for index, table in enumerate(node.inputs[1:3], start=1):
+        if table not in alike:
+            continue
+        repeated = ir.node("Expand", [table, shape.outputs[0]], name=f"{name}.table{index}", metadata_props=props)
+        assert table is not None and table.shape is not None
+        out = repeated.outputs[0]
+        out.name, out.type, out.shape = repeated.name, table.type, ir.Shape([source.shape[0], *table.shape[1:]])
+        node.replace_input_with(index, out)
+        added.append(repeated)
+    graph.insert_before(node, added)
+    return 1
+
+
 def _quantized(node: ir.Node) -> Refusal | int:
     """Zero points are 0, and elements signed."""
     zero = _input(node, 2)
@@ -155,6 +187,7 @@ _UNKNOWN = "TensorRT has no such operator"
 RULES: Mapping[str, Rule] = MappingProxyType(
     {
         "Attention": _attention,
+        "RotaryEmbedding": _rotary,
         "QuantizeLinear": _quantized,
         "DequantizeLinear": _quantized,
         "If": _nested,

@@ -7,7 +7,7 @@ import pytest
 from cpcompile.errors import CpcompileError
 from cpcompile.onnx_file import MODULE
 from cpcompile.passes.legalize_for_tensorrt import RULES, LegalizeForTensorRT
-from tests.unit.passes.graph_text import assert_same_values, canonical, check, parse
+from tests.unit.passes.graph_text import assert_same_values, canonical, check, parse, run
 
 QKV = "float[N,2,S,8] q, float[N,2,S,8] k, float[N,2,S,8] v"
 Y = "float[N,2,S,8] y"
@@ -65,6 +65,22 @@ def test_rewritten(before: str, expected: str) -> None:
     arrays["m"][:, 0] = True
     names = [value.name for value in after.graph.inputs]
     assert_same_values(parse(before), after, {name: arrays[name] for name in names})
+
+
+def test_tables_of_rotary_embeddings_are_repeated_for_the_batch() -> None:
+    interface = "(float[N,2,S,8] x, float[1,S,4] c, float[1,S,4] s) => (float[N,2,S,8] y)"
+    before = parse(f"{interface} {{ y = RotaryEmbedding(x, c, s) }}")
+    before.graph[0].name = "rotary"
+    after = legalize(before.clone())
+    assert [node.op_type for node in after.graph] == ["Shape", "Concat", "Expand", "Expand", "RotaryEmbedding"]
+    rng = np.random.default_rng(0)
+    shapes = {"x": (3, 2, 5, 8), "c": (1, 5, 4), "s": (1, 5, 4)}
+    feeds = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    repeated = {name: np.repeat(value, 3, axis=0) if name != "x" else value for name, value in feeds.items()}
+    expected = run(parse(f"{interface.replace('[1,', '[N,')} {{ y = RotaryEmbedding(x, c, s) }}"), repeated)["y"]
+    assert np.array_equal(run(after, feeds)["y"], expected)  # ONNX Runtime too refuses the original
+    for single in (interface.replace("[N,", "[1,"), interface.replace("[1,", "[N,")):
+        assert not LegalizeForTensorRT()(parse(f"{single} {{ y = RotaryEmbedding(x, c, s) }}")).modified
 
 
 @pytest.mark.parametrize(
@@ -183,5 +199,15 @@ def test_what_is_legal_stays() -> None:
 
 
 def test_every_rule_is_tried_here() -> None:
-    tried = {"Attention", "QuantizeLinear", "DequantizeLinear", "If", "NonZero", "Compress", "Unique", "Det"}
+    tried = {
+        "Attention",
+        "RotaryEmbedding",
+        "QuantizeLinear",
+        "DequantizeLinear",
+        "If",
+        "NonZero",
+        "Compress",
+        "Unique",
+        "Det",
+    }
     assert set(RULES) == tried | {"DynamicQuantizeLinear", "MatMulNBits"}
