@@ -26,5 +26,6 @@ class Artifact:
     contexts: tuple[str, ...] = ()
     """The contexts that the input `context` chooses from, in the order of their numbers; none for an engine of one."""
     session_options: Mapping[str, str] = field(default_factory=dict)
+    provider_options: Mapping[str, str] = field(default_factory=dict)
     engine: EngineInfo | None = None
     """Of a plan of TensorRT."""

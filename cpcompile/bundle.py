@@ -58,6 +58,18 @@ PLAN = "tensorrt"
 WEIGHTS_OPTION = "session.model_external_initializers_file_folder_path"
 SESSION_OPTIONS = frozenset({"session.disable_prepacking"})
 """What a bundle may set for ONNX Runtime besides its weights: others load libraries and write files."""
+PROVIDER_OPTIONS: Mapping[str, frozenset[str]] = {
+    "CUDAExecutionProvider": frozenset({"use_tf32", "prefer_nhwc", "enable_cuda_graph", "cudnn_conv_algo_search"}),
+    "TensorrtExecutionProvider": frozenset(
+        {"trt_fp16_enable", "trt_bf16_enable", "trt_cuda_graph_enable", "trt_builder_optimization_level"}
+        | {f"trt_profile_{which}_shapes" for which in ("min", "opt", "max")}
+    ),
+    "NvTensorRTRTXExecutionProvider": frozenset(
+        {"enable_cuda_graph", "nv_multi_profile_enable"}
+        | {f"nv_profile_{which}_shapes" for which in ("min", "opt", "max")}
+    ),
+}
+"""What a bundle may set for an execution provider, for the same reason. Devices and caches are the machine's."""
 MAX_JSON = 1 << 26
 """Bytes of a manifest or component: one of a thousand contexts has less than a megabyte."""
 
@@ -76,6 +88,7 @@ class Variant:
     weights: Path | None
     """Folder of the shared weights."""
     session_options: Mapping[str, str]
+    provider_options: Mapping[str, str]
     feeds: Mapping[str, int]
     """Inputs that choose the context, of an engine that serves several."""
     bytes: int
@@ -223,6 +236,7 @@ class Bundle:
             model=_inside(self.root, f"{folder}/{_require(executor['model_file'], str, 'model_file')}"),
             weights=self._asset(weights) if weights else None,
             session_options=options,
+            provider_options=dict(executor.get("provider_options", {})),
             feeds={"context": contexts.index(context)} if contexts else {},
             bytes=own["bytes"],
             engine=engine,
@@ -299,6 +313,10 @@ def _require_readable(bundle: Bundle) -> None:
                 _require(value, str, f"session option {key}")
                 if key not in SESSION_OPTIONS:
                     raise ValueError(f"session option {key!r}, which a bundle may not set")
+            for key, value in variant.provider_options.items():
+                _require(value, str, f"provider option {key}")
+                if key not in PROVIDER_OPTIONS.get(variant.provider, ()):
+                    raise ValueError(f"option {key!r} of {variant.provider}, which a bundle may not set")
 
 
 def _require(value: Any, kind: type[T], what: str) -> T:
@@ -382,10 +400,12 @@ class BundleWriter:
         own = sum((folder / name).stat().st_size for name in artifact.files)
         options = dict(artifact.session_options) | ({WEIGHTS_OPTION: weights} if weights else {})
         component = self._components.setdefault(context, {"component_name": context, "variants": {}})
-        executor = {"model_file": artifact.model_file}
+        executor: dict[str, Any] = {"model_file": artifact.model_file}
         if artifact.engine is None:
             provided = {"ep": artifact.provider, "device": artifact.device}
-            executors: dict[str, Any] = {"ort": executor | {"session_options": options}}
+            executor |= {"session_options": options}
+            executor |= {"provider_options": dict(artifact.provider_options)} if artifact.provider_options else {}
+            executors: dict[str, Any] = {"ort": executor}
         else:
             provided = {}  # without a provider, ONNX Runtime passes the variant over
             executors = {PLAN: executor | artifact.engine.to_plain()}

@@ -26,3 +26,8 @@ class InconclusiveError(CpcompileError):
     """The measurements are too noisy to decide."""
 
     exit_code = 3
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of somebody else's library says, for a sentence of ours."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -7,9 +7,13 @@ logits = engine.run(input_ids)
 
 from __future__ import annotations
 
+import importlib
+import io
 from collections.abc import Iterator, Mapping
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import cached_property
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -17,11 +21,16 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from cpcompile.bundle import WEIGHTS_OPTION, Bundle, Variant
-from cpcompile.errors import CpcompileError, UsageError
+from cpcompile.errors import CpcompileError, UsageError, first_line
 
 Array = npt.NDArray[Any]
 Feeds = Mapping[str, Array]
 """Inputs of a model by name."""
+
+PLUGINS: Mapping[str, str] = {"NvTensorRTRTXExecutionProvider": "onnxruntime_ep_nv_tensorrt_rtx"}
+"""Execution providers that come in a package of their own, which the ordinary onnxruntime loads."""
+CPU_PROVIDER = "CPUExecutionProvider"
+DOCTOR = "`cpcompile doctor` says what this machine lacks"
 
 
 @dataclass(frozen=True)
@@ -102,14 +111,54 @@ def session_options(variant: Variant, *, threads: int = 0) -> Any:
 
 
 def create_session(variant: Variant, options: Any) -> Any:
-    """An InferenceSession on the provider of `variant`, and on no other."""
+    """An InferenceSession on the provider of `variant`, and on no other: ONNX Runtime itself would fall back."""
+    chosen = _choose_provider(variant, options)
     try:
-        session = ort.InferenceSession(variant.model, options, providers=[variant.provider])
+        session = ort.InferenceSession(variant.model, options, providers=chosen, enable_fallback=0)
     except Exception as error:  # onnxruntime raises its own classes, one per status code, without a common base
-        raise CpcompileError(f"{variant.model}: ONNX Runtime {ort.__version__} cannot load it: {error}") from error
+        reason = f"{str(error).strip()}{_hint(variant)}"
+        raise CpcompileError(f"{variant.model}: ONNX Runtime {ort.__version__} cannot load it: {reason}") from error
     if session.get_providers()[0] != variant.provider:
         raise CpcompileError(
-            f"{variant.model}: needs {variant.provider}, ONNX Runtime fell back to {session.get_providers()[0]}; "
-            "install the onnxruntime that has it"
+            f"{variant.model}: needs {variant.provider}, ONNX Runtime fell back to {session.get_providers()[0]}"
+            f"{_hint(variant)}"
         )
     return session
+
+
+def _hint(variant: Variant) -> str:
+    """The CPU provider lacks nothing: there the model itself is wrong."""
+    return "" if variant.provider == CPU_PROVIDER else f"; {DOCTOR}"
+
+
+def _choose_provider(variant: Variant, options: Any) -> list[tuple[str, dict[str, str]]] | None:
+    """What InferenceSession gets as providers; None where `options` name the devices of a provider from a package.
+
+    Source: ONNX Runtime, docs/execution-providers/plugin-ep-libraries.
+    """
+    name, settings = variant.provider, dict(variant.provider_options)
+    if name in ort.get_available_providers():
+        if name != CPU_PROVIDER:
+            with redirect_stdout(io.StringIO()):  # prints what it does not find; the session will say so
+                ort.preload_dlls()  # CUDA from the packages of NVIDIA, which are on no path of libraries
+        return [(name, settings)]
+    devices = plugin_devices(name)
+    if isinstance(devices, str):
+        raise CpcompileError(f"{variant.model}: needs {name}; {devices}. {DOCTOR}")
+    options.add_provider_for_devices(devices, settings)
+    return None
+
+
+def plugin_devices(provider: str) -> list[Any] | str:
+    """The devices that a provider from a package of its own finds, or why there are none."""
+    if provider not in PLUGINS:
+        return f"this ONNX Runtime {ort.__version__} has {', '.join(ort.get_available_providers())}"
+    try:
+        plugin: ModuleType = importlib.import_module(PLUGINS[provider])
+        if provider not in {device.ep_name for device in ort.get_ep_devices()}:
+            ort.register_execution_provider_library(provider, plugin.get_library_path())
+    except Exception as error:  # a package of others: its libraries may be missing, or not fit this ONNX Runtime
+        return f"its package {PLUGINS[provider]} cannot be loaded ({first_line(error)})"
+    return [
+        device for device in ort.get_ep_devices() if device.ep_name == provider
+    ] or "it finds no GPU that it supports"

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -45,6 +46,21 @@ def write(target: Path, *, content: bytes = b"model", contexts: tuple[str, ...] 
         more = {"shared_weights": True, "parameters": dict.fromkeys(contexts, counts)}
         writer.seal(name="test", metadata={"tokenizers": dict.fromkeys(contexts, words), "checkpoint": "0" * 64} | more)
         return writer.commit()
+
+
+def test_options_of_a_provider_go_with_its_engine(tmp_path: Path) -> None:
+    options = {"use_tf32": "0"}
+    with BundleWriter(tmp_path / "model.cpc") as writer:
+        provided = dataclasses.replace(
+            ARTIFACT, variant="cuda-fp16", provider="CUDAExecutionProvider", provider_options=options
+        )
+        (writer.folder("a", "cuda-fp16") / "model.onnx").write_bytes(b"model")
+        writer.add_variant("a", provided, weights=None)
+        counts = {"total": 5, "kept": 3, "removed": 2, "removed_by_kind": {}, "removed_experts": {}}
+        more = {"shared_weights": False, "parameters": {"a": counts}, "checkpoint": "0" * 64}
+        bundle = writer.seal(name="test", metadata={"tokenizers": {}} | more)
+        (variant,) = bundle.variants("a")
+    assert (variant.provider, variant.provider_options) == ("CUDAExecutionProvider", options)
 
 
 @contextmanager

@@ -194,6 +194,26 @@ def test_only_known_session_options_pass(bundle: Path, key: str) -> None:
         open_bundle(bundle)
 
 
+@pytest.mark.parametrize(
+    ("provider", "key"),
+    [
+        ("CPUExecutionProvider", "use_tf32"),
+        ("CUDAExecutionProvider", "trt_extra_plugin_lib_paths"),
+        ("TensorrtExecutionProvider", "trt_extra_plugin_lib_paths"),
+        ("TensorrtExecutionProvider", "trt_engine_cache_path"),
+        ("NvTensorRTRTXExecutionProvider", "nv_runtime_cache_path"),
+    ],
+)
+def test_only_known_provider_options_pass(bundle: Path, provider: str, key: str) -> None:
+    def option(variant: dict[str, Any]) -> None:
+        variant["ep"] = provider
+        variant["executor_info"]["ort"]["provider_options"] = {key: "1"}
+
+    edit_variant(bundle, option)
+    with pytest.raises(UsageError, match=f"option '{key}' of {provider}, which a bundle may not set"):
+        open_bundle(bundle)
+
+
 def test_an_engine_of_another_format_is_refused(bundle: Path) -> None:
     edit_variant(bundle, lambda variant: variant["executor_info"]["ort"].update(model_file="model.ort"))
     with pytest.raises(UsageError, match="is not named .onnx"):
