@@ -88,6 +88,7 @@ def main(debug: bool) -> None:
     cpcompile export model.cpc english -o english.onnx
     cpcompile opt any.onnx -o smaller.onnx --check
     cpcompile compare any.onnx smaller.onnx
+    cpcompile doctor                              # what works here, and what mends the rest
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -680,6 +681,31 @@ def compare(
 
         print_result(render_file_comparison(plain))
     sys.exit(VERDICT_EXIT_CODES[result.verdict])
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+def doctor(as_json: bool) -> None:
+    """Say what is installed here, which targets really work, and the commands that mend the rest.
+
+    \b
+    Examples:
+      cpcompile doctor
+      cpcompile doctor --json
+
+    Each target is tried: a session, a Builder. Exit code 0 if engines for the CPU are built and run here, 1 if not.
+    """
+    from cpcompile.doctor.diagnosis import diagnose
+
+    diagnosis = diagnose()
+    if as_json:
+        click.echo(json.dumps(diagnosis.as_json(), indent=1))
+    else:
+        from cpcompile.console import print_result
+        from cpcompile.doctor.table import render_diagnosis
+
+        print_result(render_diagnosis(diagnosis))
+    sys.exit(0 if diagnosis.healthy else 1)
 
 
 @main.command()

@@ -43,6 +43,7 @@ SAMPLE_SECONDS = 0.005
 """Between two looks at private memory."""
 NO_PRIVATE = "this system does not tell private memory apart (there is no /proc/self/statm)"
 NO_GPU = "no NVIDIA GPU"
+NO_NVML = "nvidia-ml-py is not installed: pip install 'cpcompile[gpu]'"
 STATUS = Path("/proc/self/status")
 STATM = Path("/proc/self/statm")
 CLEAR_REFS = Path("/proc/self/clear_refs")
@@ -160,6 +161,41 @@ def release_memory() -> None:
         library.malloc_trim(0)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """An NVIDIA GPU as its driver describes it."""
+
+    name: str
+    compute_capability: str
+    """Such as `8.9`."""
+    memory_bytes: int
+
+
+def nvidia_gpus() -> tuple[str, tuple[Gpu, ...]] | str:
+    """The driver's version and the GPUs in its order, or why they are not known.
+
+    Source: NVML API reference, nvmlSystemGetDriverVersion, nvmlDeviceGetCudaComputeCapability.
+    """
+    try:
+        import pynvml
+    except ImportError:
+        return NO_NVML
+    try:
+        pynvml.nvmlInit()
+        devices = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+        gpus = tuple(
+            Gpu(
+                name=pynvml.nvmlDeviceGetName(device),
+                compute_capability=".".join(map(str, pynvml.nvmlDeviceGetCudaComputeCapability(device))),
+                memory_bytes=pynvml.nvmlDeviceGetMemoryInfo(device).total,
+            )
+            for device in devices
+        )
+        return pynvml.nvmlSystemGetDriverVersion(), gpus
+    except pynvml.NVMLError as error:
+        return f"NVML: {error}"
+
+
 def video_memory() -> int | str:
     """Bytes that this process holds on NVIDIA GPUs, or why that is not known.
 
@@ -171,7 +207,7 @@ def video_memory() -> int | str:
     try:
         import pynvml
     except ImportError:
-        return "nvidia-ml-py is not installed: pip install 'cpcompile[gpu]'"
+        return NO_NVML
     try:
         pynvml.nvmlInit()
         devices = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]

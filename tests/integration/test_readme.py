@@ -67,6 +67,7 @@ def test_the_readme_names_these_commands_and_no_others() -> None:
         ["cpcompile", "check"],
         ["cpcompile", "check"],
         ["pytest", "--cpcompile"],
+        ["cpcompile", "doctor"],
     ]
 
 

@@ -1,0 +1,214 @@
+"""Findings -> what each target needs, what works, what mends the rest.
+
+target            builds with                                runs with
+cpu-fp32          torch, onnx, onnx-ir, onnxscript           ONNX Runtime on the CPU
+cpu-fp32-merged   the same                                   the same
+cuda-fp16         the same                                   its CUDA, TensorRT or TensorRT-RTX provider, a GPU
+tensorrt          the same, tensorrt and a GPU               a GPU, torch for CUDA
+tensorrt-rtx      the same and tensorrt-rtx                  a GPU, torch for CUDA
+openvino          nothing: it is a peer (`--peers openvino`) openvino
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from cpcompile.doctor import look
+from cpcompile.doctor.finding import Finding
+from cpcompile.doctor.trials import run_trial
+from cpcompile.errors import first_line
+from cpcompile.measure import NO_GPU, NO_NVML
+
+SCHEMA_VERSION = 1
+EXPORT = ("torch", "onnx", "onnx-ir", "onnxscript")
+GPU_PROVIDERS = ("CUDAExecutionProvider", "TensorrtExecutionProvider", "NvTensorRTRTXExecutionProvider")
+PROVIDERS = ("CPUExecutionProvider", *GPU_PROVIDERS)
+PROVIDER_FIXES: Mapping[str, tuple[str, ...]] = {
+    "CPUExecutionProvider": ("pip install --force-reinstall onnxruntime",),
+    "CUDAExecutionProvider": ("pip uninstall -y onnxruntime", "pip install 'cpcompile[gpu]'"),
+    "TensorrtExecutionProvider": ("pip uninstall -y onnxruntime", "pip install 'cpcompile[gpu,tensorrt]'"),
+    "NvTensorRTRTXExecutionProvider": ("pip install onnxruntime-ep-nv-tensorrt-rtx",),
+}
+DRIVER, GPU = "nvidia-driver", "nvidia-gpu"
+MAIN_TARGET = "cpu-fp32"
+
+Status = Literal["works", "builds", "runs", "no"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """What `build` makes or `validate` times, and the findings that it needs."""
+
+    name: str
+    builds_with: tuple[str, ...]
+    runs_with: tuple[str, ...]
+    any_of: tuple[str, ...] = ()
+    """One of these is enough to run it."""
+
+
+TARGETS = (
+    Target(name=MAIN_TARGET, builds_with=EXPORT, runs_with=("CPUExecutionProvider",)),
+    Target(name="cpu-fp32-merged", builds_with=EXPORT, runs_with=("CPUExecutionProvider",)),
+    Target(name="cuda-fp16", builds_with=EXPORT, runs_with=(GPU,), any_of=GPU_PROVIDERS),
+    Target(name="tensorrt", builds_with=(*EXPORT, "tensorrt", GPU), runs_with=(GPU, "torch-cuda")),
+    Target(name="tensorrt-rtx", builds_with=(*EXPORT, "tensorrt-rtx"), runs_with=(GPU, "torch-cuda")),
+    Target(name="openvino", builds_with=(), runs_with=("openvino",)),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetState:
+    """`builds` and `runs`: that much of it and no more."""
+
+    name: str
+    status: Status
+    needs: tuple[str, ...]
+    missing: tuple[str, ...]
+    """The needs that are not ok; of those of which one is enough, all."""
+    reason: str
+    fix: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diagnosis:
+    """Everything that was found."""
+
+    findings: tuple[Finding, ...]
+    targets: tuple[TargetState, ...]
+    gpus: tuple[Mapping[str, Any], ...]
+    """name, compute_capability and memory_bytes of each."""
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the CPU target is built and run here."""
+        return any(target.name == MAIN_TARGET and target.status == "works" for target in self.targets)
+
+    def as_json(self) -> dict[str, Any]:
+        """With keys that stay: see SCHEMA_VERSION."""
+        return {"schema_version": SCHEMA_VERSION, "healthy": self.healthy, **asdict(self)}
+
+
+def diagnose() -> Diagnosis:
+    """Look and try, everything at once; no package can make it fail."""
+    probes: Mapping[str, Callable[[], Sequence[Finding]]] = {
+        "python": lambda: [look.python()],
+        "onnxruntime": _onnxruntime,
+        "torch": lambda: [look.torch()],
+        "torch-cuda": lambda: [_tried(look.torch_cuda(), "torch-cuda")],
+        "onnx": lambda: [look.package("onnx", "onnx")],
+        "onnx-ir": lambda: [look.package("onnx-ir", "onnx_ir")],
+        "onnxscript": lambda: [look.package("onnxscript", "onnxscript")],
+        "tensorrt": lambda: [_tried(look.package("tensorrt", "tensorrt", extra="tensorrt"), "tensorrt", "tensorrt")],
+        "tensorrt-rtx": lambda: [
+            _tried(look.package("tensorrt-rtx", "tensorrt_rtx", extra="tensorrt-rtx"), "tensorrt", "tensorrt_rtx")
+        ],
+        "openvino": lambda: [_tried(look.package("openvino", "openvino", extra="openvino"), "openvino")],
+        "transformers": lambda: [look.package("transformers", "transformers", extra="hf")],
+        "gguf": lambda: [look.package("gguf", "gguf", extra="hf")],
+        "pyarrow": lambda: [look.package("pyarrow", "pyarrow", extra="parquet")],
+        "cmake": lambda: [look.program("cmake", package="cmake")],
+        "c++": lambda: [look.program("c++", package="g++")],
+        "onnxruntime-headers": lambda: [look.onnxruntime_headers()],
+        "chromium": lambda: [look.program("chromium", *look.BROWSERS, package="chromium")],
+    }
+    with ThreadPoolExecutor(len(probes) + 1) as pool:
+        card = pool.submit(_nvidia)
+        parts = pool.map(lambda name: _guarded(name, probes[name]), probes)
+        driver, gpus = card.result()
+        findings = [*(finding for part in parts for finding in part), *driver]
+    known = {finding.name: finding for finding in findings}
+    return Diagnosis(
+        findings=tuple(findings), targets=tuple(_judge(target, known) for target in TARGETS), gpus=tuple(gpus)
+    )
+
+
+def _guarded(name: str, probe: Callable[[], Sequence[Finding]]) -> Sequence[Finding]:
+    try:
+        return probe()
+    except Exception as error:  # metadata that is no text, a module that is a folder of nothing, ...
+        wrong = f"cannot be looked at ({type(error).__name__}: {first_line(error)})"
+        again = f"pip install --force-reinstall {name}"
+        return [Finding(name=name, state="broken", detail=wrong, fix=(again,))]
+
+
+def _tried(found: Finding, trial: str, *arguments: str) -> Finding:
+    """What is there may not work."""
+    if found.state != "ok":
+        return found
+    result = run_trial(trial, *arguments)
+    if isinstance(result, str):
+        again = f"pip install --force-reinstall {found.name}"
+        return Finding(name=found.name, state="broken", version=found.version, detail=result, fix=(again,))
+    return found
+
+
+def _onnxruntime() -> Sequence[Finding]:
+    """The wheel, and each of its providers."""
+    found = look.onnxruntime()
+    wrong = found.detail if found.state == "absent" else None
+    result = run_trial("onnxruntime") if wrong is None else wrong
+    if isinstance(result, str):
+        again = found.fix or ("pip install --force-reinstall onnxruntime",)
+        broken = Finding(
+            name="onnxruntime",
+            state="absent" if found.state == "absent" else "broken",
+            version=found.version,
+            detail=found.detail if found.state != "ok" else result,
+            fix=again,
+        )
+        because = "ONNX Runtime is not installed" if found.state == "absent" else "ONNX Runtime does not work"
+        return [broken, *(Finding(name=name, state="absent", detail=because, fix=again) for name in PROVIDERS)]
+    return [found, *(_provider(name, result["providers"][name]) for name in PROVIDERS)]
+
+
+def _provider(name: str, reason: str | None) -> Finding:
+    if reason is None:
+        return Finding(name=name, state="ok", detail="ran a model")
+    state: Literal["absent", "broken"] = "broken" if "cannot load it" in reason or "fell back" in reason else "absent"
+    detail = reason.partition("`cpcompile")[0].removeprefix(f"needs {name}; ").strip(" ;.")
+    return Finding(name=name, state=state, detail=detail, fix=PROVIDER_FIXES[name])
+
+
+def _nvidia() -> tuple[Sequence[Finding], Sequence[Mapping[str, Any]]]:
+    """Driver and GPU: cards are seen on the PCI bus even without a driver."""
+    cards, result = look.nvidia_cards(), run_trial("nvidia")
+    if not isinstance(result, str):
+        names = ", ".join(f"{gpu['name']} (compute capability {gpu['compute_capability']})" for gpu in result["gpus"])
+        driver = Finding(name=DRIVER, state="ok", version=result["driver"])
+        gpu = Finding(name=GPU, state="ok" if names else "absent", detail=names or NO_GPU)
+        return [driver, gpu], result["gpus"]
+    if not cards and not look.NVIDIA_DRIVER.exists():
+        absent = [Finding(name=name, state="absent", detail=NO_GPU) for name in (DRIVER, GPU)]
+        return absent, []
+    install = ("pip install nvidia-ml-py",) if NO_NVML in result else ("sudo apt-get install nvidia-driver",)
+    detail = result.removeprefix("ValueError: ")
+    return [Finding(name=name, state="broken", detail=detail, fix=install) for name in (DRIVER, GPU)], []
+
+
+def _judge(target: Target, known: Mapping[str, Finding]) -> TargetState:
+    def lacking(names: Sequence[str]) -> tuple[str, ...]:
+        return tuple(name for name in names if known[name].state != "ok")
+
+    choice = lacking(target.any_of)
+    choice = choice if len(choice) == len(target.any_of) else ()
+    to_build, to_run = lacking(target.builds_with), (*lacking(target.runs_with), *choice)
+    runs, builds = not to_run, not to_build
+    status: Status = "no"
+    if runs or (builds and target.builds_with):
+        status = "works" if runs and builds else "builds" if builds else "runs"
+    missing = tuple(dict.fromkeys((*to_build, *to_run)))
+    first = [name for name in missing if name not in choice[1:]]  # of several ways one is enough
+    cures = first
+    if known[GPU].state == "absent":  # no command brings a GPU
+        cures = [] if GPU in to_build else list(to_build) if GPU in to_run else first
+    return TargetState(
+        name=target.name,
+        status=status,
+        needs=tuple(dict.fromkeys((*target.builds_with, *target.runs_with, *target.any_of))),
+        missing=missing,
+        reason="; ".join(known[name].detail if name == GPU else f"{name}: {known[name].detail}" for name in first),
+        fix=tuple(dict.fromkeys(command for name in cures for command in known[name].fix)),
+    )

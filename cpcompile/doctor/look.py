@@ -1,0 +1,153 @@
+"""What files and metadata tell, without importing anything: packages, torch's CUDA, programs, headers, cards."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path
+
+from cpcompile.doctor.finding import Finding
+from cpcompile.errors import first_line
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+ONNXRUNTIME_WHEELS = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-directml", "onnxruntime-openvino")
+"""Each holds the module onnxruntime."""
+HEADER = "onnxruntime_cxx_api.h"
+INCLUDES = ("onnxruntime", "onnxruntime/core/session", "")
+PCI = Path("/sys/bus/pci/devices")
+NVIDIA_DRIVER = Path("/proc/driver/nvidia")
+NVIDIA, DISPLAY = "0x10de", "0x03"
+"""Vendor and class of a PCI device. Source: pci.ids."""
+SECONDS = 5
+"""That a program may take to say its version."""
+
+
+def python() -> Finding:
+    """The interpreter that runs this."""
+    return Finding(name="python", state="ok", version=platform.python_version(), detail=platform.platform())
+
+
+def package(distribution: str, module: str, *, extra: str | None = None) -> Finding:
+    """A package by its metadata, and whether its module is there; `extra` of ours brings it."""
+    install = f"pip install 'cpcompile[{extra}]'" if extra else "pip install cpcompile"
+    again = f"pip install --force-reinstall --no-deps {distribution}"
+    there = importlib.util.find_spec(module) is not None
+    try:
+        version: str | None = importlib.metadata.version(distribution)  # None if METADATA has no version
+    except importlib.metadata.PackageNotFoundError:
+        if not there:
+            return Finding(name=distribution, state="absent", detail="not installed", fix=(install,))
+        wrong = f"the module {module} is there without its metadata"
+        return Finding(name=distribution, state="broken", detail=wrong, fix=(again,))
+    if not version or not there:
+        wrong = "its metadata has no version" if there else f"half installed: there is no module {module}"
+        return Finding(name=distribution, state="broken", version=version or None, detail=wrong, fix=(again,))
+    return Finding(name=distribution, state="ok", version=version)
+
+
+def onnxruntime() -> Finding:
+    """The wheel that holds the module; two of them overwrite each other's files."""
+    installed = [wheel for wheel in ONNXRUNTIME_WHEELS if _has(wheel)]
+    if len(installed) > 1:
+        return Finding(
+            name="onnxruntime",
+            state="broken",
+            detail=f"{' and '.join(installed)} are installed; they hold the same module and break each other",
+            fix=(f"pip uninstall -y {' '.join(installed)}", "pip install 'cpcompile[cpu]'  # or 'cpcompile[gpu]'"),
+        )
+    found = package(installed[0] if installed else "onnxruntime", "onnxruntime", extra="cpu")
+    wheel = f"wheel {found.name}" if found.state == "ok" else found.detail
+    return Finding(name="onnxruntime", state=found.state, version=found.version, detail=wheel, fix=found.fix)
+
+
+def torch() -> Finding:
+    """Whether it was built for CUDA stands in its version.py; importing it would take seconds."""
+    found = package("torch", "torch")
+    if found.state != "ok":
+        return found
+    cuda = _torch_cuda()
+    return Finding(name="torch", state="ok", version=found.version, detail=f"CUDA {cuda}" if cuda else "without CUDA")
+
+
+def torch_cuda() -> Finding:
+    """A torch that was built for CUDA: what runs TensorRT's engines keeps their buffers there."""
+    cuda = _torch_cuda() if package("torch", "torch").state == "ok" else None
+    if cuda:
+        return Finding(name="torch-cuda", state="ok", version=cuda)
+    install = "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu130"
+    return Finding(name="torch-cuda", state="absent", detail="torch was built without CUDA", fix=(install,))
+
+
+def program(name: str, *names: str, package: str) -> Finding:
+    """The first of `names` that is on the path, and what it says its version is; `package` is Debian's."""
+    path = next(filter(None, map(shutil.which, names or (name,))), None)
+    install = f"sudo apt-get install {package}"
+    if path is None:
+        return Finding(name=name, state="absent", detail=f"no {' or '.join(names or (name,))} on PATH", fix=(install,))
+    try:
+        done = subprocess.run(
+            (path, "--version"), capture_output=True, text=True, check=True, timeout=SECONDS, stdin=subprocess.DEVNULL
+        )
+    except (OSError, subprocess.SubprocessError, ValueError) as error:
+        return Finding(name=name, state="broken", detail=f"{path}: {first_line(error)}", fix=(install,))
+    version = re.search(r"\d+(\.\d+)+", done.stdout)
+    return Finding(name=name, state="ok", version=version[0] if version else None, detail=path)
+
+
+def onnxruntime_headers() -> Finding:
+    """The C++ headers of ONNX Runtime, which its wheels have not."""
+    roots = [*os.environ.get("CPATH", "").split(os.pathsep), "/usr/include", "/usr/local/include"]
+    for folder in (Path(root, inner) for root in roots if root for inner in INCLUDES):
+        if (folder / HEADER).is_file():
+            text = (folder / "onnxruntime_c_api.h").read_text(encoding="utf-8", errors="replace")
+            version = re.search(r"#define ORT_API_VERSION (\d+)", text)
+            api = f"1.{version[1]}" if version else None
+            return Finding(name="onnxruntime-headers", state="ok", version=api, detail=str(folder))
+    install = "sudo apt-get install libonnxruntime-dev"
+    return Finding(name="onnxruntime-headers", state="absent", detail=f"no {HEADER}; set CPATH", fix=(install,))
+
+
+def nvidia_cards() -> list[str]:
+    """PCI addresses of NVIDIA's display controllers, with or without a driver."""
+    return [
+        device.name
+        for device in sorted(PCI.glob("*"))
+        if _read(device / "vendor") == NVIDIA and _read(device / "class").startswith(DISPLAY)
+    ]
+
+
+def _has(distribution: str) -> bool:
+    try:
+        importlib.metadata.distribution(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _torch_cuda() -> str | None:
+    """The literal that torch/version.py assigns to `cuda`."""
+    spec = importlib.util.find_spec("torch")
+    assert spec is not None
+    folders: Iterable[str] = spec.submodule_search_locations or ()
+    for folder in folders:
+        for statement in ast.parse((Path(folder) / "version.py").read_text(encoding="utf-8")).body:
+            targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
+            named = any(isinstance(target, ast.Name) and target.id == "cuda" for target in targets)
+            value = getattr(statement, "value", None)
+            if named and isinstance(value, ast.Constant) and isinstance(value.value, str):
+                return value.value
+    return None
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="ascii").strip()
+    except OSError:
+        return ""

@@ -1,0 +1,144 @@
+"""What only a trial tells: each runs in a process of its own, which may fail, crash or hang.
+
+python -m cpcompile.doctor.trials NAME    prints one line of JSON
+
+onnxruntime     a session of two nodes per execution provider, as the runtime opens it
+tensorrt(_rtx)  a Builder, and the version
+openvino        the same two nodes, compiled for the CPU
+nvidia          driver and GPUs, by NVML
+torch-cuda      whether torch finds a GPU
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from cpcompile.errors import CpcompileError, first_line
+
+SECONDS = 20
+"""That a trial may take. It takes one or two; a loaded machine may need longer."""
+TWO_NODES = bytes.fromhex(
+    "080a3a450a0e0a01780a017812017322034d756c0a0e0a01730a017812017922034164641201675a0f0a"
+    "0178120a0a08080112040a020802620f0a0179120a0a08080112040a02080242040a001014"
+)
+"""ONNX, opset 20: y = x * x + x for x of shape (2,), float32. In bytes, so that a broken onnx disturbs no trial."""
+
+
+def run_trial(name: str, *arguments: str, seconds: float = SECONDS) -> dict[str, Any] | str:
+    """What the trial prints, or a sentence why it did not come to that."""
+    command = (sys.executable, "-P", "-m", __name__, name, *arguments)
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=seconds, stdin=subprocess.DEVNULL
+        )
+    except subprocess.TimeoutExpired:
+        return f"gave no answer within {seconds:g} s"
+    except OSError as error:
+        return f"cannot be tried ({error.strerror})"
+    if done.returncode < 0:
+        return f"crashed ({signal.Signals(-done.returncode).name})"
+    if done.returncode > 0:
+        return (done.stderr.strip() or f"ended with {done.returncode}").rsplit("\n", maxsplit=1)[-1]
+    try:
+        result: dict[str, Any] = json.loads(done.stdout.strip().rsplit("\n", maxsplit=1)[-1])
+    except ValueError:  # a package that leaves on import
+        return "ended without an answer"
+    return result
+
+
+def onnxruntime() -> dict[str, Any]:
+    """provider -> None if it ran the two nodes, else why not; of all providers that a bundle may name."""
+    import numpy as np
+    import onnxruntime as ort
+
+    from cpcompile.bundle import PROVIDER_OPTIONS, Variant
+    from cpcompile.runtime import CPU_PROVIDER, Engine, create_session, session_options
+
+    reasons: dict[str, str | None] = {}
+    x = np.asarray([1, 2], dtype=np.float32)
+    with tempfile.TemporaryDirectory() as folder:
+        model = Path(folder) / "two_nodes.onnx"
+        model.write_bytes(TWO_NODES)
+        for provider in (CPU_PROVIDER, *PROVIDER_OPTIONS):
+            variant = Variant(
+                context="",
+                name="two-nodes",
+                runtime="onnxruntime",
+                precision="fp32",
+                provider=provider,
+                model=model,
+                weights=None,
+                session_options={},
+                provider_options={},
+                feeds={},
+                bytes=len(TWO_NODES),
+            )
+            try:
+                outputs = Engine(variant, create_session(variant, session_options(variant, threads=1))).outputs
+                right = np.array_equal(outputs({"x": x})["y"], x * x + x)
+                reasons[provider] = None if right else "computes something else"
+            except CpcompileError as error:
+                reasons[provider] = str(error).removeprefix(f"{model}: ").splitlines()[0]
+    return {"version": ort.__version__, "providers": reasons}
+
+
+def tensorrt(module: str) -> dict[str, Any]:
+    """A Builder is what needs the whole library."""
+    trt: Any = importlib.import_module(module)
+    trt.Builder(trt.Logger(trt.Logger.ERROR))
+    return {"version": trt.__version__}
+
+
+def openvino() -> dict[str, Any]:
+    """The same two nodes, compiled and run."""
+    import numpy as np
+    import openvino as ov
+
+    core = ov.Core()
+    x = np.asarray([1, 2], dtype=np.float32)
+    found = core.compile_model(core.read_model(TWO_NODES, b""), "CPU")([x])[0]
+    if not np.array_equal(found, x * x + x):
+        raise ValueError("computes something else")
+    return {"devices": core.available_devices}
+
+
+def nvidia() -> dict[str, Any]:
+    """The driver, and what it drives."""
+    from cpcompile.measure import nvidia_gpus
+
+    found = nvidia_gpus()
+    if isinstance(found, str):
+        raise ValueError(found)
+    driver, gpus = found
+    return {"driver": driver, "gpus": [dataclasses.asdict(gpu) for gpu in gpus]}
+
+
+def torch_cuda() -> dict[str, Any]:
+    """A tensor on the first GPU."""
+    import torch
+
+    return {"sum": float(torch.ones(2, device="cuda").sum())}
+
+
+TRIALS: Mapping[str, Callable[..., dict[str, Any]]] = {
+    "onnxruntime": onnxruntime,
+    "tensorrt": tensorrt,
+    "openvino": openvino,
+    "nvidia": nvidia,
+    "torch-cuda": torch_cuda,
+}
+
+if __name__ == "__main__":
+    try:
+        print(json.dumps(TRIALS[sys.argv[1]](*sys.argv[2:])))
+    except Exception as error:  # of any package
+        sys.exit(f"{type(error).__name__}: {first_line(error)}")
