@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
-.PHONY: help test lint demo bench clean
+.PHONY: help test test-gpu lint demo bench clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/'
@@ -17,6 +17,10 @@ $(STAMP): pyproject.toml constraints.txt
 
 test: lint ## everything that has to hold: lint, types, layers, tests, the wheel
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --durations 15
+
+test-gpu: $(STAMP) ## what needs an NVIDIA GPU; `cpcompile doctor` says what else it needs
+	$(BIN)/cpcompile doctor
+	$(BIN)/python -m pytest tests/gpu -rs
 
 lint: $(STAMP) ## ruff, strict mypy, the layers of the house
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
 """Memory and start: what loading and running costs, engine and eager dense baseline each in a fresh process.
 
-    python -m cpcompile.validation.memory engine  INPUTS THREADS BUNDLE CONTEXT VARIANT     (never imports torch)
+    python -m cpcompile.validation.memory engine  INPUTS THREADS BUNDLE CONTEXT VARIANT     (torch only for a plan)
     python -m cpcompile.validation.memory eager   INPUTS THREADS CHECKPOINT
     python -m cpcompile.validation.memory program INPUTS THREADS PROGRAM CONTEXT
 
@@ -123,6 +123,13 @@ def _measure(side: str, feeds: Feeds, threads: int, *arguments: str) -> ProcessM
 
 def _engine_process(feeds: Feeds, threads: int, bundle: str, context: str, variant: str) -> ProcessMemory:
     from cpcompile.bundle import open_bundle
+
+    chosen = open_bundle(Path(bundle)).variant(context, variant)
+    if chosen.engine is not None:
+        from cpcompile.tensorrt_runtime import load_plan  # its buffers are torch's, whose libraries are in the base
+
+        return measure_memory(lambda: load_plan(chosen), lambda engine: engine.outputs(feeds), runs=RUNS)
+
     from cpcompile.runtime import load_engine
 
     memory = measure_memory(

@@ -10,7 +10,8 @@ inputs of several shapes:
 b is the right number to judge: it measures the engine against the exact result on the scale
 of an error that nobody objects to, while d also contains the eager model's own rounding, and would
 be 0 for an engine that repeats it and 2a for one that is just as good. Where float32 happens to be exact, one
-rounding of the output's largest value stands for a. Of several outputs the one nearest to its tolerance is reported.
+rounding of the output's largest value stands for a. An engine in float16 or bfloat16 may be off by as much more as
+that rounds more coarsely than float32. Of several outputs the one nearest to its tolerance is reported.
 
 Beside them stand the ratios of `difference`, of the same output against float64; the verdict does not use them.
 """
@@ -29,6 +30,8 @@ from cpcompile.validation.quality import log_softmax
 from cpcompile.validation.reference import Outputs, Run
 
 FLOAT32_ROUNDING = float(np.finfo(np.float32).eps)
+COARSER: Mapping[str, int] = {"fp16": 2**13, "bf16": 2**16}
+"""How many times as coarsely as float32 a precision rounds: 11 and 8 bits of significand instead of 24."""
 NO_LOGITS = "the model gives no logits"
 LOGIT_NUMBERS = ("mean_kl", "top1_agreement", "top5_agreement", "tokens")
 NUMBERS = (
@@ -130,12 +133,21 @@ class _Agreement:
 
 
 def check_parity(
-    engine: Run, single: Run, double: Run, inputs: Iterable[Feeds], multiple: float, *, logits: str | None, missing: str
+    engine: Run,
+    single: Run,
+    double: Run,
+    inputs: Iterable[Feeds],
+    multiple: float,
+    *,
+    logits: str | None,
+    missing: str,
+    precision: str = "fp32",
 ) -> Parity:
     """Compare `engine` with the masked eager model in float32 and float64 on `inputs`.
 
     A missing or additional output, a wrong shape or type, a value that is not finite or an engine that raises: fail.
     `logits` names the output of which divergence and agreement are taken. Without inputs it is inconclusive: `missing`.
+    An engine in another `precision` may be off by as much more as that rounds more coarsely.
     """
     errors: dict[str, _Errors] = {}
     agreement = _Agreement()
@@ -157,7 +169,9 @@ def check_parity(
     if not errors:
         return Parity.without_numbers("inconclusive", missing)
     name, worst = max(errors.items(), key=lambda item: item[1].engine.max_abs / (item[1].noise or 1.0))
-    tolerance = multiple * worst.noise
+    coarser = COARSER.get(precision, 1)
+    tolerance = multiple * coarser * worst.noise
+    scale = f"{coarser} (times as coarsely {precision} rounds) x " if coarser > 1 else ""
     farthest = worst.engine.max_abs
     within = farthest <= tolerance
     where = f" in {name}" if len(errors) > 1 else ""
@@ -167,7 +181,7 @@ def check_parity(
         reason=None if within else f"engine error {farthest:.3g}{where} exceeds the tolerance {tolerance:.3g}",
         tolerance=tolerance,
         tolerance_source=(
-            f"{multiple:g} x the eager model's own float32 error {worst.noise:.3g}{where} "
+            f"{multiple:g} x {scale}the eager model's own float32 error {worst.noise:.3g}{where} "
             "(largest absolute difference from float64" + (f", {positions} positions)" if positions else ")")
         ),
         max_abs_error=worst.difference,

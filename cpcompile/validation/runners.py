@@ -3,7 +3,7 @@
     with runner.load() as run:
         outputs = run(feeds)
 
-    engine_runner      an engine of the bundle in ONNX Runtime, on its own provider and no other
+    engine_runner      an engine of the bundle: in ONNX Runtime on its own provider and no other, or a plan of TensorRT
     onnx_runner        any ONNX file in ONNX Runtime on the CPU; the dynamic graph with its context bound
     openvino_runner    any ONNX file in OpenVINO on the CPU
     callable_runner    an eager model, or one that torch.compile made
@@ -24,7 +24,8 @@ import onnxruntime as ort
 
 from cpcompile.bundle import Variant
 from cpcompile.errors import CpcompileError
-from cpcompile.runtime import Engine, Feeds, create_session, session_options
+from cpcompile.runtime import DOCTOR, Engine, Feeds, create_session, session_options
+from cpcompile.tensorrt_runtime import load_plan
 from cpcompile.validation.reference import Outputs, Run
 
 NO_SPINNING_AFTER_RUN: Mapping[str, str] = {"session.force_spinning_stop": "1"}
@@ -47,6 +48,9 @@ def engine_runner(variant: Variant, *, threads: int) -> Runner:
 
     @contextmanager
     def load() -> Iterator[Run]:
+        if variant.engine is not None:
+            yield load_plan(variant).outputs
+            return
         options = _without_spinning(session_options(variant, threads=threads))
         yield Engine(variant, create_session(variant, options)).outputs
 
@@ -86,7 +90,7 @@ def openvino_runner(name: str, path: Path, *, threads: int, computes: Computes) 
         try:
             import openvino
         except ImportError as error:
-            raise CpcompileError("openvino is not installed: pip install 'cpcompile[openvino]'") from error
+            raise CpcompileError(f"openvino is not installed: pip install 'cpcompile[openvino]'; {DOCTOR}") from error
         settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
         try:
             compiled = openvino.Core().compile_model(str(path), "CPU", settings)

@@ -13,15 +13,9 @@ import torch
 from cpcompile.bundle import Bundle, Variant
 from cpcompile.config import ValidateConfig
 from cpcompile.errors import CpcompileError, UsageError
-from cpcompile.measure import (
-    NO_GPU,
-    ProcessMemory,
-    available_cores,
-    gpu_model,
-    release_memory,
-    watch_machine,
-)
+from cpcompile.measure import ProcessMemory, available_cores, release_memory, watch_machine
 from cpcompile.runtime import load_engine
+from cpcompile.tensorrt_runtime import load_plan, why_not_here
 from cpcompile.validation.memory import Memory, Start, compare_memory, compare_start, measure_engine
 from cpcompile.validation.parity import Parity, check_parity
 from cpcompile.validation.placement import Placement, measure_placement
@@ -43,7 +37,7 @@ Peers = Callable[[Variant], Sequence[Runner]]
 
 NO_MEMORY = "memory measurements were switched off"
 NO_SPEED = "speed measurements were switched off"
-NO_RUNNER = "plans of TensorRT are not run here yet"
+ONE_PLAN = "a plan runs as a whole on the GPU"
 
 Processes: TypeAlias = tuple[ProcessMemory | str, ProcessMemory | str]
 """What engine and eager dense model took in processes of their own, or why that is not known."""
@@ -168,19 +162,20 @@ def _validate_variant(
     threads: int,
 ) -> VariantResult:
     context = variant.context
-    if variant.engine is not None:
-        bundle.verify_engine(variant)
+    bundle.verify_engine(variant)
+    if variant.engine is not None and (reason := why_not_here(variant)) is not None:
         return VariantResult.not_run(
             context=context,
             name=variant.name,
             runtime=variant.runtime,
             precision=variant.precision,
             status="built",
-            reason=f"built, not run: {NO_GPU if gpu_model() is None else NO_RUNNER}",
+            reason=f"built, not run: {reason}",
             bytes=variant.bytes,
         )
-    engine = load_engine(bundle, context, variant.name, threads=threads)
-    parity = _parity(engine.outputs, reference, context, config)
+    is_plan = variant.engine is not None
+    engine = load_plan(variant) if is_plan else load_engine(bundle, context, variant.name, threads=threads)
+    parity = _parity(engine.outputs, reference, context, config, precision=variant.precision)
     results: tuple[PeerResult, ...] = ()
     if parity.verdict == "fail" and parity.max_abs_error is None:
         # Its outputs cannot be compared: there is nothing to score, and no point in timing it.
@@ -194,7 +189,8 @@ def _validate_variant(
         speed, results = _speed(variant, reference, peers, config, threads)
         throughput = _throughput(variant, reference, config, threads)
         processes = _processes(bundle, variant, reference, threads, config)
-        placement = measure_placement(variant, reference.timed(context)[0].feeds)
+        placed = reference.timed(context)[0].feeds
+        placement = Placement.not_run(ONE_PLAN) if is_plan else measure_placement(variant, placed)
     return VariantResult(
         context=context,
         name=variant.name,
@@ -214,7 +210,7 @@ def _validate_variant(
     )
 
 
-def _parity(run: Run, reference: Reference, context: str, config: ValidateConfig) -> Parity:
+def _parity(run: Run, reference: Reference, context: str, config: ValidateConfig, *, precision: str = "fp32") -> Parity:
     parity = check_parity(
         run,
         reference.masked(context),
@@ -223,6 +219,7 @@ def _parity(run: Run, reference: Reference, context: str, config: ValidateConfig
         config.tolerance_multiple,
         logits=reference.logits,
         missing=reference.no_inputs,
+        precision=precision,
     )
     release_memory()  # of the model in float64
     return parity

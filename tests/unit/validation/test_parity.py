@@ -29,6 +29,7 @@ def compare(
     *,
     inputs: Iterable[Feeds] | None = None,
     single: Run | None = None,
+    precision: str = "fp32",
 ) -> Parity:
     return check_parity(
         engine,
@@ -38,6 +39,7 @@ def compare(
         multiple,
         logits="logits",
         missing=NO_INPUTS,
+        precision=precision,
     )
 
 
@@ -60,6 +62,24 @@ def test_a_right_engine_passes_with_numbers_that_fit_together(engine: Run, refer
     assert 100 < parity.sqnr_db < parity.psnr_db
     assert "float64" in parity.tolerance_source
     assert not parity.not_measured and parity.reason is None
+
+
+def test_an_engine_in_half_precision_may_round_as_half_precision_does(
+    engine: Run, reference: LanguageReference
+) -> None:
+    """Logits rounded to float16 are what the best engine in float16 can give."""
+
+    def half(feeds: Feeds) -> Outputs:
+        return {name: array.astype(np.float16).astype(np.float32) for name, array in engine(feeds).items()}
+
+    def wrong(feeds: Feeds) -> Outputs:
+        return {name: array * np.float32(1.5) for name, array in engine(feeds).items()}
+
+    assert compare(half, reference).verdict == "fail"
+    parity = compare(half, reference, precision="fp16")
+    assert parity and parity.tolerance == 8 * 8192 * parity.eager_float32_error
+    assert "8192 (times as coarsely fp16 rounds)" in str(parity.tolerance_source)
+    assert compare(wrong, reference, precision="fp16").verdict == "fail"
 
 
 def test_the_engine_of_another_context_fails(engine: Run, reference: LanguageReference) -> None:
