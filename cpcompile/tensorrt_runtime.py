@@ -23,7 +23,7 @@ from cpcompile.bundle import Variant
 from cpcompile.errors import CpcompileError, UsageError, first_line
 from cpcompile.measure import NO_GPU, gpu_model
 from cpcompile.runtime import DOCTOR, Array, Feeds
-from cpcompile.targets import TENSORRT_RTX, EngineInfo, Shape, Shapes
+from cpcompile.targets import TENSORRT_RTX, EngineInfo, Profile, Shape, Shapes
 from cpcompile.tensorrt_library import load_library, logger_of
 
 TYPES: Mapping[str, torch.dtype] = {
@@ -41,12 +41,11 @@ TYPES: Mapping[str, torch.dtype] = {
 
 @dataclass(frozen=True)
 class Tensor:
-    """An input or output of a plan, and its shapes in each profile (none for an output)."""
+    """An input or output of a plan."""
 
     name: str
     dtype: torch.dtype
     is_input: bool
-    profiles: tuple[Shapes, ...]
 
 
 def why_not_here(variant: Variant) -> str | None:
@@ -82,18 +81,18 @@ def load_plan(variant: Variant) -> PlanEngine:
             f"{variant.model}: {library.__name__} {library.__version__} cannot load it ({reason}); build it again on "
             f"this machine: cpcompile build MODEL {variant.engine.rebuild}"
         )
-    return PlanEngine(variant.model, library, engine, context, graphs=variant.engine.flavour != TENSORRT_RTX)
+    return PlanEngine(variant.model, variant.engine, library, engine, context)
 
 
 class PlanEngine:
     """A loaded plan. One run at a time: it has one set of buffers, and other threads wait."""
 
-    def __init__(self, plan: Path, library: Any, engine: Any, context: Any, *, graphs: bool) -> None:
-        """`graphs`: record runs as CUDA graphs."""
+    def __init__(self, plan: Path, info: EngineInfo, library: Any, engine: Any, context: Any) -> None:
         self._plan = plan
+        self._info = info
         self._library = library
         self._context = context
-        self._graphs = graphs
+        self._graphs = info.flavour != TENSORRT_RTX
         self._tensors = _tensors(plan, library, engine)
         self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # on the default stream TensorRT would synchronise after each run
         self._lock = Lock()
@@ -146,8 +145,7 @@ class PlanEngine:
     def _bind(self, shapes: Mapping[str, Shape]) -> None:
         """Choose the profile, tell the shapes, and set the address of every buffer."""
         self._graph, self._runs, self._shapes = None, 0, {}
-        profiles = {tensor.name: tensor.profiles for tensor in self._tensors if tensor.is_input}
-        index = choose_profile(self._plan, profiles, shapes)
+        index = choose_profile(self._plan, self._info.profiles, shapes)
         context, stream = self._context, self._stream.cuda_stream
         there = index == context.active_optimization_profile or context.set_optimization_profile_async(index, stream)
         taken = [context.set_input_shape(name, shape) for name, shape in shapes.items()]
@@ -189,23 +187,33 @@ class PlanEngine:
                 raise CpcompileError(f"{self._plan}: {self._library.__name__} cannot run it: {reason}")
 
 
-def choose_profile(plan: Path, profiles: Mapping[str, Sequence[Shapes]], shapes: Mapping[str, Shape]) -> int:
-    """The first profile that admits every shape; UsageError says what each input may have."""
-    count = min(map(len, profiles.values()), default=0)
-    for index in range(count):
-        if all(_admits(profiles[name][index], shape) for name, shape in shapes.items()):
+def choose_profile(plan: Path, profiles: Sequence[Profile], shapes: Mapping[str, Shape]) -> int:
+    """The first profile that takes every shape; UsageError says what each input may have."""
+    for index, profile in enumerate(profiles):
+        if all(_admits(profile.shapes[name], shape) for name, shape in shapes.items()):
             return index
     for name, shape in shapes.items():
-        if not any(_admits(each, shape) for each in profiles[name]):
-            ranges = " or ".join(f"{low} to {high}" for low, _, high in profiles[name])
+        if not any(_admits(profile.shapes[name], shape) for profile in profiles):
+            ranges = " or ".join("{0} to {2}".format(*profile.shapes[name]) for profile in profiles)
             raise UsageError(
                 f"{plan}: {name} is {shape}; the engine takes {ranges}. Build it again with other ranges: --profile"
             )
     raise UsageError(f"{plan}: no profile of the engine takes the shapes {dict(shapes)} together")
 
 
-def _admits(profile: Shapes, shape: Shape) -> bool:
-    low, _, high = profile
+def why_not_taken(variant: Variant, feeds: Feeds) -> str | None:
+    """Why no profile of a plan takes `feeds`; None if one does, and of an engine that is no plan."""
+    if variant.engine is None:
+        return None
+    try:
+        choose_profile(variant.model, variant.engine.profiles, {name: array.shape for name, array in feeds.items()})
+    except UsageError as error:
+        return str(error)
+    return None
+
+
+def _admits(allowed: Shapes, shape: Shape) -> bool:
+    low, _, high = allowed
     return len(shape) == len(low) and all(a <= length <= b for a, length, b in zip(low, shape, high, strict=True))
 
 
@@ -233,15 +241,8 @@ def _tensors(plan: Path, library: Any, engine: Any) -> tuple[Tensor, ...]:
         dtype, is_input = engine.get_tensor_dtype(name), engine.get_tensor_mode(name) == library.TensorIOMode.INPUT
         if dtype.name not in TYPES:
             raise CpcompileError(f"{plan}: {name} is {dtype.name}, which has no counterpart here")
-        count = engine.num_optimization_profiles if is_input else 0
-        profiles = tuple(_shapes(engine.get_tensor_profile_shape(name, index)) for index in range(count))
-        found.append(Tensor(name, TYPES[dtype.name], is_input, profiles))
+        found.append(Tensor(name, TYPES[dtype.name], is_input))
     return tuple(found)
-
-
-def _shapes(dims: Sequence[Sequence[int]]) -> Shapes:
-    low, best, high = (tuple(shape) for shape in dims)
-    return low, best, high
 
 
 def _event() -> torch.cuda.Event:

@@ -14,13 +14,13 @@ from cpcompile.bundle import Bundle, Variant
 from cpcompile.config import ValidateConfig
 from cpcompile.errors import CpcompileError, UsageError
 from cpcompile.measure import ProcessMemory, available_cores, release_memory, watch_machine
-from cpcompile.runtime import load_engine
-from cpcompile.tensorrt_runtime import load_plan, why_not_here
+from cpcompile.runtime import CPU_PROVIDER, load_engine
+from cpcompile.tensorrt_runtime import load_plan, why_not_here, why_not_taken
 from cpcompile.validation.memory import Memory, Start, compare_memory, compare_start, measure_engine
 from cpcompile.validation.parity import Parity, check_parity
 from cpcompile.validation.placement import Placement, measure_placement
 from cpcompile.validation.quality import Quality, compare_quality
-from cpcompile.validation.reference import Reference, Run
+from cpcompile.validation.reference import Reference, Run, Timed
 from cpcompile.validation.runners import Runner, engine_runner
 from cpcompile.validation.speed import Speed, measure_speed
 from cpcompile.validation.throughput import Throughput, measure_throughput
@@ -38,6 +38,7 @@ Peers = Callable[[Variant], Sequence[Runner]]
 NO_MEMORY = "memory measurements were switched off"
 NO_SPEED = "speed measurements were switched off"
 ONE_PLAN = "a plan runs as a whole on the GPU"
+ON_GPU = "the engine runs on the GPU and the dense model on the CPU, which compares machines"
 
 Processes: TypeAlias = tuple[ProcessMemory | str, ProcessMemory | str]
 """What engine and eager dense model took in processes of their own, or why that is not known."""
@@ -175,7 +176,7 @@ def _validate_variant(
         )
     is_plan = variant.engine is not None
     engine = load_plan(variant) if is_plan else load_engine(bundle, context, variant.name, threads=threads)
-    parity = _parity(engine.outputs, reference, context, config, precision=variant.precision)
+    parity = _parity(engine.outputs, reference, context, config, variant)
     results: tuple[PeerResult, ...] = ()
     if parity.verdict == "fail" and parity.max_abs_error is None:
         # Its outputs cannot be compared: there is nothing to score, and no point in timing it.
@@ -184,13 +185,13 @@ def _validate_variant(
         throughput = Throughput.not_run(reason)
         processes: Processes = (reason, _dense_process(reference, context, config, threads))
     else:
-        quality = reference.quality(context, engine.outputs)
+        quality = _quality(engine.outputs, reference, context)
         del engine  # what is timed and measured next should have the machine for itself
         speed, results = _speed(variant, reference, peers, config, threads)
         throughput = _throughput(variant, reference, config, threads)
         processes = _processes(bundle, variant, reference, threads, config)
-        placed = reference.timed(context)[0].feeds
-        placement = Placement.not_run(ONE_PLAN) if is_plan else measure_placement(variant, placed)
+        feeds = reference.timed(context)[0].feeds
+        placement = Placement.not_run(ONE_PLAN) if is_plan else measure_placement(variant, feeds)
     return VariantResult(
         context=context,
         name=variant.name,
@@ -210,16 +211,23 @@ def _validate_variant(
     )
 
 
-def _parity(run: Run, reference: Reference, context: str, config: ValidateConfig, *, precision: str = "fp32") -> Parity:
+def _parity(
+    run: Run, reference: Reference, context: str, config: ValidateConfig, variant: Variant | None = None
+) -> Parity:
+    """`variant` is what runs, unless it is a peer, which is in float32 and takes every shape."""
+    inputs, missing = reference.inputs(context), reference.no_inputs
+    if variant is not None and variant.engine is not None:
+        inputs = (feeds for feeds in inputs if why_not_taken(variant, feeds) is None)
+        missing += ", or none of a shape that the engine takes"
     parity = check_parity(
         run,
         reference.masked(context),
         reference.exact(context),
-        reference.inputs(context),
+        inputs,
         config.tolerance_multiple,
         logits=reference.logits,
-        missing=reference.no_inputs,
-        precision=precision,
+        missing=missing,
+        precision=variant.precision if variant is not None else "fp32",
     )
     release_memory()  # of the model in float64
     return parity
@@ -232,7 +240,9 @@ def _speed(
     if not config.speed:
         return Speed.not_run(NO_SPEED), ()
     context, results, runs = variant.context, [], {}
-    inputs = reference.timed(context)
+    inputs = _timed(variant, reference)
+    if isinstance(inputs, str):
+        return Speed.not_run(inputs), ()
     with ExitStack() as loaded:
         for peer in peers:
             try:
@@ -248,7 +258,7 @@ def _speed(
             results.append(PeerResult(name=peer.name, computes=peer.computes, status="ran", parity=parity))
         speed = measure_speed(
             loaded.enter_context(engine_runner(variant, threads=threads).load()),
-            reference.dense(context),
+            _dense(variant, reference),
             inputs,
             rounds=config.rounds,
             threads=threads,
@@ -262,7 +272,10 @@ def _throughput(variant: Variant, reference: Reference, config: ValidateConfig, 
     """As many requests at a time as there are threads, each on one of them."""
     if not config.speed:
         return Throughput.not_run(NO_SPEED)
-    feeds, dense = reference.timed(variant.context)[0].feeds, reference.dense(variant.context)
+    inputs, dense = _timed(variant, reference), _dense(variant, reference)
+    if isinstance(inputs, str):
+        return Throughput.not_run(inputs)
+    feeds = inputs[0].feeds
     with engine_runner(variant, threads=1).load() as engine, _torch_threads(1):
         eager = dense if isinstance(dense, str) else partial(dense, feeds)
         return measure_throughput(partial(engine, feeds), eager, workers=workers)
@@ -275,8 +288,30 @@ def _processes(
     dense = _dense_process(reference, variant.context, config, threads)
     if not config.memory:
         return NO_MEMORY, dense
-    feeds = reference.timed(variant.context)[0].feeds
-    return measure_engine(bundle.root, variant.context, variant.name, feeds, threads=threads), dense
+    inputs = _timed(variant, reference)
+    if isinstance(inputs, str):
+        return inputs, dense
+    return measure_engine(bundle.root, variant.context, variant.name, inputs[0].feeds, threads=threads), dense
+
+
+def _timed(variant: Variant, reference: Reference) -> Sequence[Timed] | str:
+    """The shapes that `variant` takes, or why it takes none."""
+    inputs = reference.timed(variant.context)
+    reasons = [why_not_taken(variant, timed.feeds) for timed in inputs]
+    taken = [timed for timed, reason in zip(inputs, reasons, strict=True) if reason is None]
+    return taken or str(reasons[0])
+
+
+def _dense(variant: Variant, reference: Reference) -> Run | str:
+    """What the speed of `variant` is compared with."""
+    return reference.dense(variant.context) if variant.provider == CPU_PROVIDER else ON_GPU
+
+
+def _quality(run: Run, reference: Reference, context: str) -> Quality:
+    try:
+        return reference.quality(context, run)
+    except UsageError as error:  # of a plan whose profiles do not take the windows of the text
+        return reference.quality(context, str(error))
 
 
 def _dense_process(reference: Reference, context: str, config: ValidateConfig, threads: int) -> ProcessMemory | str:

@@ -5,14 +5,15 @@ import pytest
 from cpcompile.measure import NO_GPU, gpu_model
 
 
-@pytest.fixture(scope="session", autouse=True)
-def gpu() -> None:
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Not a fixture: pytest reports those test by test, and this as the one reason that it is."""
     if gpu_model() is None:
         pytest.skip(f"{NO_GPU}: tests/gpu are run where there is one, by `make test-gpu`")
 
 
 @pytest.fixture(scope="session")
-def capability(gpu: None) -> str:
+def capability() -> str:
     """Such as sm89. A torch without CUDA fails here, and says so."""
     import torch
 

@@ -1,8 +1,10 @@
 """What of running plans needs no GPU: the choice of a profile, and what is said where there is none."""
 
+import dataclasses
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from cpcompile.bundle import Variant
@@ -10,13 +12,16 @@ from cpcompile.errors import CpcompileError, UsageError
 from cpcompile.measure import gpu_model
 from cpcompile.targets import EngineInfo, Profile, Shapes
 from cpcompile.tensorrt_library import load_library, logger_of
-from cpcompile.tensorrt_runtime import choose_profile, load_plan, why_not_here
+from cpcompile.tensorrt_runtime import choose_profile, load_plan, why_not_here, why_not_taken
 from cpcompile.validation.runners import engine_runner
 
 PLAN = Path("engine.plan")
 IDS: tuple[Shapes, ...] = (((1, 1), (1, 64), (4, 128)), ((1, 1), (1, 1), (8, 1)))
 PAST: tuple[Shapes, ...] = (((1, 0), (1, 0), (4, 0)), ((1, 0), (1, 64), (8, 255)))
-PROFILES = {"input_ids": IDS, "past": PAST}
+PROFILES = tuple(
+    Profile(name=name, shapes={"input_ids": ids, "past": past})
+    for name, ids, past in zip(("prefill", "decode"), IDS, PAST, strict=True)
+)
 INFO = EngineInfo(
     flavour="tensorrt-rtx",
     version="1.7.1.116",
@@ -64,6 +69,12 @@ def test_the_first_profile_that_takes_all_shapes(ids: tuple[int, ...], past: tup
 def test_shapes_that_no_profile_takes_are_named(ids: tuple[int, ...], past: tuple[int, ...], said: str) -> None:
     with pytest.raises(UsageError, match=said):
         choose_profile(PLAN, PROFILES, {"input_ids": ids, "past": past})
+
+
+def test_inputs_that_a_plan_takes_and_that_it_does_not() -> None:
+    assert why_not_taken(VARIANT, {"input_ids": np.zeros((4, 128))}) is None
+    assert "(5, 128); the engine takes" in str(why_not_taken(VARIANT, {"input_ids": np.zeros((5, 128))}))
+    assert why_not_taken(dataclasses.replace(VARIANT, engine=None), {"input_ids": np.zeros((5, 128))}) is None
 
 
 @without_gpu
