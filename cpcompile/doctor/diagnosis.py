@@ -29,7 +29,10 @@ PROVIDERS = ("CPUExecutionProvider", *GPU_PROVIDERS)
 PROVIDER_FIXES: Mapping[str, tuple[str, ...]] = {
     "CPUExecutionProvider": ("pip install --force-reinstall onnxruntime",),
     "CUDAExecutionProvider": ("pip uninstall -y onnxruntime", "pip install 'cpcompile[gpu]'"),
-    "TensorrtExecutionProvider": ("pip uninstall -y onnxruntime", "pip install 'cpcompile[gpu,tensorrt]'"),
+    "TensorrtExecutionProvider": (
+        "pip uninstall -y onnxruntime",
+        "pip install 'cpcompile[gpu,tensorrt]'",
+    ),
     "NvTensorRTRTXExecutionProvider": ("pip install onnxruntime-ep-nv-tensorrt-rtx",),
 }
 DRIVER, GPU = "nvidia-driver", "nvidia-gpu"
@@ -167,20 +170,22 @@ def _onnxruntime() -> Sequence[Finding]:
 def _provider(name: str, reason: str | None) -> Finding:
     if reason is None:
         return Finding(name=name, state="ok", detail="ran a model")
-    state: Literal["absent", "broken"] = "broken" if "cannot load it" in reason or "fell back" in reason else "absent"
     detail = reason.partition("`cpcompile")[0].removeprefix(f"needs {name}; ").strip(" ;.")
-    return Finding(name=name, state=state, detail=detail, fix=PROVIDER_FIXES[name])
+    if name in GPU_PROVIDERS and not look.nvidia_here():
+        return Finding(name=name, state="absent", detail=detail)
+    there = "fell back" in reason or ("cannot" in reason and "No module named" not in reason)
+    return Finding(name=name, state="broken" if there else "absent", detail=detail, fix=PROVIDER_FIXES[name])
 
 
 def _nvidia() -> tuple[Sequence[Finding], Sequence[Mapping[str, Any]]]:
     """Driver and GPU: cards are seen on the PCI bus even without a driver."""
-    cards, result = look.nvidia_cards(), run_trial("nvidia")
+    result = run_trial("nvidia")
     if not isinstance(result, str):
         names = ", ".join(f"{gpu['name']} (compute capability {gpu['compute_capability']})" for gpu in result["gpus"])
         driver = Finding(name=DRIVER, state="ok", version=result["driver"])
         gpu = Finding(name=GPU, state="ok" if names else "absent", detail=names or NO_GPU)
         return [driver, gpu], result["gpus"]
-    if not cards and not look.NVIDIA_DRIVER.exists():
+    if not look.nvidia_here():
         absent = [Finding(name=name, state="absent", detail=NO_GPU) for name in (DRIVER, GPU)]
         return absent, []
     install = ("pip install nvidia-ml-py",) if NO_NVML in result else ("sudo apt-get install nvidia-driver",)

@@ -123,6 +123,11 @@ def nvidia_cards() -> list[str]:
     ]
 
 
+def nvidia_here() -> bool:
+    """Whether there is a card of NVIDIA or its driver (without PCI: in a container, on an embedded board)."""
+    return bool(nvidia_cards()) or NVIDIA_DRIVER.exists()
+
+
 def _has(distribution: str) -> bool:
     try:
         importlib.metadata.distribution(distribution)

@@ -10,6 +10,10 @@ import pytest
 ROOT = Path(__file__).parents[2]
 FOLDERS = {
     "cpcompile": ROOT / "cpcompile",
+    "cpcompile/check": ROOT / "cpcompile/check",
+    "cpcompile/check/formats": ROOT / "cpcompile/check/formats",
+    "cpcompile/doctor": ROOT / "cpcompile/doctor",
+    "cpcompile/estimation": ROOT / "cpcompile/estimation",
     "cpcompile/partitioning": ROOT / "cpcompile/partitioning",
     "cpcompile/passes": ROOT / "passes",
     "cpcompile/passes/channel_rules": ROOT / "passes/channel_rules",

@@ -11,8 +11,9 @@ import onnx
 import pytest
 
 from cpcompile.doctor import look
-from cpcompile.doctor.diagnosis import TARGETS
+from cpcompile.doctor.diagnosis import TARGETS, diagnose
 from cpcompile.doctor.trials import TWO_NODES, run_trial
+from cpcompile.measure import gpu_model
 
 ROOT = Path(__file__).parents[3]
 
@@ -219,10 +220,28 @@ def test_headers_are_found_where_cpath_points(tmp_path: Path, monkeypatch: pytes
     assert look.onnxruntime_headers().version == "1.32"
 
 
-def test_a_card_without_a_driver_is_seen_on_its_bus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for address, vendor, kind in (("0000:01:00.0", "0x10de", "0x030000"), ("0000:01:00.1", "0x10de", "0x040300")):
-        (tmp_path / address).mkdir()
-        (tmp_path / address / "vendor").write_text(f"{vendor}\n", encoding="ascii")
-        (tmp_path / address / "class").write_text(f"{kind}\n", encoding="ascii")
+def plant_card(bus: Path) -> None:
+    """A graphics card with its sound."""
+    for address, kind in (("0000:01:00.0", "0x030000"), ("0000:01:00.1", "0x040300")):
+        (bus / address).mkdir()
+        (bus / address / "vendor").write_text("0x10de\n", encoding="ascii")
+        (bus / address / "class").write_text(f"{kind}\n", encoding="ascii")
+
+
+@pytest.mark.skipif(gpu_model() is not None, reason="there is a GPU here")
+def test_a_card_without_a_driver_brings_the_commands_for_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no card, no command helps, and none is shown."""
+    monkeypatch.setattr(look, "PCI", tmp_path / "nothing")
+    without = {each.name: each for each in diagnose().targets}
+    plant_card(tmp_path)
     monkeypatch.setattr(look, "PCI", tmp_path)
     assert look.nvidia_cards() == ["0000:01:00.0"]
+    found = diagnose()
+    states = {each.name: each for each in found.findings}
+    assert states["nvidia-driver"].state == states["nvidia-gpu"].state == "broken"
+    assert states["nvidia-driver"].fix and states["CUDAExecutionProvider"].fix
+    for each in found.targets:
+        if each.name in ("cuda-fp16", "tensorrt", "tensorrt-rtx"):
+            assert each.status != "works" and each.fix, each
+            assert "no NVIDIA GPU" in without[each.name].reason, each
+    assert not without["cuda-fp16"].fix and not without["tensorrt"].fix
