@@ -22,7 +22,7 @@ from pathlib import Path
 
 TABLE = Path(__file__).parents[1] / "data" / "tensorrt_api.json"
 WHEELS = {
-    "tensorrt 10.13": "tensorrt-cu12-bindings==10.13.0.35",  # the oldest with build_serialized_network_to_stream
+    "tensorrt 10.14": "tensorrt-cu12-bindings==10.14.1.48.post1",  # the oldest that pyproject.toml allows
     "tensorrt 10.16": "tensorrt-cu12-bindings==10.16.1.11",
     "tensorrt 11.0": "tensorrt-cu12-bindings==11.0.0.114",
     "tensorrt 11.4": "tensorrt-cu12-bindings==11.4.0.106",

@@ -1,6 +1,7 @@
 """One code for TensorRT 10, 11 and TensorRT-RTX: every name of theirs that it uses is in the bindings of each."""
 
 import ast
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +20,6 @@ FILES = (
 LIBRARY = {"trt", "library", "_library"}
 """What a module of TensorRT is called there."""
 RTX = {"tensorrt_rtx 1.7"}
-ATTENTION = {"tensorrt 10.16", "tensorrt 11.0", "tensorrt 11.4", *RTX}
 GUARDED: dict[str, set[str]] = {
     "ComputeCapability": RTX,
     "CudaGraphStrategy": RTX,
@@ -27,11 +27,8 @@ GUARDED: dict[str, set[str]] = {
     "cuda_graph_strategy": RTX,
     "num_compute_capabilities": RTX,
     "set_compute_capability": RTX,
-    "IAttentionInputLayer": ATTENTION,
-    "attention": ATTENTION,
-    "decomposable": ATTENTION,
 }
-"""Names that only these releases have: used where the target, or a layer's type, says so."""
+"""Names that only these releases have: used where the target says that it is one of them."""
 TABLE = read_table()
 
 
@@ -73,7 +70,9 @@ NAMES = {name: found for file in FILES for name, found in used(ast.parse((ROOT /
 def test_the_table_has_all_three_libraries_and_what_facts_are_known_of_them() -> None:
     assert set(TABLE) == set(WHEELS)
     assert {release.split(".")[0] for release in TABLE} == {"tensorrt 10", "tensorrt 11", "tensorrt_rtx 1"}
-    assert releases_with(("BuilderFlag", "FP16")) == {"tensorrt 10.13", "tensorrt 10.16"}
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    assert [*extras["tensorrt"], *extras["tensorrt-rtx"]] == ["tensorrt>=10.14", "tensorrt-rtx>=1.7"]  # the oldest here
+    assert releases_with(("BuilderFlag", "FP16")) == {"tensorrt 10.14", "tensorrt 10.16"}
     assert releases_with(("Builder", "build_engine_with_config")) == set(TABLE) - RTX
     for chain in (("IExecutionContext", "execute_async_v3"), ("Builder", "build_serialized_network_to_stream")):
         assert releases_with(chain) == set(TABLE)
