@@ -122,12 +122,12 @@ def load_checkpoint(path: Path, *, mapped: bool = False) -> Checkpoint:
     """
     checkpoint = read_checkpoint(path, mapped=mapped)
     with _sentences(path):
-        _require_consistent(checkpoint)
+        _require_fitting_model(checkpoint)
     return checkpoint
 
 
 def read_checkpoint(path: Path, *, mapped: bool = False) -> Checkpoint:
-    """`load_checkpoint` without a look at whether all fits together, for which the model has to be made."""
+    """`load_checkpoint` without a look at whether the model fits, for which it has to be made."""
     plain = load_plain(path, mapped=mapped)
     if not isinstance(plain, dict) or plain.get("format") != FORMAT:
         raise UsageError(
@@ -142,7 +142,7 @@ def read_checkpoint(path: Path, *, mapped: bool = False) -> Checkpoint:
         name, settings = plain["architecture"]["name"], plain["architecture"]["config"]
         if name not in ARCHITECTURES:
             raise UsageError(f"unknown architecture {name!r}; there are {', '.join(ARCHITECTURES)}")
-        return Checkpoint(
+        checkpoint = Checkpoint(
             config=ARCHITECTURES[name](**settings),
             state=plain["state"],
             selection=Selection.from_plain(plain["selection"]) if plain["selection"] else None,
@@ -152,6 +152,8 @@ def read_checkpoint(path: Path, *, mapped: bool = False) -> Checkpoint:
             held_out={context: ids.numpy() for context, ids in plain["held_out"].items()},
             token_counts={context: counts.numpy() for context, counts in plain.get("token_counts", {}).items()},
         )
+        _require_consistent(checkpoint)
+        return checkpoint
 
 
 @contextmanager
@@ -172,14 +174,8 @@ def _require_consistent(checkpoint: Checkpoint) -> None:
         require_context_name(context, "contexts")
     if not contexts or len(set(contexts)) < len(contexts):
         raise ValueError(f"contexts {list(contexts)} are none or not distinct")
-    if isinstance(config, ModelConfig) and config.layers > len(checkpoint.state):
-        raise ValueError(f"{config.layers} layers and {len(checkpoint.state)} parameters")
-    model = checkpoint.model
-    if (selection := checkpoint.selection) is not None:
-        units = {units.kind: (len(contexts), units.layers, units.count) for units in model.units()}
-        shapes = {kind: table.shape for kind, table in selection.kept.items()}
-        if selection.contexts != contexts or any(shape != units.get(kind) for kind, shape in shapes.items()):
-            raise ValueError(f"the selection has {shapes} for {selection.contexts}, the model {units} for {contexts}")
+    if checkpoint.selection is not None and checkpoint.selection.contexts != contexts:
+        raise ValueError(f"the selection is for {list(checkpoint.selection.contexts)}, the model for {list(contexts)}")
     for context, ids in checkpoint.held_out.items():
         if context not in contexts or ids.ndim != 1 or ids.dtype != np.int32:
             raise ValueError(f"held_out of {context!r} is no list of token ids of one of the contexts")
@@ -191,6 +187,19 @@ def _require_consistent(checkpoint: Checkpoint) -> None:
     if not isinstance(checkpoint.tokenizer, str):
         raise ValueError("the tokenizer is no text")
     override(TrainConfig(), training.get("settings", {}), where="training.settings")
+
+
+def _require_fitting_model(checkpoint: Checkpoint) -> None:
+    """A model can be made of these settings and parameters, and has the units that are selected; else ValueError."""
+    config = checkpoint.config
+    if isinstance(config, ModelConfig) and config.layers > len(checkpoint.state):
+        raise ValueError(f"{config.layers} layers and {len(checkpoint.state)} parameters")
+    model = checkpoint.model
+    if (selection := checkpoint.selection) is not None:
+        units = {units.kind: (len(checkpoint.contexts), units.layers, units.count) for units in model.units()}
+        shapes = {kind: table.shape for kind, table in selection.kept.items()}
+        if any(shape != units.get(kind) for kind, shape in shapes.items()):
+            raise ValueError(f"the selection has {shapes}, the model {units}")
 
 
 def save_atomically(plain: object, path: Path) -> None:

@@ -37,6 +37,7 @@ from cpcompile.targets import parse_plans
 
 if TYPE_CHECKING:
     from cpcompile.check.criteria import Check
+    from cpcompile.estimation import Plan
     from cpcompile.report import Report
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -277,6 +278,7 @@ def build(
       cpcompile build model.pt --target tensorrt-rtx=sm89 --profile batch=1:1:4 --profile sequence=1:128:1024
     """
     from cpcompile.console import stage_progress
+    from cpcompile.estimation import Plan
     from cpcompile.pipeline import build_bundle
 
     config = _validate_config(rounds, min_speed_ratio, peers, no_speed=no_speed, no_memory=no_memory)
@@ -286,20 +288,13 @@ def build(
             "--max-memory knows what engines of the CPU take, not what TensorRT does; leave one of them out"
         )
     out = out or _beside(model, ".cpc")
-    _check_memory(
-        model,
-        max_memory,
-        config,
-        contexts=_names(contexts),
-        coverage=vocabulary_coverage,
-        standalone=standalone,
-        merged=merged,
-    )
+    plan = Plan(contexts=_names(contexts), coverage=vocabulary_coverage, standalone=standalone, merged=merged)
+    _check_memory(model, max_memory, plan, config)
     with stage_progress() as stage:
         report, bundle = build_bundle(
             model,
             out,
-            contexts=_names(contexts),
+            contexts=plan.contexts,
             opset=int(opset),
             standalone=standalone,
             merged=merged,
@@ -348,19 +343,17 @@ def estimate(
       cpcompile estimate model.pt --batch 8 --sequence 512   # engines that run other shapes
       cpcompile build model.pt --max-memory 4GB              # and do not start if it takes more
     """
-    from cpcompile.estimation import Plan, measure_libraries, read_facts, render_estimate
-    from cpcompile.estimation import estimate as estimate_memory
+    from cpcompile.estimation import Plan, estimate_build, render_estimate
 
-    facts = read_facts(model, contexts=_names(contexts), coverage=vocabulary_coverage)
     plan = Plan(
+        contexts=_names(contexts),
+        coverage=vocabulary_coverage,
         standalone=standalone,
         merged=merged,
-        trimmed=vocabulary_coverage is not None,
-        memory=not no_memory,
         batch=batch,
         sequence=sequence,
     )
-    estimated = estimate_memory(facts, measure_libraries(facts.library), plan)
+    estimated = estimate_build(model, plan, ValidateConfig(memory=not no_memory))
     if as_json:
         click.echo(json.dumps(estimated.to_plain(), indent=1))
         return
@@ -410,14 +403,16 @@ def validate(
       onnx-dynamic   the graph of all contexts, with the context as an input
       openvino       the engine's own graph in OpenVINO
     """
+    from cpcompile.bundle import ROUTER, open_bundle
     from cpcompile.console import stage_progress
+    from cpcompile.estimation import Plan
     from cpcompile.pipeline import validate_bundle
     from cpcompile.report import write_report
 
     config = _validate_config(rounds, min_speed_ratio, peers, no_speed=no_speed, no_memory=no_memory)
     model = model or _model_of(bundle)
-    if model.exists():
-        _check_memory(model, max_memory, config)
+    if model.exists():  # if not, validation says so
+        _check_memory(model, max_memory, Plan(merged=ROUTER in open_bundle(bundle).components), config)
     with stage_progress() as stage:
         report = validate_bundle(bundle, model, data=data, config=config, progress=stage, repro=repro)
     _print_report(report, as_json=as_json)
@@ -759,22 +754,11 @@ def _validate_config(
     )
 
 
-def _check_memory(
-    model: Path,
-    max_memory: str | None,
-    config: ValidateConfig,
-    *,
-    contexts: tuple[str, ...] | None = None,
-    coverage: float | None = None,
-    standalone: bool = False,
-    merged: bool = False,
-) -> None:
+def _check_memory(model: Path, max_memory: str | None, plan: Plan, config: ValidateConfig) -> None:
     """Refuse what `max_memory` does not allow; warn of what the machine may not have."""
-    limit = parse_size(max_memory) if max_memory is not None else None
-    from cpcompile.estimation import Plan, check_memory
+    from cpcompile.estimation import check_memory
 
-    plan = Plan(standalone=standalone, merged=merged, trimmed=coverage is not None, memory=config.memory)
-    warning = check_memory(model, limit, plan, config, contexts=contexts, coverage=coverage)
+    warning = check_memory(model, parse_size(max_memory) if max_memory is not None else None, plan, config)
     if warning is not None:
         click.echo(f"Warning: {warning}", err=True)
 

@@ -138,18 +138,13 @@ def build_bundle(
     every context gets. A bundle that fails its validation does not replace an
     older one: it goes to `out`.failed, and minimal repros of what fails parity to the folder `repro`.
     """
-    if merged and standalone:
-        raise UsageError("--merged is one engine whose weights all contexts share; leave out --standalone")
-    if merged and coverage is not None:
-        raise UsageError("--merged is one engine for all contexts, which have one vocabulary; leave it whole")
     for target in plans.targets:
         require_target(target)  # before the work begins
     stages = _Stages(progress)
     with stages("load"):
         source = open_source(model)
         chosen = source.choose(contexts)
-        if merged and len(chosen) < 2:
-            raise UsageError(f"--merged joins several contexts, and there is only {chosen[0]}; leave it out")
+        require_compatible(chosen, standalone=standalone, merged=merged, coverage=coverage)
         order, trimmed = source.trim(chosen, coverage) if coverage is not None else (None, {})
         reference = source.reference(config, data=data, trimmed=trimmed, progress=progress)
     with stages("capture"):
@@ -181,6 +176,16 @@ def build_bundle(
         report = report_of(bundle, source, results, build, config)
         write_report(report, writer.root)
         return report, writer.commit(failed=report["verdict"] == "fail")
+
+
+def require_compatible(contexts: Sequence[str], *, standalone: bool, merged: bool, coverage: float | None) -> None:
+    """UsageError for settings of `build_bundle` that exclude each other."""
+    if merged and standalone:
+        raise UsageError("--merged is one engine whose weights all contexts share; leave out --standalone")
+    if merged and coverage is not None:
+        raise UsageError("--merged is one engine for all contexts, which have one vocabulary; leave it whole")
+    if merged and len(contexts) < 2:
+        raise UsageError(f"--merged joins several contexts, and there is only {contexts[0]}; leave it out")
 
 
 def validate_bundle(

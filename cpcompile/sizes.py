@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 
 from cpcompile.errors import UsageError
 
-SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?b)?", re.ASCII | re.IGNORECASE)
+SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,18})?)\s*(?:([kmgt])(i?)b?|b)?", re.ASCII | re.IGNORECASE)
 
 
 def parse_size(text: str) -> int:
-    """Bytes; UsageError says how a size is written. GB (or G) is 10^9, GiB 2^30, a number alone counts bytes."""
+    """Whole bytes, at least one; UsageError says how a size is written.
+
+    GB (or G) is 10^9, GiB (or Gi) 2^30, a number alone counts bytes.
+    """
     match = SIZE.fullmatch(text.strip())
-    if match is None or not (size := round(float(match[1]) * _unit(match[2], match[3] or ""))):
-        raise UsageError(f"{text!r} is no size of memory; write it like 800MB, 1.5GB or 2GiB")
+    size = round(Fraction(match[1]) * _unit(match[2], binary=bool(match[3]))) if match else 0
+    if not size:
+        raise UsageError(f"{text[:40]!r} is no size of memory; write it like 800MB, 1.5GB or 2GiB")
     return size
 
 
-def _unit(prefix: str, suffix: str) -> int:
-    base = 1024 if suffix.lower() == "ib" else 1000
-    return int(base ** " kmgt".index(prefix.lower() or " "))
+def _unit(prefix: str | None, *, binary: bool) -> int:
+    power = " kmgt".index(prefix.lower()) if prefix else 0
+    return int((1024 if binary else 1000) ** power)

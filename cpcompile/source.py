@@ -33,6 +33,7 @@ from cpcompile.vocabulary import TrimmedVocabulary, cut_tokenizer, needed_tokens
 Progress = Callable[[str, int, int | None], None]
 FLOAT32_BYTES = 4
 PROGRAM_SUFFIX = ".pt2"
+NO_TOKENIZER = "{}: is a program and brings no tokenizer; leave --vocabulary-coverage out"
 
 
 class Source(ABC):
@@ -253,7 +254,7 @@ class ProgramSource(Source):
     def trim(
         self, contexts: Sequence[str], coverage: float
     ) -> tuple[npt.NDArray[np.int64], dict[str, TrimmedVocabulary]]:
-        raise UsageError(f"{self.path}: is a program and brings no tokenizer; leave --vocabulary-coverage out")
+        raise UsageError(NO_TOKENIZER.format(self.path))
 
     def reference(
         self,

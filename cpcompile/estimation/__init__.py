@@ -7,9 +7,9 @@ a build of a model of one layer -> libraries        ┴ formula -> Estimate -> t
 from __future__ import annotations
 
 from cpcompile.estimation.facts import Facts, read_facts
-from cpcompile.estimation.formula import Estimate, Plan, Stage, estimate
+from cpcompile.estimation.formula import Estimate, Plan, estimate
 from cpcompile.estimation.libraries import Libraries, measure_libraries
-from cpcompile.estimation.limit import check_memory, memory_warning, require_memory
+from cpcompile.estimation.limit import check_memory, estimate_build
 from cpcompile.estimation.table import render_estimate
 
 __all__ = [
@@ -17,12 +17,10 @@ __all__ = [
     "Facts",
     "Libraries",
     "Plan",
-    "Stage",
     "check_memory",
     "estimate",
+    "estimate_build",
     "measure_libraries",
-    "memory_warning",
     "read_facts",
     "render_estimate",
-    "require_memory",
 ]

@@ -1,8 +1,8 @@
 """What a file says of a model: names, shapes and selections. Weights stay in the file.
 
-A trained decoder tells exactly what each context keeps. A pretrained model would have to be traced for that; its shapes
-say it nearly: a tensor with an axis as long as the FFN is cut like the FFN, one that begins with all experts like
-experts, any other matrix that is no embedding like heads.
+A decoder of our own tells exactly what each context keeps, and a program has it written down. A pretrained model would
+have to be traced for that; its shapes say it nearly: a tensor whose first axis are all experts is cut like experts, one
+with an axis as long as the FFN like the FFN, any other matrix that is no embedding like heads.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import math
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,34 +24,41 @@ from cpcompile.checkpoint import Checkpoint, load_checkpoint, read_checkpoint
 from cpcompile.config import ModelConfig, TrainConfig
 from cpcompile.errors import UsageError
 from cpcompile.program import inspect_program
-from cpcompile.selection import Selection, UnitKind
-from cpcompile.source import FLOAT32_BYTES, PROGRAM_SUFFIX, choose_contexts, require_selection
+from cpcompile.selection import BoolArray, Selection, UnitKind
+from cpcompile.source import FLOAT32_BYTES, NO_TOKENIZER, PROGRAM_SUFFIX, choose_contexts, require_selection
 from cpcompile.training.trainer import dense_path
 from cpcompile.vocabulary import needed_tokens
 
 TABLE = ".table"
 """How names of gates end."""
+MOST = 2**63 - 1
+"""Elements of a tensor that torch can count."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ContextFacts:
-    """One context: what its engine will hold."""
+    """What the engine of one context will hold."""
 
     kept_bytes: int
     head_bytes: int
-    """Of a head that is the embedding too: an engine transposes it, and then has it twice."""
+    """Of a head that is the embedding too, which an engine transposes and then has twice; 0 for any other head."""
     classes: int
-    """Logits per position."""
+    """Logits per position; 0 for a program."""
+
+    @property
+    def engine_bytes(self) -> int:
+        """Weights in memory once the engine is loaded."""
+        return self.kept_bytes + self.head_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """A model on disk. Bytes are of float32 weights, gates included."""
+    """A model on disk. Bytes are of float32 weights."""
 
-    library: str | None
-    """The architecture within transformers; None for one of our own or a program."""
-    parameters: int
+    model_type: str | None
+    """What transformers calls the architecture; None for a decoder of our own or a program."""
     bytes: int
+    """Gates included."""
     tensors: int
     dense_bytes: int | None
     """Of the dense baseline beside it; None if there is none."""
@@ -59,31 +67,45 @@ class Facts:
     sequence: int
     """Positions of a window of evaluation."""
     result_elements: int | None
-    """Of the largest intermediate result of a program, at the size of its example; None for a language model."""
+    """Of the largest result within a program, at the size of its example; None for a language model."""
     vocabulary_bytes: int
     """Of all parameters with a row per token."""
     tokenizer_bytes: int
     contexts: Mapping[str, ContextFacts]
     union_bytes: int
-    """What any of the contexts keeps."""
+    """What any of the contexts keeps; of a program the most that this can be."""
+
+    @property
+    def parameters(self) -> int:
+        """Elements of the weights."""
+        return self.bytes // FLOAT32_BYTES
 
 
 def read_facts(path: Path, *, contexts: Sequence[str] | None = None, coverage: float | None = None) -> Facts:
-    """Facts of `path` for a build of `contexts` (None: all) with that part of their vocabularies (None: whole).
+    """Facts of `path` for a build of `contexts` (None: all) whose vocabularies cover `coverage` (None: are whole).
 
     UsageError says what is wrong with the file.
     """
     if path.suffix == PROGRAM_SUFFIX:
+        if coverage is not None:
+            raise UsageError(NO_TOKENIZER.format(path))
         return _program_facts(path, contexts)
     checkpoint = read_checkpoint(path, mapped=True)
     selection = require_selection(path, checkpoint)
-    chosen = choose_contexts(path, checkpoint.contexts, contexts)
     if isinstance(checkpoint.config, ModelConfig):
         checkpoint = load_checkpoint(path, mapped=True)  # made around mapped weights, the model costs nothing
-    try:
+    with _sentences(path, "train it again"):
+        chosen = choose_contexts(path, checkpoint.contexts, contexts)
         return _checkpoint_facts(path, checkpoint, selection, chosen, coverage)
+
+
+@contextmanager
+def _sentences(path: Path, remedy: str) -> Iterator[None]:
+    """Content that is not as it was written, as a UsageError."""
+    try:
+        yield
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
-        raise UsageError(f"{path}: the checkpoint is incomplete or inconsistent: {error}; train it again") from error
+        raise UsageError(f"{path}: is incomplete or inconsistent ({error}); {remedy}") from error
 
 
 def _checkpoint_facts(
@@ -91,6 +113,8 @@ def _checkpoint_facts(
 ) -> Facts:
     state, vocabulary = checkpoint.state, checkpoint.config.vocabulary
     tables = [tensor for name, tensor in state.items() if _has_rows(name, tensor, vocabulary)]
+    if not tables:
+        raise ValueError(f"no parameter has a row for each of {vocabulary} tokens")
     row_bytes = sum(tensor.numel() // vocabulary for tensor in tables) * FLOAT32_BYTES
     needed = _needed(path, checkpoint, chosen, coverage)
     found = {}
@@ -99,13 +123,15 @@ def _checkpoint_facts(
         kept = _kept_bytes(checkpoint, selection.row(context)) - (vocabulary - tokens) * row_bytes
         tied = tokens * row_bytes if len(tables) == 1 else 0
         found[context] = ContextFacts(kept_bytes=kept, head_bytes=tied, classes=tokens)
-    union = _kept_bytes(checkpoint, {kind: _any(selection, kind, chosen) for kind in selection.kept})
+    rows = [selection.contexts.index(context) for context in chosen]
+    union = _kept_bytes(
+        checkpoint, {kind: np.asarray(table[rows].any(axis=0)) for kind, table in selection.kept.items()}
+    )
     if needed:
         union -= (vocabulary - len(np.unique(np.concatenate(list(needed.values()))))) * row_bytes
     settings = checkpoint.training.get("settings", {})
     return Facts(
-        library=None if isinstance(checkpoint.config, ModelConfig) else str(checkpoint.config.settings["model_type"]),
-        parameters=sum(tensor.numel() for name, tensor in state.items() if not name.endswith(TABLE)),
+        model_type=None if isinstance(checkpoint.config, ModelConfig) else checkpoint.config.settings["model_type"],
         bytes=_bytes(state),
         tensors=len(state),
         dense_bytes=_bytes(read_checkpoint(dense, mapped=True).state) if (dense := dense_path(path)).exists() else None,
@@ -131,35 +157,26 @@ def _needed(
     return {context: needed_tokens(checkpoint.tokenizer, counts[context], coverage=coverage) for context in chosen}
 
 
-def _any(selection: Selection, kind: UnitKind, chosen: Sequence[str]) -> npt.NDArray[np.bool_]:
-    """The units of `kind` that any of the contexts keeps, (layers, units)."""
-    rows = [selection.contexts.index(context) for context in chosen]
-    return np.asarray(selection.kept[kind][rows].any(axis=0))
-
-
-def _kept_bytes(checkpoint: Checkpoint, kept: Mapping[UnitKind, npt.NDArray[np.bool_]]) -> int:
+def _kept_bytes(checkpoint: Checkpoint, kept: Mapping[UnitKind, BoolArray]) -> int:
     """Of the parameters that are left where `kept` (layers, units) is; the vocabulary whole."""
     if isinstance(checkpoint.config, ModelConfig):
         one = Selection(("one",), {kind: table[None] for kind, table in kept.items()})
         return sum(checkpoint.model.kept_sizes(one, "one").values()) * FLOAT32_BYTES
     parts = {kind: float(table.mean()) for kind, table in kept.items()}
-    channels = kept[UnitKind.FFN].shape[1] * checkpoint.config.align if UnitKind.FFN in kept else None
-    experts = kept[UnitKind.EXPERT].shape[1] if UnitKind.EXPERT in kept else None
-    total = 0.0
-    for name, tensor in checkpoint.state.items():
-        if name.endswith(TABLE):
-            continue
-        part = 1.0
+    units = {kind: table.shape[1] for kind, table in kept.items()}
+    channels = units.get(UnitKind.FFN, 0) * checkpoint.config.align
+
+    def part(name: str, tensor: Tensor) -> float:
         if _has_rows(name, tensor, checkpoint.config.vocabulary):
-            pass
-        elif tensor.ndim > 2 and tensor.shape[0] == experts:
-            part = parts[UnitKind.EXPERT]
-        elif channels in tensor.shape:
-            part = parts[UnitKind.FFN]
-        elif tensor.ndim > 1:
-            part = parts.get(UnitKind.HEAD, 1.0)
-        total += part * tensor.numel()
-    return round(total) * FLOAT32_BYTES
+            return 1.0
+        if tensor.ndim > 2 and tensor.shape[0] == units.get(UnitKind.EXPERT):
+            return parts[UnitKind.EXPERT]
+        if channels in tensor.shape:
+            return parts[UnitKind.FFN]
+        return parts.get(UnitKind.HEAD, 1.0) if tensor.ndim > 1 else 1.0
+
+    weights = ((name, tensor) for name, tensor in checkpoint.state.items() if not name.endswith(TABLE))
+    return round(sum(part(name, tensor) * tensor.numel() for name, tensor in weights)) * FLOAT32_BYTES
 
 
 def _has_rows(name: str, tensor: Tensor, vocabulary: int) -> bool:
@@ -172,39 +189,51 @@ def _bytes(state: Mapping[str, Tensor]) -> int:
 
 def _program_facts(path: Path, contexts: Sequence[str] | None) -> Facts:
     record, _ = inspect_program(path)
-    try:
+    with _sentences(path, "save it again"), zipfile.ZipFile(path) as archive:
         chosen = choose_contexts(path, record["contexts"], contexts)
-        kept = {c: sum(int(size) for size in record["kept"][c].values()) * FLOAT32_BYTES for c in chosen}
-        with zipfile.ZipFile(path) as archive:
-            weights = [i.file_size for i in archive.infolist() if "/weights/" in i.filename and _is_data(i.filename)]
-            graphs = [json.loads(archive.read(n)) for n in archive.namelist() if "/models/" in n and not _is_data(n)]
-        return Facts(
-            library=None,
-            parameters=sum(weights) // FLOAT32_BYTES,
-            bytes=sum(weights),
-            tensors=len(weights),
-            dense_bytes=None,
-            classes=0,
-            sequence=1,
-            result_elements=max((_largest_result(graph) for graph in graphs), default=0),
-            vocabulary_bytes=0,
-            tokenizer_bytes=0,
-            contexts={c: ContextFacts(kept_bytes=size, head_bytes=0, classes=0) for c, size in kept.items()},
-            union_bytes=min(sum(weights), sum(kept.values())),
-        )
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
-        raise UsageError(f"{path}: its record is garbled ({error}); save it again") from error
-
-
-def _is_data(name: str) -> bool:
-    return not name.endswith(".json")
+        if not chosen:
+            raise ValueError("there are no contexts")
+        kept = {context: sum(map(int, record["kept"][context].values())) * FLOAT32_BYTES for context in chosen}
+        weights, results = [], []
+        for entry in archive.infolist():
+            described = entry.filename.endswith(".json")
+            if "/weights/" in entry.filename and not described:
+                weights.append(entry.file_size)
+            elif "/models/" in entry.filename and described:
+                results.append(_largest_result(json.loads(archive.read(entry))["graph_module"]["graph"]))
+        total = sum(weights)
+        if not all(0 <= size <= total for size in kept.values()):
+            raise ValueError(f"contexts keep {kept} bytes of {total}")
+    return Facts(
+        model_type=None,
+        bytes=total,
+        tensors=len(weights),
+        dense_bytes=None,
+        classes=0,
+        sequence=1,
+        result_elements=max(results, default=0),
+        vocabulary_bytes=0,
+        tokenizer_bytes=0,
+        contexts={c: ContextFacts(kept_bytes=size, head_bytes=0, classes=0) for c, size in kept.items()},
+        union_bytes=min(total, sum(kept.values())),
+    )
 
 
 def _largest_result(graph: Mapping[str, Any]) -> int:
-    """Elements of the largest tensor in a serialised torch.export graph; symbols stand for their example's size."""
-    values = graph["graph_module"]["graph"]["tensor_values"].values()
-    return max((math.prod(_length(size) for size in value["sizes"]) for value in values), default=0)
+    """Elements of the largest tensor that a serialised torch.export graph computes.
+
+    Symbols have the size that they have in the example; one that depends on data has none, and counts as 1.
+    """
+    given = {entry["as_tensor"]["name"] for entry in graph["inputs"] if "as_tensor" in entry}
+    computed = {name: value["sizes"] for name, value in graph["tensor_values"].items() if name not in given}
+    largest = max((math.prod(map(_length, sizes)) for sizes in computed.values()), default=0)
+    if largest > MOST:
+        raise ValueError("a result is larger than any tensor can be")
+    return largest
 
 
 def _length(size: Mapping[str, Any]) -> int:
-    return int(size["as_int"] if "as_int" in size else size["as_expr"]["hint"]["as_int"])
+    length = size["as_int"] if "as_int" in size else (size["as_expr"]["hint"] or {"as_int": 1})["as_int"]
+    if type(length) is not int or length < 0:
+        raise ValueError(f"a result has an axis of {str(length)[:40]}")
+    return length

@@ -20,12 +20,12 @@ be put right if its table shows more than 20 %.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from cpcompile.config import ValidateConfig
-from cpcompile.estimation.facts import ContextFacts, Facts
+from cpcompile.estimation.facts import Facts
 from cpcompile.estimation.libraries import Libraries
 from cpcompile.validation.coherence import NEW_TOKENS, PROMPT_TOKENS, PROMPTS
 from cpcompile.validation.quality import BATCH
@@ -41,28 +41,33 @@ ENGINE_GRAPH = 1_200
 """Bytes of an engine's file per tensor."""
 DURATIONS = ((30_000_000, "about a minute"), (300_000_000, "minutes"))
 """Up to so many parameters, on two cores, with validation."""
+NOT_COUNTED = ("peers of --peers", "--data: text that is read anew")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What is asked for: settings of a build, and the shape of the engines' runs."""
+    """What is asked for: settings of a build, as `build_bundle` takes them, and the shape of the engines' runs."""
 
+    contexts: Sequence[str] | None = None
+    coverage: float | None = None
     standalone: bool = False
     merged: bool = False
-    trimmed: bool = False
-    memory: bool = True
-    """Memory is measured, in processes of their own."""
     batch: int = 1
     sequence: int = 128
+
+    @property
+    def positions(self) -> int:
+        """Of one run."""
+        return self.batch * self.sequence
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Resident bytes at the peak of a stage, by what they are for."""
+    """Resident bytes at the peak of a stage."""
 
     name: str
     parts: Mapping[str, int]
-    """Those that are not 0, the lasting ones first."""
+    """By what they are for; those that are not 0."""
 
     @property
     def peak_rss_bytes(self) -> int:
@@ -71,10 +76,11 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class Process:
-    """Peak resident bytes of a process of its own, with the batch and sequence that were asked for."""
+    """Peak resident bytes of a process of its own."""
 
     load_peak_rss_bytes: int
     run_peak_rss_bytes: int
+    """With the batch and sequence that were asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,29 +95,16 @@ class Estimate:
     """Of the dense baseline, or of a program; None if there is none."""
     bundle_bytes: int
     duration: str
-    not_counted: tuple[str, ...] = field(default=("peers of --peers", "--data: text that is read anew"))
+    """In words."""
 
     @property
     def largest(self) -> Stage:
         """The stage with the highest peak."""
         return max((*self.build, *self.validation), key=lambda stage: stage.peak_rss_bytes)
 
-    def to_plain(self) -> dict[str, Any]:
-        """Plain containers, with the totals."""
-        stages = {"build": self.build, "validation": self.validation}
-        peaks = {name: [_plain(stage) for stage in those] for name, those in stages.items()}
-        return (
-            {
-                "peak_rss_bytes": self.largest.peak_rss_bytes,
-                "build_peak_rss_bytes": self.build_peak_rss_bytes,
-                "process_peak_rss_bytes": self.process_peak_rss_bytes,
-            }
-            | dataclasses.asdict(self)
-            | peaks
-        )
-
     @property
     def build_peak_rss_bytes(self) -> int:
+        """Without validation: what the report calls `build.peak_rss_bytes`."""
         return max(stage.peak_rss_bytes for stage in self.build)
 
     @property
@@ -119,48 +112,66 @@ class Estimate:
         """Of the process that builds and validates, without those that measure beside it."""
         return max(stage.peak_rss_bytes - stage.parts.get(BESIDE, 0) for stage in (*self.build, *self.validation))
 
+    def to_plain(self) -> dict[str, Any]:
+        """What `cpcompile estimate --json` prints; the keys stay, names of stages and parts are words for people.
 
-def estimate(facts: Facts, libraries: Libraries, plan: Plan, config: ValidateConfig | None = None) -> Estimate:
+        peak_rss_bytes, build_peak_rss_bytes, process_peak_rss_bytes
+        build[], validation[]     name, peak_rss_bytes, parts{name: bytes}
+        engines{context}, eager   load_peak_rss_bytes, run_peak_rss_bytes; eager is null where nothing is compared
+        bundle_bytes, duration, not_counted[]
+        """
+        return {
+            "peak_rss_bytes": self.largest.peak_rss_bytes,
+            "build_peak_rss_bytes": self.build_peak_rss_bytes,
+            "process_peak_rss_bytes": self.process_peak_rss_bytes,
+            "build": [_plain(stage) for stage in self.build],
+            "validation": [_plain(stage) for stage in self.validation],
+            "engines": {name: dataclasses.asdict(process) for name, process in self.engines.items()},
+            "eager": dataclasses.asdict(self.eager) if self.eager else None,
+            "bundle_bytes": self.bundle_bytes,
+            "duration": self.duration,
+            "not_counted": list(NOT_COUNTED),
+        }
+
+
+def estimate(facts: Facts, libraries: Libraries, plan: Plan, config: ValidateConfig) -> Estimate:
     """The peaks of a build of the model with `facts` as `plan` says, validated as `config` says."""
-    config = config or ValidateConfig()
-    weights = facts.bytes
-    trace = TRACE * facts.tensors if facts.library is not None else 0
-    rows = facts.vocabulary_bytes if plan.trimmed else 0
-    here = {"weights": weights, "graphs": trace + GRAPH * facts.tensors, "ordered vocabulary": rows}
-    largest = max(facts.contexts.values(), key=_engine_bytes)
-    engine = max(_engine_bytes(largest), facts.union_bytes + largest.head_bytes if plan.merged else 0)
+    largest = max(facts.contexts.values(), key=lambda context: context.engine_bytes)
+    engine = max(largest.engine_bytes, facts.union_bytes + largest.head_bytes if plan.merged else 0)
     dense = facts.dense_bytes or 0
-
+    trace = TRACE * facts.tensors if facts.model_type is not None else 0
+    lasting = {
+        "weights": facts.bytes,
+        "graphs": trace + GRAPH * facts.tensors,
+        "ordered vocabulary": facts.vocabulary_bytes if plan.coverage is not None else 0,
+    }
     written = 2 * largest.kept_bytes if plan.standalone else 0  # the message and its bytes
+    building = {"libraries": libraries.build}
     build = (
-        _stage("load", {"libraries": libraries.build, "weights": weights, "graphs": trace}),
-        _stage("capture, freeze, export", {"libraries": libraries.build} | here | {"one engine in full": written}),
+        _stage("load", building | {"weights": facts.bytes, "graphs": trace}),
+        _stage("capture, freeze, export", building | lasting | {"one engine in full": written}),
     )
+
     in_parity = _results(facts, max(batch * sequence for batch, sequence in config.shapes))
     generated = PROMPTS * (PROMPT_TOKENS + NEW_TOKENS) if config.coherence else 0
     in_quality = _results(facts, max(BATCH * facts.sequence, generated))
-    window = 0 if facts.result_elements is not None else 24 * facts.sequence * facts.classes
-    here = {"libraries": libraries.validation} | here
+    window = 24 * facts.sequence * facts.classes
+    here = {"libraries": libraries.validation} | lasting
+    in_float64 = {"float64": 2 * facts.bytes, "results": _held(4 * in_parity)}
     validation = [
-        _stage("validate: parity", here | {"engine": engine, "float64": 2 * weights, "results": _held(4 * in_parity)}),
+        _stage("validate: parity", here | {"engine": engine} | in_float64),
         _stage("validate: quality", here | {"engine": engine, "dense": dense, "results": _held(in_quality) + window}),
     ]
-    in_run = plan.batch * plan.sequence
     engines = {
-        name: Process(
-            load_peak_rss_bytes=libraries.engine + _engine_bytes(context),
-            run_peak_rss_bytes=libraries.engine + _engine_bytes(context) + _held(_results(facts, in_run, context)),
-        )
+        name: _process(libraries.engine + context.engine_bytes, _results(facts, plan.positions, context.classes))
         for name, context in facts.contexts.items()
     }
     eager = None
     if facts.result_elements is not None:  # a program is its own peer, and loading it imports what a trace needs
-        loaded = libraries.build + weights
-        eager = Process(load_peak_rss_bytes=loaded, run_peak_rss_bytes=loaded + _held(_results(facts, in_run)))
+        eager = _process(libraries.build + facts.bytes, _results(facts, plan.positions))
     elif facts.dense_bytes is not None:
-        loaded = libraries.eager + dense
-        eager = Process(load_peak_rss_bytes=loaded, run_peak_rss_bytes=loaded + _held(_results(facts, in_run)))
-    if plan.memory:
+        eager = _process(libraries.eager + dense, _results(facts, plan.positions))
+    if config.memory:
         beside = max(process.run_peak_rss_bytes for process in (*engines.values(), *([eager] if eager else [])))
         validation.append(_stage("validate: memory", here | {"dense": dense, BESIDE: beside}))
     return Estimate(
@@ -181,15 +192,15 @@ def _stage(name: str, parts: Mapping[str, int]) -> Stage:
     return Stage(name, {what: size for what, size in parts.items() if size})
 
 
-def _engine_bytes(context: ContextFacts) -> int:
-    return context.kept_bytes + context.head_bytes
+def _process(loaded: int, results: int) -> Process:
+    return Process(load_peak_rss_bytes=loaded, run_peak_rss_bytes=loaded + _held(results))
 
 
-def _results(facts: Facts, positions: int, context: ContextFacts | None = None) -> int:
-    """Bytes of a result in float32: the logits, or the largest of a program."""
+def _results(facts: Facts, positions: int, classes: int | None = None) -> int:
+    """Bytes of a result in float32: the logits, of `classes` or of all; or the largest of a program."""
     if facts.result_elements is not None:
         return 4 * facts.result_elements
-    return 4 * positions * (context.classes if context else facts.classes)
+    return 4 * positions * (facts.classes if classes is None else classes)
 
 
 def _held(results: int) -> int:
@@ -202,6 +213,6 @@ def _bundle_bytes(facts: Facts, plan: Plan) -> int:
     each = facts.contexts.values()
     weights = sum(context.kept_bytes for context in each) if plan.standalone else facts.union_bytes
     tokenizers = facts.tokenizer_bytes
-    if plan.trimmed and facts.classes:
+    if plan.coverage is not None:
         tokenizers = sum(facts.tokenizer_bytes * context.classes // facts.classes for context in each)
     return weights + ENGINE_GRAPH * facts.tensors * (len(facts.contexts) + plan.merged) + tokenizers

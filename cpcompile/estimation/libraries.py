@@ -15,7 +15,7 @@ import numpy as np
 
 from cpcompile.checkpoint import Checkpoint, save_checkpoint
 from cpcompile.config import ModelConfig, ValidateConfig
-from cpcompile.errors import UsageError
+from cpcompile.errors import CpcompileError, UsageError
 from cpcompile.measure import peak_resident_bytes
 from cpcompile.models.decoder import Decoder
 from cpcompile.partitioning.hugging_face import transformers_package
@@ -37,13 +37,13 @@ class Libraries:
     eager: int
 
 
-def measure_libraries(library: str | None) -> Libraries:
-    """Build the smallest model in this process, with what `library`, an architecture of transformers, imports.
+def measure_libraries(model_type: str | None) -> Libraries:
+    """Build the smallest model in this process, with what a model of transformers of that type imports.
 
     This process keeps what it imports, which a build in it imports anyway.
     """
-    if library is not None:
-        _import_architecture(library)
+    if model_type is not None:
+        _import_architecture(model_type)
     with tempfile.TemporaryDirectory(prefix="cpcompile-smallest-") as folder:
         model = Path(folder) / "model.pt"
         _write_smallest(model)
@@ -58,12 +58,15 @@ def measure_libraries(library: str | None) -> Libraries:
             progress=lambda _stage, _done, _total: None,
         )
     validation = peak_resident_bytes()
-    ((variant,),) = (context["variants"] for context in report["contexts"])
+    memory = report["contexts"][0]["variants"][0]["memory"]
+    for key in ("run_peak_rss_bytes", "eager_run_peak_rss_bytes"):
+        if memory[key] is None:
+            raise CpcompileError(f"what the libraries take cannot be measured here: {memory['not_measured'][key]}")
     return Libraries(
         build=report["build"]["peak_rss_bytes"],
         validation=validation,
-        engine=variant["memory"]["run_peak_rss_bytes"],
-        eager=variant["memory"]["eager_run_peak_rss_bytes"],
+        engine=memory["run_peak_rss_bytes"],
+        eager=memory["eager_run_peak_rss_bytes"],
     )
 
 
@@ -71,7 +74,7 @@ def _write_smallest(path: Path) -> None:
     """A checkpoint of one context that keeps everything, and its dense baseline."""
     selection = Selection(("one",), dict.fromkeys((UnitKind.FFN, UnitKind.HEAD), np.ones((1, 1, 1), np.bool_)))
     tokenizer = train_tokenizer([""], LEAST_VOCABULARY).to_str()
-    held_out = {"one": np.zeros(SHAPE.ffn, dtype=np.int32)}
+    held_out = {"one": np.zeros(8, dtype=np.int32)}
     for contexts, file in ((1, path), (0, dense_path(path))):
         checkpoint = Checkpoint(
             config=SHAPE,
@@ -84,10 +87,10 @@ def _write_smallest(path: Path) -> None:
         save_checkpoint(checkpoint, file)
 
 
-def _import_architecture(library: str) -> None:
-    """What a model of that architecture imports."""
+def _import_architecture(model_type: str) -> None:
+    """What a model of that type imports."""
     transformers = transformers_package()
     try:
-        _ = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(transformers.AutoConfig.for_model(library))]
+        _ = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(transformers.AutoConfig.for_model(model_type))]
     except (ValueError, KeyError, ImportError) as error:
-        raise UsageError(f"transformers {transformers.__version__} has no causal {library!r}: {error}") from error
+        raise UsageError(f"transformers {transformers.__version__} has no causal {model_type!r}: {error}") from error

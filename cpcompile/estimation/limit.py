@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from cpcompile.config import ValidateConfig
@@ -11,27 +10,25 @@ from cpcompile.estimation.facts import Facts, read_facts
 from cpcompile.estimation.formula import BESIDE, Estimate, Plan, estimate
 from cpcompile.estimation.libraries import Libraries, measure_libraries
 from cpcompile.measure import available_memory, resident_bytes
+from cpcompile.pipeline import require_compatible
 from cpcompile.report.formats import megabytes
 
 
-def check_memory(
-    model: Path,
-    limit: int | None,
-    plan: Plan,
-    config: ValidateConfig,
-    *,
-    contexts: Sequence[str] | None = None,
-    coverage: float | None = None,
-) -> str | None:
+def estimate_build(model: Path, plan: Plan, config: ValidateConfig) -> Estimate:
+    """What a build of `model` will take; UsageError for a file or a plan of which nothing can be built."""
+    facts = _planned(model, plan)
+    return estimate(facts, measure_libraries(facts.model_type), plan, config)
+
+
+def check_memory(model: Path, limit: int | None, plan: Plan, config: ValidateConfig) -> str | None:
     """UsageError if work on `model` needs more than `limit`; else a warning if it may need more than there is.
 
     Without a limit nothing is measured as long as the work fits in any case.
     """
     available = available_memory()
-    if limit is None and (available is None or _bound(read_facts(model, contexts=contexts), plan, config) <= available):
+    if limit is None and (available is None or _bound(_planned(model, plan), plan, config) <= available):
         return None
-    facts = read_facts(model, contexts=contexts, coverage=coverage)
-    estimated = estimate(facts, measure_libraries(facts.library), plan, config)
+    estimated = estimate_build(model, plan, config)
     if limit is not None:
         require_memory(estimated, limit)
     return memory_warning(estimated, available) if available is not None else None
@@ -48,6 +45,13 @@ def memory_warning(estimated: Estimate, available: int) -> str | None:
     if estimated.largest.peak_rss_bytes <= available:
         return None
     return f"{megabytes(available)} of memory are available, {_needs(estimated, available)}"
+
+
+def _planned(model: Path, plan: Plan) -> Facts:
+    """Facts of `model` for a build as `plan` says."""
+    facts = read_facts(model, contexts=plan.contexts, coverage=plan.coverage)
+    require_compatible(tuple(facts.contexts), standalone=plan.standalone, merged=plan.merged, coverage=plan.coverage)
+    return facts
 
 
 def _bound(facts: Facts, plan: Plan, config: ValidateConfig) -> int:

@@ -7,7 +7,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from cpcompile.estimation.formula import Estimate, Plan
+from cpcompile.estimation.formula import NOT_COUNTED, Estimate, Plan
 from cpcompile.report.formats import megabytes
 
 
@@ -19,12 +19,13 @@ def render_estimate(estimated: Estimate, plan: Plan) -> RenderableType:
         parts = ", ".join(f"{what} {megabytes(size)}" for what, size in stage.parts.items())
         style = "bold" if stage is estimated.largest else None
         stages.add_row(Text(stage.name), megabytes(stage.peak_rss_bytes), Text(parts), style=style)
-    processes = Table("process", "loading", f"running {plan.batch}×{plan.sequence}", box=box.SIMPLE)
+    processes = Table("process", "loading", "running", box=box.SIMPLE)
     rows = dict(estimated.engines) | ({"eager model": estimated.eager} if estimated.eager else {})
     for column in processes.columns[1:]:
         column.justify = "right"
     for name, process in rows.items():
         processes.add_row(Text(name), megabytes(process.load_peak_rss_bytes), megabytes(process.run_peak_rss_bytes))
     closing = Text(f"bundle: {megabytes(estimated.bundle_bytes)}; the build takes {estimated.duration} on two cores\n")
-    closing.append("Estimates; not counted: " + ", ".join(estimated.not_counted), style="dim")
+    closing.append(f"Running: {plan.batch}×{plan.sequence} tokens, of a program its example. ", style="dim")
+    closing.append("Estimates; not counted: " + ", ".join(NOT_COUNTED), style="dim")
     return Group(stages, processes, closing)

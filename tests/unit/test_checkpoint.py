@@ -148,7 +148,7 @@ CHANGES: dict[str, tuple[str, object, str]] = {
     "context twice": ("contexts", ["a", "a"], "not distinct"),
     "no context": ("contexts", [], "none or not distinct"),
     "number as context": ("contexts", [1, 2], "cannot name a context"),
-    "other contexts": ("contexts", ["a", "c"], "the selection has"),
+    "other contexts": ("contexts", ["a", "c"], "the selection is for"),
     "a unit too many": (
         "selection",
         {"contexts": ["a", "b"], "kept": {"ffn": np.ones((2, 2, 17), int).tolist()}},
