@@ -11,14 +11,12 @@ per process, since only the first counts. (An IErrorRecorder crashes at exit.)
 from __future__ import annotations
 
 import hashlib
-import importlib
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -30,7 +28,6 @@ from cpcompile.files import cache_folder, file_digest, whole_file
 from cpcompile.onnx_file import module_of
 from cpcompile.targets import (
     TENSORRT,
-    TENSORRT_RTX,
     EngineInfo,
     Profile,
     Range,
@@ -38,11 +35,11 @@ from cpcompile.targets import (
     Target,
     TensorInfo,
 )
+from cpcompile.tensorrt_library import load_library, logger_of
 
 Progress = Callable[[int, int], None]
 """Steps done, and in all."""
 PLAN_FILE = "engine.plan"
-MODULES = {TENSORRT: "tensorrt", TENSORRT_RTX: "tensorrt_rtx"}
 BATCH = Range(1, 1, 8)
 SEQUENCES = ("sequence", "seq", "sequence_length", "seq_len")
 """What exporters call the axis of the tokens."""
@@ -102,18 +99,6 @@ def export_tensorrt(
     )
 
 
-def load_library(flavour: str) -> Any:
-    """The module of `flavour`; UsageError says how to install it."""
-    try:
-        return importlib.import_module(MODULES[flavour])
-    except Exception as error:  # of a half-installed library anything: OSError, RuntimeError, its own classes
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UsageError(
-            f"--target {flavour} needs the library of that name ({first}): pip install 'cpcompile[{flavour}]'; "
-            "`cpcompile doctor` says what else is missing"
-        ) from error
-
-
 def require_target(target: Target) -> Any:
     """The library of `target`; UsageError if it is not there, or does not build for one of the capabilities."""
     library = load_library(target.flavour)
@@ -139,7 +124,7 @@ def build_plan(
 
     modules: the torch module of each node, for messages.
     """
-    log = _log(library)
+    log = logger_of(library)
     say = _Speaker(f"{library.__name__} {library.__version__}", modules)
     with log.listening() as messages:
         try:
@@ -327,29 +312,6 @@ class _Speaker:
         named = [name for name in re.findall(r"[\w./:-]+", text) if self.modules.get(name)]
         where = f" (node {named[0]}, module {self.modules[named[0]]})" if named else ""
         return CpcompileError(f"{self.library} {what}: {text}{where}; {way_out}")
-
-
-@cache
-def _log(library: Any) -> Any:
-    """The logger of the process for `library`; its `listening()` collects errors."""
-
-    class Log(library.ILogger):  # type: ignore[misc]
-        """Keeps errors; warnings and below are of no use to whoever builds."""
-
-        def __init__(self) -> None:
-            library.ILogger.__init__(self)
-            self._messages: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (library.ILogger.Severity.ERROR, library.ILogger.Severity.INTERNAL_ERROR):
-                self._messages.append(message)
-
-        @contextmanager
-        def listening(self) -> Iterator[list[str]]:
-            self._messages = []
-            yield self._messages
-
-    return Log()
 
 
 def _writer(library: Any, file: BinaryIO) -> Any:

@@ -19,10 +19,8 @@ from cpcompile.artifact import Artifact
 from cpcompile.errors import CpcompileError, UsageError
 from cpcompile.exporters.tensorrt_exporter import (
     PLAN_FILE,
-    _log,
     build_plan,
     export_tensorrt,
-    load_library,
     profiles_of,
     timing_cache,
 )
@@ -31,6 +29,7 @@ from cpcompile.passes.freeze import freeze
 from cpcompile.passes.legalize_for_tensorrt import LegalizeForTensorRT
 from cpcompile.passes.lower_precision import HALVES, LowerPrecision
 from cpcompile.targets import Profile, Range, Target, parse_target
+from cpcompile.tensorrt_library import load_library, logger_of
 from tests.unit.passes.decoders import dynamic_graph, random_decoder, random_selection
 from tests.unit.passes.graph_text import parse
 
@@ -254,7 +253,8 @@ def test_a_full_disk_is_a_sentence(frozen: Mapping[int, ir.Model], tmp_path: Pat
 import resource, signal, sys
 from pathlib import Path
 from cpcompile.errors import CpcompileError
-from cpcompile.exporters.tensorrt_exporter import build_plan, load_library
+from cpcompile.exporters.tensorrt_exporter import build_plan
+from cpcompile.tensorrt_library import load_library
 from cpcompile.targets import Profile, parse_target
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, -1))
@@ -292,7 +292,7 @@ def test_the_module_of_a_node_that_a_pass_added_is_known(frozen: Mapping[int, ir
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # TensorRT-RTX has the calls of TensorRT, and nothing to time
 def test_timings_are_kept_for_the_next_build(tmp_path: Path) -> None:
     library, path = load_library("tensorrt-rtx"), tmp_path / "cache" / "timings"
-    builder = library.Builder(_log(library))
+    builder = library.Builder(logger_of(library))
     for before in (None, b"not what it was", b""):
         if before is not None:
             path.write_bytes(before)
