@@ -33,7 +33,7 @@ from cpcompile.config import (
 )
 from cpcompile.errors import CpcompileError, UsageError
 from cpcompile.sizes import parse_size
-from cpcompile.targets import parse_plans
+from cpcompile.targets import parse_targets
 
 if TYPE_CHECKING:
     from cpcompile.check.criteria import Check
@@ -223,7 +223,7 @@ def run_training(
     help="Trim each context's vocabulary to the tokens that make up this part of its text (0.999, say).",
 )
 @click.option(
-    "--target", "targets", multiple=True, help="Add engines: tensorrt, tensorrt-rtx[=sm86,sm120]; repeatable."
+    "--target", "targets", multiple=True, help="Add engines: tensorrt, tensorrt-rtx[=sm86,sm120], cuda; repeatable."
 )
 @click.option("--precision", "precisions", metavar="NAMES", help="Of them: fp32, fp16, bf16.  [default: fp16]")
 @click.option(
@@ -273,8 +273,9 @@ def build(
       cpcompile build model.pt2                       # a module of your own, see `cpcompile.save_program`
 
     \b
-    Engines of TensorRT beside those of the CPU; TensorRT-RTX builds without a GPU:
+    Engines for GPUs beside those of the CPU; TensorRT-RTX and CUDA build without one:
       cpcompile build model.pt --target tensorrt-rtx --precision fp16,bf16
+      cpcompile build model.pt --target cuda          # ONNX Runtime on a GPU: cuda-fp16
       cpcompile build model.pt --target tensorrt-rtx=sm89 --profile batch=1:1:4 --profile sequence=1:128:1024
     """
     from cpcompile.console import stage_progress
@@ -282,7 +283,7 @@ def build(
     from cpcompile.pipeline import build_bundle
 
     config = _validate_config(rounds, min_speed_ratio, peers, no_speed=no_speed, no_memory=no_memory)
-    plans = parse_plans(targets, _names(precisions), profiles)
+    added = parse_targets(targets, _names(precisions), profiles)
     if targets and max_memory is not None:
         raise UsageError(
             "--max-memory knows what engines of the CPU take, not what TensorRT does; leave one of them out"
@@ -303,7 +304,7 @@ def build(
             config=config,
             progress=stage,
             repro=repro,
-            plans=plans,
+            added=added,
         )
     stays = f"; {out} stays as it was" if out.exists() else ""
     click.echo(f"wrote {bundle}" + (f" (the verdict is fail{stays})" if report["verdict"] == "fail" else ""), err=True)

@@ -4,7 +4,7 @@ text per context -> Corpus -> trainer -> Checkpoint             or a Program of 
 Checkpoint, Program -> capture (once) -> dynamic graph
 dynamic graph x context -> freeze passes -> frozen graph         for every context
 frozen graphs -> shared weights -> exporter -> bundle
-frozen graphs x targets -> legal, in their precision -> exporter -> plans in the bundle
+frozen graphs x targets -> legal, in their precision -> exporters -> engines for GPUs in the bundle
 bundle + eager models + held-out text -> validator -> report, verdict
 """
 
@@ -28,9 +28,9 @@ from cpcompile.bundle import ROUTER, TOKEN_IDS, Bundle, BundleWriter, open_bundl
 from cpcompile.checkpoint import Checkpoint
 from cpcompile.config import ModelConfig, PretrainedConfig, TrainConfig, ValidateConfig
 from cpcompile.errors import UsageError
-from cpcompile.exporters.onnxruntime_exporter import MERGED, SINGLE, export_onnxruntime
+from cpcompile.exporters.onnxruntime_exporter import MERGED, SINGLE, cuda_variant, export_onnxruntime
 from cpcompile.exporters.tensorrt_exporter import export_tensorrt, require_target, variant_name
-from cpcompile.exporters.weights_file import Location, write_weights
+from cpcompile.exporters.weights_file import INLINE, Location, write_weights
 from cpcompile.files import file_digest, require_file_path, whole_file
 from cpcompile.fresh_graphs import FreshGraphs, order_rows
 from cpcompile.measure import NO_PRIVATE, PrivatePeak, environment, peak_resident_bytes, reset_peak
@@ -45,7 +45,7 @@ from cpcompile.passes.share_weights import Run, ShareWeights, plan_runs
 from cpcompile.peers import open_peers
 from cpcompile.report import BuildResult, BuildStage, ContextResult, Report, build_of, make_report, write_report
 from cpcompile.source import Source, open_source, tokenizer_file
-from cpcompile.targets import NO_PLANS, Plans
+from cpcompile.targets import CUDA, NOTHING_ADDED, Added
 from cpcompile.training.branch import Observer
 from cpcompile.training.corpus import load_corpus
 from cpcompile.training.trainer import require_outputs, train
@@ -129,17 +129,18 @@ def build_bundle(
     merged: bool = False,
     coverage: float | None = None,
     repro: Path | None = None,
-    plans: Plans = NO_PLANS,
+    added: Added = NOTHING_ADDED,
 ) -> tuple[Report, Path]:
     """`cpcompile build`: checkpoint or program `model` -> bundle with its report; returns the report and where it is.
 
     `merged` adds one engine for all contexts. `coverage` is the part of a context's text that its vocabulary covers
-    in the tokens that it had; None leaves the vocabulary whole. `plans` says which engines of TensorRT
+    in the tokens that it had; None leaves the vocabulary whole. `added` says which engines for GPUs
     every context gets. A bundle that fails its validation does not replace an
     older one: it goes to `out`.failed, and minimal repros of what fails parity to the folder `repro`.
     """
-    for target in plans.targets:
-        require_target(target)  # before the work begins
+    for target in added.targets:
+        if target.flavour != CUDA:
+            require_target(target)  # before the work begins
     stages = _Stages(progress)
     with stages("load"):
         source = open_source(model)
@@ -158,12 +159,12 @@ def build_bundle(
             used = partial(used_sizes, prepared)
             accounts[context] = _account(context, frozen[context], source, tokens and len(tokens), used)
     with BundleWriter(out) as writer:
-        whole = {context: each.model.clone() for context, each in frozen.items()} if plans.targets else {}
+        whole = {context: each.model.clone() for context, each in frozen.items()} if added.targets else {}
         with stages("export"):
             metadata = _export(writer, dynamic, frozen, accounts, source, trimmed, shared=not standalone, merged=merged)
         if whole:
             with stages("plans"):
-                _export_plans(writer, whole, plans, source.sequence, progress)
+                _export_added(writer, whole, added, source.sequence, progress)
         bundle = writer.seal(name=source.path.stem, metadata=metadata)
         build = stages.result()
         del whole
@@ -306,28 +307,47 @@ def _export(
     }
 
 
-def _export_plans(
+def _export_added(
     writer: BundleWriter,
     frozen: Mapping[str, ir.Model],
-    plans: Plans,
+    added: Added,
     sequence: int | None,
     progress: Progress,
 ) -> None:
-    """A plan of every context for every target in every precision; `frozen` stays as it is."""
-    for context, precision in product(frozen, plans.precisions):
-        model = legal_for_plans(frozen[context], precision)
-        for target in plans.targets:
-            name = variant_name(target, precision)
-            artifact = export_tensorrt(
-                model,
-                writer.folder(context, name),
-                target=target,
-                precision=precision,
-                ranges=plans.ranges,
-                sequence=sequence,
-                progress=partial(progress, f"{context} {name}"),
-            )
-            writer.add_variant(context, artifact, weights=None)
+    """An engine of every context for every target in every precision; `frozen` stays as it is."""
+    for context, precision, target in product(frozen, added.precisions, added.targets):
+        if target.flavour == CUDA:
+            _export_cuda(writer, context, frozen[context], precision)
+            continue
+        name = variant_name(target, precision)
+        artifact = export_tensorrt(
+            legal_for_plans(frozen[context], precision),
+            writer.folder(context, name),
+            target=target,
+            precision=precision,
+            ranges=added.ranges,
+            sequence=sequence,
+            progress=partial(progress, f"{context} {name}"),
+        )
+        writer.add_variant(context, artifact, weights=None)
+
+
+def _export_cuda(writer: BundleWriter, context: str, frozen: ir.Model, precision: str) -> None:
+    """With weights of its own: those of the other engines are in float32."""
+    model = frozen.clone()
+    for each in (InferShapes(), FoldGates()):
+        each(model)
+    if precision in HALVES:
+        LowerPrecision(precision)(model)
+    staging = writer.stage("weights")
+    tensors = {name: value.const_value for name, value in model.graph.initializers.items()}
+    large = [(name, tensor.numpy) for name, tensor in tensors.items() if tensor is not None and tensor.nbytes > INLINE]
+    locations = write_weights(staging / WEIGHTS_FILE, large)
+    uri = writer.add_asset(staging)
+    folder = writer.folder(context, cuda_variant(precision))
+    weights = writer.asset(uri) / WEIGHTS_FILE
+    artifact = export_onnxruntime(model, folder, weights=weights, locations=locations, cuda_precision=precision)
+    writer.add_variant(context, artifact, weights=uri)
 
 
 def legal_for_plans(frozen: ir.Model, precision: str) -> ir.Model:

@@ -126,6 +126,14 @@ def create_session(variant: Variant, options: Any) -> Any:
     return session
 
 
+def missing_provider(variant: Variant) -> str | None:
+    """Why the execution provider of `variant` is not to be had here; None if it is."""
+    if variant.provider in ort.get_available_providers():
+        return None
+    devices = plugin_devices(variant.provider)
+    return f"needs {variant.provider}; {devices}" if isinstance(devices, str) else None
+
+
 def _hint(variant: Variant) -> str:
     """The CPU provider lacks nothing: there the model itself is wrong."""
     return "" if variant.provider == CPU_PROVIDER else f"; {DOCTOR}"

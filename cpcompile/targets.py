@@ -21,6 +21,9 @@ from typing import Any
 from cpcompile.errors import UsageError
 
 TENSORRT, TENSORRT_RTX = FLAVOURS = ("tensorrt", "tensorrt-rtx")
+"""Of libraries that compile plans."""
+CUDA = "cuda"
+"""ONNX Runtime on a GPU of NVIDIA."""
 PRECISIONS = ("fp32", "fp16", "bf16")
 DEFAULT_PRECISION = "fp16"
 CAPABILITIES = MappingProxyType({TENSORRT: (), TENSORRT_RTX: ("sm86", "sm89", "sm120")})
@@ -35,14 +38,19 @@ Shapes = tuple[Shape, Shape, Shape]
 
 @dataclass(frozen=True)
 class Target:
-    """A library of NVIDIA, and the compute capabilities to build for; none for that of the GPU in this machine."""
+    """What runs engines on a GPU of NVIDIA, and the compute capabilities to build for.
+
+    None for all GPUs (`cuda`), or for the one in this machine (`tensorrt`).
+    """
 
     flavour: str
     capabilities: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.flavour not in FLAVOURS:
-            raise UsageError(f"there is no target {self.flavour!r}; there are {', '.join(FLAVOURS)}")
+        if self.flavour not in (*FLAVOURS, CUDA):
+            raise UsageError(f"there is no target {self.flavour!r}; there are {', '.join((*FLAVOURS, CUDA))}")
+        if self.flavour == CUDA and self.capabilities:
+            raise UsageError("--target cuda builds for every GPU; leave the capabilities out")
         if self.flavour == TENSORRT and self.capabilities:
             raise UsageError("--target tensorrt builds for the GPU in this machine; leave the capabilities out")
         for each in self.capabilities:
@@ -99,18 +107,18 @@ def parse_ranges(texts: Sequence[str]) -> dict[str, Range]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plans:
-    """The engines of TensorRT that a build adds: every target in every precision."""
+class Added:
+    """The engines for GPUs that a build adds: every target in every precision."""
 
     targets: tuple[Target, ...] = ()
     precisions: tuple[str, ...] = ()
     ranges: Mapping[str, Range] = field(default_factory=dict)
 
 
-NO_PLANS = Plans()
+NOTHING_ADDED = Added()
 
 
-def parse_plans(targets: Sequence[str], precisions: Sequence[str] | None, profiles: Sequence[str]) -> Plans:
+def parse_targets(targets: Sequence[str], precisions: Sequence[str] | None, profiles: Sequence[str]) -> Added:
     """`--target`, `--precision` and `--profile` as they were given; UsageError if they do not go together."""
     if not targets and (precisions or profiles):
         option = "--precision" if precisions else "--profile"
@@ -121,7 +129,7 @@ def parse_plans(targets: Sequence[str], precisions: Sequence[str] | None, profil
     parsed = tuple(parse_target(text) for text in targets)
     if len({target.flavour for target in parsed}) < len(parsed):
         raise UsageError("--target: one per library; write its compute capabilities together, tensorrt-rtx=sm86,sm120")
-    return Plans(
+    return Added(
         targets=parsed,
         precisions=tuple(precisions or (DEFAULT_PRECISION,)) if parsed else (),
         ranges=parse_ranges(profiles),

@@ -1,4 +1,4 @@
-"""ONNX Runtime: a frozen graph -> `cpu-fp32/model.onnx`, its weights in the shared file or inside."""
+"""ONNX Runtime: a frozen graph -> `cpu-fp32/model.onnx` or `cuda-fp16/model.onnx`, its weights in a file or inside."""
 
 from __future__ import annotations
 
@@ -21,21 +21,29 @@ def export_onnxruntime(
     weights: Path | None,
     locations: Mapping[str, Location],
     contexts: tuple[str, ...] = (),
+    cuda_precision: str | None = None,
 ) -> Artifact:
     """Write `model` to `folder`; its initializers refer to `weights`, without which the model is self-contained.
 
-    `contexts`: those that a merged model chooses from by its input.
+    contexts: those that a merged model chooses from by its input. cuda_precision: of an engine for a GPU, which
+    computes in the graph's own types.
     """
     shared = refer_to_weights(model, weights, locations) if weights is not None else 0
     ir.save(model, folder / MODEL_FILE)
     return Artifact(
-        variant=MERGED if contexts else SINGLE,
+        variant=cuda_variant(cuda_precision) if cuda_precision else MERGED if contexts else SINGLE,
         runtime="onnxruntime",
-        precision="fp32",
-        provider="CPUExecutionProvider",
-        device="cpu",
+        precision=cuda_precision or "fp32",
+        provider="CUDAExecutionProvider" if cuda_precision else "CPUExecutionProvider",
+        device="gpu" if cuda_precision else "cpu",
         model_file=MODEL_FILE,
         files=(MODEL_FILE,),
         shared_bytes=shared,
         contexts=contexts,
+        provider_options={"use_tf32": "0"} if cuda_precision else {},
     )
+
+
+def cuda_variant(precision: str) -> str:
+    """Device and precision, as every variant is called."""
+    return f"cuda-{precision}"

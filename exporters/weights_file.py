@@ -17,6 +17,10 @@ ALIGNMENT = 64
 """Offsets are multiples of a cache line, so that mapped pages can be read in place."""
 
 
+INLINE = 1024
+"""Bytes of tensors that stay in the graph: ONNX Runtime computes shapes with them when it loads."""
+
+
 @dataclass(frozen=True)
 class Location:
     """Where a tensor lies in the weights file, in bytes."""
@@ -34,7 +38,7 @@ def write_weights(
         for name, make in tensors:
             file.write(b"\0" * (-file.tell() % ALIGNMENT))
             offset = file.tell()
-            file.write(np.ascontiguousarray(make()).data.cast("B"))
+            file.write(np.ascontiguousarray(make()).reshape(-1).view(np.uint8).data)  # bfloat16 has no buffer
             locations[name] = Location(offset, file.tell() - offset)
     return locations
 

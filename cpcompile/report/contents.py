@@ -156,9 +156,10 @@ def judge(report: Mapping[str, Any], max_perplexity_increase: float | None) -> t
                 f"{name}: mean perplexity {mean:.4g} is {mean / dense - 1:.1%} above the dense baseline's {dense:.4g}; "
                 f"{max_perplexity_increase:.1%} are allowed: train longer, or with larger budgets"
             )
-    # Plans of TensorRT have weights of their own.
-    plans = [v["bytes"] or 0 for context in report["contexts"] for v in context["variants"] if v["runtime"] in FLAVOURS]
-    size, dense_size = report["bundle"]["bytes"] - sum(plans), report["bundle"]["dense_bytes"]
+    # Plans, and engines of other precisions, have weights of their own.
+    variants = [variant for context in report["contexts"] for variant in context["variants"]]
+    own = [v["bytes"] or 0 for v in variants if v["runtime"] in FLAVOURS or v["precision"] != "fp32"]
+    size, dense_size = report["bundle"]["bytes"] - sum(own), report["bundle"]["dense_bytes"]
     engines = sum(len(context["variants"]) for context in report["contexts"])
     if dense_size is None:
         gaps.append(f"bundle: {report['bundle']['not_measured']['dense_bytes']}")

@@ -13,8 +13,8 @@ import torch
 from cpcompile.bundle import Bundle, Variant
 from cpcompile.config import ValidateConfig
 from cpcompile.errors import CpcompileError, UsageError
-from cpcompile.measure import ProcessMemory, available_cores, release_memory, watch_machine
-from cpcompile.runtime import CPU_PROVIDER, load_engine
+from cpcompile.measure import NO_GPU, ProcessMemory, available_cores, gpu_model, release_memory, watch_machine
+from cpcompile.runtime import CPU_PROVIDER, load_engine, missing_provider
 from cpcompile.tensorrt_runtime import load_plan, why_not_here, why_not_taken
 from cpcompile.validation.memory import Memory, Start, compare_memory, compare_start, measure_engine
 from cpcompile.validation.parity import Parity, check_parity
@@ -164,7 +164,7 @@ def _validate_variant(
 ) -> VariantResult:
     context = variant.context
     bundle.verify_engine(variant)
-    if variant.engine is not None and (reason := why_not_here(variant)) is not None:
+    if (reason := _why_not_here(variant)) is not None:
         return VariantResult.not_run(
             context=context,
             name=variant.name,
@@ -209,6 +209,15 @@ def _validate_variant(
         placement=placement,
         peers=results,
     )
+
+
+def _why_not_here(variant: Variant) -> str | None:
+    """Why an engine for a GPU cannot be run on this machine; None if nothing speaks against it."""
+    if variant.engine is not None:
+        return why_not_here(variant)
+    if variant.provider == CPU_PROVIDER:
+        return None
+    return NO_GPU if gpu_model() is None else missing_provider(variant)
 
 
 def _parity(

@@ -1,5 +1,6 @@
 """`cpcompile build --target`: plans beside engines of the CPU, what the report says of them, what can go wrong."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -12,8 +13,10 @@ from click.testing import CliRunner, Result
 
 from cpcompile.bundle import open_bundle
 from cpcompile.cli import main
+from cpcompile.errors import CpcompileError
 from cpcompile.measure import gpu_model
 from cpcompile.report import SCHEMA
+from cpcompile.runtime import Engine, create_session, load_engine, session_options
 from cpcompile.targets import TensorInfo
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed: pip install 'cpcompile[tensorrt-rtx]'")
@@ -62,6 +65,33 @@ def test_the_report_says_that_plans_were_built_and_not_run(bundle: Path) -> None
     assert "built, not run: no NVIDIA GPU" in " ".join(shown.split())
     assert "of the engines that ran; 2 of 3 were built and not run" in " ".join(shown.split())
     assert not any("bundle" in reason for reason in report["reasons"])  # plans are not the weights that are shared
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_engines_of_cuda_are_built_and_compute_the_same(model: Path, tmp_path: Path, precision: str) -> None:
+    """Without a GPU their graphs run on the CPU, which has kernels or conversions for half precision too."""
+    target = ["--target", "cuda", "--precision", precision, "--contexts", "english"]
+    assert run("build", model, "-o", tmp_path / "m.cpc", *FAST, *target).exit_code in (0, 1)
+    bundle = open_bundle(next(tmp_path.glob("m.cpc*")))
+    bundle.verify_all()
+    variant = bundle.variant("english", f"cuda-{precision}")
+    report = json.loads((bundle.root / "report.json").read_text())
+    jsonschema.validate(report, json.loads(SCHEMA.read_text()))
+    built = report["contexts"][0]["variants"][1]
+    assert (built["name"], built["precision"]) == (f"cuda-{precision}", precision)
+    if gpu_model() is None:
+        assert (built["status"], built["reason"]) == ("built", "built, not run: no NVIDIA GPU")
+    size = bundle.variant("english", "cpu-fp32").bytes
+    assert variant.bytes < size * (0.7 if precision == "fp16" else 1.1)
+    here = dataclasses.replace(variant, provider="CPUExecutionProvider", provider_options={})
+    feeds = {"input_ids": np.arange(32, dtype=np.int64).reshape(2, 16)}
+    logits = Engine(here, create_session(here, session_options(here))).outputs(feeds)["logits"]
+    expected = load_engine(bundle, "english").outputs(feeds)["logits"]
+    assert logits.dtype == np.float32
+    np.testing.assert_allclose(logits, expected, atol=1e-4 if precision == "fp32" else 2e-2 * np.abs(expected).max())
+    if gpu_model() is None:
+        with pytest.raises(CpcompileError, match="CUDAExecutionProvider"):
+            create_session(variant, session_options(variant))
 
 
 def test_the_bundle_says_what_a_plan_is_for(bundle: Path) -> None:

@@ -7,15 +7,15 @@ import pytest
 
 from cpcompile.errors import UsageError
 from cpcompile.targets import (
+    Added,
     EngineInfo,
-    Plans,
     Profile,
     Range,
     Target,
     TensorInfo,
-    parse_plans,
     parse_ranges,
     parse_target,
+    parse_targets,
 )
 
 INFO = EngineInfo(
@@ -62,12 +62,12 @@ def test_ranges() -> None:
             parse_ranges(texts)
 
 
-def test_plans() -> None:
-    assert parse_plans((), None, ()) == Plans()
-    assert parse_plans(("tensorrt-rtx=sm86",), None, ()).precisions == ("fp16",)
-    plans = parse_plans(("tensorrt-rtx=sm86", "tensorrt"), ("fp32", "bf16"), ("batch=2",))
-    assert [target.flavour for target in plans.targets] == ["tensorrt-rtx", "tensorrt"]
-    assert plans.precisions == ("fp32", "bf16") and plans.ranges == {"batch": Range(2, 2, 2)}
+def test_what_is_added() -> None:
+    assert parse_targets((), None, ()) == Added()
+    assert parse_targets(("tensorrt-rtx=sm86",), None, ()).precisions == ("fp16",)
+    added = parse_targets(("tensorrt-rtx=sm86", "tensorrt"), ("fp32", "bf16"), ("batch=2",))
+    assert [target.flavour for target in added.targets] == ["tensorrt-rtx", "tensorrt"]
+    assert added.precisions == ("fp32", "bf16") and added.ranges == {"batch": Range(2, 2, 2)}
     for arguments, says in (
         (((), ("fp16",), ()), "--precision is of engines that --target adds"),
         (((), None, ("batch=1",)), "--profile is of engines that --target adds"),
@@ -75,7 +75,7 @@ def test_plans() -> None:
         ((("tensorrt-rtx=sm86", "tensorrt-rtx=sm89"), None, ()), "one per library"),
     ):
         with pytest.raises(UsageError, match=says):
-            parse_plans(*arguments)
+            parse_targets(*arguments)
 
 
 def test_a_record_comes_back_from_json() -> None:
