@@ -48,6 +48,14 @@ NO_MEMORY = "not enough memory"
 VERDICT_EXIT_CODES = {"pass": 0, "fail": 1, "inconclusive": 3}
 
 
+max_memory_option = click.option(
+    "--max-memory",
+    metavar="SIZE",
+    callback=lambda _context, _option, text: None if text is None else parse_size(text),
+    help="Do not start if more is needed (2GB, 1500MiB); see `estimate`.",
+)
+
+
 class _Group(click.Group):
     """Maps our errors to exit codes; tracebacks only with --debug."""
 
@@ -236,7 +244,7 @@ def run_training(
 @click.option("--no-speed", is_flag=True, help="Leave the timings out.")
 @click.option("--no-memory", is_flag=True, help="Leave the memory measurements out.")
 @click.option("--repro", type=FilePath, metavar="DIR", help="On a parity failure: folder for a minimal repro.")
-@click.option("--max-memory", metavar="SIZE", help="Do not start if more is needed (2GB, 1500MiB); see `estimate`.")
+@max_memory_option
 @click.option("--json", "as_json", is_flag=True, help="Print report.json instead of tables.")
 def build(
     model: Path,
@@ -256,7 +264,7 @@ def build(
     no_speed: bool,
     no_memory: bool,
     repro: Path | None,
-    max_memory: str | None,
+    max_memory: int | None,
     as_json: bool,
 ) -> None:
     """Compile every context of MODEL into an engine of its own, and prove it against the eager model.
@@ -373,7 +381,7 @@ def estimate(
 @click.option("--no-speed", is_flag=True, help="Leave the timings out.")
 @click.option("--no-memory", is_flag=True, help="Leave the memory measurements out.")
 @click.option("--repro", type=FilePath, metavar="DIR", help="On a parity failure: folder for a minimal repro.")
-@click.option("--max-memory", metavar="SIZE", help="Do not start if more is needed (2GB, 1500MiB); see `estimate`.")
+@max_memory_option
 @click.option("--json", "as_json", is_flag=True, help="Print report.json instead of tables.")
 def validate(
     bundle: Path,
@@ -385,7 +393,7 @@ def validate(
     no_speed: bool,
     no_memory: bool,
     repro: Path | None,
-    max_memory: str | None,
+    max_memory: int | None,
     as_json: bool,
 ) -> None:
     """Compare the engines of BUNDLE with the eager model on parity, quality, memory and speed.
@@ -755,11 +763,11 @@ def _validate_config(
     )
 
 
-def _check_memory(model: Path, max_memory: str | None, plan: Plan, config: ValidateConfig) -> None:
+def _check_memory(model: Path, max_memory: int | None, plan: Plan, config: ValidateConfig) -> None:
     """Refuse what `max_memory` does not allow; warn of what the machine may not have."""
     from cpcompile.estimation import check_memory
 
-    warning = check_memory(model, parse_size(max_memory) if max_memory is not None else None, plan, config)
+    warning = check_memory(model, max_memory, plan, config)
     if warning is not None:
         click.echo(f"Warning: {warning}", err=True)
 

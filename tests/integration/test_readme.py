@@ -53,6 +53,7 @@ def test_the_readme_names_these_commands_and_no_others() -> None:
         ["make", "test"],
         ["pip", "install"],
         ["cpcompile", "train"],
+        ["cpcompile", "estimate"],
         ["cpcompile", "build"],
         ["cpcompile", "validate"],
         ["cpcompile", "report"],

@@ -29,8 +29,10 @@ def test_sizes(text: str, size: int) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", " ", "0", "0GB", "0.4", "-1GB", "+1GB", "1e9", "inf", "nan", "GB", "1.GB", ".5GB", "1PB", "1iB", "1GBs"]
-    + ["1,5GB", "1 000MB", "0x10", "١GB", "1GB\n2GB", "9" * 400 + "GB", "9" * 5000, "1." + "3" * 5000],
+    [
+        *["", " ", "0", "0GB", "0.4", "-1GB", "+1GB", "1e9", "inf", "nan", "GB", "1.GB", ".5GB", "1PB", "1iB", "1GBs"],
+        *["1,5GB", "1 000MB", "0x10", "١GB", "1GB\n2GB", "9" * 400 + "GB", "9" * 5000, "1." + "3" * 5000],
+    ],
 )
 def test_anything_else_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="is no size of memory; write it like 800MB, 1.5GB or 2GiB") as refused:

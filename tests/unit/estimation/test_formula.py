@@ -1,6 +1,7 @@
 """The formula on facts made by hand: what makes a build larger, and where."""
 
 import dataclasses
+import itertools
 import json
 
 import pytest
@@ -65,7 +66,7 @@ def test_the_parts_are_those_of_the_docstring() -> None:
 def test_more_of_anything_never_takes_less(field: str) -> None:
     for plan in (Plan(), Plan(merged=True)):
         sizes = [estimated(plan, **{field: getattr(FACTS, field) * times}) for times in (1, 3, 30)]
-        for smaller, larger in zip(sizes, sizes[1:], strict=False):
+        for smaller, larger in itertools.pairwise(sizes):
             assert all(peaks(larger)[name] >= peak for name, peak in peaks(smaller).items())
             assert larger.bundle_bytes >= smaller.bundle_bytes
         assert (peaks(sizes[0]), sizes[0].bundle_bytes) != (peaks(sizes[-1]), sizes[-1].bundle_bytes)
@@ -137,7 +138,9 @@ def test_a_limit_and_what_helps() -> None:
     assert alone < peak
     require_memory(made, peak)
     assert memory_warning(made, peak) is None
-    with pytest.raises(UsageError, match=r"--max-memory allows .* are needed at the peak \(validate: memory\); --no-mem"):
+    with pytest.raises(
+        UsageError, match=r"--max-memory allows .* are needed at the peak \(validate: memory\); --no-mem"
+    ):
         require_memory(made, peak - 1)
     with pytest.raises(UsageError, match="only a smaller model or a larger machine helps"):
         require_memory(made, alone - 1)
