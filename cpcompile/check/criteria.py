@@ -26,7 +26,8 @@ from cpcompile.check.baseline import Measured, Place, Snapshot, Value, criterion
 from cpcompile.config import CheckConfig, MaxIncrease
 
 Verdict: TypeAlias = Literal["pass", "fail", "inconclusive", "not measured", "skipped", "new"]
-"""not measured: the baseline has it, and it could not be measured now; skipped: that was asked for."""
+"""not measured: the baseline has it, and it could not be measured now; skipped: that was asked for, or the baseline has
+no parity of the engine either."""
 UNDECIDED = frozenset({"inconclusive", "not measured"})
 SCHEMA_VERSION = 1
 ROUNDING = 1e-9
@@ -234,6 +235,8 @@ def _judge_place(
             yield outcome(name=name, verdict=verdict, baseline=old, now=verdict, reason=why)
         else:
             yield _unmeasured(outcome, name, old, now, waived)
+    if "parity" in now.not_measured and "parity" not in before.verdicts:  # as in the baseline, and no pass either
+        yield outcome(name="parity", verdict="skipped", reason=now.not_measured["parity"])
     for name in dict.fromkeys((*before.values, *now.values)):
         if criterion_of(name) not in CRITERIA:
             continue  # of another version

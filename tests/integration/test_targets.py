@@ -22,8 +22,8 @@ from cpcompile.targets import TensorInfo
 pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed: pip install 'cpcompile[tensorrt-rtx]'")
 
 FAST = ["--no-speed", "--no-memory"]
-TARGET = ["--target", "tensorrt-rtx=sm86,sm120", "--contexts", "english"]
-ENGINES = ("tensorrt-rtx-fp32", "tensorrt-rtx-bf16")
+TARGET = ["--target", "tensorrt-rtx", "--contexts", "english"]
+ENGINES = ("tensorrt-rtx-fp32", "tensorrt-rtx-fp16", "tensorrt-rtx-bf16")
 
 
 def run(*arguments: object) -> Result:
@@ -41,7 +41,8 @@ def model(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def bundle(model: Path) -> Path:
     """Its quality after 24 steps is no matter: the verdict may be fail."""
-    result = run("build", model, *FAST, *TARGET, "--precision", "fp32,bf16", "--profile", "batch=1:2:4")
+    target = ["--target", "tensorrt-rtx=sm86,sm89,sm120", "--precision", "fp32,fp16,bf16"]
+    result = run("build", model, *FAST, *target, "--profile", "batch=1:2:4")
     assert result.exit_code in (0, 1), result.output
     built = model.with_suffix(".cpc")
     failed = built.with_name("model.cpc.failed")
@@ -55,15 +56,16 @@ def test_the_report_says_that_plans_were_built_and_not_run(bundle: Path) -> None
         pytest.skip("there is a GPU here")
     report = json.loads((bundle / "report.json").read_text())
     jsonschema.validate(report, json.loads(SCHEMA.read_text()))
-    (context,) = report["contexts"]
-    assert [variant["name"] for variant in context["variants"]] == ["cpu-fp32", *ENGINES]
-    for variant in context["variants"][1:]:
-        assert (variant["status"], variant["reason"]) == ("built", "built, not run: no NVIDIA GPU")
-        assert variant["parity"]["verdict"] == "inconclusive" and variant["parity"]["max_abs_error"] is None
-        assert variant["bytes"] == (bundle / "english" / variant["name"] / "engine.plan").stat().st_size
+    assert len(report["contexts"]) == 3
+    for context in report["contexts"]:
+        assert [variant["name"] for variant in context["variants"]] == ["cpu-fp32", *ENGINES]
+        for variant in context["variants"][1:]:
+            assert (variant["status"], variant["reason"]) == ("built", "built, not run: no NVIDIA GPU")
+            assert variant["parity"]["verdict"] == "inconclusive" and variant["parity"]["max_abs_error"] is None
+            assert variant["bytes"] == (bundle / context["name"] / variant["name"] / "engine.plan").stat().st_size
     shown = run("report", bundle).output
     assert "built, not run: no NVIDIA GPU" in " ".join(shown.split())
-    assert "of the engines that ran; 2 of 3 were built and not run" in " ".join(shown.split())
+    assert "of the engines that ran; 9 of 12 were built and not run" in " ".join(shown.split())
     assert not any("bundle" in reason for reason in report["reasons"])  # plans are not the weights that are shared
 
 
@@ -99,7 +101,7 @@ def test_the_bundle_says_what_a_plan_is_for(bundle: Path) -> None:
     opened.verify_all()
     for name in ENGINES:
         info = opened.variant("english", name).engine
-        assert info is not None and info.capabilities == ("sm86", "sm120") and name.endswith(info.precision)
+        assert info is not None and info.capabilities == ("sm86", "sm89", "sm120") and name.endswith(info.precision)
         assert info.profiles[0].shapes["input_ids"] == ((1, 1), (2, 32), (4, 128))  # trained on sequences of 32
         assert info.tensors[0] == TensorInfo(
             name="input_ids", is_input=True, dtype="int64", shape=("batch", "sequence")
@@ -130,7 +132,28 @@ def test_validate_measures_what_can_run(bundle: Path) -> None:
     statuses = {v["name"]: v["status"] for v in json.loads(result.stdout)["contexts"][0]["variants"]}
     assert statuses["cpu-fp32"] == "ran"
     if gpu_model() is None:
-        assert [statuses[name] for name in ENGINES] == ["built", "built"]
+        assert {statuses[name] for name in ENGINES} == {"built"}
+
+
+def test_check_never_calls_a_plan_that_did_not_run_a_pass(bundle: Path, tmp_path: Path) -> None:
+    if gpu_model() is not None:
+        pytest.skip("there is a GPU here")
+    arguments = ["check", bundle, "--baseline", tmp_path / "base.json", *FAST]
+    assert run(*arguments, "--update-baseline").exit_code == 0
+    result = run(*arguments, "--format", "json")
+    assert result.exit_code == 0, result.output
+    outcomes = json.loads(result.stdout)["outcomes"]
+    parity = {each["variant"]: each for each in outcomes if each["name"] == "parity" and each["context"] == "english"}
+    assert parity["cpu-fp32"]["verdict"] == "pass"
+    for name in ENGINES:
+        assert (parity[name]["verdict"], parity[name]["sentence"]) == ("skipped", "built, not run: no NVIDIA GPU")
+    plain = json.loads((tmp_path / "base.json").read_text())
+    for place in plain["places"]:
+        if place["variant"] == ENGINES[0]:
+            place["verdicts"] = {"parity": "pass"}  # measured where there was a GPU
+    (tmp_path / "base.json").write_text(json.dumps(plain))
+    result = run(*arguments)
+    assert result.exit_code == 3 and "not measured: built, not run: no NVIDIA GPU" in result.stdout
 
 
 def test_a_damaged_plan_is_found(bundle: Path, tmp_path: Path) -> None:
