@@ -243,6 +243,7 @@ def run_training(
 @click.option("--peers", metavar="NAMES", help="What to time beside the engines: see `validate --help`, or 'all'.")
 @click.option("--no-speed", is_flag=True, help="Leave the timings out.")
 @click.option("--no-memory", is_flag=True, help="Leave the memory measurements out.")
+@click.option("--no-layers", is_flag=True, help="Leave the errors of single layers out.")
 @click.option("--repro", type=FilePath, metavar="DIR", help="On a parity failure: folder for a minimal repro.")
 @max_memory_option
 @click.option("--json", "as_json", is_flag=True, help="Print report.json instead of tables.")
@@ -263,6 +264,7 @@ def build(
     peers: str | None,
     no_speed: bool,
     no_memory: bool,
+    no_layers: bool,
     repro: Path | None,
     max_memory: int | None,
     as_json: bool,
@@ -290,7 +292,9 @@ def build(
     from cpcompile.estimation import Plan
     from cpcompile.pipeline import build_bundle
 
-    config = _validate_config(rounds, min_speed_ratio, peers, no_speed=no_speed, no_memory=no_memory)
+    config = _validate_config(
+        rounds, min_speed_ratio, peers, no_speed=no_speed, no_memory=no_memory, layers=not no_layers
+    )
     added = parse_targets(targets, _names(precisions), profiles)
     if targets and max_memory is not None:
         raise UsageError(
@@ -380,6 +384,7 @@ def estimate(
 @click.option("--peers", metavar="NAMES", help="What to time beside the engines: see `validate --help`, or 'all'.")
 @click.option("--no-speed", is_flag=True, help="Leave the timings out.")
 @click.option("--no-memory", is_flag=True, help="Leave the memory measurements out.")
+@click.option("--no-layers", is_flag=True, help="Leave the errors of single layers out.")
 @click.option("--repro", type=FilePath, metavar="DIR", help="On a parity failure: folder for a minimal repro.")
 @max_memory_option
 @click.option("--json", "as_json", is_flag=True, help="Print report.json instead of tables.")
@@ -392,6 +397,7 @@ def validate(
     peers: str | None,
     no_speed: bool,
     no_memory: bool,
+    no_layers: bool,
     repro: Path | None,
     max_memory: int | None,
     as_json: bool,
@@ -418,14 +424,16 @@ def validate(
     from cpcompile.pipeline import validate_bundle
     from cpcompile.report import write_report
 
-    config = _validate_config(rounds, min_speed_ratio, peers, no_speed=no_speed, no_memory=no_memory)
+    config = _validate_config(
+        rounds, min_speed_ratio, peers, no_speed=no_speed, no_memory=no_memory, layers=not no_layers
+    )
     model = model or _model_of(bundle)
     if model.exists():  # if not, validation says so
         _check_memory(model, max_memory, Plan(merged=ROUTER in open_bundle(bundle).components), config)
     with stage_progress() as stage:
         report = validate_bundle(bundle, model, data=data, config=config, progress=stage, repro=repro)
     _print_report(report, as_json=as_json)
-    if no_speed or no_memory:
+    if no_speed or no_memory or no_layers:
         click.echo(f"{bundle / 'report.json'} stays as it was: not everything was measured now", err=True)
     else:
         write_report(report, bundle)
@@ -752,7 +760,7 @@ def _model_of(bundle: Path) -> Path:
 
 
 def _validate_config(
-    rounds: int, min_speed_ratio: float, peers: str | None, *, no_speed: bool, no_memory: bool
+    rounds: int, min_speed_ratio: float, peers: str | None, *, no_speed: bool, no_memory: bool, layers: bool
 ) -> ValidateConfig:
     return ValidateConfig(
         rounds=rounds,
@@ -760,6 +768,7 @@ def _validate_config(
         peers=_names(peers) or (),
         speed=not no_speed,
         memory=not no_memory,
+        layers=layers,
     )
 
 

@@ -275,6 +275,8 @@ class ValidateConfig:
     speed: bool = True
     coherence: bool = True
     """Whether text is generated to see that it stays with its subject."""
+    layers: bool = True
+    """Whether the errors of single layers are measured where parity passes; where it fails they are in any case."""
     min_speed_ratio: float = 0.0
     """Times as fast as the eager dense model that every engine has to be at every shape; 0 demands nothing."""
     max_perplexity_increase: float = 0.01

@@ -49,7 +49,7 @@ from cpcompile.targets import CUDA, NOTHING_ADDED, Added
 from cpcompile.training.branch import Observer
 from cpcompile.training.corpus import load_corpus
 from cpcompile.training.trainer import require_outputs, train
-from cpcompile.validation.diagnosis import diagnose_failures
+from cpcompile.validation.diagnosis import diagnose
 from cpcompile.validation.validator import VariantResult, validate
 from cpcompile.vocabulary import TrimmedVocabulary
 
@@ -173,7 +173,7 @@ def build_bundle(
             results = validate(bundle, reference, config, peers=peers, progress=progress)
         tokens = {context: rows[own.kept] for context, own in trimmed.items()} if rows is not None else {}
         graphs = FreshGraphs(source, lambda _: dynamic, tokens)
-        results = diagnose_failures(bundle, results, reference, graphs, repro)
+        results = diagnose(bundle, results, reference, graphs, repro, layers=config.layers)
         report = report_of(bundle, source, results, build, config)
         write_report(report, writer.root)
         return report, writer.commit(failed=report["verdict"] == "fail")
@@ -208,7 +208,7 @@ def validate_bundle(
     with open_peers(config, source, reference) as peers:
         results = validate(bundle, reference, config, peers=peers, progress=progress)
     graphs = FreshGraphs(source, cache(lambda o: source.capture(opset=o)), {c: own.kept for c, own in trimmed.items()})
-    results = diagnose_failures(bundle, results, reference, graphs, repro)
+    results = diagnose(bundle, results, reference, graphs, repro, layers=config.layers)
     return report_of(bundle, source, results, build_of(path), config)
 
 

@@ -54,7 +54,7 @@ def measure_libraries(model_type: str | None) -> Libraries:
             opset=23,
             standalone=False,
             data=None,
-            config=ValidateConfig(speed=False, coherence=False),
+            config=ValidateConfig(speed=False, coherence=False, layers=False),
             progress=lambda _stage, _done, _total: None,
         )
     validation = peak_resident_bytes()

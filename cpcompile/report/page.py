@@ -26,7 +26,7 @@ OWN_COLOURS = 7
 """As many contexts get a colour of their own; more than that are told apart by how many keep a unit."""
 WIDE_UNITS = 64
 """A map of more units, or of more contexts than have colours, gets the width of the page."""
-NO_LAYER_ERRORS = "layers are compared where parity fails"
+NO_LAYER_ERRORS = "it was not asked for"
 
 
 def render_page(report: Mapping[str, Any]) -> str:

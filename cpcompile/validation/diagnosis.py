@@ -1,8 +1,9 @@
-"""Why an engine misses parity: what its report says of the first node that differs.
+"""Where an engine leaves the model: the first node that differs, where parity fails; the error per layer in any case.
 
 engine against frozen    the same graph, freshly frozen from the model: whatever happened after freezing
 engine against bound     the dynamic graph with the context bound: what freezing itself got wrong; the values that
-                         the context has whole (the residual stream, say) are compared, and name the nodes between
+                         the context has whole (the residual stream, say) are compared, and name the nodes between;
+                         where parity passes, their errors show how rounding grows
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Protocol
 
 import onnx_ir as ir
 
-from cpcompile.bundle import Bundle
+from cpcompile.bundle import Bundle, Variant
 from cpcompile.errors import CpcompileError
 from cpcompile.onnx_file import opset_of
 from cpcompile.runtime import Feeds
@@ -32,7 +33,8 @@ from cpcompile.validation.validator import VariantResult
 
 NOT_WANTED = "no folder was given with --repro"
 EACH_AGREES = "every node of the engine, run alone, computes what it should; the runtime's optimisations may be wrong"
-OTHER_KIND = "is searched for only in float32 engines of one context"
+OTHER_KIND = "nodes are compared only in float32 engines of ONNX Runtime for one context"
+PASSED = "parity did not fail"
 FIELDS = (
     "sentence",
     "node",
@@ -83,16 +85,47 @@ class Diagnosis:
         return cls(not_measured=dict.fromkeys(FIELDS, reason))
 
 
-def diagnose_failures(
-    bundle: Bundle, results: Iterable[VariantResult], reference: Reference, graphs: Graphs, repro: Path | None
+def diagnose(
+    bundle: Bundle,
+    results: Iterable[VariantResult],
+    reference: Reference,
+    graphs: Graphs,
+    repro: Path | None,
+    *,
+    layers: bool,
 ) -> tuple[VariantResult, ...]:
-    """`results`, those that failed parity with their diagnosis; repros go to `repro`/<context>-<variant>."""
-    return tuple(
-        dataclasses.replace(result, divergence=_diagnose(bundle, result, reference, graphs, repro))
-        if result.parity.verdict == "fail"
-        else result
-        for result in results
-    )
+    """`results`, those that failed parity with their diagnosis; repros go to `repro`/<context>-<variant>.
+
+    layers: those that passed get the errors of their layers.
+    """
+
+    def diagnosed(result: VariantResult) -> VariantResult:
+        if result.parity.verdict == "fail":
+            return dataclasses.replace(result, divergence=_diagnose(bundle, result, reference, graphs, repro))
+        if layers and result.status == "ran" and result.parity.verdict == "pass":
+            return dataclasses.replace(result, divergence=_layers(bundle, result, reference, graphs))
+        return result
+
+    return tuple(map(diagnosed, results))
+
+
+def _layers(bundle: Bundle, result: VariantResult, reference: Reference, graphs: Graphs) -> Diagnosis:
+    """The errors of the layers of an engine that passed, on the largest input."""
+    variant, reasons = bundle.variant(result.context, result.name), dict.fromkeys(FIELDS, PASSED)
+    if not _nodes_are_known(variant):
+        return Diagnosis(not_measured=reasons | {"layers": OTHER_KIND})
+    feeds = max(reference.inputs(result.context), key=lambda each: sum(array.size for array in each.values()))
+    engine = engine_graph(variant)
+    try:
+        errors = layer_errors(graphs.bound(result.context, opset_of(engine)), engine, feeds, sliced=True)
+    except CpcompileError as error:
+        return Diagnosis(not_measured=reasons | {"layers": str(error)})
+    del reasons["layers"]
+    return Diagnosis(layers=errors, not_measured=reasons)
+
+
+def _nodes_are_known(variant: Variant) -> bool:
+    return not variant.feeds and (variant.runtime, variant.precision) == ("onnxruntime", "fp32")
 
 
 def _diagnose(
@@ -100,8 +133,8 @@ def _diagnose(
 ) -> Diagnosis:
     context = result.context
     variant = bundle.variant(context, result.name)
-    if variant.feeds or (variant.runtime, variant.precision) != ("onnxruntime", "fp32"):
-        return Diagnosis.without(f"the first divergence {OTHER_KIND}")
+    if not _nodes_are_known(variant):
+        return Diagnosis.without(OTHER_KIND)
     bundle.verify_engine(variant)
     engine = engine_graph(variant)
     opset, inputs = opset_of(engine), list(reference.inputs(context))

@@ -78,7 +78,7 @@ class VariantResult:
     placement: Placement
     peers: tuple[PeerResult, ...] = ()
     divergence: Diagnosis | None = None
-    """The first node that differs; None where parity did not fail."""
+    """The first node that differs where parity failed, and errors of layers; None if none of it was asked for."""
 
     @classmethod
     def not_run(

@@ -65,6 +65,10 @@ def test_the_report_follows_its_schema(bundle: Path) -> None:
         assert variant["parity"]["max_abs_error"] <= 1e-4
         assert variant["memory"]["run_peak_rss_bytes"] < variant["memory"]["eager_run_peak_rss_bytes"]
         assert len(variant["speed"]["shapes"]) == 3
+        layers, found = variant["divergence"]["layers"], variant["divergence"]
+        assert found["sentence"] is None and found["not_measured"]["sentence"] == "parity did not fail"
+        assert {"layers.0", "layers.1", "norm"} <= {layer["module"] for layer in layers}
+        assert all(layer["max_abs_error"] <= 1e-4 * layer["largest"] for layer in layers)
         assert variant["quality"]["perplexity"] == pytest.approx(
             report["training"]["controls"]["partition"]["perplexity"][context["name"]], rel=1e-3
         )
