@@ -16,7 +16,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 test: lint ## everything that has to hold: lint, types, layers, tests, the wheel
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --durations 15
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder --durations 15
 
 test-gpu: $(STAMP) ## what needs an NVIDIA GPU; `cpcompile doctor` says what else it needs
 	$(BIN)/cpcompile doctor

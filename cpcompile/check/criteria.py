@@ -103,7 +103,7 @@ class Outcome:
             return f"{self.reason} ({show(self.baseline, unit)} in the baseline)"
         text = f"{show(self.now, unit)}, {show(self.baseline, unit) or 'nothing'} in the baseline"
         if self.change is not None and self.allowed is not None:
-            text += f", {show_change(self)}, allowed {_percent(self.allowed)}"
+            text += f", {show_change(self)}, allowed {percent(self.allowed)}"
         return f"{text}: {self.reason}" if self.reason else text
 
 
@@ -202,13 +202,14 @@ def show_change(outcome: Outcome) -> str:
     """+1.2 %, with its interval where it is one."""
     if outcome.change is None:
         return ""
-    text = _percent(outcome.change)
+    text = percent(outcome.change)
     if outcome.change_low != outcome.change_high and outcome.change_low is not None and outcome.change_high is not None:
-        text += f" ({_percent(outcome.change_low)} … {_percent(outcome.change_high)})"
+        text += f" ({percent(outcome.change_low)} … {percent(outcome.change_high)})"
     return text
 
 
-def _percent(part: float) -> str:
+def percent(part: float) -> str:
+    """A change, with its sign."""
     return f"{part * 100:+.3g} %" if part else "0 %"
 
 

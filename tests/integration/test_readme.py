@@ -102,17 +102,15 @@ def test_the_commands_run_one_after_the_other(folder: Path) -> None:
             words += ["--sequence", "32", "--batch", "2"]
         elif words[1] == "train":
             words += ["--preset", "nano", "--steps", "4", "--batch", "1"]
-        if words[1] in ("build", "validate", "compare", "check"):
+        if words[1] in ("build", "validate", "compare"):
             words += ["--rounds", "2"]
-        if "--target" in words:
+        if words[1] == "check" or "--target" in words:
             words += ["--no-speed", "--no-memory"]
         if words[0] == "pytest":
             words += ["--cpcompile-no-speed", "--cpcompile-no-memory"]
         done = run(folder, sys.executable, "-m", *words)
         # After four steps nothing is certain about quality; a verdict of fail is one.
-        assert done.returncode in ((0, 1, 3) if words[1] == "check" else (0, 1)) and "Traceback" not in done.stderr, (
-            done.stderr
-        )
+        assert done.returncode in (0, 1) and "Traceback" not in done.stderr, done.stderr
         failed = folder / "model.cpc.failed"
         if failed.exists():
             shutil.move(failed, folder / "model.cpc")

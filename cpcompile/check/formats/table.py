@@ -9,7 +9,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from cpcompile.check.criteria import CRITERIA, Check, Outcome, show, show_change
+from cpcompile.check.criteria import CRITERIA, Check, Outcome, percent, show
 
 STYLE = {
     "pass": "green",
@@ -56,8 +56,8 @@ def _cells(outcome: Outcome) -> list[str]:
         f"  {outcome.name}",
         show(outcome.baseline, unit),
         show(outcome.now, unit),
-        show_change(outcome),
-        "" if outcome.allowed is None else f"{outcome.allowed * 100:+.3g} %",
+        "" if outcome.change is None else percent(outcome.change),
+        "" if outcome.allowed is None else percent(outcome.allowed),
     ]
 
 

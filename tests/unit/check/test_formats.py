@@ -79,7 +79,10 @@ def test_github_gets_a_line_for_each_miss_and_a_summary(mixed: Check) -> None:
     assert "❌ cpcompile check: model.cpc: fail" in text and text.count("❌ fail | perplexity") == 2
 
 
-def test_the_table_fits_a_log_and_ends_with_what_matters(mixed: Check, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_fits_a_log_and_ends_with_what_matters(
+    mixed: Check, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
     print_result(render_check(mixed))
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 120
