@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 NOTHING = "–"
+NO_FAILURE = "parity did not fail"
+"""Why there is no first node that differs."""
 FACTOR = 9
 """A change of more than this is written as a factor."""
 KINDS: Mapping[str, str] = {
@@ -87,11 +89,16 @@ def module_name(error: Mapping[str, Any]) -> str:
 
 
 def gaps(node: Any) -> Iterator[tuple[str, str]]:
-    """(field, reason) of everything in and below `node` that was not measured; a verdict nobody asked for is no gap."""
+    """(field, reason) of everything in and below `node` that was not measured.
+
+    A verdict that nobody asked for is no gap, nor a divergence where there is none.
+    """
     if isinstance(node, list):
         for item in node:
             yield from gaps(item)
     elif isinstance(node, dict):
-        yield from ((key, reason) for key, reason in node.get("not_measured", {}).items() if key != "verdict")
+        for key, reason in node.get("not_measured", {}).items():
+            if key != "verdict" and reason != NO_FAILURE:
+                yield key, reason
         for value in node.values():
             yield from gaps(value)

@@ -19,6 +19,7 @@ import onnx_ir as ir
 from cpcompile.bundle import Bundle, Variant
 from cpcompile.errors import CpcompileError
 from cpcompile.onnx_file import opset_of
+from cpcompile.report.formats import NO_FAILURE
 from cpcompile.runtime import Feeds
 from cpcompile.validation.divergence import (
     Divergence,
@@ -34,7 +35,6 @@ from cpcompile.validation.validator import VariantResult
 NOT_WANTED = "no folder was given with --repro"
 EACH_AGREES = "every node of the engine, run alone, computes what it should; the runtime's optimisations may be wrong"
 OTHER_KIND = "nodes are compared only in float32 engines of ONNX Runtime for one context"
-PASSED = "parity did not fail"
 FIELDS = (
     "sentence",
     "node",
@@ -111,7 +111,7 @@ def diagnose(
 
 def _layers(bundle: Bundle, result: VariantResult, reference: Reference, graphs: Graphs) -> Diagnosis:
     """The errors of the layers of an engine that passed, on the largest input."""
-    variant, reasons = bundle.variant(result.context, result.name), dict.fromkeys(FIELDS, PASSED)
+    variant, reasons = bundle.variant(result.context, result.name), dict.fromkeys(FIELDS, NO_FAILURE)
     if not _nodes_are_known(variant):
         return Diagnosis(not_measured=reasons | {"layers": OTHER_KIND})
     feeds = max(reference.inputs(result.context), key=lambda each: sum(array.size for array in each.values()))

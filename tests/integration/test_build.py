@@ -22,6 +22,7 @@ from cpcompile.bundle import open_bundle
 from cpcompile.checkpoint import load_checkpoint
 from cpcompile.cli import main
 from cpcompile.report import SCHEMA
+from cpcompile.report.formats import NO_FAILURE, gaps
 from cpcompile.runtime import load_engine
 from cpcompile.selection import UnitKind
 from cpcompile.training.tokenization import parse_tokenizer
@@ -66,7 +67,8 @@ def test_the_report_follows_its_schema(bundle: Path) -> None:
         assert variant["memory"]["run_peak_rss_bytes"] < variant["memory"]["eager_run_peak_rss_bytes"]
         assert len(variant["speed"]["shapes"]) == 3
         layers, found = variant["divergence"]["layers"], variant["divergence"]
-        assert found["sentence"] is None and found["not_measured"]["sentence"] == "parity did not fail"
+        assert found["sentence"] is None and found["not_measured"]["sentence"] == NO_FAILURE
+        assert NO_FAILURE not in {reason for _, reason in gaps(report)}
         assert {"layers.0", "layers.1", "norm"} <= {layer["module"] for layer in layers}
         assert all(layer["max_abs_error"] <= 1e-4 * layer["largest"] for layer in layers)
         assert variant["quality"]["perplexity"] == pytest.approx(
