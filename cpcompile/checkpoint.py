@@ -14,6 +14,7 @@ import functools
 import json
 import pickle
 import warnings
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -221,7 +222,8 @@ def load_plain(path: Path, *, mapped: bool = False) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickles of other writers, which are refused just below
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            # Only archives can be mapped; of anything else torch would say that alone, and not what is wrong with it.
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and zipfile.is_zipfile(path))
     except FileNotFoundError as error:
         raise UsageError(f"{path}: there is no such file; `cpcompile train` writes one") from error
     except PermissionError as error:
@@ -235,5 +237,5 @@ def load_plain(path: Path, *, mapped: bool = False) -> Any:
             ) from error
         raise UsageError(f"{path}: is not a torch file or is damaged: {error}") from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, IndexError, TypeError) as error:
-        reason = str(error).split("\n", maxsplit=1)[0]
+        reason = (str(error) or "it ends too early").split("\n", maxsplit=1)[0]
         raise UsageError(f"{path}: is not a torch file or is truncated ({reason}); copy or train it again") from error

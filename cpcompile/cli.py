@@ -20,6 +20,7 @@ import click
 import cpcompile
 from cpcompile.config import (
     CONTROLS,
+    LARGEST,
     PRESETS,
     PRETRAINED_TRAIN,
     RECOVERIES,
@@ -331,8 +332,8 @@ def build(
 @click.option("--merged", is_flag=True, help="Of a build with --merged.")
 @click.option("--vocabulary-coverage", type=float, metavar="PART", help="Of a build with --vocabulary-coverage.")
 @click.option("--no-memory", is_flag=True, help="Of a build with --no-memory.")
-@click.option("--batch", type=click.IntRange(min=1), default=1, help="Sequences of a run of the engines.")
-@click.option("--sequence", type=click.IntRange(min=1), default=128, help="Tokens of each.")
+@click.option("--batch", type=click.IntRange(1, LARGEST), default=1, help="Sequences of a run of the engines.")
+@click.option("--sequence", type=click.IntRange(1, LARGEST), default=128, help="Tokens of each.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 def estimate(
     model: Path,

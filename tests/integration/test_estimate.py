@@ -42,7 +42,7 @@ def test_the_table(model: Path) -> None:
     assert files(model) == {"model.pt", "model.dense.pt"}
 
 
-@pytest.mark.parametrize("settings", [{}, {"coverage": 0.9}, {"merged": True}, {"standalone": True}])
+@pytest.mark.parametrize("settings", [{"coverage": 0.9}, {"merged": True}])
 def test_the_figures_are_those_of_a_build(model: Path, settings: dict[str, Any]) -> None:
     config = ValidateConfig(speed=False, memory=False, coherence=False)
     contexts, coverage = ["cpp", "python"], settings.get("coverage")
@@ -103,6 +103,7 @@ def test_what_is_no_size_is_refused(model: Path, size: str) -> None:
         (["--vocabulary-coverage", "2"], "coverage"),
         (["--vocabulary-coverage", "nan"], "coverage"),
         (["--batch", "0"], "is not in the range"),
+        (["--sequence", "9" * 400], "is not in the range"),
     ],
 )
 def test_plans_of_which_nothing_can_be_built(model: Path, flags: list[str], says: str) -> None:

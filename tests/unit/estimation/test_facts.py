@@ -225,7 +225,7 @@ def test_files_that_are_none(trained: Path, program: Path, tmp_path: Path, suffi
         path.write_bytes({"truncated": source.read_bytes()[:-2000], "empty": b"", "text": b"no model"}[damage])
     with pytest.raises(UsageError, match=rf"model.{suffix}: ") as refused:
         read_facts(path)
-    assert "\n" not in str(refused.value)
+    assert "\n" not in str(refused.value) and "mmap" not in str(refused.value)
 
 
 def test_a_dense_model_has_nothing_to_build(trained: Path, tmp_path: Path) -> None:
@@ -237,8 +237,10 @@ def test_a_dense_model_has_nothing_to_build(trained: Path, tmp_path: Path) -> No
 def test_the_libraries_are_measured() -> None:
     libraries = measure_libraries(None)
     # An engine is ONNX Runtime alone; torch weighs more, and exporting with it more still.
-    assert 20e6 < libraries.engine < libraries.eager < libraries.build <= libraries.validation
-    assert libraries.validation <= peak_resident_bytes()
+    assert 20e6 < libraries.engine < libraries.eager < libraries.build
+    # The kernel counts pages in batches, so of two peaks the later can be read as a little less.
+    assert libraries.validation == pytest.approx(peak_resident_bytes(), rel=0.01)
+    assert libraries.build < 1.01 * libraries.validation
     with pytest.raises(UsageError, match="has no causal 'vit'"):
         measure_libraries("vit")
 
