@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -140,6 +141,44 @@ def test_a_cache_has_a_profile_for_the_prompt_and_one_for_the_tokens_after_it(pr
     assert decode.shapes["q"] == ((1, 2, 1, 64), (1, 2, 1, 64), (8, 2, 1, 64))
     assert decode.shapes["past_v"] == ((1, 2, 1, 64), (1, 2, 64, 64), (8, 2, 512, 64))
     assert [tensor.name for tensor in info.tensors] == ["q", "k", "v", "past_k", "past_v", "y", "new_k", "new_v"]
+
+
+SIDE = 1024
+SCALE = np.array(0.05)
+QUANTISED = {
+    "int8": (
+        """{ xq = QuantizeLinear(x, s, z) xd = DequantizeLinear(xq, s, z)
+             wd = DequantizeLinear<axis = 1>(w, each) y = MatMul(xd, wd) }""",
+        {"s": SCALE, "z": np.zeros((), np.int8), "each": np.full(SIDE, 0.05)},
+        np.int8,
+    ),
+    "int4 in blocks": (
+        "{ wd = DequantizeLinear<axis = 0, block_size = 32>(w, each) y = MatMul(x, wd) }",
+        {"each": np.full((SIDE // 32, SIDE), 0.05)},
+        ml_dtypes.int4,
+    ),
+    "float8": (
+        """{ xq = QuantizeLinear(x, s, z) xd = DequantizeLinear(xq, s, z)
+             wd = DequantizeLinear(w, s) y = MatMul(xd, wd) }""",
+        {"s": SCALE, "z": np.zeros((), ml_dtypes.float8_e4m3fn)},
+        ml_dtypes.float8_e4m3fn,
+    ),
+}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_quantised_weights_stay_quantised(kind: str, precision: str, tmp_path: Path) -> None:
+    body, weights, dtype = QUANTISED[kind]
+    w = np.random.default_rng(0).integers(-7, 8, (SIDE, SIDE)).astype(dtype)
+    model = parse(f"(float[batch,{SIDE}] x) => (float[batch,{SIDE}] y) {body}", {**weights, "w": w})
+    export(model, tmp_path / "out", precision, target=parse_target("tensorrt-rtx=sm89,sm120"))
+    assert (tmp_path / "out" / PLAN_FILE).stat().st_size < 0.75 * 2 * SIDE * SIDE  # of two bytes an element
+    if kind == "float8":
+        with pytest.raises(
+            CpcompileError, match="Cannot compile for target.s. sm86, .*fp8_e4m3.*leave this target out"
+        ):
+            export(model, tmp_path / "older", precision)
 
 
 def test_axes_without_a_usual_range_are_asked_for() -> None:
