@@ -23,6 +23,7 @@ SECONDS = 0.25
 RUNS = 3
 """Of each worker in one round, at least, as far as the first run tells."""
 ROUNDS = 7
+"""At most; fewer where a validation has fewer."""
 EAGER_FIELDS = ("eager_requests_per_second", "ratio", "ratio_low", "ratio_high")
 
 

@@ -23,7 +23,7 @@ from cpcompile.validation.quality import Quality, compare_quality
 from cpcompile.validation.reference import Reference, Run, Timed
 from cpcompile.validation.runners import Runner, engine_runner
 from cpcompile.validation.speed import Speed, measure_speed
-from cpcompile.validation.throughput import Throughput, measure_throughput
+from cpcompile.validation.throughput import ROUNDS, Throughput, measure_throughput
 
 if TYPE_CHECKING:
     from cpcompile.validation.diagnosis import Diagnosis  # which builds on this module
@@ -287,7 +287,7 @@ def _throughput(variant: Variant, reference: Reference, config: ValidateConfig, 
     feeds = inputs[0].feeds
     with engine_runner(variant, threads=1).load() as engine, _torch_threads(1):
         eager = dense if isinstance(dense, str) else partial(dense, feeds)
-        return measure_throughput(partial(engine, feeds), eager, workers=workers)
+        return measure_throughput(partial(engine, feeds), eager, workers=workers, rounds=min(config.rounds, ROUNDS))
 
 
 def _processes(

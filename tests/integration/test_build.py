@@ -27,7 +27,7 @@ from cpcompile.runtime import load_engine
 from cpcompile.selection import UnitKind
 from cpcompile.training.tokenization import parse_tokenizer
 
-FAST = ["--no-speed", "--no-memory"]
+FAST = ["--no-speed", "--no-memory", "--no-layers"]
 IDS = np.arange(34, dtype=np.int64).reshape(2, 17) * 11 % 500
 
 
@@ -79,7 +79,18 @@ def test_the_report_follows_its_schema(bundle: Path) -> None:
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # by torch's compiler
 def test_peers_are_run_beside_the_engines(model: Path, tmp_path: Path) -> None:
     """Also where the engine has a part of the vocabulary and the peers have it whole."""
-    arguments = ["--contexts", "python", "--vocabulary-coverage", 1, "--peers", "all", "--no-memory", "--rounds", 2]
+    arguments = [
+        "--contexts",
+        "python",
+        "--vocabulary-coverage",
+        1,
+        "--peers",
+        "all",
+        "--no-memory",
+        "--no-layers",
+        "--rounds",
+        2,
+    ]
     result = run("build", model, "-o", tmp_path / "m.cpc", "--json", *arguments)
     assert result.exit_code in (0, 1, 3), result.output
     report = json.loads((open_bundle(next(tmp_path.glob("m.cpc*"))).root / "report.json").read_text())
@@ -298,7 +309,7 @@ def test_validate_measures_a_bundle_anew(bundle: Path, corpus_folder: Path) -> N
     # Where nothing can be written, what was measured is still shown.
     (bundle / "report.json").unlink()
     (bundle / "report.json").mkdir()
-    shown = run("validate", bundle, "--rounds", 2, "--json")
+    shown = run("validate", bundle, "--rounds", 2, "--no-layers", "--json")
     (bundle / "report.json").rmdir()
     (bundle / "report.json").write_text(text)
     assert shown.exit_code == 2
