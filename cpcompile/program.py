@@ -62,6 +62,14 @@ FUNCTIONS = frozenset(
 )
 """What such a size may call."""
 READS_FILES = "torch.ops.aten.from_file"
+MEMBER = re.compile(
+    r"models/model\.json|data/weights/(weight_\d+|model_weights_config\.json)|data/sample_inputs/model\.pt"
+    r"|data/constants/(tensor_\d+|model_constants_config\.json)|extra/.+|\.data/[a-z_]+|archive_[a-z]+|byteorder|version",
+    re.ASCII,
+)
+"""What may be in the archive: torch.export.load runs others, like data/aotinductor/, and ignores the case of names."""
+TENSOR = re.compile(r"(weight|tensor)_\d+", re.ASCII)
+"""Files that hold the bytes of a tensor; others are unpickled."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,6 +254,7 @@ def load_program(path: Path) -> Program:
     try:
         with path.open("rb") as file, quiet():
             exported = torch.export.load(file)
+        exported._guards_code = []  # Python, which a decomposition would execute
     except Exception as error:  # of any kind, from the depths of a deserialiser
         raise _damaged(path, error) from error
     try:
@@ -272,32 +281,31 @@ def inspect_program(path: Path) -> tuple[dict[str, Any], dict[str, tuple[Feeds, 
     if path.is_dir():
         raise UsageError(f"{path}: is a folder; a program is a file such as model.pt2")
     try:
-        with zipfile.ZipFile(path) as archive:
-            members = {name.partition("/")[2]: name for name in archive.namelist()}
-            if not members or archive.testzip() is not None:  # torch's reader does not check what it reads
-                raise zipfile.BadZipFile("a checksum is wrong")
-            if f"extra/{RECORD}" not in members:
-                raise UsageError(
-                    f"{path}: has no record of gates; partition the model and write it with `cpcompile.save_program`"
-                )
-            for name, member in members.items():
-                if name.startswith("models/") and name.endswith(".json"):
-                    _require_harmless_graph(path, json.loads(archive.read(member)))
-                elif name.endswith("_config.json"):
-                    for entry in json.loads(archive.read(member))["config"].values():
-                        if entry.get("use_pickle"):
-                            raise _refused(path, f"the pickled tensor {entry.get('path_name')}")
-                elif name.endswith((".pt", ".pkl")) or "/custom_objs/" in name:
-                    _require_plain(path, name, archive.read(member))
-            record = json.loads(archive.read(members[f"extra/{RECORD}"]))
-            if record.get("format") != FORMAT or record.get("version") != VERSION:
-                raise UsageError(
-                    f"{path}: program version {record.get('version')!r}, this cpcompile reads {VERSION}; save it again"
-                )
-            with np.load(
-                io.BytesIO(base64.b64decode(archive.read(members[f"extra/{EXAMPLES}"]))), allow_pickle=False
-            ) as arrays:
-                return record, _examples(dict(arrays))
+        archive = _open_archive(path)
+        names = archive.get_all_records()
+        if f"extra/{RECORD}" not in names:
+            raise UsageError(
+                f"{path}: has no record of gates; partition the model and write it with `cpcompile.save_program`"
+            )
+        for name in names:
+            if not MEMBER.fullmatch(name):
+                raise _refused(path, name)
+            if name.startswith("models/"):
+                _require_harmless_graph(path, json.loads(archive.get_record(name)))
+            elif name.endswith("_config.json"):
+                for entry in json.loads(archive.get_record(name))["config"].values():
+                    if entry.get("use_pickle") or not TENSOR.fullmatch(entry["path_name"]):
+                        raise _refused(path, f"the pickled tensor {entry.get('path_name')}")
+            elif name.endswith(".pt"):
+                _require_plain(path, name, archive.get_record(name))
+        record = json.loads(archive.get_record(f"extra/{RECORD}"))
+        if record.get("format") != FORMAT or record.get("version") != VERSION:
+            raise UsageError(
+                f"{path}: program version {record.get('version')!r}, this cpcompile reads {VERSION}; save it again"
+            )
+        examples = base64.b64decode(archive.get_record(f"extra/{EXAMPLES}"))
+        with np.load(io.BytesIO(examples), allow_pickle=False) as arrays:
+            return record, _examples(dict(arrays))
     except FileNotFoundError as error:
         raise UsageError(f"{path}: there is no such file; `cpcompile.save_program` writes one") from error
     except PermissionError as error:
@@ -310,13 +318,28 @@ def inspect_program(path: Path) -> tuple[dict[str, Any], dict[str, tuple[Feeds, 
         AttributeError,
         OSError,
         EOFError,
-        RecursionError,
+        RuntimeError,
     ) as e:
         raise _damaged(path, e) from e
 
 
+def _open_archive(path: Path) -> torch._C.PyTorchFileReader:
+    """Torch's own reader, after a look at what it does not check; there must be one way to read the archive."""
+    with zipfile.ZipFile(path) as archive:
+        there = sorted((entry.filename.partition("/")[2], entry.file_size) for entry in archive.infolist())
+        if sum(size for _, size in there) > path.stat().st_size:
+            raise zipfile.BadZipFile("it holds more than it has bytes")
+        if archive.testzip() is not None:
+            raise zipfile.BadZipFile("a checksum is wrong")
+    reader = torch._C.PyTorchFileReader(str(path))
+    read = sorted((name, reader.get_record_size(name)) for name in reader.get_all_records())
+    if read != there or len(dict(read)) < len(read):
+        raise zipfile.BadZipFile("it has a file twice, or two directories")
+    return reader
+
+
 def _require_harmless_graph(path: Path, node: Any) -> None:
-    """No operator but those of ATen, and no expression that is more than arithmetic."""
+    """No operator but those of ATen, no expression that is more than arithmetic, no container that is imported."""
     waiting = [node]
     while waiting:
         node = waiting.pop()
@@ -332,10 +355,15 @@ def _require_harmless_graph(path: Path, node: Any) -> None:
                 text = node.get(key)
                 if isinstance(text, str) and not _is_arithmetic(text):
                     raise _refused(path, f"the expression {text[:60]!r}")
+            waiting.extend(json.loads(node[key]) for key in ("in_spec", "out_spec") if node.get(key))
+            if "children_spec" in node and "{" in str(node.get("context")):
+                raise _refused(path, f"the container {str(node.get('type'))[:60]!r}")
 
 
 def _is_arithmetic(text: str) -> bool:
-    return EXPRESSION.fullmatch(text) is not None and set(re.findall(r"(\w+)\s*\(", text)) <= FUNCTIONS
+    """Words, numbers and calls of FUNCTIONS by their names: `(exec)('x')` is none."""
+    calls = set(re.findall(r"([\w)']+)\s*\(", text))
+    return EXPRESSION.fullmatch(text) is not None and calls <= FUNCTIONS
 
 
 def _require_plain(path: Path, name: str, content: bytes) -> None:

@@ -18,6 +18,7 @@ from cpcompile.errors import UsageError
 from cpcompile.partitioning import PartitionedModule, partition
 from cpcompile.program import EXAMPLES, RECORD, Program, load_program
 from cpcompile.selection import Selection, UnitKind
+from cpcompile.source import open_source
 from cpcompile.validation.program_reference import ProgramReference
 from tests.unit.partitioning.models import ConvolutionNetwork, GatedConvolution, SharedWeights, randomise
 
@@ -176,6 +177,12 @@ def _read_a_file(graph: Any) -> None:
     graph["graph_module"]["graph"]["nodes"][0]["target"] = "torch.ops.aten.from_file.default"
 
 
+def _import_a_module(graph: Any) -> None:
+    signature = graph["graph_module"]["module_call_graph"][0]["signature"]
+    context = json.dumps([{"__enum__": True, "fqn": "antigravity:fly", "name": "now"}])
+    signature["in_spec"] = json.dumps([1, {"type": "builtins.dict", "context": context, "children_spec": []}])
+
+
 def _evaluate(text: str) -> Callable[[Any], None]:
     def edit(graph: Any) -> None:
         waiting = [graph]
@@ -197,6 +204,8 @@ HOSTILE = {
     "an attribute": (_evaluate("().__class__"), "refused.*the expression"),
     "a built-in": (_evaluate("exec('boom')"), "refused.*the expression"),
     "a string": (_evaluate("Symbol('import os')"), "refused.*the expression"),
+    "a call in brackets": (_evaluate("(exec)((chr)(49))"), "refused.*the expression"),
+    "an import": (_import_a_module, "refused.*the container"),
 }
 
 
@@ -231,6 +240,46 @@ def test_pickles_with_code_are_refused(
     with pytest.raises(UsageError, match="refused, because loading it would run code"):
         load_program(path)
     assert "boom" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "member",
+    ["models/MODEL.JSON", "models/model2.jsox", "data/sample_inputs/model.PT", "data/aotinductor/model/model.so"],
+)
+def test_members_that_are_read_unseen_are_refused(member: str, good: Path, tmp_path: Path) -> None:
+    change = lambda name, content: None if name == member.lower() else content  # noqa: E731
+    path = rewritten(good, tmp_path / "bad.pt2", change, {member: b"{}"})
+    with pytest.raises(UsageError, match=f"refused.*{member}"):
+        load_program(path)
+
+
+def test_constants_that_are_unpickled_are_refused(good: Path, tmp_path: Path) -> None:
+    def edit(payload: Any) -> None:
+        next(iter(payload["config"].values()))["path_name"] = "opaque_obj_0"
+
+    path = rewritten(good, tmp_path / "bad.pt2", edit_json("data/constants/model_constants_config", edit))
+    with pytest.raises(UsageError, match="refused.*the pickled tensor opaque_obj_0"):
+        load_program(path)
+
+
+def test_guards_are_not_executed(good: Path, tmp_path: Path) -> None:
+    ran = tmp_path / "ran"
+    edit = edit_json("models/", lambda graph: graph.update(guards_code=[f"open({str(ran)!r}, 'w') is not None"]))
+    open_source(rewritten(good, tmp_path / "bad.pt2", edit)).capture(opset=23)
+    assert not ran.exists()
+
+
+def test_an_archive_has_every_file_once_and_uncompressed(good: Path, tmp_path: Path) -> None:
+    twice = tmp_path / "twice.pt2"
+    twice.write_bytes(good.read_bytes())
+    with zipfile.ZipFile(twice, "a") as archive, pytest.warns(UserWarning, match="Duplicate"):
+        archive.writestr(archive.namelist()[-1], archive.read(archive.namelist()[-1]))
+    bomb = tmp_path / "bomb.pt2"
+    with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/models/model.json", bytes(1 << 20))
+    for path, message in ((twice, "it has a file twice"), (bomb, "it holds more than it has bytes")):
+        with pytest.raises(UsageError, match=f"is damaged.*{message}"):
+            load_program(path)
 
 
 def test_what_is_no_program_of_ours(good: Path, tmp_path: Path) -> None:
