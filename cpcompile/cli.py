@@ -32,7 +32,7 @@ from cpcompile.config import (
     override,
     preset,
 )
-from cpcompile.errors import CpcompileError, UsageError
+from cpcompile.errors import CpcompileError, UsageError, printable
 from cpcompile.sizes import parse_size
 from cpcompile.targets import parse_targets
 
@@ -66,7 +66,7 @@ class _Group(click.Group):
         except CpcompileError as error:
             if ctx.params.get("debug"):
                 raise
-            click.echo(f"Error: {error}", err=True)
+            click.echo(f"Error: {printable(str(error))}", err=True)
             ctx.exit(error.exit_code)
         except OSError as error:
             if ctx.params.get("debug") or error.errno == errno.EPIPE:  # click ends quietly when nobody reads on

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from cpcompile.errors import UsageError
+from cpcompile.files import read_text
 
 T = TypeVar("T")
 
@@ -349,7 +350,7 @@ def preset(name: str) -> ModelConfig:
 def load_toml(path: Path) -> dict[str, dict[str, Any]]:
     """The tables of a TOML configuration file; UsageError names the file."""
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        tables = tomllib.loads(read_text(path))
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror}); give the path of a TOML file") from error
     except (ValueError, RecursionError) as error:

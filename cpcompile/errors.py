@@ -28,6 +28,13 @@ class InconclusiveError(CpcompileError):
     exit_code = 3
 
 
+def printable(text: str) -> str:
+    """In one line, with a mark for every character that a terminal or a workflow takes for a command."""
+    return "".join(
+        sign if sign.isprintable() else " " if sign.isspace() else "\N{REPLACEMENT CHARACTER}" for sign in text
+    )
+
+
 def first_line(error: BaseException) -> str:
     """What an error of somebody else's library says, for a sentence of ours."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -12,6 +12,7 @@ import hashlib
 import os
 import secrets
 import shutil
+import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -20,6 +21,8 @@ from pathlib import Path
 from cpcompile.errors import CpcompileError, UsageError
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+MOST_TEXT = 1 << 28
+"""Bytes of a file of settings or numbers; a report of a hundred engines has a few million."""
 
 
 def require_file_path(path: Path, suffix: str | None = None) -> Path:
@@ -58,6 +61,16 @@ def whole_file(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def read_text(path: Path) -> str:
+    """The text of a regular file of sensible size; OSError for what would be waited for, or has no end."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+    if status.st_size > MOST_TEXT:
+        raise OSError(errno.EFBIG, f"it has {status.st_size:,} bytes, more than {MOST_TEXT:,}", str(path))
+    return path.read_text(encoding="utf-8")
 
 
 def cache_folder() -> Path:

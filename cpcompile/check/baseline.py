@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from cpcompile.errors import UsageError
-from cpcompile.files import whole_file
+from cpcompile.files import read_text, whole_file
 
 Place: TypeAlias = tuple[str, str]
 Judged: TypeAlias = Literal["pass", "fail", "inconclusive"]
@@ -26,6 +26,8 @@ BUNDLE: Place = ("", "")
 
 VERSION = 1
 SCHEMA = Path(__file__).with_name("baseline.schema.json")
+JUDGED = ("parity", "placement")
+"""What has a verdict of its own."""
 MEASURED_AGAIN = ("memory", "private_memory", "speed_ratio")
 """Criteria whose values are noisy."""
 
@@ -117,8 +119,8 @@ def measured_of(variant: Mapping[str, Any]) -> Measured:
     missing: dict[str, str] = {}
     _take(values, missing, variant, bytes="bytes")
     if variant.get("status", "ran") != "ran":
-        missing.update(dict.fromkeys(("parity", "placement"), variant["reason"]))
-    for name in {"parity", "placement"} - missing.keys():
+        missing.update(dict.fromkeys(JUDGED, variant["reason"]))
+    for name in set(JUDGED) - missing.keys():
         if (verdict := variant.get(name, {}).get("verdict")) is not None:
             verdicts[name] = (verdict, variant[name]["reason"])
         elif name in variant:
@@ -159,7 +161,7 @@ def read_baseline(path: Path) -> Snapshot:
     """The baseline in the file `path`; UsageError says how to write one if there is none, or it is none."""
     how = f"write it with `cpcompile check BUNDLE --baseline {path} --update-baseline`"
     try:
-        plain = json.loads(path.read_text(encoding="utf-8"))
+        plain = json.loads(read_text(path))
     except FileNotFoundError:
         raise UsageError(f"{path}: there is no such baseline; {how}") from None
     except OSError as error:
@@ -233,31 +235,25 @@ def _snapshot(plain: Any) -> Snapshot:
     """KeyError, TypeError or ValueError for whatever `_plain` does not write."""
     model = plain["model"]
     places = {
-        (_text(place["context"] or ""), _text(place["variant"] or "")): Measured(
-            values={
-                _text(name): Value(
-                    value=_number(value["value"]),
-                    low=None if value["low"] is None else _number(value["low"]),
-                    high=None if value["high"] is None else _number(value["high"]),
-                )
-                for name, value in place["values"].items()
-            },
-            verdicts={_text(name): (_judged(verdict), None) for name, verdict in place["verdicts"].items()},
+        (_name(place["context"] or ""), _name(place["variant"] or "")): Measured(
+            values={_name(name): _value(value) for name, value in place["values"].items()},
+            verdicts={_name(name): (_judged(name, verdict), None) for name, verdict in place["verdicts"].items()},
             counts={
-                _text(name): {_text(key): int(_number(count)) for key, count in counts.items()}
+                _name(name): {_name(key): int(_number(count)) for key, count in counts.items()}
                 for name, counts in place["counts"].items()
             },
             not_measured={_text(name): _text(reason) for name, reason in place["not_measured"].items()},
         )
         for place in plain["places"]
     }
-    if BUNDLE not in places:
-        raise ValueError("the values of the bundle")
+    if BUNDLE not in places or len(places) < len(plain["places"]):
+        raise ValueError("the values of the bundle, or has a place twice")
+    versions = dict(plain["environment"].get("versions", {}))
     return Snapshot(
-        model=_text(model["name"]),
-        architecture=_text(model["architecture"]),
+        model=_name(model["name"]),
+        architecture=_name(model["architecture"]),
         config=dict(model["config"]),
-        environment=dict(plain["environment"]),
+        environment={**plain["environment"], "versions": versions},
         places=places,
     )
 
@@ -268,10 +264,24 @@ def _text(value: Any) -> str:
     return value
 
 
-def _judged(value: Any) -> Judged:
-    if value not in ("pass", "fail", "inconclusive"):
-        raise ValueError(f"{value!r}: a verdict is needed")
+def _name(value: Any) -> str:
+    """Without what a terminal, a workflow or a file cannot show as it is."""
+    if not _text(value).isprintable():
+        raise ValueError(f"{value!r}: a name that can be printed is needed")
     return value  # type: ignore[no-any-return]
+
+
+def _judged(name: Any, value: Any) -> Judged:
+    if name not in JUDGED or value not in ("pass", "fail", "inconclusive"):
+        raise ValueError(f"{name!r}: {value!r}: a verdict on {' or '.join(JUDGED)} is needed")
+    return value  # type: ignore[no-any-return]
+
+
+def _value(plain: Any) -> Value:
+    value, low, high = (None if plain[key] is None else _number(plain[key]) for key in ("value", "low", "high"))
+    if value is None or not (value if low is None else low) <= value <= (value if high is None else high):
+        raise ValueError(f"{value!r}: a value within its interval is needed")
+    return Value(value=value, low=low, high=high)
 
 
 def _number(value: Any) -> float:

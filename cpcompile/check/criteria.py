@@ -24,6 +24,7 @@ from typing import Any, Literal, TypeAlias
 
 from cpcompile.check.baseline import Measured, Place, Snapshot, Value, criterion_of
 from cpcompile.config import CheckConfig, MaxIncrease
+from cpcompile.errors import printable
 
 Verdict: TypeAlias = Literal["pass", "fail", "inconclusive", "not measured", "skipped", "new"]
 """not measured: the baseline has it, and it could not be measured now; skipped: that was asked for, or the baseline has
@@ -32,6 +33,8 @@ UNDECIDED = frozenset({"inconclusive", "not measured"})
 SCHEMA_VERSION = 1
 ROUNDING = 1e-9
 """Of limits and changes in binary."""
+WIDEST = 700.0
+"""Of an interval, as a logarithm: what a float still holds."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +151,7 @@ def judge(before: Snapshot, now: Snapshot, config: CheckConfig, *, waived: Conta
     outcomes: list[Outcome] = []
     for place in dict.fromkeys((*before.places, *now.places)):
         outcomes += _judge_place(place, before.places.get(place), now.places.get(place), config, waived)
-    return tuple(outcomes)
+    return tuple(dataclasses.replace(each, reason=each.reason and printable(each.reason)) for each in outcomes)
 
 
 def differences(before: Snapshot, now: Snapshot) -> tuple[str, ...]:
@@ -162,7 +165,7 @@ def differences(before: Snapshot, now: Snapshot) -> tuple[str, ...]:
         for key in dict.fromkeys((*old, *new)):
             if old.get(key) != new.get(key) and not isinstance(new.get(key), Mapping):
                 notes.append(f"{what} {key}: {new.get(key)}, in the baseline {old.get(key)}")
-    return tuple(notes)
+    return tuple(map(printable, notes))
 
 
 def doubtful(outcomes: tuple[Outcome, ...], criteria: Container[str]) -> dict[Place, set[str]]:
@@ -274,7 +277,7 @@ def _judge_value(outcome: Callable[..., Outcome], name: str, before: Value, now:
         reason = "the interval is too wide to decide" + (f" ({now.disturbance})" if now.disturbance else "")
     elif verdict == "fail" and criterion.limit == "speed_ratio" and now.disturbance:
         verdict, reason = "inconclusive", f"beyond the limit, but while {now.disturbance}"
-    finite = math.isfinite(change)
+    finite = all(map(math.isfinite, (change, low, high)))
     return outcome(
         name=name,
         verdict=verdict,
@@ -302,7 +305,8 @@ def _quotient(before: Value, now: Value) -> tuple[float, float, float]:
 
     def spread(own: float | None, other: float | None) -> float:
         sides = ((now.value, own), (before.value, other))
-        return math.hypot(*(math.log(value / bound) if bound else 0.0 for value, bound in sides))
+        logs = (math.log(value) - math.log(bound) if bound else 0.0 for value, bound in sides)
+        return min(math.hypot(*logs), WIDEST)
 
     low, high = ratio * math.exp(-spread(now.low, before.high)), ratio * math.exp(spread(now.high, before.low))
     return ratio - 1, low - 1, high - 1

@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from cpcompile.files import read_text
 from cpcompile.targets import FLAVOURS
 
 if TYPE_CHECKING:
@@ -216,7 +217,7 @@ def training_summary(training: Mapping[str, Any], contexts: Sequence[str]) -> di
 def build_of(folder: Path) -> BuildResult:
     """What the report in the bundle `folder` says of its build; nulls with the reason if there is none to be read."""
     try:
-        build = json.loads((folder / "report.json").read_text(encoding="utf-8"))["build"]
+        build = json.loads(read_text(folder / "report.json"))["build"]
         return BuildResult(
             seconds=float(build["seconds"]),
             peak_rss_bytes=int(build["peak_rss_bytes"]),
@@ -232,7 +233,7 @@ def build_of(folder: Path) -> BuildResult:
             ),
             not_measured={str(name): str(reason) for name, reason in build["not_measured"].items()},
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         unknown = "the bundle was validated, and has no report of its build"
         names = ("seconds", "peak_rss_bytes", "peak_private_bytes")
         return BuildResult(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cpcompile.errors import UsageError
-from cpcompile.files import whole_file
+from cpcompile.files import read_text, whole_file
 from cpcompile.report.contents import SCHEMA, SCHEMA_VERSION, Report
 from cpcompile.report.page import render_page
 
@@ -34,7 +34,7 @@ def read_report(path: Path) -> Report:
     """The report in the file `path`, or in the bundle `path`; UsageError says what is wrong with it."""
     file = path / "report.json" if path.is_dir() else path
     try:
-        text = file.read_text(encoding="utf-8")
+        text = read_text(file)
         content = json.loads(text, parse_constant=_refuse, parse_float=_finite, parse_int=_whole)
     except FileNotFoundError:
         way = "; `cpcompile validate` writes one into a bundle" if path.is_dir() else ""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +100,42 @@ def test_a_baseline_with_anything_in_any_place_is_read_or_refused(tmp_path: Path
         read_baseline(file)
     except UsageError as error:
         assert str(file) in str(error)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda plain: plain["environment"].update(versions=["torch"]),
+        lambda plain: plain["places"].append(plain["places"][-1]),
+        lambda plain: plain["places"][-1].update(context="de\n::error::boo"),
+        lambda plain: plain["places"][-1].update(variant="\ud800"),
+        lambda plain: plain["places"][-1]["verdicts"].update(speed="pass"),
+        lambda plain: plain["places"][-1]["values"].update({"memory\x1b[2J": {"value": 1, "low": None, "high": None}}),
+        lambda plain: plain["places"][-1]["values"].update(memory={"value": 1, "low": 2, "high": None}),
+        lambda plain: plain["places"][-1]["values"].update(memory={"value": 1, "low": None, "high": 0.5}),
+    ],
+)
+def test_a_hostile_baseline_is_refused(edit: Callable[[Any], None], tmp_path: Path) -> None:
+    file = tmp_path / "base.json"
+    write_baseline(snapshot(), file)
+    plain = json.loads(file.read_text())
+    edit(plain)
+    file.write_text(json.dumps(plain))
+    with pytest.raises(UsageError, match="base.json: is no baseline"):
+        read_baseline(file)
+
+
+def test_what_would_be_waited_for_or_has_no_end_is_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with (tmp_path / "vast").open("wb") as vast:
+        vast.truncate(1 << 40)
+    for path, reason in (
+        (tmp_path / "pipe", "not a regular file"),
+        (Path("/dev/zero"), "not a regular file"),
+        (tmp_path / "vast", "1,099,511,627,776 bytes"),
+    ):
+        with pytest.raises(UsageError, match=f"{path}: cannot be read .*{reason}"):
+            read_baseline(path)
 
 
 def test_the_baseline_of_another_model_is_named() -> None:

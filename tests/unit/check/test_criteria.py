@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
 
 import pytest
@@ -190,3 +192,17 @@ def test_the_bundle_is_a_place_too() -> None:
     found = outcome(Snapshot(**{**vars(snapshot()), "places": places}), "bundle_bytes")
     assert (found.place, found.verdict) == ("bundle", "fail")
     assert found.sentence == "6.000 MB, 5.000 MB in the baseline, +20 %, allowed +1 %"
+
+
+def test_an_interval_as_wide_as_floats_go_decides_nothing() -> None:
+    memory = Value(value=1.0, low=5e-324, high=1.7e308)
+    (found,) = [each for each in judge(changed(memory=memory), snapshot(), CONFIG) if each.name == "memory"]
+    assert found.verdict == "inconclusive"
+    json.dumps(dataclasses.asdict(found), allow_nan=False)
+
+
+def test_what_is_said_of_an_engine_is_no_command_of_a_terminal() -> None:
+    place = {ENGINE: Measured(verdicts={"parity": ("fail", "the outputs are a\x1b[2J\n::error::boo")})}
+    now = dataclasses.replace(snapshot(), config={"name": "a\x1b]0;b\x07"}, places=snapshot().places | place)
+    texts = [each.sentence for each in judge(snapshot(), now, CONFIG)] + list(differences(snapshot(), now))
+    assert len(texts) > 5 and all(text.isprintable() for text in texts)
