@@ -308,7 +308,8 @@ def _require_readable(bundle: Bundle) -> None:
             if variant.model.suffix != suffix:
                 raise ValueError(f"model_file of {variant.name}: {variant.model.name!r} is not named {suffix}")
             for field in (variant.name, variant.runtime, variant.precision, variant.provider):
-                _require(field, str, f"variant of {context}")
+                if not _require(field, str, f"variant of {context}").isprintable():
+                    raise ValueError(f"variant of {context}: {field!r}")
             for key, value in variant.session_options.items():
                 _require(value, str, f"session option {key}")
                 if key not in SESSION_OPTIONS:

@@ -835,8 +835,11 @@ def _print_check(result: Check, targets: Sequence[tuple[str, Path | None]]) -> N
     if os.environ.get("GITHUB_ACTIONS") == "true" and ("github", None) not in targets:
         click.echo(TEXTS["github"](result), nl=False, err=True)  # GitHub reads both streams
     if step := os.environ.get("GITHUB_STEP_SUMMARY"):
-        with Path(step).open("a", encoding="utf-8") as stream:
-            stream.write(summary(result))
+        try:
+            with Path(step).open("a", encoding="utf-8", errors="replace") as stream:
+                stream.write(summary(result))
+        except OSError as error:  # the verdict stands
+            click.echo(f"Warning: GITHUB_STEP_SUMMARY={step}: no summary was written ({error.strerror})", err=True)
 
 
 def _print_report(report: Report, *, as_json: bool = False) -> None:

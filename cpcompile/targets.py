@@ -210,7 +210,15 @@ class EngineInfo:
             ),
             onnx_digest=_text(plain["onnx_digest"]),
         )
-        if info.flavour not in FLAVOURS or info.settings_digest != plain["settings_digest"]:
+        inputs = {tensor.name: len(tensor.shape) for tensor in info.tensors if tensor.is_input}
+        if (
+            info.flavour not in FLAVOURS
+            or info.precision not in PRECISIONS
+            or not info.version.isprintable()
+            or not all(CAPABILITY.fullmatch(each) for each in info.capabilities)
+            or any({name: len(low) for name, (low, _, _) in each.shapes.items()} != inputs for each in info.profiles)
+            or info.settings_digest != plain["settings_digest"]
+        ):
             raise ValueError("executor_info.tensorrt")
         return info
 

@@ -224,6 +224,9 @@ def test_github_gets_annotations_and_a_summary(built: Path, tmp_path: Path, monk
     assert result.exit_code == 0 and "::notice title=cpcompile check::" in result.stderr
     assert "check: pass" in result.stdout
     assert (tmp_path / "summary.md").read_text().startswith("### ✅ cpcompile check")
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path))
+    result = run("check", built / "model.cpc", "--baseline", built / "base.json", "--without-model")
+    assert result.exit_code == 0 and "no summary was written" in result.stderr
 
 
 def test_an_onnx_file_against_an_older_one(built: Path, tmp_path: Path) -> None:

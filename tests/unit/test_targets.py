@@ -1,7 +1,9 @@
 """What the command line asks for, and what a bundle records of an engine."""
 
+import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -88,10 +90,25 @@ def test_a_record_comes_back_from_json() -> None:
 def test_a_garbled_record_is_refused(key: str) -> None:
     for wrong in (None, 5, "x", [], {}, [[1]], [{}], {"a": 1}):
         plain = INFO.to_plain() | {key: wrong}
-        if (key, wrong) in (("onnx_digest", "x"), ("tensors", [])):  # what a record may say
+        if (key, wrong) == ("onnx_digest", "x"):  # what a record may say
             continue
         with pytest.raises((KeyError, TypeError, ValueError, AttributeError)):
             EngineInfo.from_plain(plain)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"version": "1\x1b[2J"},
+        {"capabilities": ("../sm86",)},
+        {"precision": "fp16; rm -rf ~"},
+        {"profiles": (Profile(name="default", shapes={}),)},
+        {"tensors": ()},
+    ],
+)
+def test_a_record_that_was_sealed_anew_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"executor_info\.tensorrt"):
+        EngineInfo.from_plain(dataclasses.replace(INFO, **wrong).to_plain())
 
 
 def test_an_engine_of_another_version_or_gpu_says_what_it_is_and_how_to_build_it_again() -> None:
