@@ -92,7 +92,7 @@ def parse_ranges(texts: Sequence[str]) -> dict[str, Range]:
     for text in texts:
         name, _, lengths = text.partition("=")
         numbers = lengths.split(":")
-        if not name or len(numbers) not in (1, 3) or not all(n.isascii() and n.isdigit() for n in numbers):
+        if not name or len(numbers) not in (1, 3) or not all(re.fullmatch("[0-9]{1,20}", n) for n in numbers):
             raise UsageError(
                 f"--profile {text!r}: write the lengths of an axis as name=min:opt:max, sequence=1:128:512"
             )

@@ -51,6 +51,7 @@ def test_ranges() -> None:
     assert parse_ranges(["batch=1:2:8", "sequence=64"]) == {"batch": Range(1, 2, 8), "sequence": Range(64, 64, 64)}
     for texts, says in (
         (["batch=8:1:1"], "--profile batch=8:1:1: lengths go from the smallest"),
+        (["batch=" + "9" * 5000], "write the lengths of an axis as name=min:opt:max"),
         (["batch=2:1:8"], "lengths go from the smallest"),
         (["batch=1:2"], "write the lengths of an axis as name=min:opt:max"),
         (["batch=1x1:1x2:1x3"], "write the lengths"),
