@@ -28,7 +28,7 @@ from torch import Tensor
 
 from cpcompile.config import ModelConfig, PretrainedConfig, TrainConfig, override, require_context_name
 from cpcompile.errors import CpcompileError, UsageError
-from cpcompile.files import whole_file
+from cpcompile.files import require_regular_file, whole_file
 from cpcompile.models.decoder import Decoder
 from cpcompile.models.language_model import LanguageModel
 from cpcompile.models.shared_state import share_state, without_weights
@@ -217,8 +217,7 @@ def save_atomically(plain: object, path: Path) -> None:
 
 def load_plain(path: Path, *, mapped: bool = False) -> Any:
     """`torch.load(weights_only=True)` with errors that help."""
-    if path.is_dir():
-        raise UsageError(f"{path}: is a folder; a checkpoint is a file such as model.pt")
+    require_regular_file(path, "a checkpoint is a file such as model.pt")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickles of other writers, which are refused just below

@@ -11,7 +11,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -535,6 +535,7 @@ def check(
     2 usage, 3 inconclusive.
     """
     from cpcompile.check.baseline import read_baseline, write_baseline
+    from cpcompile.check.criteria import left_out
     from cpcompile.console import stage_progress
     from cpcompile.regression import check_bundle, check_file
 
@@ -566,6 +567,8 @@ def check(
             _require_sound(result)
             write_baseline(now, baseline)
             click.echo(f"wrote {baseline}", err=True)
+            for reason, names in _by_value(left_out(now)).items():
+                click.echo(f"Warning: no check will judge {', '.join(names)}: {reason}", err=True)
             return
     _print_check(result, targets)
     sys.exit(VERDICT_EXIT_CODES[result.verdict])
@@ -803,6 +806,10 @@ def _targets(formats: tuple[str, ...]) -> list[tuple[str, Path | None]]:
             raise UsageError(f"--format {text}: give one of {', '.join(FORMATS)}, or one of them with =FILE")
         targets.append((name, Path(file) if file else None))
     return targets
+
+
+def _by_value(values: Mapping[str, str]) -> dict[str, list[str]]:
+    return {value: [name for name in values if values[name] == value] for value in values.values()}
 
 
 def _require_sound(result: Check) -> None:

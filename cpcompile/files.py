@@ -37,6 +37,13 @@ def require_file_path(path: Path, suffix: str | None = None) -> Path:
     return target
 
 
+def require_regular_file(path: Path, expected: str) -> None:
+    """UsageError for a folder, a pipe or a device; a missing file is left to who opens it."""
+    if path.exists() and not path.is_file():
+        kind = "a folder" if path.is_dir() else "not a regular file"
+        raise UsageError(f"{path}: is {kind}; {expected}")
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """A new empty file to write to, which takes the place of `path` when the block ends without an error.

@@ -33,7 +33,7 @@ from torch.utils import _pytree as pytree
 
 from cpcompile.config import require_context_name
 from cpcompile.errors import CpcompileError, UsageError
-from cpcompile.files import require_file_path, whole_file
+from cpcompile.files import require_file_path, require_regular_file, whole_file
 from cpcompile.partitioning.onnx_graph import input_names
 from cpcompile.partitioning.partitioned_module import PartitionedModule
 from cpcompile.partitioning.trace import quiet
@@ -278,8 +278,7 @@ def load_program(path: Path) -> Program:
 
 def inspect_program(path: Path) -> tuple[dict[str, Any], dict[str, tuple[Feeds, ...]]]:
     """Our own files of the archive, after a look at what torch.export.load would run."""
-    if path.is_dir():
-        raise UsageError(f"{path}: is a folder; a program is a file such as model.pt2")
+    require_regular_file(path, "a program is a file such as model.pt2")
     try:
         archive = _open_archive(path)
         names = archive.get_all_records()

@@ -185,7 +185,14 @@ def test_a_garbled_architecture_is_refused(path: Path, key: str, value: object) 
 
 def test_no_file_a_folder_and_text_are_named(tmp_path: Path) -> None:
     (tmp_path / "text.pt").write_text("hello")
-    for name, message in {"nowhere.pt": "no such file", ".": "is a folder", "text.pt": "not a torch file"}.items():
+    os.mkfifo(tmp_path / "pipe.pt")
+    cases = {
+        "nowhere.pt": "no such file",
+        ".": "is a folder",
+        "text.pt": "not a torch file",
+        "pipe.pt": "not a regular",
+    }
+    for name, message in cases.items():
         with pytest.raises(UsageError, match=message):
             load_checkpoint(tmp_path / name)
 

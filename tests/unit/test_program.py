@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -286,9 +287,11 @@ def test_what_is_no_program_of_ours(good: Path, tmp_path: Path) -> None:
     plain = torch.export.export(torch.nn.Linear(2, 2), (torch.ones(1, 2),))
     torch.export.save(plain, tmp_path / "plain.pt2")
     (tmp_path / "text.pt2").write_text("hello")
+    os.mkfifo(tmp_path / "pipe.pt2")
     cases = [
         (tmp_path / "nowhere.pt2", "there is no such file"),
         (tmp_path, "is a folder"),
+        (tmp_path / "pipe.pt2", "is not a regular file"),
         (tmp_path / "text.pt2", "is not a torch.export program or is damaged"),
         (tmp_path / "plain.pt2", "has no record of gates; partition the model"),
     ]
