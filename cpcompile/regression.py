@@ -72,7 +72,7 @@ def check_bundle(
     if before:
         require_same_model(before, baseline, architecture=source.architecture, contexts=bundle.contexts)
     rounds = config.rounds if before else 2 * config.rounds
-    settings = ValidateConfig(rounds=rounds, speed=speed, memory=memory, coherence=False)
+    settings = ValidateConfig(rounds=rounds, speed=speed, memory=memory, coherence=False, layers=False)
     reference = source.reference(settings, data=data, trimmed=bundle.trimmed_vocabularies(), progress=progress)
     results = validate(bundle, reference, settings, progress=progress)
     now = snapshot_of(report_of(bundle, source, results, build_of(path), settings))

@@ -289,27 +289,30 @@ def test_without_a_dense_baseline_quality_is_null_with_the_reason(model: Path, t
     assert report["verdict"] == "inconclusive"
 
 
-def test_validate_measures_a_bundle_anew(bundle: Path, corpus_folder: Path) -> None:
+def test_validate_measures_a_bundle_anew(model: Path, corpus_folder: Path, tmp_path: Path) -> None:
+    arguments = ("-o", tmp_path / "model.cpc", "--contexts", "python")
+    assert run("build", model, *arguments, *FAST).exit_code in (0, 1)
+    bundle = next(tmp_path.glob("model.cpc*"))
     text = (bundle / "report.json").read_text()
     before = json.loads(text)
-    result = run("validate", bundle, *FAST, "--json")
+    result = run("validate", bundle, "--model", model, *FAST, "--json")
     assert result.exit_code in (0, 1), result.output
     part = json.loads(result.stdout)
     assert part["contexts"][0]["variants"][0]["parity"] == before["contexts"][0]["variants"][0]["parity"]
     assert (bundle / "report.json").read_text() == text  # a part does not replace the whole
     assert "report.json stays as it was" in result.stderr
-    elsewhere = run("validate", bundle, "--rounds", 2, "--data", corpus_folder)
+    elsewhere = run("validate", bundle, "--model", model, "--rounds", 2, "--data", corpus_folder)
     assert elsewhere.exit_code in (0, 1), elsewhere.output
     after = json.loads((bundle / "report.json").read_text())
     jsonschema.validate(after, json.loads(SCHEMA.read_text()))
     assert after["build"] == before["build"]
     (bundle / "report.json").write_text('{"build": {"seconds": "long", "peak_rss_bytes": 1, "stages": []}}')
-    assert "has no report of its build" in run("validate", bundle, *FAST, "--json").stdout
+    assert "has no report of its build" in run("validate", bundle, "--model", model, *FAST, "--json").stdout
     (bundle / "report.json").write_text(text)
     # Where nothing can be written, what was measured is still shown.
     (bundle / "report.json").unlink()
     (bundle / "report.json").mkdir()
-    shown = run("validate", bundle, "--rounds", 2, "--no-layers", "--json")
+    shown = run("validate", bundle, "--model", model, "--rounds", 2, "--json")
     (bundle / "report.json").rmdir()
     (bundle / "report.json").write_text(text)
     assert shown.exit_code == 2
@@ -353,7 +356,7 @@ def test_a_checkpoint_with_a_garbled_record_is_refused(model: Path, tmp_path: Pa
 def test_kill_9_during_a_build_leaves_the_old_bundle(bundle: Path, model: Path, tmp_path: Path) -> None:
     target = tmp_path / "model.cpc"
     shutil.copytree(bundle, target)
-    command = [sys.executable, "-m", "cpcompile", "build", str(model), "-o", str(target)]
+    command = [sys.executable, "-m", "cpcompile", "build", str(model), "-o", str(target), "--contexts", "python"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
         deadline = time.monotonic() + 120
         while not list(tmp_path.glob(".model.cpc.building-*")) and time.monotonic() < deadline:
