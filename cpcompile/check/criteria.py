@@ -189,7 +189,10 @@ def expected(before: Snapshot) -> Iterator[tuple[Place, str]]:
 def left_out(snapshot: Snapshot) -> dict[str, str]:
     """Criteria that a baseline of `snapshot` holds nothing on, and why not: no check will judge them."""
     held = {criterion_of(name) for each in snapshot.places.values() for name in (*each.values, *each.verdicts)}
-    reasons = {criterion_of(name): why for each in snapshot.places.values() for name, why in each.not_measured.items()}
+    reasons: dict[str, str] = {}
+    for each in snapshot.places.values():
+        for name, why in each.not_measured.items():
+            reasons.setdefault(criterion_of(name), why)
     return {name: why for name, why in reasons.items() if name in CRITERIA and name not in held}
 
 

@@ -41,7 +41,7 @@ ENGINE_GRAPH = 1_200
 """Bytes of an engine's file per tensor."""
 DURATIONS = ((30_000_000, "about a minute"), (300_000_000, "minutes"))
 """Up to so many parameters, on two cores, with validation."""
-NOT_COUNTED = ("peers of --peers", "--data: text that is read anew")
+NOT_COUNTED = ("peers of --peers", "text that --data reads")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,6 +26,6 @@ def render_estimate(estimated: Estimate, plan: Plan) -> RenderableType:
     for name, process in rows.items():
         processes.add_row(Text(name), megabytes(process.load_peak_rss_bytes), megabytes(process.run_peak_rss_bytes))
     closing = Text(f"bundle: {megabytes(estimated.bundle_bytes)}; the build takes {estimated.duration} on two cores\n")
-    closing.append(f"Running: {plan.batch}×{plan.sequence} tokens, of a program its example. ", style="dim")
-    closing.append("Estimates; not counted: " + ", ".join(NOT_COUNTED), style="dim")
+    closing.append(f"Running: {plan.batch}×{plan.sequence} tokens; a program, its example. ", style="dim")
+    closing.append("Not counted: " + ", ".join(NOT_COUNTED), style="dim")
     return Group(stages, processes, closing)

@@ -15,6 +15,8 @@ from cpcompile.report.difference import Difference
 from cpcompile.report.formats import arrow, count, gaps, megabytes, number, plain, shape_name, signed
 
 VERDICT_STYLE = {"pass": "bold green", "fail": "bold red", "inconclusive": "bold yellow"}
+NAMED = 4
+"""Of what a footnote concerns."""
 
 
 def render_report(report: Mapping[str, Any]) -> RenderableType:
@@ -201,8 +203,14 @@ def footnotes(report: Mapping[str, Any]) -> Text:
                 whats = concerned.setdefault(reason, [])
                 if what not in whats:
                     whats.append(what)
-    lines = (f"– {', '.join(whats)}: {reason}" for reason, whats in concerned.items())
+    lines = (f"– {_first(whats)}: {reason}" for reason, whats in concerned.items())
     return Text("\n".join(lines), style="dim")
+
+
+def _first(names: Sequence[str]) -> str:
+    """The first of many names; report.json has them all."""
+    more = len(names) - NAMED
+    return ", ".join(names) if more <= 1 else f"{', '.join(names[:NAMED])} and {more} more"
 
 
 def verdict_text(report: Mapping[str, Any]) -> Text:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cpcompile.check.baseline import BUNDLE, MEASURED_AGAIN, Measured, Snapshot, Value
-from cpcompile.check.criteria import NEEDS_MODEL, Check, Outcome, differences, doubtful, judge
+from cpcompile.check.criteria import NEEDS_MODEL, Check, Outcome, differences, doubtful, judge, left_out
 from cpcompile.config import CheckConfig, MaxDecrease, MaxIncrease
 from tests.unit.check.snapshots import ENGINE, changed, counted, judged, snapshot
 
@@ -92,6 +92,14 @@ def test_what_was_not_measured_is_never_a_pass() -> None:
     assert found.sentence == "nobody looked (20 in the baseline)"
     assert verdict_of(changed(perplexity=None)) == "inconclusive"
     assert verdict_of(changed(perplexity=None), waived=NEEDS_MODEL) == "pass"
+
+
+def test_a_baseline_says_what_it_holds_nothing_on() -> None:
+    assert left_out(snapshot()) == {}
+    assert left_out(changed(perplexity=None)) == {"perplexity": "nobody looked"}
+    plan = {("de", "plan"): Measured(not_measured={"perplexity": "no GPU", "parity": "no GPU"})}
+    beside = dataclasses.replace(changed(perplexity=None), places=changed(perplexity=None).places | plan)
+    assert left_out(beside) == {"perplexity": "nobody looked"}
 
 
 def test_engines_that_come_and_go() -> None:

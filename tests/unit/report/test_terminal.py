@@ -9,8 +9,10 @@ import jsonschema
 from rich.console import Console
 
 from cpcompile.report import SCHEMA, controls_table, render_report
+from cpcompile.report.terminal import footnotes
 from cpcompile.validation.diagnosis import Diagnosis
 from cpcompile.validation.divergence import LayerError
+from cpcompile.validation.memory import compare_memory
 from cpcompile.validation.parity import Parity
 from tests.unit.report.reports import complete, report, variant
 
@@ -46,6 +48,13 @@ def test_no_sentence_is_lost_on_a_narrow_terminal() -> None:
     words = text_of(render_report(complete()), width=80).split()
     for finding in complete()["training"]["findings"]:
         assert " ".join(finding.split()) in " ".join(words)
+
+
+def test_a_footnote_names_the_first_of_many_fields() -> None:
+    memory = compare_memory("nobody looked", "nobody looked")
+    names = list(memory.not_measured)
+    found = " ".join(text_of(footnotes(report(dataclasses.replace(variant(), memory=memory)))).split())
+    assert f"{', '.join(names[:4])} and {len(names) - 4} more: nobody looked" in found
 
 
 def test_a_checkpoint_without_training_results_says_so() -> None:
