@@ -567,6 +567,8 @@ def check(
             _require_sound(result)
             write_baseline(now, baseline)
             click.echo(f"wrote {baseline}", err=True)
+            for note in result.notes:
+                click.echo(f"Warning: {note}", err=True)
             for reason, names in _by_value(left_out(now)).items():
                 click.echo(f"Warning: no check will judge {', '.join(names)}: {reason}", err=True)
             return
@@ -805,6 +807,9 @@ def _targets(formats: tuple[str, ...]) -> list[tuple[str, Path | None]]:
         if name not in FORMATS or (equals and not file):
             raise UsageError(f"--format {text}: give one of {', '.join(FORMATS)}, or one of them with =FILE")
         targets.append((name, Path(file) if file else None))
+    printed = [name for name, file in targets if file is None]
+    if len(printed) > 1 and (whole := [name for name in printed if name in ("json", "junit", "sarif")]):
+        raise UsageError(f"--format {' and '.join(printed)} would mix on standard output; give {whole[0]}=FILE")
     return targets
 
 

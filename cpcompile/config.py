@@ -288,6 +288,10 @@ class ValidateConfig:
         _require(
             self.min_speed_ratio >= 0, f"validate.min_speed_ratio is {self.min_speed_ratio}: it cannot be negative"
         )
+        _require(
+            self.speed or not self.min_speed_ratio,
+            f"validate.min_speed_ratio is {self.min_speed_ratio}, but speed is not to be measured: leave one out",
+        )
         _require(self.threads >= 0, f"validate.threads is {self.threads}: it cannot be negative")
 
 
@@ -338,6 +342,10 @@ class CheckConfig:
         for criterion, limits in vars(self).items():
             for name, value in vars(limits).items() if isinstance(limits, MaxIncrease | MaxDecrease) else ():
                 _require(value >= 0, f"check.{criterion}.{name} is {value}: it cannot be negative")
+                _require(
+                    name != "max_decrease" or value < 1,
+                    f"check.{criterion}.{name} is {value}, which nothing can miss: it is a part of 1, 0.05 is 5 %",
+                )
 
 
 def preset(name: str) -> ModelConfig:

@@ -323,8 +323,9 @@ def watch_machine() -> Iterator[Machine]:
 
 
 def _process_seconds() -> float:
+    """Of this process and of its children that have ended."""
     times = os.times()
-    return times.user + times.system
+    return times.user + times.system + times.children_user + times.children_system
 
 
 def _busy_and_stolen_seconds() -> tuple[float, float] | None:

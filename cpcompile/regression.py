@@ -18,6 +18,7 @@ from cpcompile.bundle import Bundle, Variant, open_bundle
 from cpcompile.check.baseline import (
     BUNDLE,
     MEASURED_AGAIN,
+    UNKNOWN,
     Judged,
     Measured,
     Snapshot,
@@ -74,9 +75,13 @@ def check_bundle(
     rounds = config.rounds if before else 2 * config.rounds
     settings = ValidateConfig(rounds=rounds, speed=speed, memory=memory, coherence=False, layers=False)
     reference = source.reference(settings, data=data, trimmed=bundle.trimmed_vocabularies(), progress=progress)
-    results = validate(bundle, reference, settings, progress=progress)
+    with watch_machine() as machine:
+        results = validate(bundle, reference, settings, progress=progress)
     now = snapshot_of(report_of(bundle, source, results, build_of(path), settings))
     check = _judged(path, baseline, before, now, config, waived)
+    if before is None and speed and machine.disturbance:
+        note = f"speed was measured while {machine.disturbance}; write the baseline again on a quiet machine"
+        return now, dataclasses.replace(check, notes=(note,))
     for _ in range(config.attempts if before else 0):
         rounds *= 2
         for (context, variant), missed in doubtful(check.outcomes, MEASURED_AGAIN).items():
@@ -143,7 +148,7 @@ def _without_model(bundle: Bundle, reason: str, before: Snapshot | None) -> Snap
             places[context, variant.name] = dataclasses.replace(measured, not_measured=not_measured)
     return Snapshot(
         model=before.model if before else bundle.name,
-        architecture=before.architecture if before else "unknown",
+        architecture=before.architecture if before else UNKNOWN,
         config=before.config if before else {},
         environment=environment(),
         places=places,

@@ -24,6 +24,8 @@ Place: TypeAlias = tuple[str, str]
 Judged: TypeAlias = Literal["pass", "fail", "inconclusive"]
 BUNDLE: Place = ("", "")
 
+UNKNOWN = "unknown"
+"""The architecture of a bundle whose model was not looked at."""
 VERSION = 1
 SCHEMA = Path(__file__).with_name("baseline.schema.json")
 JUDGED = ("parity", "placement")
@@ -182,7 +184,7 @@ def require_same_model(baseline: Snapshot, path: Path, *, architecture: str, con
 
     architecture "" leaves that one out: without the model it is not known.
     """
-    other_kind = bool(architecture) and architecture != baseline.architecture
+    other_kind = bool(architecture) and baseline.architecture not in (architecture, UNKNOWN)
     if other_kind or not set(contexts) & set(baseline.contexts):
         mine = f"{architecture} with the contexts" if architecture else "the contexts"
         raise UsageError(

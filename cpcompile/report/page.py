@@ -90,7 +90,9 @@ def key_figures(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     figures = []
     if ran:
         passed = sum(variant["parity"]["verdict"] == "pass" for variant in ran)
-        figures.append(("Parity", f"{passed} of {len(ran)}", "engines compute what the eager model computes"))
+        every = sum(len(context["variants"]) for context in contexts)
+        left = f"; {every - len(ran)} of {every} engines were not run" if every > len(ran) else ""
+        figures.append(("Parity", f"{passed} of {len(ran)}", f"engines compute what the eager model computes{left}"))
     if contexts:
         parts = [context["parameters"]["kept"] / context["parameters"]["total"] for context in contexts]
         total = formats.count(max(context["parameters"]["total"] for context in contexts))

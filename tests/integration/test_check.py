@@ -194,6 +194,7 @@ def test_what_cannot_be_done_is_a_sentence(built: Path, tmp_path: Path) -> None:
     bundle, base = built / "model.cpc", built / "base.json"
     for arguments, sentence in (
         ((bundle, "--baseline", tmp_path / "none.json"), "there is no such baseline; write it with"),
+        ((bundle, "--baseline", base, "--format", "json", "--format", "table"), "would mix on standard output"),
         ((bundle, "--baseline", base, "--format", "xml"), "--format xml: give one of table, json"),
         ((bundle, "--baseline", base, "--format", "junit="), "--format junit=: give one of"),
         ((tmp_path / "none.cpc", "--baseline", base), "none.cpc"),
@@ -255,7 +256,7 @@ def test_the_github_action_runs(built: Path, tmp_path: Path) -> None:
         "bundle": str(built / "model.cpc"),
         "baseline": str(built / "base.json"),
         "model": str(built / "model.pt"),
-        "arguments": " ".join(QUICK),
+        "arguments": "\n".join(QUICK),
         "results": "results of it",
     }
     names = {name: text.removeprefix("${{ inputs.").removesuffix(" }}") for name, text in step["env"].items()}

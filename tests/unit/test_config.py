@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from cpcompile.config import ModelConfig, TrainConfig, load_toml, override, preset
+from cpcompile.config import CheckConfig, ModelConfig, TrainConfig, ValidateConfig, load_toml, override, preset
 from cpcompile.errors import UsageError
 
 
@@ -59,3 +59,13 @@ def test_a_file_that_is_no_configuration_is_named(tmp_path: Path, content: str |
     with pytest.raises(UsageError, match=says) as caught:
         load_toml(path)
     assert str(path) in str(caught.value)
+
+
+def test_a_demanded_speed_must_be_measured() -> None:
+    with pytest.raises(UsageError, match="speed is not to be measured: leave one out"):
+        ValidateConfig(speed=False, min_speed_ratio=2.0)
+
+
+def test_a_limit_that_nothing_can_miss_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"check.speed_ratio.max_decrease is 5.0, .*0.05 is 5 %"):
+        override(CheckConfig(), {"speed_ratio": {"max_decrease": 5.0}}, where="check")

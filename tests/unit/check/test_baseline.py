@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 from cpcompile.check.baseline import (
     SCHEMA,
+    UNKNOWN,
     read_baseline,
     require_same_model,
     snapshot_of,
@@ -142,6 +144,8 @@ def test_the_baseline_of_another_model_is_named() -> None:
     path = Path("base.json")
     require_same_model(snapshot(), path, architecture="decoder", contexts=("de", "fr"))
     require_same_model(snapshot(), path, architecture="", contexts=("de",))
+    alone = dataclasses.replace(snapshot(), architecture=UNKNOWN)  # written without the model
+    require_same_model(alone, path, architecture="decoder", contexts=("de",))
     with pytest.raises(UsageError, match="baseline of another model: model"):
         require_same_model(snapshot(), path, architecture="llama", contexts=("de",))
     with pytest.raises(UsageError, match="the bundle has the contexts fr"):
