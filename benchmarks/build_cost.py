@@ -19,7 +19,7 @@ from common import save, spread
 from rich.console import Console
 from rich.table import Table
 
-from cpcompile.checkpoint import load_checkpoint
+from cpcompile.frontend.checkpoint import load_checkpoint
 from cpcompile.training.trainer import dense_path
 
 EXPORT = """
@@ -29,7 +29,7 @@ from cpcompile.capture import capture_dense
 from cpcompile.checkpoint import load_checkpoint
 from cpcompile.measure import peak_resident_bytes
 import onnx_ir as ir
-import cpcompile.pipeline
+import cpcompile.pipeline.build
 empty = peak_resident_bytes()
 model = load_checkpoint(Path(sys.argv[1])).model
 started = time.perf_counter()

@@ -25,13 +25,13 @@ from common import save
 from rich.console import Console
 from rich.table import Table
 
-from cpcompile.capture import OPSETS, capture
-from cpcompile.config import ModelConfig
+from cpcompile.core.config import ModelConfig
+from cpcompile.core.selection import UnitKind
+from cpcompile.files.onnx_file import load_onnx, save_onnx, size_of
+from cpcompile.frontend.capture import OPSETS, capture
 from cpcompile.models.decoder import Decoder
-from cpcompile.onnx_file import load_onnx, save_onnx, size_of
-from cpcompile.optimize import optimize_file
 from cpcompile.passes.bind_context import BindContext
-from cpcompile.selection import UnitKind
+from cpcompile.pipeline.optimize import optimize_file
 from cpcompile.training.allocation import allocate_random
 
 CONTEXTS = ("a", "b", "c")

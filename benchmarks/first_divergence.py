@@ -19,12 +19,12 @@ import onnx_ir as ir
 from common import save
 from rich.console import Console
 
-from cpcompile.bundle import open_bundle
-from cpcompile.fresh_graphs import FreshGraphs
-from cpcompile.measure import in_fresh_process
-from cpcompile.onnx_file import opset_of
-from cpcompile.source import open_source
+from cpcompile.bundle.reader import open_bundle
+from cpcompile.files.onnx_file import opset_of
+from cpcompile.frontend.source import open_source
+from cpcompile.machine.memory import in_fresh_process
 from cpcompile.validation.divergence import engine_graph
+from cpcompile.validation.expected_graphs import FreshGraphs
 
 RELATIVE = 1e-3
 SESSION = """

@@ -18,10 +18,10 @@ from common import save
 from rich.console import Console
 from rich.table import Table
 
-from cpcompile.bundle import open_bundle
-from cpcompile.config import ValidateConfig
-from cpcompile.peers import open_peers
-from cpcompile.source import open_source
+from cpcompile.bundle.reader import open_bundle
+from cpcompile.core.config import ValidateConfig
+from cpcompile.frontend.source import open_source
+from cpcompile.validation.peers import open_peers
 from cpcompile.validation.runners import engine_runner
 from cpcompile.validation.speed import measure_speed
 

@@ -22,9 +22,9 @@ from common import save
 from rich.console import Console
 from rich.table import Table
 
-from cpcompile.config import PRESETS
-from cpcompile.measure import in_fresh_process
-from cpcompile.training.installed_text import write_installed_corpus
+from cpcompile.core.config import PRESETS
+from cpcompile.machine.memory import in_fresh_process
+from cpcompile.text.installed_text import write_installed_corpus
 from cpcompile.validation.memory import measure_engine
 
 SHAPE = (1, 128)

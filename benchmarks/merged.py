@@ -21,11 +21,11 @@ from common import save, settled, spread
 from rich.console import Console
 from rich.table import Table
 
-from cpcompile.bundle import Variant, open_bundle
-from cpcompile.capture import capture_dense
-from cpcompile.checkpoint import load_checkpoint
-from cpcompile.measure import available_cores
-from cpcompile.runtime import Engine, create_session, session_options
+from cpcompile.bundle.reader import Variant, open_bundle
+from cpcompile.frontend.capture import capture_dense
+from cpcompile.frontend.checkpoint import load_checkpoint
+from cpcompile.machine.memory import available_cores
+from cpcompile.runtime.engine import Engine, create_session, session_options
 from cpcompile.training.trainer import dense_path
 from cpcompile.validation.runners import NO_SPINNING_AFTER_RUN
 

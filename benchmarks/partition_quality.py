@@ -19,9 +19,9 @@ from common import save
 from rich.console import Console
 from rich.table import Table
 
-from cpcompile.config import preset
-from cpcompile.demo import TRAIN
-from cpcompile.pipeline import train_from_data
+from cpcompile.cli.demo import TRAIN
+from cpcompile.core.config import preset
+from cpcompile.pipeline.build import train_from_data
 from cpcompile.report import mean_perplexity
 from cpcompile.training.branch import StepReport
 

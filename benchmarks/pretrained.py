@@ -23,9 +23,9 @@ from common import save
 from rich.console import Console
 from rich.table import Table
 
-from cpcompile.checkpoint import load_checkpoint
+from cpcompile.frontend.checkpoint import load_checkpoint
 from cpcompile.report import mean_perplexity
-from cpcompile.training.installed_text import write_installed_corpus
+from cpcompile.text.installed_text import write_installed_corpus
 from cpcompile.training.trainer import dense_path, work_path
 
 SETTINGS = "[train]\nheld_out_tokens = 4096\nimportance_sequences = 32\nrecover_sequences = 32\n"

@@ -21,10 +21,10 @@ from common import save
 from rich.console import Console
 from rich.table import Table
 
+from cpcompile.frontend.source import open_source
 from cpcompile.passes.freeze import freeze, prepare
-from cpcompile.pipeline import legal_for_plans
-from cpcompile.source import open_source
-from cpcompile.targets import PRECISIONS
+from cpcompile.pipeline.build import legal_for_plans
+from cpcompile.targets.requests import PRECISIONS
 
 BUILD = """
 import json, sys, time

@@ -16,9 +16,9 @@ from rich.console import Console
 from rich.table import Table
 from torch.nn import functional as F
 
-from cpcompile.config import TrainConfig, preset
+from cpcompile.core.config import TrainConfig, preset
+from cpcompile.core.selection import UnitKind
 from cpcompile.models.decoder import Decoder
-from cpcompile.selection import UnitKind
 from cpcompile.training.allocation import allocate_random
 from cpcompile.training.branch import make_optimizer
 

@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 
 API = {
     "partition": "cpcompile.partitioning",
-    "save_program": "cpcompile.program",
+    "save_program": "cpcompile.frontend.program",
     "select_units": "cpcompile.training.select_units",
 }
 """What stands at the top, and the module that it comes from."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from cpcompile.artifact import Artifact
+from cpcompile.bundle.artifact import Artifact
 from cpcompile.exporters.weights_file import Location, refer_to_weights
 
 MODEL_FILE = "model.onnx"

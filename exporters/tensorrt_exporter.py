@@ -22,20 +22,12 @@ from typing import Any, BinaryIO
 
 import onnx_ir as ir
 
-from cpcompile.artifact import Artifact
-from cpcompile.errors import CpcompileError, UsageError
-from cpcompile.files import cache_folder, file_digest, whole_file
-from cpcompile.onnx_file import module_of
-from cpcompile.targets import (
-    TENSORRT,
-    EngineInfo,
-    Profile,
-    Range,
-    Shapes,
-    Target,
-    TensorInfo,
-)
-from cpcompile.tensorrt_library import load_library, logger_of
+from cpcompile.bundle.artifact import Artifact
+from cpcompile.core.errors import CpcompileError, UsageError
+from cpcompile.files.onnx_file import module_of
+from cpcompile.files.whole_files import cache_folder, file_digest, whole_file
+from cpcompile.targets.requests import TENSORRT, EngineInfo, Profile, Range, Shapes, Target, TensorInfo
+from cpcompile.targets.tensorrt_library import load_library, logger_of
 
 Progress = Callable[[int, int], None]
 """Steps done, and in all."""

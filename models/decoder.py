@@ -22,10 +22,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cpcompile.config import ModelConfig
+from cpcompile.core.config import ModelConfig
+from cpcompile.core.selection import Selection, UnitKind, Units
 from cpcompile.models.gates import Gate, apply_gate, channels_of
 from cpcompile.models.language_model import LanguageModel, Rows, partition_order
-from cpcompile.selection import Selection, UnitKind, Units
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from cpcompile.core.selection import BoolArray, Selection, UnitKind, Units
 from cpcompile.models.gates import Gate
-from cpcompile.selection import BoolArray, Selection, UnitKind, Units
 
 Kept = Sequence[Any]
 """What a context keeps, layer by layer, in the form that its model's forward pass takes."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from cpcompile.errors import CpcompileError, UsageError
+from cpcompile.core.errors import CpcompileError, UsageError
 
 
 @dataclass(frozen=True)

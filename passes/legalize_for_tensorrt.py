@@ -15,8 +15,8 @@ from types import MappingProxyType
 
 import onnx_ir as ir
 
-from cpcompile.errors import CpcompileError
-from cpcompile.onnx_file import module_of
+from cpcompile.core.errors import CpcompileError
+from cpcompile.files.onnx_file import module_of
 from cpcompile.passes.symbolic_shapes import bodies_of, constant_of, number_of
 
 SPELL_OUT = "build with --opset 20, which spells attention out"

@@ -20,7 +20,7 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
-from cpcompile.errors import CpcompileError
+from cpcompile.core.errors import CpcompileError
 from cpcompile.passes.symbolic_shapes import bodies_of, constant_of, is_standard, opset_of
 
 FLOAT = ir.DataType.FLOAT

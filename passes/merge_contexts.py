@@ -25,7 +25,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 from onnx_ir.passes.common import NameFixPass
 
-from cpcompile.errors import CpcompileError, UsageError
+from cpcompile.core.errors import CpcompileError, UsageError
 from cpcompile.passes.context_parts import (
     Part,
     share_first_nodes,

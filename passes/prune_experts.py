@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from cpcompile.errors import UsageError
+from cpcompile.core.errors import UsageError
 from cpcompile.passes.eliminate_dead_channels import Blocked
 from cpcompile.passes.expert_routes import Choice, axis_of, choice_of, lookups_of, parameters_of
 from cpcompile.passes.symbolic_shapes import SINCE, constant_of, is_standard, opset_of

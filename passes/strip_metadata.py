@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from cpcompile.onnx_file import MODULE, module_of
+from cpcompile.files.onnx_file import MODULE, module_of
 
 
 @dataclass(frozen=True)

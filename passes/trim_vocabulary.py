@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from cpcompile.errors import CpcompileError, UsageError
+from cpcompile.core.errors import CpcompileError, UsageError
 from cpcompile.passes.clean_up import CleanUp, stand_in
 from cpcompile.passes.eliminate_dead_channels import EliminateDeadChannels, Elimination, KeptChannels, find_channels
 from cpcompile.passes.symbolic_shapes import SINCE, constant_of, is_standard, number_of, opset_of

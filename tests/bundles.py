@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cpcompile.bundle import _manifest_digest
-from cpcompile.files import file_digest
+from cpcompile.bundle.reader import _manifest_digest
+from cpcompile.files.whole_files import file_digest
 
 
 def reseal(bundle: Path, edit: Callable[[dict[str, Any]], object] = lambda manifest: None) -> None:

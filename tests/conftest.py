@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from cpcompile.config import ModelConfig, TrainConfig, preset
-from cpcompile.training.corpus import Corpus, load_corpus
-from cpcompile.training.installed_text import write_installed_corpus
+from cpcompile.core.config import ModelConfig, TrainConfig, preset
+from cpcompile.text.corpus import Corpus, load_corpus
+from cpcompile.text.installed_text import write_installed_corpus
 
 MODEL = preset("nano")
 TRAIN = TrainConfig(

@@ -4,5 +4,5 @@
     Snapshot x Snapshot x limits -> Outcome (criteria.py)
     Outcomes -> table, JSON, JUnit, SARIF, GitHub (formats/), tests (pytest_plugin.py)
 
-`cpcompile.pipeline.check_bundle` measures; nothing here imports torch.
+`cpcompile.pipeline.build.check_bundle` measures; nothing here imports torch.
 """

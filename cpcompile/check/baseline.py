@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from cpcompile.errors import UsageError
-from cpcompile.files import read_text, whole_file
+from cpcompile.core.errors import UsageError
+from cpcompile.files.whole_files import read_text, whole_file
 
 Place: TypeAlias = tuple[str, str]
 Judged: TypeAlias = Literal["pass", "fail", "inconclusive"]

@@ -23,8 +23,8 @@ from types import MappingProxyType
 from typing import Any, Literal, TypeAlias
 
 from cpcompile.check.baseline import Measured, Place, Snapshot, Value, criterion_of
-from cpcompile.config import CheckConfig, MaxIncrease
-from cpcompile.errors import printable
+from cpcompile.core.config import CheckConfig, MaxIncrease
+from cpcompile.core.errors import printable
 
 Verdict: TypeAlias = Literal["pass", "fail", "inconclusive", "not measured", "skipped", "new"]
 """not measured: the baseline has it, and it could not be measured now; skipped: that was asked for, or the baseline has

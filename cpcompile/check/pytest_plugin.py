@@ -86,10 +86,10 @@ class _Bundle(pytest.Collector):
         if self.path.suffix == ".onnx":
             yield from (("", "", name) for name in FILE_TESTS)
             return
-        from cpcompile.bundle import open_bundle
+        from cpcompile.bundle.reader import open_bundle
         from cpcompile.check.baseline import read_baseline
         from cpcompile.check.criteria import expected
-        from cpcompile.errors import CpcompileError
+        from cpcompile.core.errors import CpcompileError
 
         try:
             before, bundle = read_baseline(self.config.getoption("cpcompile_baseline")), open_bundle(self.path)
@@ -127,7 +127,7 @@ class _Criterion(pytest.Item):
 
 def _outcomes(config: pytest.Config) -> dict[tuple[str, str, str], dict[str, Any]]:
     """What the check of this run found, by key; CheckFailedError if it could not be done."""
-    from cpcompile.files import only_process
+    from cpcompile.files.whole_files import only_process
 
     plugin: Any = config.pluginmanager.get_plugin("cpcompile-check")
     result, trouble = plugin.folder / "check.json", plugin.folder / "trouble.txt"

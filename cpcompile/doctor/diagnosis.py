@@ -16,11 +16,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from cpcompile.core.errors import first_line
 from cpcompile.doctor import look
 from cpcompile.doctor.finding import Finding
 from cpcompile.doctor.trials import run_trial
-from cpcompile.errors import first_line
-from cpcompile.measure import NO_GPU, NO_NVML
+from cpcompile.machine.memory import NO_GPU, NO_NVML
 
 SCHEMA_VERSION = 1
 EXPORT = ("torch", "onnx", "onnx-ir", "onnxscript")

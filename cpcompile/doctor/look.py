@@ -13,8 +13,8 @@ import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 
+from cpcompile.core.errors import first_line
 from cpcompile.doctor.finding import Finding
-from cpcompile.errors import first_line
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 ONNXRUNTIME_WHEELS = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-directml", "onnxruntime-openvino")

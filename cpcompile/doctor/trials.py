@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from cpcompile.errors import CpcompileError, first_line
+from cpcompile.core.errors import CpcompileError, first_line
 
 SECONDS = 20
 """That a trial may take. It takes one or two; a loaded machine may need longer."""
@@ -60,8 +60,8 @@ def onnxruntime() -> dict[str, Any]:
     import numpy as np
     import onnxruntime as ort
 
-    from cpcompile.bundle import PROVIDER_OPTIONS, Variant
-    from cpcompile.runtime import CPU_PROVIDER, Engine, create_session, session_options
+    from cpcompile.bundle.reader import PROVIDER_OPTIONS, Variant
+    from cpcompile.runtime.engine import CPU_PROVIDER, Engine, create_session, session_options
 
     reasons: dict[str, str | None] = {}
     x = np.asarray([1, 2], dtype=np.float32)
@@ -113,7 +113,7 @@ def openvino() -> dict[str, Any]:
 
 def nvidia() -> dict[str, Any]:
     """The driver, and what it drives."""
-    from cpcompile.measure import nvidia_gpus
+    from cpcompile.machine.memory import nvidia_gpus
 
     found = nvidia_gpus()
     if isinstance(found, str):

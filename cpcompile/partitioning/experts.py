@@ -16,10 +16,10 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor, fx
 
+from cpcompile.core.selection import UnitKind
 from cpcompile.partitioning.flow import module_path, place
 from cpcompile.partitioning.groups import Consumer, Found, Group, IntArray, Refused, common_name, inputs_of
 from cpcompile.partitioning.trace import Traced
-from cpcompile.selection import UnitKind
 
 _PASS_ON = {"to", "_to_copy", "type_as", "clone", "contiguous", "detach", "view", "reshape", "_unsafe_view", "flatten"}
 """Operators that give what they read, in another form."""

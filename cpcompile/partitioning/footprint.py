@@ -13,10 +13,10 @@ from math import prod
 import numpy as np
 from torch import fx
 
+from cpcompile.core.selection import BoolArray
 from cpcompile.partitioning.groups import Group, IntArray
 from cpcompile.partitioning.labels import Value
 from cpcompile.partitioning.trace import Traced
-from cpcompile.selection import BoolArray
 
 
 @dataclass(frozen=True)

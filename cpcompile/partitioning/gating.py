@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from cpcompile.errors import UsageError
+from cpcompile.core.errors import UsageError
+from cpcompile.core.selection import UnitKind
 from cpcompile.models.gates import Gate
 from cpcompile.partitioning.groups import Group
-from cpcompile.selection import UnitKind
 
 
 class GroupGate(Gate):

@@ -15,10 +15,10 @@ import numpy as np
 import numpy.typing as npt
 from torch import fx
 
+from cpcompile.core.selection import UnitKind
 from cpcompile.partitioning.flow import Exit, Flow, module_path, place
 from cpcompile.partitioning.labels import varied
 from cpcompile.partitioning.trace import Traced
-from cpcompile.selection import UnitKind
 
 IntArray = npt.NDArray[np.int64]
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cpcompile.errors import UsageError
+from cpcompile.core.errors import UsageError
 from cpcompile.partitioning.trace import Forward
 
 

@@ -13,8 +13,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from cpcompile.core.selection import UnitKind
 from cpcompile.partitioning.partitioned_module import PartitionedModule
-from cpcompile.selection import UnitKind
 
 Loss = Callable[[Any, tuple[Tensor, ...]], Tensor]
 """loss(output of the model, inputs) -> scalar: the sum over sequences of the loss of each."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from cpcompile.errors import CpcompileError
+from cpcompile.core.errors import CpcompileError
 from cpcompile.partitioning.partitioned_module import PartitionedModule
 from cpcompile.partitioning.trace import quiet
 

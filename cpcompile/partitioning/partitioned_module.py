@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cpcompile.errors import UsageError
+from cpcompile.core.errors import UsageError
+from cpcompile.core.selection import BoolArray, Selection, UnitKind, Units
 from cpcompile.partitioning.footprint import Footprint
 from cpcompile.partitioning.gating import Active, GroupGate, add_gates
 from cpcompile.partitioning.groups import Group, Refused
 from cpcompile.partitioning.trace import Forward
-from cpcompile.selection import BoolArray, Selection, UnitKind, Units
 
 
 class PartitionedModule(nn.Module):

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from cpcompile.errors import CpcompileError, UsageError
+from cpcompile.core.errors import CpcompileError, UsageError
+from cpcompile.core.selection import UnitKind
 from cpcompile.partitioning.experts import find_experts
 from cpcompile.partitioning.footprint import footprint
 from cpcompile.partitioning.gating import has_gates
 from cpcompile.partitioning.groups import find_groups
 from cpcompile.partitioning.partitioned_module import PartitionedModule
 from cpcompile.partitioning.trace import Forward, trace
-from cpcompile.selection import UnitKind
 
 
 def partition(

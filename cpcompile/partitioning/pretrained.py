@@ -20,8 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cpcompile.config import PretrainedConfig
-from cpcompile.errors import UsageError
+from cpcompile.core.config import PretrainedConfig
+from cpcompile.core.errors import UsageError
+from cpcompile.core.selection import Selection, UnitKind, Units
 from cpcompile.models.gates import Gate
 from cpcompile.models.language_model import Kept, LanguageModel, Rows, partition_order
 from cpcompile.models.shared_state import share_state, without_weights
@@ -29,7 +30,6 @@ from cpcompile.partitioning.groups import Group
 from cpcompile.partitioning.hugging_face import load_hugging_face, prepare_hugging_face, transformers_package
 from cpcompile.partitioning.partitioned_module import PartitionedModule
 from cpcompile.partitioning.partitioner import partition
-from cpcompile.selection import Selection, UnitKind, Units
 
 GATES = "group_gates."
 NOT_THE_MODEL = ("transformers_version", "quantization_config")

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cpcompile.errors import UsageError
+from cpcompile.core.errors import UsageError
+from cpcompile.core.selection import Selection, UnitKind
 from cpcompile.partitioning.gating import GroupGate
 from cpcompile.partitioning.partitioned_module import PartitionedModule
-from cpcompile.selection import Selection, UnitKind
 
 
 def recover_least_squares(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from cpcompile.errors import UsageError
+from cpcompile.core.errors import UsageError
 from cpcompile.partitioning.flow import Flow
 from cpcompile.partitioning.labels import Facet
 from cpcompile.partitioning.rules import propagate

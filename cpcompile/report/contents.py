@@ -24,8 +24,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from cpcompile.files import read_text
-from cpcompile.targets import FLAVOURS
+from cpcompile.files.whole_files import read_text
+from cpcompile.targets.requests import FLAVOURS
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -93,10 +93,11 @@ def make_report(
 ) -> Report:
     """The report with its verdict.
 
-    model: {name, architecture, config}. environment: `cpcompile.measure.environment`. dense_bytes: weights of the dense
-    model in the bundle's precision. selection: which units each context keeps (`cpcompile.selection.Digits`), or why
-    that is unknown; contexts without a place in the report are left out. training: `training_summary`.
-    max_perplexity_increase: what the verdict allows; None where quality is not measured as perplexity.
+    model: {name, architecture, config}. environment: `cpcompile.machine.memory.environment`. dense_bytes: weights of
+    the dense model in the bundle's precision. selection: which units each context keeps
+    (`cpcompile.core.selection.Digits`), or why that is unknown; contexts without a place in the report are left out.
+    training: `training_summary`. max_perplexity_increase: what the verdict allows; None where quality is not
+    measured as perplexity.
     """
     report = {
         "schema_version": SCHEMA_VERSION,

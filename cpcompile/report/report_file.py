@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cpcompile.errors import UsageError
-from cpcompile.files import read_text, whole_file
+from cpcompile.core.errors import UsageError
+from cpcompile.files.whole_files import read_text, whole_file
 from cpcompile.report.contents import SCHEMA, SCHEMA_VERSION, Report
 from cpcompile.report.page import render_page
 

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 import numpy as np
 import numpy.typing as npt
 
-from cpcompile.selection import BoolArray, Selection, UnitKind
+from cpcompile.core.selection import BoolArray, Selection, UnitKind
 from cpcompile.training.importance import Importance
 
 Scores = npt.NDArray[np.float64]

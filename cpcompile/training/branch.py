@@ -20,13 +20,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cpcompile.checkpoint import load_plain, save_atomically
-from cpcompile.config import TrainConfig
-from cpcompile.errors import CpcompileError
+from cpcompile.core.config import TrainConfig
+from cpcompile.core.errors import CpcompileError
+from cpcompile.core.selection import Selection
+from cpcompile.frontend.checkpoint import load_plain, save_atomically
 from cpcompile.models.language_model import Kept, LanguageModel
-from cpcompile.selection import Selection
+from cpcompile.text.corpus import Corpus
 from cpcompile.training.allocation import swap_units
-from cpcompile.training.corpus import Corpus
 from cpcompile.training.importance import Importance, measure_importance, moving_average, stack_contexts
 from cpcompile.training.teacher import Teacher, divergence
 

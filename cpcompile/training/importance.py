@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from cpcompile.core.selection import UnitKind
 from cpcompile.models.language_model import LanguageModel
-from cpcompile.selection import UnitKind
 
 Importance = dict[UnitKind, npt.NDArray[np.float64]]
 """Per kind an array (contexts, layers, units)."""

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 from torch import Tensor
 
-from cpcompile.config import require_context_name
-from cpcompile.errors import UsageError
+from cpcompile.core.config import require_context_name
+from cpcompile.core.errors import UsageError
+from cpcompile.core.selection import BoolArray, Selection, UnitKind
 from cpcompile.partitioning.importance import Loss, measure_group_importance
 from cpcompile.partitioning.partitioned_module import PartitionedModule
-from cpcompile.selection import BoolArray, Selection, UnitKind
 from cpcompile.training.allocation import allocate
 
 

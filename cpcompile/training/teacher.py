@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from cpcompile.errors import CpcompileError
+from cpcompile.core.errors import CpcompileError
 from cpcompile.models.language_model import LanguageModel
 
 

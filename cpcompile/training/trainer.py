@@ -28,14 +28,22 @@ import torch
 from torch import Tensor
 
 import cpcompile
-from cpcompile.checkpoint import Checkpoint, load_checkpoint, load_plain, make_model, save_atomically, save_checkpoint
-from cpcompile.config import ModelConfig, PretrainedConfig, TrainConfig
-from cpcompile.errors import UsageError
-from cpcompile.files import only_process, require_file_path, whole_file
+from cpcompile.core.config import ModelConfig, PretrainedConfig, TrainConfig
+from cpcompile.core.errors import UsageError
+from cpcompile.core.selection import BoolArray, Selection, UnitKind
+from cpcompile.files.whole_files import only_process, require_file_path, whole_file
+from cpcompile.frontend.checkpoint import (
+    Checkpoint,
+    load_checkpoint,
+    load_plain,
+    make_model,
+    save_atomically,
+    save_checkpoint,
+)
 from cpcompile.models.language_model import LanguageModel
 from cpcompile.partitioning.pretrained import PretrainedDecoder
 from cpcompile.partitioning.recover import recover_least_squares
-from cpcompile.selection import BoolArray, Selection, UnitKind
+from cpcompile.text.corpus import Corpus, Progress
 from cpcompile.training.allocation import Scores, allocate, allocate_one_for_all, allocate_random, kept_units
 from cpcompile.training.branch import (
     Branch,
@@ -44,7 +52,6 @@ from cpcompile.training.branch import (
     held_out_perplexity,
     importance_batches,
 )
-from cpcompile.training.corpus import Corpus, Progress
 from cpcompile.training.importance import Importance, measure_importance, stack_contexts
 from cpcompile.training.teacher import Teacher
 

@@ -16,11 +16,11 @@ from typing import Protocol
 
 import onnx_ir as ir
 
-from cpcompile.bundle import Bundle, Variant
-from cpcompile.errors import CpcompileError
-from cpcompile.onnx_file import opset_of
+from cpcompile.bundle.reader import Bundle, Variant
+from cpcompile.core.errors import CpcompileError
+from cpcompile.files.onnx_file import opset_of
 from cpcompile.report.formats import NO_FAILURE
-from cpcompile.runtime import Feeds
+from cpcompile.runtime.engine import Feeds
 from cpcompile.validation.divergence import (
     Divergence,
     LayerError,

@@ -25,12 +25,12 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from cpcompile.bundle import Variant
-from cpcompile.errors import CpcompileError, UsageError
-from cpcompile.onnx_file import module_of
-from cpcompile.validation.compare import OutputComparison, compare_arrays
+from cpcompile.bundle.reader import Variant
+from cpcompile.core.errors import CpcompileError, UsageError
+from cpcompile.files.onnx_file import module_of
 from cpcompile.validation.fragment import Fragment, Values
 from cpcompile.validation.lockstep import Pair, run_in_lockstep
+from cpcompile.validation.output_comparison import OutputComparison, compare_arrays
 
 ROUNDINGS = 32
 """Five times the largest that sound engines showed (SmolLM2: 5.2 in a product, 6.7 in an attention layer)."""

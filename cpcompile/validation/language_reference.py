@@ -18,12 +18,13 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from cpcompile.checkpoint import Checkpoint, load_checkpoint
-from cpcompile.config import ValidateConfig
-from cpcompile.measure import ProcessMemory, release_memory
+from cpcompile.core.config import ValidateConfig
+from cpcompile.core.selection import UnitKind
+from cpcompile.frontend.checkpoint import Checkpoint, load_checkpoint
+from cpcompile.machine.memory import ProcessMemory, release_memory
 from cpcompile.models.language_model import LanguageModel
-from cpcompile.runtime import Feeds
-from cpcompile.selection import UnitKind
+from cpcompile.runtime.engine import Feeds
+from cpcompile.text.vocabulary import TrimmedVocabulary, reencode
 from cpcompile.validation.coherence import measure_coherence
 from cpcompile.validation.memory import measure_eager
 from cpcompile.validation.quality import (
@@ -36,7 +37,6 @@ from cpcompile.validation.quality import (
     measure_score,
 )
 from cpcompile.validation.reference import Outputs, Run, Timed
-from cpcompile.vocabulary import TrimmedVocabulary, reencode
 
 INPUT, OUTPUT = "input_ids", "logits"
 BATCHES_PER_SHAPE = 4

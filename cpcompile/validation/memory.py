@@ -4,7 +4,7 @@
     python -m cpcompile.validation.memory eager   INPUTS THREADS CHECKPOINT
     python -m cpcompile.validation.memory program INPUTS THREADS PROGRAM CONTEXT
 
-`cpcompile.measure` says how; this module is what the parent calls and what its child runs.
+`cpcompile.machine.memory` says how; this module is what the parent calls and what its child runs.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from cpcompile.errors import CpcompileError
-from cpcompile.measure import NO_PRIVATE, ProcessMemory, in_fresh_process, measure_memory, video_memory
+from cpcompile.core.errors import CpcompileError
+from cpcompile.machine.memory import NO_PRIVATE, ProcessMemory, in_fresh_process, measure_memory, video_memory
 
 if TYPE_CHECKING:
-    from cpcompile.runtime import Feeds  # not at run time: what onnxruntime weighs is not the eager model's
+    from cpcompile.runtime.engine import Feeds  # not at run time: what onnxruntime weighs is not the eager model's
 
 RUNS = 3
 Sides = TypeVar("Sides", "Memory", "Start")
@@ -32,7 +32,7 @@ Sides = TypeVar("Sides", "Memory", "Start")
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Peak resident bytes, by the kernel, and peak private bytes, of samples, as `cpcompile.measure` says.
+    """Peak resident bytes, by the kernel, and peak private bytes, of samples, as `cpcompile.machine.memory` says.
 
     `base` is the process with its libraries before anything is loaded.
     """
@@ -122,15 +122,15 @@ def _measure(side: str, feeds: Feeds, threads: int, *arguments: str) -> ProcessM
 
 
 def _engine_process(feeds: Feeds, threads: int, bundle: str, context: str, variant: str) -> ProcessMemory:
-    from cpcompile.bundle import open_bundle
+    from cpcompile.bundle.reader import open_bundle
 
     chosen = open_bundle(Path(bundle)).variant(context, variant)
     if chosen.engine is not None:
-        from cpcompile.tensorrt_runtime import load_plan  # its buffers are torch's, whose libraries are in the base
+        from cpcompile.runtime.plan import load_plan  # its buffers are torch's, whose libraries are in the base
 
         return measure_memory(lambda: load_plan(chosen), lambda engine: engine.outputs(feeds), runs=RUNS)
 
-    from cpcompile.runtime import load_engine
+    from cpcompile.runtime.engine import load_engine
 
     memory = measure_memory(
         lambda: load_engine(open_bundle(Path(bundle)), context, variant, threads=threads),
@@ -145,7 +145,7 @@ def _engine_process(feeds: Feeds, threads: int, bundle: str, context: str, varia
 def _eager_process(feeds: Feeds, threads: int, checkpoint: str) -> ProcessMemory:
     import torch
 
-    from cpcompile.checkpoint import load_checkpoint
+    from cpcompile.frontend.checkpoint import load_checkpoint
     from cpcompile.models.language_model import LanguageModel
 
     torch.set_num_threads(threads)
@@ -161,7 +161,7 @@ def _eager_process(feeds: Feeds, threads: int, checkpoint: str) -> ProcessMemory
 def _program_process(feeds: Feeds, threads: int, program: str, context: str) -> ProcessMemory:
     import torch
 
-    from cpcompile.program import load_program
+    from cpcompile.frontend.program import load_program
 
     torch.set_num_threads(threads)
     return measure_memory(

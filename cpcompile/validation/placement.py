@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from cpcompile.bundle import Variant
-from cpcompile.runtime import Engine, Feeds, create_session, session_options
+from cpcompile.bundle.reader import Variant
+from cpcompile.runtime.engine import Engine, Feeds, create_session, session_options
 
 CPU = "CPUExecutionProvider"
 INTEGERS = ("int64", "int32", "bool", None)

@@ -22,10 +22,10 @@ from typing import Literal
 import numpy as np
 import onnxruntime as ort
 
-from cpcompile.bundle import Variant
-from cpcompile.errors import CpcompileError
-from cpcompile.runtime import DOCTOR, Engine, Feeds, create_session, session_options
-from cpcompile.tensorrt_runtime import load_plan
+from cpcompile.bundle.reader import Variant
+from cpcompile.core.errors import CpcompileError
+from cpcompile.runtime.engine import DOCTOR, Engine, Feeds, create_session, session_options
+from cpcompile.runtime.plan import load_plan
 from cpcompile.validation.reference import Outputs, Run
 
 NO_SPINNING_AFTER_RUN: Mapping[str, str] = {"session.force_spinning_stop": "1"}

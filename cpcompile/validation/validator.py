@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
 
-from cpcompile.bundle import Bundle, Variant
-from cpcompile.config import ValidateConfig
-from cpcompile.errors import CpcompileError, UsageError
-from cpcompile.measure import NO_GPU, ProcessMemory, available_cores, gpu_model, release_memory, watch_machine
-from cpcompile.runtime import CPU_PROVIDER, load_engine, missing_provider
-from cpcompile.tensorrt_runtime import load_plan, why_not_here, why_not_taken
+from cpcompile.bundle.reader import Bundle, Variant
+from cpcompile.core.config import ValidateConfig
+from cpcompile.core.errors import CpcompileError, UsageError
+from cpcompile.machine.memory import NO_GPU, ProcessMemory, available_cores, gpu_model, release_memory, watch_machine
+from cpcompile.runtime.engine import CPU_PROVIDER, load_engine, missing_provider
+from cpcompile.runtime.plan import load_plan, why_not_here, why_not_taken
 from cpcompile.validation.memory import Memory, Start, compare_memory, compare_start, measure_engine
 from cpcompile.validation.parity import Parity, check_parity
 from cpcompile.validation.placement import Placement, measure_placement

@@ -27,11 +27,11 @@ from typing import Any
 
 import numpy as np
 
-from cpcompile.bundle import open_bundle
-from cpcompile.errors import CpcompileError
-from cpcompile.runtime import load_engine
+from cpcompile.bundle.reader import open_bundle
+from cpcompile.core.errors import CpcompileError
+from cpcompile.runtime.engine import load_engine
 from tests.bundles import reseal
-from tests.unit.test_hostile_bundle import SECRET, write_bundle
+from tests.unit.bundle.test_hostile_bundle import SECRET, write_bundle
 
 CASES_PER_PROCESS = 250
 SECONDS_PER_PROCESS = 60

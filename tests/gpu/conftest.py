@@ -2,7 +2,7 @@
 
 import pytest
 
-from cpcompile.measure import NO_GPU, gpu_model
+from cpcompile.machine.memory import NO_GPU, gpu_model
 
 
 @pytest.hookimpl(tryfirst=True)

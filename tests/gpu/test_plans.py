@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from cpcompile.bundle import Variant, open_bundle
+from cpcompile.bundle.reader import Variant, open_bundle
 from cpcompile.cli import main
-from cpcompile.errors import UsageError
-from cpcompile.runtime import load_engine
-from cpcompile.targets import FLAVOURS, TENSORRT_RTX
-from cpcompile.tensorrt_library import MODULES
-from cpcompile.tensorrt_runtime import PlanEngine, load_plan
+from cpcompile.core.errors import UsageError
+from cpcompile.runtime.engine import load_engine
+from cpcompile.runtime.plan import PlanEngine, load_plan
+from cpcompile.targets.requests import FLAVOURS, TENSORRT_RTX
+from cpcompile.targets.tensorrt_library import MODULES
 from cpcompile.validation.memory import measure_engine
 
 CONTEXT, PRECISIONS = "english", ("fp32", "fp16", "bf16")

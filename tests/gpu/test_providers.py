@@ -8,10 +8,10 @@ import onnxruntime as ort
 import pytest
 from click.testing import CliRunner
 
-from cpcompile.bundle import open_bundle
+from cpcompile.bundle.reader import open_bundle
 from cpcompile.cli import main
 from cpcompile.doctor.diagnosis import GPU_PROVIDERS, diagnose
-from cpcompile.runtime import Engine, create_session, load_engine, plugin_devices, session_options
+from cpcompile.runtime.engine import Engine, create_session, load_engine, plugin_devices, session_options
 
 OPTIONS = {"CUDAExecutionProvider": {"use_tf32": "0"}}
 

@@ -18,14 +18,14 @@ import torch
 from click.testing import CliRunner, Result
 from tokenizers import Tokenizer
 
-from cpcompile.bundle import open_bundle
-from cpcompile.checkpoint import load_checkpoint
+from cpcompile.bundle.reader import open_bundle
 from cpcompile.cli import main
+from cpcompile.core.selection import UnitKind
+from cpcompile.frontend.checkpoint import load_checkpoint
 from cpcompile.report import SCHEMA
 from cpcompile.report.formats import NO_FAILURE, gaps
-from cpcompile.runtime import load_engine
-from cpcompile.selection import UnitKind
-from cpcompile.training.tokenization import parse_tokenizer
+from cpcompile.runtime.engine import load_engine
+from cpcompile.text.tokenization import parse_tokenizer
 
 FAST = ["--no-speed", "--no-memory", "--no-layers"]
 IDS = np.arange(34, dtype=np.int64).reshape(2, 17) * 11 % 500

@@ -17,7 +17,7 @@ import xmlschema
 import yaml
 from click.testing import CliRunner, Result
 
-from cpcompile.bundle import open_bundle
+from cpcompile.bundle.reader import open_bundle
 from cpcompile.cli import main
 from tests.bundles import reseal
 

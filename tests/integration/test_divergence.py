@@ -11,13 +11,13 @@ import onnx_ir as ir
 import pytest
 from click.testing import CliRunner
 
-from cpcompile.bundle import Bundle, _manifest_digest, open_bundle
+from cpcompile.bundle.reader import Bundle, _manifest_digest, open_bundle
 from cpcompile.cli import main
-from cpcompile.files import file_digest
-from cpcompile.fresh_graphs import FreshGraphs
+from cpcompile.files.whole_files import file_digest
+from cpcompile.frontend.source import open_source
 from cpcompile.report import SCHEMA
-from cpcompile.source import open_source
 from cpcompile.validation.divergence import engine_graph, find_divergence
+from cpcompile.validation.expected_graphs import FreshGraphs
 
 FAST = ["--no-speed", "--no-memory"]
 FAULTY = "layers.1.ffn.down.weight"

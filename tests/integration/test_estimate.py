@@ -9,9 +9,9 @@ import torch
 from click.testing import CliRunner, Result
 
 from cpcompile.cli import main
-from cpcompile.config import ValidateConfig
-from cpcompile.estimation import Libraries, Plan, estimate, read_facts
-from cpcompile.pipeline import build_bundle
+from cpcompile.core.config import ValidateConfig
+from cpcompile.pipeline.build import build_bundle
+from cpcompile.pipeline.estimation import Libraries, Plan, estimate, read_facts
 
 FAST = ["--no-speed", "--no-memory"]
 LIBRARIES = Libraries(build=1, validation=1, engine=1, eager=1)

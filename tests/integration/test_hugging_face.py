@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from cpcompile.errors import UsageError
+from cpcompile.core.errors import UsageError
+from cpcompile.core.selection import UnitKind
 from cpcompile.partitioning import partition
-from cpcompile.selection import UnitKind
 from tests.unit.partitioning.models import assert_freezes, random_selection, randomise
 
 transformers = pytest.importorskip("transformers", reason="needs the extra hf: pip install 'cpcompile[hf]'")

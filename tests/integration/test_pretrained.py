@@ -9,15 +9,15 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from cpcompile.bundle import open_bundle
-from cpcompile.checkpoint import load_checkpoint
+from cpcompile.bundle.reader import open_bundle
 from cpcompile.cli import main
+from cpcompile.core.selection import UnitKind
+from cpcompile.frontend.checkpoint import load_checkpoint
 from cpcompile.partitioning.hugging_face import prepare_hugging_face
 from cpcompile.partitioning.partitioned_module import PartitionedModule
 from cpcompile.partitioning.partitioner import partition
-from cpcompile.runtime import load_engine
-from cpcompile.selection import UnitKind
-from cpcompile.training.corpus import Corpus
+from cpcompile.runtime.engine import load_engine
+from cpcompile.text.corpus import Corpus
 
 transformers = pytest.importorskip("transformers", reason="needs the extra hf: pip install 'cpcompile[hf]'")
 

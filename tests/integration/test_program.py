@@ -13,13 +13,13 @@ from click.testing import CliRunner, Result
 from torch.export import Dim
 
 import cpcompile
-from cpcompile.bundle import open_bundle
+from cpcompile.bundle.reader import open_bundle
 from cpcompile.cli import main
-from cpcompile.config import ValidateConfig
-from cpcompile.errors import UsageError
-from cpcompile.program import load_program
+from cpcompile.core.config import ValidateConfig
+from cpcompile.core.errors import UsageError
+from cpcompile.frontend.program import load_program
 from cpcompile.report import SCHEMA
-from cpcompile.runtime import load_engine
+from cpcompile.runtime.engine import load_engine
 from cpcompile.validation.program_reference import ProgramReference
 from cpcompile.validation.validator import validate
 from tests.unit.partitioning.models import GatedConvolution, randomise

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from cpcompile.config import CheckConfig, TrainConfig, load_toml, override, preset
-from cpcompile.training.corpus import Corpus
+from cpcompile.core.config import CheckConfig, TrainConfig, load_toml, override, preset
+from cpcompile.text.corpus import Corpus
 
 transformers = pytest.importorskip("transformers", reason="needs the extra hf: pip install 'cpcompile[hf]'")
 

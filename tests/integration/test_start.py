@@ -22,6 +22,9 @@ def test_starts_without_torch(snippet: str) -> None:
 
 def test_our_own_checkpoints_need_nothing_of_foreign_models() -> None:
     """The eager baseline's memory is measured in a process that loads one: what it does not need must not weigh in."""
-    code = "import cpcompile.checkpoint, sys; print([m for m in sys.modules if 'partitioning' in m or m == 'onnx_ir'])"
+    code = (
+        "import cpcompile.frontend.checkpoint, sys; "
+        "print([m for m in sys.modules if 'partitioning' in m or m == 'onnx_ir'])"
+    )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout == "[]\n"

@@ -11,13 +11,13 @@ import onnxruntime as ort
 import pytest
 from click.testing import CliRunner, Result
 
-from cpcompile.bundle import open_bundle
+from cpcompile.bundle.reader import open_bundle
 from cpcompile.cli import main
-from cpcompile.errors import CpcompileError
-from cpcompile.measure import gpu_model
+from cpcompile.core.errors import CpcompileError
+from cpcompile.machine.memory import gpu_model
 from cpcompile.report import SCHEMA
-from cpcompile.runtime import Engine, create_session, load_engine, session_options
-from cpcompile.targets import TensorInfo
+from cpcompile.runtime.engine import Engine, create_session, load_engine, session_options
+from cpcompile.targets.requests import TensorInfo
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed: pip install 'cpcompile[tensorrt-rtx]'")
 

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from cpcompile.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from cpcompile.config import CONTROLS, ModelConfig, TrainConfig
-from cpcompile.errors import CpcompileError, UsageError
-from cpcompile.files import only_process
-from cpcompile.selection import UnitKind
+from cpcompile.core.config import CONTROLS, ModelConfig, TrainConfig
+from cpcompile.core.errors import CpcompileError, UsageError
+from cpcompile.core.selection import UnitKind
+from cpcompile.files.whole_files import only_process
+from cpcompile.frontend.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from cpcompile.text.corpus import Corpus
 from cpcompile.training.branch import StepReport, learning_rate, swap_fraction
-from cpcompile.training.corpus import Corpus
 from cpcompile.training.trainer import dense_path, planned_steps, train, work_path
 from tests.conftest import TRAIN
 

@@ -22,7 +22,7 @@ from cpcompile.check.baseline import (
     snapshot_of,
     write_baseline,
 )
-from cpcompile.errors import UsageError
+from cpcompile.core.errors import UsageError
 from tests.unit.check.snapshots import snapshot
 from tests.unit.report.reports import report, variant
 

@@ -16,8 +16,8 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from cpcompile.artifact import Artifact
-from cpcompile.errors import CpcompileError, UsageError
+from cpcompile.bundle.artifact import Artifact
+from cpcompile.core.errors import CpcompileError, UsageError
 from cpcompile.exporters.tensorrt_exporter import (
     PLAN_FILE,
     build_plan,
@@ -25,12 +25,12 @@ from cpcompile.exporters.tensorrt_exporter import (
     profiles_of,
     timing_cache,
 )
-from cpcompile.onnx_file import MODULE
+from cpcompile.files.onnx_file import MODULE
 from cpcompile.passes.freeze import freeze
 from cpcompile.passes.legalize_for_tensorrt import LegalizeForTensorRT
 from cpcompile.passes.lower_precision import HALVES, LowerPrecision
-from cpcompile.targets import Profile, Range, Target, parse_target
-from cpcompile.tensorrt_library import load_library, logger_of
+from cpcompile.targets.requests import Profile, Range, Target, parse_target
+from cpcompile.targets.tensorrt_library import load_library, logger_of
 from tests.unit.passes.decoders import dynamic_graph, random_decoder, random_selection
 from tests.unit.passes.graph_text import parse
 

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from cpcompile.config import ModelConfig, preset
+from cpcompile.core.config import ModelConfig, preset
+from cpcompile.core.selection import Selection, UnitKind
 from cpcompile.models.decoder import Decoder
 from cpcompile.models.gates import apply_gate
-from cpcompile.selection import Selection, UnitKind
 
 IDS = torch.arange(2 * 11).reshape(2, 11) * 7 % 512
 

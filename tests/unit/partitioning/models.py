@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cpcompile.core.selection import Selection
 from cpcompile.partitioning import PartitionedModule, capture_partitioned
 from cpcompile.passes.freeze import freeze
-from cpcompile.selection import Selection
 from tests.unit.passes.graph_text import run
 
 CONTEXTS = ("a", "b", "c")

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from cpcompile.errors import UsageError
+from cpcompile.core.errors import UsageError
+from cpcompile.core.selection import Selection, UnitKind
 from cpcompile.partitioning import PartitionedModule, partition
 from cpcompile.partitioning.importance import measure_group_importance, next_token_loss
 from cpcompile.partitioning.recover import recover_least_squares
-from cpcompile.selection import Selection, UnitKind
 from tests.unit.partitioning.models import WIDTH, Feed, SharedWeights, randomise
 
 SHAPES = ({0: Dim("batch"), 1: Dim("sequence")},)

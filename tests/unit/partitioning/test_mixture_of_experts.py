@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch.export import Dim
 from torch.nn import functional as F
 
-from cpcompile.errors import UsageError
+from cpcompile.core.errors import UsageError
+from cpcompile.core.selection import BoolArray, Selection, UnitKind
 from cpcompile.partitioning import PartitionedModule, capture_partitioned, partition
 from cpcompile.partitioning.importance import measure_group_importance
 from cpcompile.partitioning.recover import recover_least_squares
 from cpcompile.passes.freeze import Frozen, freeze
-from cpcompile.selection import BoolArray, Selection, UnitKind
 from tests.unit.partitioning.models import CONTEXTS, WIDTH, Feed, randomise, sizes
 from tests.unit.passes.graph_text import run
 
@@ -393,7 +393,7 @@ def test_experts_sorted_by_number_are_refused_with_the_way_out() -> None:
 def test_a_pretrained_decoder_sorts_its_experts() -> None:
     """Experts of one partition side by side: their weights, the router's rows and the gates move together."""
     transformers = pytest.importorskip("transformers", reason="needs the extra hf: pip install 'cpcompile[hf]'")
-    from cpcompile.config import PretrainedConfig
+    from cpcompile.core.config import PretrainedConfig
     from cpcompile.partitioning.pretrained import PretrainedDecoder
 
     model = mixtral(transformers)

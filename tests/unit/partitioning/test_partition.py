@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.export import Dim
 from torch.nn import functional as F
 
-from cpcompile.errors import UsageError
+from cpcompile.core.errors import UsageError
+from cpcompile.core.selection import Selection, UnitKind
 from cpcompile.partitioning import PartitionedModule, partition
-from cpcompile.selection import Selection, UnitKind
 from tests.unit.partitioning.models import (
     CONTEXTS,
     WIDTH,

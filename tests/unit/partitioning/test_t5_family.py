@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from cpcompile.core.selection import UnitKind
 from cpcompile.partitioning import capture_partitioned, partition
 from cpcompile.partitioning.hugging_face import load_hugging_face, text_encoder
-from cpcompile.selection import UnitKind
 from tests.unit.passes.graph_text import run
 
 transformers = pytest.importorskip("transformers", reason="needs the extra hf: pip install 'cpcompile[hf]'")

@@ -12,10 +12,10 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from cpcompile.capture import capture
-from cpcompile.config import ModelConfig, preset
+from cpcompile.core.config import ModelConfig, preset
+from cpcompile.core.selection import Selection, UnitKind
+from cpcompile.frontend.capture import capture
 from cpcompile.models.decoder import Decoder
-from cpcompile.selection import Selection, UnitKind
 from tests.unit.passes import graph_text
 
 Array = npt.NDArray[Any]

@@ -9,10 +9,10 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from cpcompile.capture import capture
-from cpcompile.config import preset
+from cpcompile.core.config import preset
+from cpcompile.core.selection import Selection, UnitKind
+from cpcompile.frontend.capture import capture
 from cpcompile.models.decoder import Decoder
-from cpcompile.selection import Selection, UnitKind
 
 CONTEXTS = ("a", "b", "c")
 FORMS = [(opset, kv_heads) for opset in (20, 23) for kv_heads in (1, 2, 4)]

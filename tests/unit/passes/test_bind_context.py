@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from cpcompile.errors import CpcompileError, UsageError
+from cpcompile.core.errors import CpcompileError, UsageError
 from cpcompile.passes.bind_context import BindContext
 
 GATED = "(float[N,4] x, int64 context) => (float[N,4] y) { g = Gather(table, context) y = Mul(x, g) }"

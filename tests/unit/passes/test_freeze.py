@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from cpcompile.errors import UsageError
+from cpcompile.core.errors import UsageError
 from cpcompile.passes.eliminate_dead_channels import EliminateDeadChannels
 from cpcompile.passes.freeze import Frozen, freeze, prepare
 

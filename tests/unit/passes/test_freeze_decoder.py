@@ -10,12 +10,12 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from cpcompile.accounting import Accounting, account
-from cpcompile.errors import CpcompileError
+from cpcompile.core.errors import CpcompileError
+from cpcompile.core.selection import Selection, UnitKind
 from cpcompile.models.decoder import Decoder
 from cpcompile.passes.freeze import Frozen, freeze
 from cpcompile.passes.strip_metadata import StripMetadata
-from cpcompile.selection import Selection, UnitKind
+from cpcompile.pipeline.accounting import Accounting, account
 from tests.unit.passes.decoders import CONTEXTS, FORMS, dynamic_graph, random_decoder, random_selection
 from tests.unit.passes.graph_text import run, tensor
 

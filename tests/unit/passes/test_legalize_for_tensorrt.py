@@ -4,8 +4,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from cpcompile.errors import CpcompileError
-from cpcompile.onnx_file import MODULE
+from cpcompile.core.errors import CpcompileError
+from cpcompile.files.onnx_file import MODULE
 from cpcompile.passes.legalize_for_tensorrt import RULES, LegalizeForTensorRT
 from tests.unit.passes.graph_text import assert_same_values, canonical, check, parse, run
 

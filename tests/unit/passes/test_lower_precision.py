@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from cpcompile.errors import CpcompileError
+from cpcompile.core.errors import CpcompileError
 from cpcompile.passes.freeze import freeze
 from cpcompile.passes.lower_precision import HALVES, LowerPrecision
 from tests.unit.passes.conftest import Captured

@@ -12,12 +12,12 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
-from cpcompile.errors import CpcompileError, UsageError
+from cpcompile.core.errors import CpcompileError, UsageError
+from cpcompile.core.selection import Selection, UnitKind
 from cpcompile.passes.freeze import freeze
 from cpcompile.passes.merge_contexts import CONTEXTS as NAMES
 from cpcompile.passes.merge_contexts import merge_contexts
 from cpcompile.passes.share_weights import ShareWeights, plan_runs
-from cpcompile.selection import Selection, UnitKind
 from tests.unit.passes.decoders import CONTEXTS, dynamic_graph, random_decoder, random_selection
 from tests.unit.passes.graph_text import Array, inputs_of, parse, run, tensor
 

@@ -24,12 +24,12 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from cpcompile.errors import CpcompileError
-from cpcompile.optimize import DEFAULT, PASSES, optimize_file, parse_pass, prepare
+from cpcompile.core.errors import CpcompileError
 from cpcompile.passes.channel_rules import RULES
 from cpcompile.passes.eliminate_dead_channels import EliminateDeadChannels
 from cpcompile.passes.merge_contexts import merge_contexts
 from cpcompile.passes.symbolic_shapes import SINCE
+from cpcompile.pipeline.optimize import DEFAULT, PASSES, optimize_file, parse_pass, prepare
 from tests.unit.passes import graph_text
 
 Feeds = Mapping[str, Any]

@@ -7,7 +7,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from cpcompile.errors import UsageError
+from cpcompile.core.errors import UsageError
 from cpcompile.passes.clean_up import CleanUp
 from cpcompile.passes.eliminate_dead_channels import EliminateDeadChannels
 from cpcompile.passes.prune_experts import PruneExperts, Pruning, Router

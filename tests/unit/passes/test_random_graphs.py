@@ -10,9 +10,9 @@ import onnx_ir as ir
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from cpcompile.optimize import DEFAULT, parse_pass, prepare
 from cpcompile.passes.eliminate_dead_channels import EliminateDeadChannels, find_channels
 from cpcompile.passes.symbolic_shapes import nodes_inside_out
+from cpcompile.pipeline.optimize import DEFAULT, parse_pass, prepare
 
 WIDTH = 12
 TOLERANCE = 1e-6

@@ -7,13 +7,13 @@ import onnx
 import onnx_ir as ir
 import pytest
 
+from cpcompile.core.selection import Selection, UnitKind
 from cpcompile.passes.bind_context import BindContext
 from cpcompile.passes.canonicalize_shapes import CanonicalizeShapes
 from cpcompile.passes.clean_up import CleanUp
 from cpcompile.passes.fold_constants import FoldConstants
 from cpcompile.passes.freeze import freeze
 from cpcompile.passes.remove_empty_layers import EmptyLayers, RemoveEmptyLayers
-from cpcompile.selection import Selection, UnitKind
 from tests.unit.passes.decoders import CONTEXTS, dynamic_graph, random_decoder
 from tests.unit.passes.graph_text import Weights, assert_same_values, canonical, parse, run, tensor
 

@@ -9,10 +9,10 @@ import onnx
 import onnx_ir as ir
 import pytest
 
+from cpcompile.core.selection import Selection, UnitKind
 from cpcompile.models.decoder import Decoder
 from cpcompile.passes.freeze import Frozen, freeze
 from cpcompile.passes.share_weights import Plan, ShareWeights, plan_runs
-from cpcompile.selection import Selection, UnitKind
 from tests.unit.passes.decoders import CONTEXTS, dynamic_graph, random_decoder
 from tests.unit.passes.graph_text import Array, assert_same_values, parse, run, tensor
 

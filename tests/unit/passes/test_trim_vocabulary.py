@@ -11,9 +11,9 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from cpcompile.capture import capture
-from cpcompile.config import preset
-from cpcompile.errors import CpcompileError, UsageError
+from cpcompile.core.config import preset
+from cpcompile.core.errors import CpcompileError, UsageError
+from cpcompile.frontend.capture import capture
 from cpcompile.models.decoder import Decoder
 from cpcompile.passes.clean_up import CleanUp
 from cpcompile.passes.eliminate_dead_channels import EliminateDeadChannels, KeptChannels

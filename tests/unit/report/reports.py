@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from cpcompile.measure import ProcessMemory, environment
+from cpcompile.machine.memory import ProcessMemory, environment
 from cpcompile.report import BuildResult, BuildStage, ContextResult, make_report, training_summary
 from cpcompile.validation.memory import compare_memory, compare_start
 from cpcompile.validation.parity import Parity

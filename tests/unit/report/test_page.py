@@ -11,10 +11,10 @@ import jsonschema
 import numpy as np
 import pytest
 
+from cpcompile.core.selection import Selection, UnitKind
 from cpcompile.report import SCHEMA, render_difference, render_difference_page, render_page, render_report
 from cpcompile.report.difference import compare_reports
 from cpcompile.report.page import selection_map
-from cpcompile.selection import Selection, UnitKind
 from cpcompile.validation.diagnosis import Diagnosis
 from tests.unit.report.reports import SELECTION, complete, report, skipped, variant
 from tests.unit.report.test_terminal import text_of

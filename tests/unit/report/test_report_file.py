@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from cpcompile.errors import CpcompileError, UsageError
+from cpcompile.core.errors import CpcompileError, UsageError
 from cpcompile.report import read_report, write_report
 from tests.unit.report.reports import complete, report, skipped
 

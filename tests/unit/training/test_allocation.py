@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cpcompile.selection import Selection, UnitKind
+from cpcompile.core.selection import Selection, UnitKind
 from cpcompile.training.allocation import (
     allocate,
     allocate_one_for_all,

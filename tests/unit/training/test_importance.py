@@ -1,9 +1,9 @@
 import torch
 from torch.nn import functional as F
 
-from cpcompile.config import preset
+from cpcompile.core.config import preset
+from cpcompile.core.selection import UnitKind
 from cpcompile.models.decoder import Decoder
-from cpcompile.selection import UnitKind
 from cpcompile.training.importance import measure_importance
 
 

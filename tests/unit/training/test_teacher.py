@@ -3,7 +3,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from cpcompile.config import preset
+from cpcompile.core.config import preset
 from cpcompile.models.decoder import Decoder
 from cpcompile.training.teacher import Teacher, divergence
 

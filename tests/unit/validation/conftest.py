@@ -15,13 +15,13 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from cpcompile.bundle import Bundle, BundleWriter, open_bundle
-from cpcompile.capture import capture
-from cpcompile.checkpoint import Checkpoint, save_checkpoint
-from cpcompile.config import ModelConfig, ValidateConfig
+from cpcompile.bundle.reader import Bundle, BundleWriter, open_bundle
+from cpcompile.core.config import ModelConfig, ValidateConfig
+from cpcompile.core.selection import Selection, UnitKind
 from cpcompile.exporters.onnxruntime_exporter import export_onnxruntime
+from cpcompile.frontend.capture import capture
+from cpcompile.frontend.checkpoint import Checkpoint, save_checkpoint
 from cpcompile.models.decoder import Decoder
-from cpcompile.selection import Selection, UnitKind
 from cpcompile.validation.language_reference import LanguageReference
 
 CONTEXTS = ("de", "en")

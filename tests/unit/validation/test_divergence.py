@@ -12,16 +12,16 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from cpcompile.errors import CpcompileError, UsageError
-from cpcompile.onnx_file import MODULE
+from cpcompile.core.errors import CpcompileError, UsageError
+from cpcompile.core.selection import Selection, UnitKind
+from cpcompile.files.onnx_file import MODULE
 from cpcompile.passes.bind_context import BindContext
 from cpcompile.passes.freeze import freeze
 from cpcompile.passes.share_weights import ShareWeights, plan_runs
 from cpcompile.passes.strip_metadata import StripMetadata
-from cpcompile.selection import Selection, UnitKind
-from cpcompile.validation.compare import compare_arrays
 from cpcompile.validation.divergence import ROUNDINGS, find_divergence, layer_errors, write_repro
 from cpcompile.validation.lockstep import run_in_lockstep
+from cpcompile.validation.output_comparison import compare_arrays
 from tests.unit.passes.decoders import CONTEXTS, dynamic_graph, random_decoder, random_selection
 from tests.unit.passes.graph_text import Array, parse
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cpcompile.bundle import Bundle
-from cpcompile.measure import NO_PRIVATE, ProcessMemory, in_fresh_process, video_memory
+from cpcompile.bundle.reader import Bundle
+from cpcompile.machine.memory import NO_PRIVATE, ProcessMemory, in_fresh_process, video_memory
 from cpcompile.validation.memory import compare_memory, measure_eager, measure_engine
 
 MIB = 2**20
@@ -31,7 +31,7 @@ def test_engine_and_eager_model_in_processes_of_their_own(bundle: Bundle, dense_
 def test_the_eager_model_brings_nothing_of_a_compiler(dense_path: Path) -> None:
     """What torch imports in order to trace (torch._dynamo, sympy: 70 MB) would count as memory of the eager model."""
     code = (
-        "import json, sys; from pathlib import Path; from cpcompile.checkpoint import load_checkpoint; "
+        "import json, sys; from pathlib import Path; from cpcompile.frontend.checkpoint import load_checkpoint; "
         "load_checkpoint(Path(sys.argv[1])).model; print(json.dumps([*sys.modules]))"
     )
     modules = in_fresh_process("-c", code, str(dense_path))

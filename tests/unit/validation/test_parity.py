@@ -10,9 +10,9 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from cpcompile.bundle import Bundle
-from cpcompile.checkpoint import Checkpoint
-from cpcompile.runtime import Feeds, load_engine
+from cpcompile.bundle.reader import Bundle
+from cpcompile.frontend.checkpoint import Checkpoint
+from cpcompile.runtime.engine import Feeds, load_engine
 from cpcompile.validation.language_reference import LanguageReference
 from cpcompile.validation.parity import LOGIT_NUMBERS, NUMBERS, Parity, check_parity
 from cpcompile.validation.reference import Outputs, Run

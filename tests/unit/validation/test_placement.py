@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cpcompile.bundle import Bundle
+from cpcompile.bundle.reader import Bundle
 from cpcompile.validation.placement import PlacedNode, fallen_back, measure_placement
 
 

@@ -11,12 +11,12 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from cpcompile.bundle import PROVIDER_OPTIONS, Bundle
-from cpcompile.checkpoint import Checkpoint
-from cpcompile.config import ValidateConfig
-from cpcompile.errors import CpcompileError
-from cpcompile.runtime import Feeds, create_session, load_engine, session_options
-from cpcompile.selection import UnitKind
+from cpcompile.bundle.reader import PROVIDER_OPTIONS, Bundle
+from cpcompile.core.config import ValidateConfig
+from cpcompile.core.errors import CpcompileError
+from cpcompile.core.selection import UnitKind
+from cpcompile.frontend.checkpoint import Checkpoint
+from cpcompile.runtime.engine import Feeds, create_session, load_engine, session_options
 from cpcompile.validation.language_reference import LanguageReference
 from cpcompile.validation.parity import check_parity
 from cpcompile.validation.reference import Outputs, Run, Timed

@@ -7,7 +7,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from cpcompile.checkpoint import Checkpoint
+from cpcompile.frontend.checkpoint import Checkpoint
 from cpcompile.validation.language_reference import eager_run
 from cpcompile.validation.quality import NOT_ASKED, Score, compare_quality, cut_windows, measure_score
 

@@ -11,10 +11,10 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from cpcompile.bundle import Bundle
-from cpcompile.checkpoint import Checkpoint
-from cpcompile.config import ValidateConfig
-from cpcompile.errors import UsageError
+from cpcompile.bundle.reader import Bundle
+from cpcompile.core.config import ValidateConfig
+from cpcompile.core.errors import UsageError
+from cpcompile.frontend.checkpoint import Checkpoint
 from cpcompile.validation.language_reference import NO_DENSE, NO_TEXT, LanguageReference
 from cpcompile.validation.placement import PlacedNode
 from cpcompile.validation.validator import VariantResult

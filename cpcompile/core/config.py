@@ -1,0 +1,408 @@
+"""Every setting and its default, once.
+
+The command line, the TOML file and the library all fill the same keyword-only dataclasses;
+each validates itself when it is made and says how to put a wrong value right.
+
+    preset -> ModelConfig
+    TOML [model], [train] < flags -> TrainConfig
+    TOML [check] < flags -> CheckConfig
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from cpcompile.core.errors import UsageError
+from cpcompile.files.whole_files import read_text
+
+T = TypeVar("T")
+
+CONTEXT_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}")
+RESERVED_NAMES = ("router", "shared_assets", "manifest.json", "report.json", "report.html")
+"""What a bundle has beside its contexts."""
+LARGEST = 2**31 - 1
+"""Of integer settings: what every library below can hold."""
+
+RECOVERIES = ("none", "least-squares")
+CONTROLS = (
+    "one-mask",
+    "importance-only",
+    "random-one",
+    "random-per-context",
+    "small-dense",
+    "small-dense-distilled",
+    "dense-distilled",
+)
+
+
+TABLES = ("model", "train", "check")
+"""What a TOML file may have; a command reads those that concern it."""
+_TABLE_NAMES = ", ".join(f"[{name}]" for name in TABLES)
+
+
+def require_context_name(name: object, where: str) -> None:
+    """UsageError unless `name` can be a context's, and so a folder of a bundle."""
+    _require(
+        isinstance(name, str) and CONTEXT_NAME.fullmatch(name) is not None and name not in RESERVED_NAMES,
+        f"{where}: {name!r} cannot name a context; a name has lower-case letters, digits, and . _ - after the first, "
+        f"is not longer than 100 and none of {', '.join(RESERVED_NAMES)}; rename it",
+    )
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UsageError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Shape of a decoder (`cpcompile.models.decoder`)."""
+
+    vocabulary: int = 4096
+    width: int = 256
+    layers: int = 4
+    heads: int = 8
+    kv_heads: int = 8
+    ffn: int = 1024
+    align: int = 32
+    """Channels of one FFN unit; 32 fills the vector registers and tiles of the engines."""
+    tied: bool = True
+    """Embedding and output head share their weights."""
+    rope_base: float = 10000.0
+    norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        for name in ("vocabulary", "width", "layers", "heads", "kv_heads", "ffn", "align"):
+            _require(getattr(self, name) >= 1, f"model.{name} is {getattr(self, name)}: it has to be at least 1")
+        for name in ("rope_base", "norm_eps"):
+            value = getattr(self, name)
+            _require(0 < value < math.inf, f"model.{name} is {value}: it has to be positive")
+        _require(self.width % self.heads == 0, f"model.width {self.width} is not a multiple of heads {self.heads}")
+        _require(self.head_dim % 2 == 0, f"model: head_dim {self.head_dim} is odd; rotary positions need pairs")
+        _require(
+            self.heads % self.kv_heads == 0, f"model.heads {self.heads} is not a multiple of kv_heads {self.kv_heads}"
+        )
+        _require(self.ffn % self.align == 0, f"model.ffn {self.ffn} is not a multiple of align {self.align}")
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.heads
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainedConfig:
+    """A Hugging Face causal language model (`cpcompile.partitioning.pretrained`)."""
+
+    settings: Mapping[str, Any]
+    """Its config.json."""
+    align: int = 1
+    """Channels of one FFN unit. Single ones: neighbours of a pretrained model have nothing in common, and units are
+    reordered so that partitions lie side by side."""
+
+    def __post_init__(self) -> None:
+        _require(isinstance(self.settings, dict), "pretrained.settings: the content of a config.json is needed")
+        for name in ("model_type", "vocab_size"):
+            _require(name in self.settings, f"pretrained.settings: {name} is missing")
+        _require(type(self.vocabulary) is int and self.vocabulary > 0, "pretrained.settings: vocab_size is no number")
+        _require(type(self.align) is int and self.align >= 1, f"pretrained.align is {self.align}: at least 1 is needed")
+
+    @property
+    def vocabulary(self) -> int:
+        size: int = self.settings["vocab_size"]
+        return size
+
+
+PRESETS: Mapping[str, ModelConfig] = types.MappingProxyType(
+    {
+        "nano": ModelConfig(vocabulary=512, width=64, layers=2, heads=4, kv_heads=2, ffn=256, align=16),
+        "tiny": ModelConfig(vocabulary=2048, width=192, layers=4, heads=6, kv_heads=6, ffn=768),
+        "small": ModelConfig(vocabulary=8192, width=512, layers=6, heads=8, kv_heads=4, ffn=2048),
+    }
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How a partitioned model is trained (`cpcompile.training`). Steps count optimiser updates."""
+
+    seed: int = 0
+    sequence: int = 128
+    """Tokens per training sequence."""
+    batch: int = 4
+    """Sequences per context in one step; a step has one batch of every context."""
+    steps: int = 1000
+    """Updates of the whole schedule: dense phase and partition phase together."""
+    dense_fraction: float = 0.25
+    """Part of `steps` that trains the dense parent; there all branches part. 0 for a pretrained one. Early, because
+    masked steps are cheaper and specialisation takes training: at one half the demo's model loses 3.7 %, at a
+    quarter nothing."""
+    learning_rate: float = 2e-3
+    warmup_fraction: float = 0.05
+    decay_fraction: float = 0.3
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    """Gradient norm above which gradients are scaled down."""
+    budgets: Mapping[str, float] = field(default_factory=lambda: {"ffn": 0.25, "head": 0.5})
+    """Fraction of the units of a kind that each context keeps; kinds that a model does not have say nothing."""
+    core_fractions: Mapping[str, float] = field(default_factory=lambda: {"ffn": 0.5, "head": 0.5})
+    """Part of the budget of a kind that all contexts share. The shorter the training, the more: each context
+    trains its own units alone."""
+    specificity: float = 0.5
+    """How much a context prefers units that the others need less: 0 is importance alone, -1 one choice for all. Above 0
+    own units are disjoint, which is best where they are trained; without training, sharing is best."""
+    floor: float = 0.5
+    """Every layer keeps at least this part of an even share of the budget."""
+    importance_sequences: int = 32
+    """Sequences per context that importance is measured on."""
+    distill: float = 0.5
+    """Weight of the KL divergence to the dense baseline; the cross-entropy weighs the rest."""
+    teacher_top: int = 32
+    """Logits per token that are cached of the dense baseline."""
+    recalibrations: int = 4
+    """Times that units are swapped during the partition phase."""
+    swap_fraction: float = 0.1
+    """Part of a context's own units that the first recalibration may swap; it decays to 0."""
+    recalibrate_until: float = 0.65
+    """Part of the partition phase after which the selection stays as it is."""
+    held_out_fraction: float = 0.05
+    """Part of the documents that is never trained on."""
+    held_out_tokens: int = 16384
+    """Held-out tokens per context for evaluation, and in the checkpoint."""
+    recover: str = "none"
+    """What makes up for removed units before training: see RECOVERIES."""
+    recover_sequences: int = 64
+    """Sequences per context that least squares are fitted on."""
+    snapshot_seconds: float = 30.0
+    """How much work an interruption may cost."""
+    controls: tuple[str, ...] = ()
+    """Extra branches to train and compare with; see CONTROLS."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "sequence",
+            "batch",
+            "importance_sequences",
+            "recover_sequences",
+            "teacher_top",
+            "held_out_tokens",
+        ):
+            _require(getattr(self, name) >= 1, f"train.{name} is {getattr(self, name)}: it has to be at least 1")
+        for name in ("learning_rate", "clip", "snapshot_seconds"):
+            _require(getattr(self, name) > 0, f"train.{name} is {getattr(self, name)}: it has to be positive")
+        _require(
+            0 < self.held_out_fraction < 1,
+            f"train.held_out_fraction is {self.held_out_fraction}: it lies between 0 and 1",
+        )
+        for name in (
+            "dense_fraction",
+            "warmup_fraction",
+            "decay_fraction",
+            "floor",
+            "distill",
+            "swap_fraction",
+            "recalibrate_until",
+        ):
+            _require(0 <= getattr(self, name) <= 1, f"train.{name} is {getattr(self, name)}: it lies from 0 to 1")
+        _require(self.seed >= 0, f"train.seed is {self.seed}: it cannot be negative")
+        _require(self.recalibrations >= 0, f"train.recalibrations is {self.recalibrations}: it cannot be negative")
+        _require(self.weight_decay >= 0, f"train.weight_decay is {self.weight_decay}: it cannot be negative")
+        _require(self.steps >= 0, f"train.steps is {self.steps}: it cannot be negative")
+        _require(
+            self.steps >= 2 or self.dense_fraction == 0,
+            f"train.steps is {self.steps}: one dense step and one partition step are the least",
+        )
+        for kind, budget in self.budgets.items():
+            kinds = ("ffn", "head", "expert")
+            _require(kind in kinds, f"train.budgets: {kind!r} is none of the kinds {', '.join(kinds)}")
+            _require(0 < budget <= 1, f"train.budgets: {kind} = {budget}; a budget is above 0 and at most 1")
+        _require({"ffn", "head"} <= set(self.budgets), "train.budgets: name both ffn and head; 1.0 keeps all")
+        _require(self.core_fractions.keys() == self.budgets.keys(), "train.core_fractions: name the kinds of budgets")
+        for kind, fraction in self.core_fractions.items():
+            _require(0 <= fraction <= 1, f"train.core_fractions: {kind} = {fraction}; it lies from 0 to 1")
+        _require(-1 <= self.specificity <= 1, f"train.specificity is {self.specificity}: it lies from -1 to 1")
+        _require(self.recover in RECOVERIES, f"train.recover: {self.recover!r} is none of {', '.join(RECOVERIES)}")
+        for control in self.controls:
+            _require(control in CONTROLS, f"train.controls: {control!r} is none of {', '.join(CONTROLS)}")
+
+    @property
+    def dense_steps(self) -> int:
+        if self.dense_fraction == 0:
+            return 0
+        return min(max(1, round(self.steps * self.dense_fraction)), self.steps - 1)
+
+
+PRETRAINED_TRAIN = TrainConfig(
+    steps=200,
+    batch=2,
+    dense_fraction=0.0,
+    learning_rate=1e-4,
+    budgets={"ffn": 0.5, "head": 0.75, "expert": 0.5},
+    core_fractions={"ffn": 0.5, "head": 0.5, "expert": 0.5},
+    specificity=-0.5,
+    importance_sequences=64,
+    held_out_tokens=4096,
+    recalibrations=0,
+    snapshot_seconds=300.0,
+)
+"""How a pretrained model is partitioned and trained on: no dense phase, small steps, units that are mostly shared."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidateConfig:
+    """How a bundle is compared with the eager model (`cpcompile.validation`)."""
+
+    tolerance_multiple: float = 8.0
+    """Engine error allowed, as a multiple of the eager model's own float32 error against float64."""
+    shapes: tuple[tuple[int, int], ...] = ((1, 1), (1, 16), (1, 128), (4, 32))
+    """(batch, sequence) of the parity checks."""
+    speed_shapes: tuple[tuple[int, int], ...] = ((1, 128), (1, 1), (4, 128))
+    """(batch, sequence) of the timings."""
+    rounds: int = 60
+    """Interleaved timing rounds of engine and eager model."""
+    threads: int = 0
+    """Threads of engine and eager model; 0 takes all cores."""
+    peers: tuple[str, ...] = ()
+    """What else is timed beside the engines (`cpcompile.validation.peers.NAMES`)."""
+    memory: bool = True
+    speed: bool = True
+    coherence: bool = True
+    """Whether text is generated to see that it stays with its subject."""
+    layers: bool = True
+    """Whether the errors of single layers are measured where parity passes; where it fails they are in any case."""
+    min_speed_ratio: float = 0.0
+    """Times as fast as the eager dense model that every engine has to be at every shape; 0 demands nothing."""
+    max_perplexity_increase: float = 0.01
+    """Mean perplexity over the contexts may exceed the dense baseline's by this part."""
+
+    def __post_init__(self) -> None:
+        _require(self.rounds >= 2, f"validate.rounds is {self.rounds}: an interval needs at least 2")
+        _require(
+            self.min_speed_ratio >= 0, f"validate.min_speed_ratio is {self.min_speed_ratio}: it cannot be negative"
+        )
+        _require(
+            self.speed or not self.min_speed_ratio,
+            f"validate.min_speed_ratio is {self.min_speed_ratio}, but speed is not to be measured: leave one out",
+        )
+        _require(self.threads >= 0, f"validate.threads is {self.threads}: it cannot be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaxIncrease:
+    """By how much a value may exceed its baseline."""
+
+    max_increase: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaxDecrease:
+    """By how much a value may fall short of its baseline."""
+
+    max_decrease: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckConfig:
+    """How a bundle is compared with its baseline (`cpcompile.check`).
+
+    Limits are parts of the baseline's value (0.01 is 1 %), except where a field says otherwise.
+    """
+
+    parity_error: MaxIncrease = MaxIncrease(max_increase=3.0)
+    """Of the error against the eager model, within what parity allows: other processors round differently."""
+    perplexity: MaxIncrease = MaxIncrease(max_increase=0.01)
+    accuracy: MaxDecrease = MaxDecrease(max_decrease=0.01)
+    """In parts of all tokens: from 0.40 down to 0.39."""
+    bundle_bytes: MaxIncrease = MaxIncrease(max_increase=0.01)
+    bytes: MaxIncrease = MaxIncrease(max_increase=0.01)
+    """Of one engine, with its share of the weights; of an ONNX file."""
+    parameters: MaxIncrease = MaxIncrease(max_increase=0.0)
+    nodes: MaxIncrease = MaxIncrease(max_increase=0.1)
+    """That ran, after the runtime's own fusions; of an ONNX file, that it holds."""
+    memory: MaxIncrease = MaxIncrease(max_increase=0.1)
+    """Peak while running, resident and private."""
+    speed_ratio: MaxDecrease = MaxDecrease(max_decrease=0.1)
+    """Of how many times as fast as the dense model the engine is, both timed in one run."""
+    rounds: int = 60
+    """Interleaved timing rounds per shape; a baseline is measured with twice as many."""
+    attempts: int = 2
+    """Times that speed and memory beyond their limits are measured again, each time with twice the rounds."""
+
+    def __post_init__(self) -> None:
+        _require(self.rounds >= 2, f"check.rounds is {self.rounds}: an interval needs at least 2")
+        _require(self.attempts >= 0, f"check.attempts is {self.attempts}: it cannot be negative")
+        for criterion, limits in vars(self).items():
+            for name, value in vars(limits).items() if isinstance(limits, MaxIncrease | MaxDecrease) else ():
+                _require(value >= 0, f"check.{criterion}.{name} is {value}: it cannot be negative")
+                _require(
+                    name != "max_decrease" or value < 1,
+                    f"check.{criterion}.{name} is {value}, which nothing can miss: it is a part of 1, 0.05 is 5 %",
+                )
+
+
+def preset(name: str) -> ModelConfig:
+    """The model configuration called `name`; UsageError lists the names there are."""
+    if name not in PRESETS:
+        raise UsageError(f"preset {name!r} does not exist; there are {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def load_toml(path: Path) -> dict[str, dict[str, Any]]:
+    """The tables of a TOML configuration file; UsageError names the file."""
+    try:
+        tables = tomllib.loads(read_text(path))
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror}); give the path of a TOML file") from error
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path}: is not valid TOML: {error}") from error
+    for name, table in tables.items():
+        _require(isinstance(table, dict), f"{path}: {name!r} stands outside of a table; use {_TABLE_NAMES}")
+        _require(name in TABLES, f"{path}: there is no table [{name}]; there are {_TABLE_NAMES}")
+    return tables
+
+
+def override(config: T, values: Mapping[str, Any], *, where: str) -> T:
+    """A copy of the dataclass `config` with `values` in place of its own; None leaves a field alone.
+
+    A table replaces those entries that it has.
+    """
+    assert dataclasses.is_dataclass(config) and not isinstance(config, type)
+    hints = typing.get_type_hints(type(config))
+    changes: dict[str, Any] = {}
+    for name, value in values.items():
+        if value is None:
+            continue
+        _require(name in hints, f"{where}: there is no setting {name!r}; there are {', '.join(hints)}")
+        own = getattr(config, name)
+        if dataclasses.is_dataclass(own) and not isinstance(own, type):
+            _require(isinstance(value, Mapping), f"{where}.{name} is {value!r}: a table is needed")
+            changes[name] = override(own, value, where=f"{where}.{name}")
+            continue
+        new = _coerce(value, hints[name], f"{where}.{name}")
+        changes[name] = {**own, **new} if isinstance(new, dict) else new
+    return dataclasses.replace(config, **changes)
+
+
+def _coerce(value: Any, hint: Any, where: str) -> Any:
+    origin = typing.get_origin(hint)
+    if origin is tuple:
+        _require(isinstance(value, list | tuple), f"{where} is {value!r}: a list is needed")
+        return tuple(value)
+    if origin is not None:
+        _require(isinstance(value, Mapping), f"{where} is {value!r}: a table is needed")
+        item = typing.get_args(hint)[1]
+        return {key: _coerce(each, item, f"{where}.{key}") for key, each in value.items()}
+    if type(value) is int:
+        _require(abs(value) <= LARGEST, f"{where}: is beyond {LARGEST:,} in size")
+        value = float(value) if hint is float else value
+    _require(type(value) is hint, f"{where} is {value!r}: {hint.__name__} is needed")
+    _require(hint is not float or math.isfinite(value), f"{where} is {value}: a finite number is needed")
+    return value

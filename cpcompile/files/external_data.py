@@ -1,0 +1,126 @@
+"""Which bytes of other files an ONNX model refers to, read from protobuf's wire format, so without onnx.
+
+An engine must not be handed to a runtime before it is known which files it makes that runtime open. Only the
+messages that lead to tensors are entered; all else, weights first, is skipped and never read. Stricter than protobuf
+where that is simpler: groups, which ONNX has none of, are refused. What a parser may merge (a message given twice)
+is visited twice, so no reference escapes. Sources: protobuf.dev, Encoding; onnx.proto; ONNX, docs/ExternalData.md.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from cpcompile.core.errors import UsageError
+
+MAX_DEPTH = 100
+"""Messages within messages, as in protobuf's own parsers."""
+
+# Message -> field number -> message. `Tensor.13` holds the references.
+MESSAGES = {
+    "Model": {7: "Graph", 20: "Training", 25: "Function"},
+    "Training": {1: "Graph", 2: "Graph"},
+    "Graph": {1: "Node", 5: "Tensor", 15: "Sparse"},
+    "Function": {7: "Node", 11: "Attribute"},
+    "Node": {5: "Attribute"},
+    "Attribute": {5: "Tensor", 6: "Graph", 10: "Tensor", 11: "Graph", 22: "Sparse", 23: "Sparse"},
+    "Sparse": {1: "Tensor", 2: "Tensor"},
+    "Tensor": {13: "Entry"},
+}
+VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
+KEY, VALUE = 1, 2
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A part of another file, of which a tensor is made; None where the model leaves it open."""
+
+    location: str
+    offset: int
+    length: int | None
+
+
+def references_of(model: Path) -> tuple[Reference, ...]:
+    """Every reference in the file `model`, in order; UsageError if it is not protobuf or a reference has no form."""
+    try:
+        with model.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return tuple(
+                _reference(entries)
+                for start, end in _tensors(data, 0, len(data), "Model", 0)
+                if (entries := [_entry(data, s, e) for number, s, e in _fields(data, start, end) if number == 13])
+            )
+    except OSError as error:
+        raise UsageError(f"{model}: cannot be read ({error.strerror}); build the bundle again") from error
+    except ValueError as error:  # also of mmap: the file is empty
+        raise UsageError(f"{model}: is not a valid ONNX model ({error}); build the bundle again") from error
+
+
+def _tensors(data: mmap.mmap, start: int, end: int, message: str, depth: int) -> Iterator[tuple[int, int]]:
+    """Where the tensors within a message lie."""
+    if depth > MAX_DEPTH:
+        raise ValueError(f"messages are nested more than {MAX_DEPTH} deep")
+    if message == "Tensor":
+        yield start, end
+        return
+    for number, inner, inner_end in _fields(data, start, end):
+        if (kind := MESSAGES[message].get(number)) is not None:
+            yield from _tensors(data, inner, inner_end, kind, depth + 1)
+
+
+def _reference(entries: list[tuple[str, str]]) -> Reference:
+    given = dict(entries)
+    if len(given) != len(entries):
+        raise ValueError("a tensor has two locations")
+    if not given.get("location"):
+        raise ValueError("a tensor lies in another file that is not named")
+    if wrong := [
+        key for key in ("offset", "length") if not (text := given.get(key, "0")).isascii() or not text.isdigit()
+    ]:
+        raise ValueError(f"the {wrong[0]} of a tensor is {given[wrong[0]][:40]!r}")
+    if max(len(given.get(key, "")) for key in ("offset", "length")) > 20:
+        raise ValueError("a tensor lies beyond 64 bits")
+    return Reference(
+        given["location"], int(given.get("offset", 0)), int(given["length"]) if "length" in given else None
+    )
+
+
+def _entry(data: mmap.mmap, start: int, end: int) -> tuple[str, str]:
+    texts = {KEY: b"", VALUE: b""}
+    for number, inner, inner_end in _fields(data, start, end):
+        if number in texts:
+            texts[number] = data[inner:inner_end]
+    return texts[KEY].decode(), texts[VALUE].decode()
+
+
+def _fields(data: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """Number, start and end of the length-delimited fields of a message."""
+    while start < end:
+        tag, start = _varint(data, start, end)
+        number, wire = tag >> 3, tag & 7
+        if number == 0 or tag >= 1 << 32:
+            raise ValueError(f"no field can have the number {number}")
+        if wire == VARINT:
+            _, start = _varint(data, start, end)
+        elif wire in (FIXED32, FIXED64):
+            start += 4 if wire == FIXED32 else 8
+        elif wire == BYTES:
+            length, start = _varint(data, start, end)
+            if length <= end - start:
+                yield number, start, start + length
+            start += length
+        else:
+            raise ValueError(f"a field has the wire type {wire}")
+        if start > end:
+            raise ValueError("it is truncated, or a length in it is wrong")
+
+
+def _varint(data: mmap.mmap, start: int, end: int) -> tuple[int, int]:
+    value = 0
+    for shift, position in enumerate(range(start, min(end, start + 10))):
+        byte = data[position]
+        value |= (byte & 0x7F) << (7 * shift)
+        if byte < 0x80:
+            return value, position + 1
+    raise ValueError("it is truncated, or a number in it has no end")

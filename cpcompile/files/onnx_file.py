@@ -1,0 +1,157 @@
+"""ONNX files: any file that somebody gives is read with care, any file that we write appears whole or not at all.
+
+Weights stay where they are: tensors of external data are mapped, and read when they are used. Source: ONNX,
+docs/ExternalData.md.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+
+from cpcompile.core.errors import CpcompileError, UsageError
+
+PROTOBUF_LIMIT = 2**31 - 1
+"""Bytes that one protobuf file can hold; weights of larger models lie beside it."""
+ROOM_FOR_THE_GRAPH = 1 << 27
+MODULE = "namespace"
+"""The property of a node in which torch notes its module path: `: Decoder/layers.0: Layer/…`."""
+NO_MODULE = "_empty_nn_module_stack"
+"""How the name begins that torch writes where there is no module."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large a model is."""
+
+    nodes: int
+    parameters: int
+    """Elements of all floating-point tensors of more than one element."""
+    bytes: int
+    """Of all tensors."""
+
+
+def load_onnx(path: Path, *, data: Path | None = None) -> ir.Model:
+    """The model in `path`; UsageError if it is no model, or its external data is missing, too short or elsewhere.
+
+    data: the folder of the external data, where it is not that of the model.
+    """
+    try:
+        model = ir.load(path)
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror}); give the path of an .onnx file") from error
+    except Exception as error:  # a parser meets whatever bytes there are
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        first = (str(cause).strip() or type(cause).__name__).splitlines()[0]
+        if isinstance(cause, NotImplementedError):
+            raise UsageError(f"{path}: holds what cannot be read ({first}); export the model without it") from error
+        raise UsageError(f"{path}: is not a valid ONNX model ({first}); export it again") from error
+    if not model.ir_version or not (len(model.graph) or model.graph.outputs):
+        raise UsageError(f"{path}: holds no graph; give an .onnx file")
+    for value in (value for node in model.graph.all_nodes() for value in node.inputs):
+        if value is not None and value.producer() is None and not (value.is_graph_input() or value.is_initializer()):
+            raise UsageError(
+                f"{path}: nothing makes {value.name!r}, which a node reads; sparse initializers have to be stored dense"
+            )
+    for tensor in external_tensors(model):
+        if data is not None:
+            tensor.base_dir = data
+        _require_data(path, tensor, data or path.parent)
+    return model
+
+
+def save_onnx(model: ir.Model, path: Path, accept: Callable[[Path], bool] = lambda _: True) -> int:
+    """Write `model`, with its weights beside it in `<name>.data` if they do not fit; returns the bytes written.
+
+    An older file stays as it is until the new one is complete and `accept` has said yes to it; 0 if it says no.
+    """
+    weights = sum(tensor.nbytes for tensor in tensors_of(model))
+    beside = f"{path.name}.data" if weights > PROTOBUF_LIMIT - ROOM_FOR_THE_GRAPH else None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+            if beside is None:
+                _map_data(model)
+            ir.save(model, Path(folder) / path.name, format="protobuf", external_data=beside)
+            files = sorted(Path(folder).iterdir(), key=lambda file: file.name == path.name)
+            written = sum(file.stat().st_size for file in files)
+            if not accept(Path(folder) / path.name):
+                return 0
+            for file in files:  # the graph last: what it refers to is there before it
+                file.replace(path.parent / file.name)
+    except OSError as error:
+        raise CpcompileError(f"{path}: cannot be written ({error.strerror}); choose another --out") from error
+    return written
+
+
+def tensors_of(model: ir.Model) -> Iterator[ir.TensorProtocol]:
+    """All tensors of the model: initializers of every graph, and constants."""
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            if value.const_value is not None:
+                yield value.const_value
+        for node in graph:
+            for attribute in node.attributes.values():
+                if attribute.type == ir.AttributeType.TENSOR and attribute.value is not None:
+                    yield attribute.as_tensor()
+
+
+def external_tensors(model: ir.Model) -> Iterator[ir.ExternalTensor]:
+    """The tensors whose data lies in other files."""
+    return (tensor for tensor in tensors_of(model) if isinstance(tensor, ir.ExternalTensor))
+
+
+def opset_of(model: ir.Model) -> int:
+    """The version of the ONNX standard that `model` is written in; 0 if it uses none."""
+    return model.opset_imports.get("", model.opset_imports.get("ai.onnx", 0))
+
+
+def module_of(node: ir.Node) -> str:
+    """`: pkg.Decoder/layers.0: pkg.Layer/layers.0.ffn: pkg.FeedForward/linear: aten.linear` -> `layers.0.ffn`.
+
+    A property that is a path already stays as it is; without one, and for the whole model, it is empty.
+    """
+    namespace = node.metadata_props.get(MODULE, "")
+    if ":" not in namespace:
+        return "" if namespace.startswith(NO_MODULE) else namespace
+    parts = [part.split(":")[0].strip() for part in namespace.split("/")]
+    return next((part for part in reversed(parts[:-1]) if part and not part.startswith(NO_MODULE)), "")
+
+
+def _map_data(model: ir.Model) -> None:
+    """Make tensors of other files tensors of this model, still mapped: only a file of its own has them inside."""
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            if isinstance(tensor := value.const_value, ir.ExternalTensor):
+                value.const_value = ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=tensor.name)
+
+
+def _require_data(path: Path, tensor: ir.ExternalTensor, folder: Path) -> None:
+    """The data of `tensor` lies in `folder` and is long enough."""
+    data = Path(tensor.path)
+    if not data.resolve().is_relative_to(folder.resolve()):
+        raise UsageError(f"{path}: the tensor {tensor.name} refers to {data}, outside of {folder}: refused")
+    if not data.is_file():
+        raise UsageError(f"{path}: the weights file {data} of the tensor {tensor.name} is missing; put it back")
+    end = (tensor.offset or 0) + (tensor.length if tensor.length is not None else tensor.nbytes)
+    if (tensor.offset or 0) < 0 or end > data.stat().st_size or end - (tensor.offset or 0) < tensor.nbytes:
+        raise UsageError(
+            f"{path}: the tensor {tensor.name} needs the bytes up to {end:,} of {data}, "
+            f"which has {data.stat().st_size:,}: the file is truncated or another one; copy it again"
+        )
+
+
+def size_of(model: ir.Model) -> Size:
+    """Nodes of all graphs, and what the tensors hold."""
+    tensors = list(tensors_of(model))
+    return Size(
+        nodes=sum(1 for graph in model.graphs() for _ in graph),
+        parameters=sum(t.size for t in tensors if t.dtype.is_floating_point() and t.size > 1),
+        bytes=sum(t.nbytes for t in tensors),
+    )

@@ -1,0 +1,458 @@
+"""`model.pt2`: a `torch.export` program with gates, and beside it what a build needs to know of them.
+
+    save_program(partitioned, selection, Path("model.pt2"), examples={"de": [...], "fr": [...]})
+    program = load_program(Path("model.pt2"))
+
+The archive is what `torch.export.save` writes, with two more files: `cpcompile.json` (contexts, names, what each
+context keeps) and `examples.npz.base64` (real inputs per context). Loading runs none of the code that such an archive
+can bring along: torch.export.load itself unpickles and evaluates expressions, so what it would read is looked at first.
+"""
+
+from __future__ import annotations
+
+import base64
+import copy
+import io
+import json
+import re
+import sys
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import torch
+from torch import Tensor, fx
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+from cpcompile.core.config import require_context_name
+from cpcompile.core.errors import CpcompileError, UsageError
+from cpcompile.core.selection import Digits, Selection, UnitKind
+from cpcompile.files.whole_files import require_file_path, require_regular_file, whole_file
+from cpcompile.partitioning.onnx_graph import input_names
+from cpcompile.partitioning.partitioned_module import PartitionedModule
+from cpcompile.partitioning.trace import quiet
+
+FORMAT, VERSION = "cpcompile-program", 1
+RECORD, EXAMPLES = "cpcompile.json", "examples.npz.base64"
+"""The archive takes text alone."""
+Array = npt.NDArray[Any]
+Feeds = Mapping[str, Array]
+
+OPERATORS = re.compile(r"(torch\.ops\.(aten|higher_order)\.\w+(\.\w+)?|_operator\.\w+|math\.\w+|torch\.sym_\w+)")
+"""What a node may call: no functions of Python, which would be called as they are named."""
+EXPRESSION = re.compile(r"([\w\s+\-*/%(),<>=!&|~]|'\w+')*")
+"""Sizes as sympy writes them: without dots and brackets there is nothing to reach for in an evaluation."""
+FUNCTIONS = frozenset(
+    re.findall(
+        r"\w+",
+        """
+        Symbol Integer Rational Float Mul Add Pow Mod PythonMod FloorDiv CeilDiv CleanDiv IntTrueDiv FloatTrueDiv
+        PowByNatural FloatPow Max Min Abs floor ceiling CeilToInt FloorToInt TruncToInt RoundToInt ToFloat Identity
+        ModularIndexing Where Piecewise ExprCondPair And Or Not Eq Ne Equality Unequality LessThan GreaterThan
+        StrictLessThan StrictGreaterThan
+        """,
+    )
+)
+"""What such a size may call."""
+READS_FILES = "torch.ops.aten.from_file"
+MEMBER = re.compile(
+    r"models/model\.json|data/weights/(weight_\d+|model_weights_config\.json)|data/sample_inputs/model\.pt"
+    r"|data/constants/(tensor_\d+|model_constants_config\.json)|extra/.+|\.data/[a-z_]+|archive_[a-z]+|byteorder|version",
+    re.ASCII,
+)
+"""What may be in the archive: torch.export.load runs others, like data/aotinductor/, and ignores the case of names."""
+TENSOR = re.compile(r"(weight|tensor)_\d+", re.ASCII)
+"""Files that hold the bytes of a tensor; others are unpickled."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """An exported program that takes its inputs and a context, and what its contexts keep."""
+
+    exported: ExportedProgram
+    contexts: tuple[str, ...]
+    inputs: tuple[str, ...]
+    """Names of the inputs but `context`, in order."""
+    outputs: tuple[str, ...]
+    axes: Mapping[str, Mapping[int, str]]
+    """Names of the axes of any length, by input."""
+    parameters: Mapping[str, str]
+    """The model's own name of every parameter of the program; of a tied one the first."""
+    kept: Mapping[str, Mapping[str, int]]
+    """Elements of every parameter that a context keeps."""
+    kinds: Mapping[str, UnitKind]
+    """The kind of unit whose removal makes a parameter smaller."""
+    examples: Mapping[str, tuple[Feeds, ...]]
+    selection: Digits | None
+    """`Selection.digits`, a layer per group; None where the file does not say."""
+
+    def parameter_sizes(self) -> dict[str, int]:
+        """Elements of every parameter but the gates, by name."""
+        return {own: self.exported.state_dict[name].numel() for name, own in self.parameters.items()}
+
+    @cached_property
+    def lengths(self) -> dict[str, tuple[int, int]]:
+        """Shortest and longest length of the axes of each name; of those alone that depend on no other."""
+        found = {}
+        nodes = {node.name: node for node in self.exported.graph.nodes if node.op == "placeholder"}
+        for name, user in zip(self.inputs, self.exported.graph_signature.user_inputs, strict=False):
+            for axis, label in self.axes.get(name, {}).items():
+                size = nodes[str(user)].meta["val"].shape[axis]
+                bounds = self.exported.range_constraints.get(size.node.expr) if hasattr(size, "node") else None
+                if bounds is not None:
+                    high = int(bounds.upper) if bounds.upper < sys.maxsize else sys.maxsize  # two infinities occur
+                    found[label] = (max(int(bounds.lower), 1), high)
+        return found
+
+    def eager(
+        self, context: str, *, double: bool = False, compiled: bool = False
+    ) -> Callable[[Feeds], dict[str, Array]]:
+        """The program with the gates of `context` as a function of numpy arrays.
+
+        In float32 or float64; `compiled` by torch.compile.
+        """
+        module: Callable[..., Any] = self._double if double else self._compiled if compiled else self._single
+        index = torch.tensor(self.contexts.index(context))
+
+        def run(feeds: Feeds) -> dict[str, Array]:
+            tensors = [torch.from_numpy(np.ascontiguousarray(feeds[name])) for name in self.inputs]
+            if double:
+                tensors = [tensor.double() if tensor.is_floating_point() else tensor for tensor in tensors]
+            with torch.inference_mode():
+                leaves = pytree.tree_leaves(module(*tensors, context=index))
+            return {name: leaf.numpy() for name, leaf in zip(self.outputs, leaves, strict=True)}
+
+        return run
+
+    def capture(self, *, opset: int) -> ir.Model:
+        """The dynamic graph; inputs, outputs and parameters go by their own names."""
+        with quiet():
+            program = torch.onnx.export(
+                self.exported,
+                (),
+                dynamo=True,
+                optimize=False,
+                verbose=False,
+                opset_version=opset,
+                input_names=[*self.inputs, "context"],
+                output_names=list(self.outputs),
+            )
+        if program is None:
+            raise CpcompileError("torch.onnx.export gave no program; this torch is not supported")
+        captured: ir.Model = program.model
+        for name, value in list(captured.graph.initializers.items()):
+            if name in self.parameters:
+                value.name = self.parameters[name]
+        missing = {n for n, size in self.parameter_sizes().items() if size} - set(captured.graph.initializers)
+        if missing:
+            raise CpcompileError(
+                f"capture lost the parameters {', '.join(sorted(missing))}; this is a defect of cpcompile"
+            )
+        _name_axes(captured.graph, self.axes)
+        return captured
+
+    @cached_property
+    def _compiled(self) -> Callable[..., Any]:
+        return torch.compile(self._single, dynamic=True)
+
+    @cached_property
+    def _single(self) -> fx.GraphModule:
+        return self.exported.module(check_guards=False)
+
+    @cached_property
+    def _double(self) -> fx.GraphModule:
+        """All of its float32 is float64, what the graph itself casts to as well."""
+        with quiet():
+            module = copy.deepcopy(self._single).double()
+        for part in module.modules():  # what runs without autocast, say, is a graph of its own
+            for name, value in list(part.__dict__.items()):
+                if isinstance(value, Tensor) and value.dtype is torch.float32:
+                    setattr(part, name, value.double())
+            if isinstance(part, fx.GraphModule):
+                for node in part.graph.nodes:
+                    if node.op == "call_function":
+                        node.args, node.kwargs = fx.node.map_aggregate((node.args, node.kwargs), _doubled)
+                part.recompile()
+        return module
+
+
+def save_program(
+    module: PartitionedModule,
+    selection: Selection,
+    path: Path,
+    *,
+    examples: Mapping[str, Sequence[tuple[Tensor, ...]]] | None = None,
+) -> None:
+    """Set the gates of `module` to `selection` and write it as a program that `cpcompile build` takes.
+
+    examples: per context real inputs of the model, on which engines will be compared with it; its own by default.
+    UsageError: contexts that do not fit, a model that cannot be exported, a path that is not a .pt2 file.
+    """
+    target = require_file_path(path, ".pt2")
+    if len(selection.contexts) != module.contexts:
+        raise UsageError(f"the module has gates for {module.contexts} contexts, the selection {selection.contexts}")
+    for context in selection.contexts:
+        require_context_name(context, "selection")
+    for context, given in (examples or {}).items():
+        if context not in selection.contexts:
+            raise UsageError(f"examples of {context!r}, which is none of {', '.join(selection.contexts)}")
+        if not given:
+            raise UsageError(f"examples of {context!r} are none; give one at least, or leave the context out")
+    module.eval().select(selection)
+    dynamic = module.dynamic_shapes
+    try:
+        with quiet():
+            program = torch.export.export(
+                module,
+                module.example_inputs,
+                kwargs={"context": torch.tensor(0)},
+                dynamic_shapes=None if dynamic is None else {"inputs": dynamic, "context": None},
+                strict=False,
+            )
+    except Exception as error:  # of any kind: torch.export runs the model's own code
+        raise UsageError(f"{type(module.model).__name__}: torch.export cannot export it with gates: {error}") from error
+    own_names = {id(tensor): name for name, tensor in reversed(list(module.model.named_parameters()))}
+    every = dict(module.named_parameters(remove_duplicate=False))
+    names = input_names(module)
+    record = {
+        "format": FORMAT,
+        "version": VERSION,
+        "contexts": selection.contexts,
+        "inputs": names,
+        "outputs": _output_names(program),
+        "axes": _axis_names(names, dynamic),
+        "parameters": {n: own_names[id(every[n])] for n in program.state_dict if id(every.get(n)) in own_names},
+        "kept": {context: module.kept_sizes(selection, context) for context in selection.contexts},
+        "selection": selection.digits(
+            {kind: [(g.name, g.units) for g in module.groups if g.kind is kind] for kind in selection.kept}
+        ),
+        "kinds": {name: kind for name in own_names.values() if (kind := module.parameter_kind(name)) is not None},
+    }
+    arrays = {
+        f"{context}/{number}/{name}": tensor.detach().numpy()
+        for context in selection.contexts
+        for number, inputs in enumerate((examples or {}).get(context, [module.example_inputs]))
+        for name, tensor in zip(names, inputs, strict=True)
+    }
+    packed = io.BytesIO()
+    np.savez(packed, **arrays)  # type: ignore[arg-type]
+    with whole_file(target) as temporary, temporary.open("wb") as file, quiet():
+        extra = {RECORD: json.dumps(record), EXAMPLES: base64.b64encode(packed.getvalue()).decode()}
+        torch.export.save(program, file, extra_files=extra)
+
+
+def load_program(path: Path) -> Program:
+    """Read `path`; UsageError says what is wrong with it and what to do."""
+    record, examples = inspect_program(path)
+    try:
+        with path.open("rb") as file, quiet():
+            exported = torch.export.load(file)
+        exported._guards_code = []  # Python, which a decomposition would execute
+    except Exception as error:  # of any kind, from the depths of a deserialiser
+        raise _damaged(path, error) from error
+    try:
+        program = Program(
+            exported=exported,
+            contexts=tuple(record["contexts"]),
+            inputs=tuple(record["inputs"]),
+            outputs=tuple(record["outputs"]),
+            axes={name: {int(axis): label for axis, label in axes.items()} for name, axes in record["axes"].items()},
+            parameters=record["parameters"],
+            kept=record["kept"],
+            kinds={name: UnitKind(kind) for name, kind in record["kinds"].items()},
+            examples=examples,
+            selection=record.get("selection"),
+        )
+        _require_consistent(program)
+    except (KeyError, TypeError, ValueError, AttributeError, UsageError) as error:
+        raise UsageError(f"{path}: {RECORD} in it is garbled ({error}); save it again") from error
+    return program
+
+
+def inspect_program(path: Path) -> tuple[dict[str, Any], dict[str, tuple[Feeds, ...]]]:
+    """Our own files of the archive, after a look at what torch.export.load would run."""
+    require_regular_file(path, "a program is a file such as model.pt2")
+    try:
+        archive = _open_archive(path)
+        names = archive.get_all_records()
+        if f"extra/{RECORD}" not in names:
+            raise UsageError(
+                f"{path}: has no record of gates; partition the model and write it with `cpcompile.save_program`"
+            )
+        for name in names:
+            if not MEMBER.fullmatch(name):
+                raise _refused(path, name)
+            if name.startswith("models/"):
+                _require_harmless_graph(path, json.loads(archive.get_record(name)))
+            elif name.endswith("_config.json"):
+                for entry in json.loads(archive.get_record(name))["config"].values():
+                    if entry.get("use_pickle") or not TENSOR.fullmatch(entry["path_name"]):
+                        raise _refused(path, f"the pickled tensor {entry.get('path_name')}")
+            elif name.endswith(".pt"):
+                _require_plain(path, name, archive.get_record(name))
+        record = json.loads(archive.get_record(f"extra/{RECORD}"))
+        if record.get("format") != FORMAT or record.get("version") != VERSION:
+            raise UsageError(
+                f"{path}: program version {record.get('version')!r}, this cpcompile reads {VERSION}; save it again"
+            )
+        examples = base64.b64decode(archive.get_record(f"extra/{EXAMPLES}"))
+        with np.load(io.BytesIO(examples), allow_pickle=False) as arrays:
+            return record, _examples(dict(arrays))
+    except FileNotFoundError as error:
+        raise UsageError(f"{path}: there is no such file; `cpcompile.save_program` writes one") from error
+    except PermissionError as error:
+        raise UsageError(f"{path}: cannot be read (permission denied)") from error
+    except (
+        zipfile.BadZipFile,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        OSError,
+        EOFError,
+        RuntimeError,
+    ) as e:
+        raise _damaged(path, e) from e
+
+
+def _open_archive(path: Path) -> torch._C.PyTorchFileReader:
+    """Torch's own reader, after a look at what it does not check; there must be one way to read the archive."""
+    with zipfile.ZipFile(path) as archive:
+        there = sorted((entry.filename.partition("/")[2], entry.file_size) for entry in archive.infolist())
+        if sum(size for _, size in there) > path.stat().st_size:
+            raise zipfile.BadZipFile("it holds more than it has bytes")
+        if archive.testzip() is not None:
+            raise zipfile.BadZipFile("a checksum is wrong")
+    reader = torch._C.PyTorchFileReader(str(path))
+    read = sorted((name, reader.get_record_size(name)) for name in reader.get_all_records())
+    if read != there or len(dict(read)) < len(read):
+        raise zipfile.BadZipFile("it has a file twice, or two directories")
+    return reader
+
+
+def _require_harmless_graph(path: Path, node: Any) -> None:
+    """No operator but those of ATen, no expression that is more than arithmetic, no container that is imported."""
+    waiting = [node]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, list):
+            waiting.extend(node)
+        elif isinstance(node, dict):
+            waiting.extend(node.values())
+            target = node.get("target")
+            harmless = OPERATORS.fullmatch(str(target)) and not str(target).startswith(READS_FILES)
+            if isinstance(target, str) and "inputs" in node and not harmless:
+                raise _refused(path, f"a call of {target}")
+            for key in ("expr_str", "as_expr"):
+                text = node.get(key)
+                if isinstance(text, str) and not _is_arithmetic(text):
+                    raise _refused(path, f"the expression {text[:60]!r}")
+            waiting.extend(json.loads(node[key]) for key in ("in_spec", "out_spec") if node.get(key))
+            if "children_spec" in node and "{" in str(node.get("context")):
+                raise _refused(path, f"the container {str(node.get('type'))[:60]!r}")
+
+
+def _is_arithmetic(text: str) -> bool:
+    """Words, numbers and calls of FUNCTIONS by their names: `(exec)('x')` is none."""
+    calls = set(re.findall(r"([\w)']+)\s*\(", text))
+    return EXPRESSION.fullmatch(text) is not None and calls <= FUNCTIONS
+
+
+def _require_plain(path: Path, name: str, content: bytes) -> None:
+    try:
+        torch.load(io.BytesIO(content), weights_only=True)
+    except Exception as error:  # of many kinds, all of which say that it is not plain
+        raise _refused(path, name) from error
+
+
+def _refused(path: Path, what: str) -> UsageError:
+    return UsageError(
+        f"{path}: refused, because loading it would run code that the file brings along ({what}); "
+        "save it again with `cpcompile.save_program`"
+    )
+
+
+def _damaged(path: Path, error: Exception) -> UsageError:
+    reason = (str(error) or type(error).__name__).split("\n", maxsplit=1)[0]
+    return UsageError(f"{path}: is not a torch.export program or is damaged ({reason}); copy or save it again")
+
+
+def _examples(arrays: Mapping[str, Array]) -> dict[str, tuple[Feeds, ...]]:
+    """From `context/number/input` -> array."""
+    found: dict[str, dict[int, dict[str, Array]]] = {}
+    for key, array in arrays.items():
+        context, number, name = key.split("/", maxsplit=2)
+        found.setdefault(context, {}).setdefault(int(number), {})[name] = array
+    return {context: tuple(feeds for _, feeds in sorted(runs.items())) for context, runs in found.items()}
+
+
+def _require_consistent(program: Program) -> None:
+    """What is read later has the form that `save_program` gives it; ValueError or TypeError otherwise."""
+    for context in program.contexts:
+        require_context_name(context, "contexts")
+    if not program.contexts or len(set(program.contexts)) < len(program.contexts):
+        raise ValueError(f"contexts {list(program.contexts)} are none or not distinct")
+    sizes = program.parameter_sizes()
+    for context in program.contexts:
+        kept = program.kept[context]
+        if kept.keys() != sizes.keys() or any(not 0 <= int(kept[name]) <= sizes[name] for name in sizes):
+            raise ValueError(f"what {context} keeps does not fit the parameters")
+        for feeds in program.examples[context]:
+            if feeds.keys() != set(program.inputs):
+                raise ValueError(f"an example of {context} has the inputs {sorted(feeds)}")
+    for layer in (layer for layers in (program.selection or {}).values() for layer in layers):
+        rows = [layer["kept"][context] for context in program.contexts]
+        if not all(re.fullmatch("[01]+", digits) and len(digits) == len(rows[0]) for digits in rows):
+            raise ValueError(f"the selection of {str(layer['name'])!r} is not a digit per unit")
+    users = len(program.exported.graph_signature.user_inputs)
+    if users != len(program.inputs) + 1 or len(program.exported.graph_signature.user_outputs) != len(program.outputs):
+        raise ValueError("names of inputs or outputs do not fit the program")
+
+
+def _output_names(program: ExportedProgram) -> list[str]:
+    """Keys of a dict, else output, or output_0, output_1 …"""
+    spec = program.call_spec.out_spec
+    count = len(program.graph_signature.user_outputs)
+    if spec is not None and spec.type is dict and spec.num_children == count:
+        return [str(key) for key in spec.context]
+    return ["output"] if count == 1 else [f"output_{number}" for number in range(count)]
+
+
+def _axis_names(inputs: Sequence[str], dynamic: tuple[Any, ...] | None) -> dict[str, dict[str, str]]:
+    named: dict[str, dict[str, str]] = {}
+    for name, axes in zip(inputs, dynamic or (), strict=False):
+        pairs = axes.items() if isinstance(axes, dict) else enumerate(axes or ())
+        named[name] = {str(axis): dim.__name__ for axis, dim in pairs if hasattr(dim, "__name__")}
+    return named
+
+
+def _name_axes(graph: ir.Graph, axes: Mapping[str, Mapping[int, str]]) -> None:
+    """Give the symbols of the export the names that the user gave them."""
+    renamed: dict[str, str] = {}
+    for value in graph.inputs:
+        for axis, label in axes.get(value.name or "", {}).items():
+            symbol = value.shape[axis] if value.shape is not None else None
+            if isinstance(symbol, ir.SymbolicDim) and symbol.value is not None:
+                renamed[symbol.value] = label
+    word = re.compile(r"\b(" + "|".join(map(re.escape, renamed)) + r")\b") if renamed else None
+    for value in _values(graph) if word else ():
+        for axis, dim in enumerate(value.shape if value.shape is not None else ()):
+            if isinstance(dim, ir.SymbolicDim) and dim.value is not None:
+                value.shape[axis] = word.sub(lambda match: renamed[match[0]], dim.value)  # type: ignore[index,union-attr]
+
+
+def _values(graph: ir.Graph) -> Iterator[ir.Value]:
+    yield from graph.inputs
+    for node in graph:
+        yield from node.outputs
+
+
+def _doubled(argument: Any) -> Any:
+    return torch.float64 if argument is torch.float32 else argument

@@ -1,0 +1,293 @@
+"""What a bundle is built from: a trained checkpoint with its dense baseline, or an exported program with gates."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from cpcompile.core.config import PretrainedConfig, TrainConfig, ValidateConfig
+from cpcompile.core.errors import UsageError
+from cpcompile.core.selection import Digits, Selection, UnitKind
+from cpcompile.frontend.capture import capture, capture_dense
+from cpcompile.frontend.checkpoint import Checkpoint, architecture, load_checkpoint
+from cpcompile.frontend.program import Program, load_program
+from cpcompile.models.language_model import LanguageModel
+from cpcompile.report import training_summary
+from cpcompile.text.corpus import load_corpus
+from cpcompile.text.tokenization import parse_tokenizer, vocabulary_size
+from cpcompile.text.vocabulary import TrimmedVocabulary, cut_tokenizer, needed_tokens, order_tokens
+from cpcompile.training.trainer import dense_path
+from cpcompile.validation.language_reference import LanguageReference
+from cpcompile.validation.program_reference import ProgramReference
+from cpcompile.validation.reference import Reference
+
+Progress = Callable[[str, int, int | None], None]
+FLOAT32_BYTES = 4
+PROGRAM_SUFFIX = ".pt2"
+NO_TOKENIZER = "{}: is a program and brings no tokenizer; leave --vocabulary-coverage out"
+
+
+class Source(ABC):
+    """A gated model with its contexts, and what it takes to compile and to validate it."""
+
+    path: Path
+    contexts: tuple[str, ...]
+    architecture: str
+    config: Mapping[str, Any]
+    """The settings of the architecture that are numbers, strings or flags."""
+    dense_bytes: int | None
+    """Weights of the dense model in float32."""
+    sequence: int | None = None
+    """Tokens of a sequence that it was trained on."""
+    training: Mapping[str, Any] | None = None
+    """`training_summary`."""
+    tokenizer: str | None = None
+    """The text of tokenizer.json."""
+    selection: Digits | str
+    """`Selection.digits`, or why it is unknown."""
+    has_text: bool
+    """Whether its quality is measured as perplexity."""
+
+    @abstractmethod
+    def capture(self, *, opset: int) -> ir.Model:
+        """The dynamic graph: any context, full cost."""
+
+    def capture_dense(self, *, opset: int) -> ir.Model | None:
+        """The graph of the dense baseline; None if there is none."""
+        return None
+
+    @abstractmethod
+    def parameter_sizes(self) -> dict[str, int]:
+        """Elements of every parameter but the gates, by name."""
+
+    @abstractmethod
+    def kept_sizes(self, context: str, tokens: int | None) -> Mapping[str, int]:
+        """What `context` keeps of them, with `tokens` of the vocabulary; None for all."""
+
+    @abstractmethod
+    def parameter_kind(self, name: str) -> UnitKind | None:
+        """The kind of unit whose removal makes the parameter `name` smaller; None if nothing does."""
+
+    @abstractmethod
+    def trim(
+        self, contexts: Sequence[str], coverage: float
+    ) -> tuple[npt.NDArray[np.int64], dict[str, TrimmedVocabulary]]:
+        """The vocabulary of each of `contexts`, and the order of the whole one in which they have runs of rows."""
+
+    @abstractmethod
+    def reference(
+        self,
+        config: ValidateConfig,
+        *,
+        data: Path | None,
+        trimmed: Mapping[str, TrimmedVocabulary],
+        progress: Progress,
+    ) -> Reference:
+        """The eager side of the validation, on the held-out text of `data` or on what the source brings."""
+
+    def choose(self, contexts: Sequence[str] | None) -> tuple[str, ...]:
+        """Those of `contexts`, or all; UsageError lists what there is."""
+        return choose_contexts(self.path, self.contexts, contexts)
+
+
+def choose_contexts(path: Path, there: Sequence[str], wanted: Sequence[str] | None) -> tuple[str, ...]:
+    """Those of `wanted`, or all that are `there`; UsageError lists them."""
+    for context in wanted or ():
+        if context not in there:
+            raise UsageError(f"{path}: has no context {context!r}; it has {', '.join(there)}")
+    return tuple(wanted or there)
+
+
+def require_selection(path: Path, checkpoint: Checkpoint) -> Selection:
+    """Which units its contexts keep; UsageError if it is a dense checkpoint."""
+    if checkpoint.selection is None:
+        raise UsageError(
+            f"{path}: is a dense checkpoint and has no contexts to build; give the partitioned one, such as model.pt"
+        )
+    return checkpoint.selection
+
+
+def open_source(model: Path) -> Source:
+    """What `model` holds, by its suffix; UsageError says what is wrong with it."""
+    return ProgramSource(model) if model.suffix == PROGRAM_SUFFIX else TrainedSource(model)
+
+
+class TrainedSource(Source):
+    """A checkpoint and, where it lies beside it, the dense baseline of the same run."""
+
+    has_text = True
+
+    def __init__(self, path: Path) -> None:
+        checkpoint = load_checkpoint(path)
+        self._selection = require_selection(path, checkpoint)
+        try:
+            entries = vocabulary_size(parse_tokenizer(checkpoint.tokenizer))
+            self.training = training_summary(checkpoint.training, checkpoint.contexts)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UsageError(
+                f"{path}: its tokenizer or training record is garbled ({error}); train it again"
+            ) from error
+        if entries > checkpoint.config.vocabulary:
+            raise UsageError(f"{path}: its tokenizer has {entries} entries, the model {checkpoint.config.vocabulary}")
+        self.path = path
+        self.contexts = checkpoint.contexts
+        self.tokenizer = checkpoint.tokenizer
+        self.architecture = architecture(checkpoint.config)
+        settings = checkpoint.config
+        plain = settings.settings if isinstance(settings, PretrainedConfig) else dataclasses.asdict(settings)
+        self.config = {name: value for name, value in plain.items() if isinstance(value, int | float | str)}
+        self._checkpoint = checkpoint
+        self.sequence: int = int(checkpoint.training.get("settings", {}).get("sequence", TrainConfig.sequence))
+        self.selection = self._selection.digits(
+            {
+                kind: [(f"layer {number}", table.shape[2]) for number in range(table.shape[1])]
+                for kind, table in self._selection.kept.items()
+            }
+        )
+        self._dense = dense_path(path) if dense_path(path).exists() else None
+        self.dense_bytes = _dense_bytes(self._dense, path, checkpoint) if self._dense else None
+
+    @property
+    def _eager(self) -> LanguageModel:
+        return self._checkpoint.model
+
+    def capture(self, *, opset: int) -> ir.Model:
+        return capture(self._eager, opset=opset)
+
+    def capture_dense(self, *, opset: int) -> ir.Model | None:
+        return capture_dense(load_checkpoint(self._dense).model, opset=opset) if self._dense else None
+
+    def parameter_sizes(self) -> dict[str, int]:
+        return self._eager.parameter_sizes()
+
+    def kept_sizes(self, context: str, tokens: int | None) -> Mapping[str, int]:
+        return self._eager.kept_with_tokens(self._selection, context, tokens)
+
+    def parameter_kind(self, name: str) -> UnitKind | None:
+        return self._eager.parameter_kind(name)
+
+    def trim(
+        self, contexts: Sequence[str], coverage: float
+    ) -> tuple[npt.NDArray[np.int64], dict[str, TrimmedVocabulary]]:
+        counts, tokenizer = self._checkpoint.token_counts, self._checkpoint.tokenizer
+        missing = [context for context in contexts if context not in counts]
+        if missing:
+            raise UsageError(f"the checkpoint has no token counts of {', '.join(missing)}; train it again")
+        needed = {c: needed_tokens(tokenizer, counts[c], coverage=coverage) for c in contexts}
+        order = order_tokens(tokenizer, list(needed.values()), self._checkpoint.config.vocabulary)
+        return order, {c: cut_tokenizer(tokenizer, order[np.isin(order, ids)]) for c, ids in needed.items()}
+
+    def reference(
+        self,
+        config: ValidateConfig,
+        *,
+        data: Path | None,
+        trimmed: Mapping[str, TrimmedVocabulary],
+        progress: Progress,
+    ) -> Reference:
+        return LanguageReference(
+            self._checkpoint,
+            self._dense,
+            config,
+            held_out=self._checkpoint.held_out if data is None else self._held_out(data, progress),
+            sequence=self.sequence,
+            trimmed=trimmed,
+        )
+
+    def _held_out(self, data: Path, progress: Progress) -> Mapping[str, npt.NDArray[np.int32]]:
+        """Held-out token ids per context of the text in `data`."""
+        settings = TrainConfig()
+        own = self._checkpoint.training.get("settings", {})
+        with tokenizer_file(self.tokenizer) as tokenizer:
+            corpus = load_corpus(
+                data,
+                vocabulary=self._checkpoint.config.vocabulary,
+                sequence=self.sequence,
+                held_out_fraction=settings.held_out_fraction,
+                seed=own.get("seed", settings.seed),
+                tokenizer=tokenizer,
+                progress=progress,
+            )
+        missing = [context for context in self.contexts if context not in corpus.contexts]
+        if missing:
+            raise UsageError(f"{data}: has no text for {', '.join(missing)}; it has {', '.join(corpus.contexts)}")
+        limit = own.get("held_out_tokens", settings.held_out_tokens)
+        return {c: np.asarray(corpus.held_out[c].ids[: limit + 1], dtype=np.int32) for c in self.contexts}
+
+
+class ProgramSource(Source):
+    """A `torch.export` program whose gates were inserted with `partition`."""
+
+    architecture = "program"
+    has_text = False
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._program: Program = load_program(path)
+        self.contexts = self._program.contexts
+        self.config = {}
+        unknown = "the program was saved without its selection; save it again"
+        self.selection = unknown if self._program.selection is None else self._program.selection
+        self.dense_bytes = sum(self.parameter_sizes().values()) * FLOAT32_BYTES
+
+    def capture(self, *, opset: int) -> ir.Model:
+        return self._program.capture(opset=opset)
+
+    def parameter_sizes(self) -> dict[str, int]:
+        return self._program.parameter_sizes()
+
+    def kept_sizes(self, context: str, tokens: int | None) -> Mapping[str, int]:
+        return self._program.kept[context]
+
+    def parameter_kind(self, name: str) -> UnitKind | None:
+        return self._program.kinds.get(name)
+
+    def trim(
+        self, contexts: Sequence[str], coverage: float
+    ) -> tuple[npt.NDArray[np.int64], dict[str, TrimmedVocabulary]]:
+        raise UsageError(NO_TOKENIZER.format(self.path))
+
+    def reference(
+        self,
+        config: ValidateConfig,
+        *,
+        data: Path | None,
+        trimmed: Mapping[str, TrimmedVocabulary],
+        progress: Progress,
+    ) -> Reference:
+        if data is not None:
+            raise UsageError(f"{self.path}: is a program and is compared on the examples that it brings; leave --data")
+        return ProgramReference(self.path, self._program)
+
+
+def _dense_bytes(path: Path, model: Path, checkpoint: Checkpoint) -> int:
+    """Bytes of the weights in `path`, which are not read; UsageError if it is not the dense baseline of `model`."""
+    dense = load_checkpoint(path, mapped=True)
+    same_run = dense.training.get("run") == checkpoint.training.get("run")
+    if dense.selection is not None or not same_run or dense.tokenizer != checkpoint.tokenizer:
+        raise UsageError(
+            f"{path}: is not the dense baseline that was trained with {model}; put that one there (a training that was "
+            "interrupted goes on with --resume), or take it away to build without a comparison"
+        )
+    return sum(tensor.numel() for tensor in dense.state.values()) * FLOAT32_BYTES
+
+
+@contextmanager
+def tokenizer_file(text: str | None) -> Iterator[Path | None]:
+    """A temporary tokenizer.json with that text; None for None."""
+    if text is None:
+        yield None
+        return
+    with tempfile.TemporaryDirectory(prefix="cpcompile-") as folder:
+        path = Path(folder) / "tokenizer.json"
+        path.write_text(text, encoding="utf-8")
+        yield path

@@ -1,0 +1,92 @@
+"""Parameter accounting: parameters in = parameters kept + parameters removed, by name, per context.
+
+The frozen graph is compared with what the selection says that the context keeps. A parameter that
+disappeared without having been removed, one that stayed though it should be gone, and one
+that went on under another name all stop the build.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+import onnx_ir as ir
+
+from cpcompile.core.errors import CpcompileError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accounting:
+    """Elements of every parameter before and after, for one context."""
+
+    total_by_name: Mapping[str, int]
+    kept_by_name: Mapping[str, int]
+    kinds: Mapping[str, str]
+    """Unit kind whose removal makes a parameter smaller, by name; absent for what is never cut."""
+
+    @property
+    def total(self) -> int:
+        return sum(self.total_by_name.values())
+
+    @property
+    def kept(self) -> int:
+        return sum(self.kept_by_name.values())
+
+    @property
+    def removed(self) -> int:
+        return self.total - self.kept
+
+    @property
+    def removed_by_kind(self) -> dict[str, int]:
+        removed: dict[str, int] = {}
+        for name, total in self.total_by_name.items():
+            if gone := total - self.kept_by_name[name]:
+                kind = self.kinds.get(name, "other")
+                removed[kind] = removed.get(kind, 0) + gone
+        return removed
+
+
+def account(
+    context: str,
+    graph: ir.Graph,
+    *,
+    total: Mapping[str, int],
+    expected: Mapping[str, int],
+    kinds: Mapping[str, str],
+    used: Callable[[], Mapping[str, int]],
+) -> Accounting:
+    """Compare the frozen `graph` of `context` with the parameters that it should hold.
+
+    total: elements by name in the eager model; expected: elements that the selection keeps; used: elements that any
+    context may read, asked for only where a parameter has fewer than the selection keeps.
+    CpcompileError names every parameter that does not add up.
+    """
+    sizes = {
+        name: prod(value.const_value.shape.numpy()) for name, value in graph.initializers.items() if value.const_value
+    }
+    kept = {name: int(sizes.get(name, 0)) for name in total}
+    if any(kept[name] < expected[name] for name in total):
+        # Rows of a table that the model itself never picks go as well, from what the selection keeps.
+        some = used()
+        expected = {name: expected[name] * some.get(name, 0) // max(total[name], 1) for name in total}
+    wrong = [
+        f"{name}: {kept[name]:,} of {total[name]:,} elements are in the graph, the selection keeps {expected[name]:,}"
+        for name in total
+        if kept[name] != expected[name]
+    ]
+    # A parameter under another name would look removed; only vectors such as folded gates may be new.
+    wrong += [
+        f"{name}: {sizes[name]:,} elements that belong to no parameter"
+        for name, value in graph.initializers.items()
+        if name not in total
+        and value.const_value is not None
+        and value.const_value.dtype.is_floating_point()
+        and np.count_nonzero(np.asarray(value.const_value.shape.numpy()) > 1) > 1
+    ]
+    if wrong:
+        raise CpcompileError(
+            f"{context}: parameters do not add up after freezing; the bundle is not written.\n  " + "\n  ".join(wrong)
+        )
+    return Accounting(total_by_name=dict(total), kept_by_name=kept, kinds=dict(kinds))

@@ -1,0 +1,188 @@
+"""`cpcompile check`: measure a bundle or an ONNX file now, and judge it against a baseline (`cpcompile.check`).
+
+    bundle + model -> validator -> snapshot ┐
+    bundle alone -> sizes, counts, placement┼ x baseline -> outcomes -> what noise may explain is measured again
+    two ONNX files -> compare -> snapshots  ┘
+
+An ONNX file has one place; its baseline is another file, which is measured beside it and is as fast as itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+from cpcompile.bundle.reader import Bundle, Variant, open_bundle
+from cpcompile.check.baseline import (
+    BUNDLE,
+    MEASURED_AGAIN,
+    UNKNOWN,
+    Judged,
+    Measured,
+    Snapshot,
+    Value,
+    measured_of,
+    require_same_model,
+    snapshot_of,
+)
+from cpcompile.check.criteria import NEEDS_MODEL, Check, differences, doubtful, judge
+from cpcompile.core.config import CheckConfig, ValidateConfig
+from cpcompile.files.onnx_file import Size
+from cpcompile.machine.memory import environment, watch_machine
+from cpcompile.pipeline.build import open_with_model, report_of
+from cpcompile.pipeline.compare import NO_SPEED, FileComparison, compare_models, time_models
+from cpcompile.report import build_of
+from cpcompile.runtime.engine import create_session, session_options
+from cpcompile.validation.output_comparison import random_inputs
+from cpcompile.validation.placement import Placement, measure_placement
+from cpcompile.validation.validator import measure_again, validate
+
+Progress: TypeAlias = Callable[[str, int, int | None], None]
+
+
+def check_bundle(
+    path: Path,
+    model: Path | None,
+    before: Snapshot | None,
+    *,
+    baseline: Path,
+    data: Path | None,
+    config: CheckConfig,
+    speed: bool = True,
+    memory: bool = True,
+    progress: Progress,
+) -> tuple[Snapshot, Check]:
+    """Measure the bundle `path` and judge it against `before`, which is in the file `baseline`.
+
+    Without `before` there is nothing to judge: the snapshot is to become the baseline. model: None leaves out what
+    cannot be measured without it; a file that does not exist is the reason why it is not measured.
+    """
+    waived = (() if model else NEEDS_MODEL) + (() if speed else ("speed_ratio",))
+    waived += () if memory else ("memory", "private_memory")
+    if model is None or not model.exists():
+        bundle = open_bundle(path)
+        bundle.verify_all()
+        if before:
+            require_same_model(before, baseline, architecture="", contexts=bundle.contexts)
+        reason = f"{model}: there is no such file; --model names it" if model else "asked for with --without-model"
+        now = _without_model(bundle, reason, before)
+        return now, _judged(path, baseline, before, now, config, waived)
+    bundle, source = open_with_model(path, model)
+    if before:
+        require_same_model(before, baseline, architecture=source.architecture, contexts=bundle.contexts)
+    rounds = config.rounds if before else 2 * config.rounds
+    settings = ValidateConfig(rounds=rounds, speed=speed, memory=memory, coherence=False, layers=False)
+    reference = source.reference(settings, data=data, trimmed=bundle.trimmed_vocabularies(), progress=progress)
+    with watch_machine() as machine:
+        results = validate(bundle, reference, settings, progress=progress)
+    now = snapshot_of(report_of(bundle, source, results, build_of(path), settings))
+    check = _judged(path, baseline, before, now, config, waived)
+    if before is None and speed and machine.disturbance:
+        note = f"speed was measured while {machine.disturbance}; write the baseline again on a quiet machine"
+        return now, dataclasses.replace(check, notes=(note,))
+    for _ in range(config.attempts if before else 0):
+        rounds *= 2
+        for (context, variant), missed in doubtful(check.outcomes, MEASURED_AGAIN).items():
+            progress(f"measure {context} {variant} again", 0, None)
+            only = dataclasses.replace(
+                settings, rounds=rounds, speed="speed_ratio" in missed, memory=missed != {"speed_ratio"}
+            )
+            timed, peaks, disturbance = measure_again(bundle, bundle.variant(context, variant), reference, only)
+            parts = {"speed": dataclasses.asdict(timed), "memory": dataclasses.asdict(peaks)}
+            now = now.again((context, variant), measured_of(parts), disturbance)
+        check = _judged(path, baseline, before, now, config, waived)
+    return now, check
+
+
+def check_file(
+    candidate: Path,
+    baseline: Path,
+    *,
+    config: CheckConfig,
+    speed: bool = True,
+    progress: Progress = lambda *_: None,
+) -> Check:
+    """Judge an ONNX file against an older one: outputs, sizes and the ratio of their speeds."""
+    rounds, waived = config.rounds, () if speed else ("speed_ratio",)
+    with watch_machine() as machine:
+        found = compare_models(baseline, candidate, rounds=rounds if speed else None, progress=progress)
+    before, now = _file_snapshots(found, machine.disturbance)
+    outcomes = judge(before, now, config, waived=waived)
+    for _ in range(config.attempts):
+        if not doubtful(outcomes, MEASURED_AGAIN):
+            break
+        rounds *= 2
+        progress("time again", 0, None)
+        with watch_machine() as machine:
+            again = dataclasses.replace(found, speed=time_models(baseline, candidate, (), rounds))
+        before, now = _file_snapshots(again, machine.disturbance)
+        outcomes = judge(before, now, config, waived=waived)
+    return Check(subject=str(candidate), baseline=str(baseline), environment=environment(), outcomes=outcomes)
+
+
+def _judged(
+    path: Path, baseline: Path, before: Snapshot | None, now: Snapshot, config: CheckConfig, waived: Sequence[str]
+) -> Check:
+    return Check(
+        subject=str(path),
+        baseline=str(baseline),
+        environment=now.environment,
+        outcomes=judge(before or now, now, config, waived=waived),
+        notes=differences(before, now) if before else (),
+    )
+
+
+def _without_model(bundle: Bundle, reason: str, before: Snapshot | None) -> Snapshot:
+    """What the bundle alone tells: sizes, counts and placement. Of the model it says what the baseline does."""
+    missing = dict.fromkeys(NEEDS_MODEL, reason)
+    places = {BUNDLE: Measured(values={"bundle_bytes": Value(value=bundle.bytes)})}
+    for context in bundle.contexts:
+        kept = bundle.metadata["parameters"][context]["kept"]
+        places[context, ""] = Measured(values={"parameters": Value(value=kept)})
+        for variant in bundle.variants(context):
+            placement = dataclasses.asdict(_placement_on_random_inputs(variant))
+            measured = measured_of({"bytes": variant.bytes, "placement": placement})
+            not_measured = {**missing, **measured.not_measured}
+            places[context, variant.name] = dataclasses.replace(measured, not_measured=not_measured)
+    return Snapshot(
+        model=before.model if before else bundle.name,
+        architecture=before.architecture if before else UNKNOWN,
+        config=before.config if before else {},
+        environment=environment(),
+        places=places,
+    )
+
+
+def _placement_on_random_inputs(variant: Variant) -> Placement:
+    try:
+        feeds = next(random_inputs(create_session(variant, session_options(variant))))
+        return measure_placement(variant, {name: array for name, array in feeds.items() if name not in variant.feeds})
+    except StopIteration:
+        return Placement.not_run("inputs of its types cannot be drawn")
+    except Exception as error:  # onnxruntime has no common error class
+        return Placement.not_run(f"the engine refuses random inputs: {error}")
+
+
+def _file_snapshots(found: FileComparison, disturbance: str | None) -> tuple[Snapshot, Snapshot]:
+    """The original and the candidate as a check compares them."""
+    now = {}
+    for shape in found.speed.shapes or ():
+        if shape.ratio is not None:
+            now["speed_ratio"] = Value(
+                value=shape.ratio, low=shape.ratio_low, high=shape.ratio_high, disturbance=disturbance
+            )
+    reason = found.speed.not_measured.get("shapes", NO_SPEED)
+    return (
+        _file_snapshot(found.original, {"speed_ratio": Value(value=1.0)}, ("pass", None), reason),
+        _file_snapshot(found.candidate, now, (found.outputs.verdict, found.outputs.reason), reason),
+    )
+
+
+def _file_snapshot(
+    size: Size, ratio: Mapping[str, Value], parity: tuple[Judged, str | None], no_ratio: str
+) -> Snapshot:
+    sizes = {name: Value(value=number) for name, number in vars(size).items()}
+    measured = Measured(values={**sizes, **ratio}, verdicts={"parity": parity}, not_measured={"speed_ratio": no_ratio})
+    return Snapshot(model="", architecture="onnx", config={}, environment={}, places={BUNDLE: measured})

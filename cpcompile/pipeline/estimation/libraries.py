@@ -1,0 +1,96 @@
+"""What the libraries take, measured where it is asked for: the smallest build, whose model is next to nothing.
+
+torch, onnx and what an export imports take many times the weights of a small model, and other versions and systems
+take other amounts, so it is not a constant. The same build measures an engine and an eager model in processes of
+their own.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from cpcompile.core.config import ModelConfig, ValidateConfig
+from cpcompile.core.errors import CpcompileError, UsageError
+from cpcompile.core.selection import Selection, UnitKind
+from cpcompile.frontend.checkpoint import Checkpoint, save_checkpoint
+from cpcompile.machine.memory import peak_resident_bytes
+from cpcompile.models.decoder import Decoder
+from cpcompile.partitioning.hugging_face import transformers_package
+from cpcompile.pipeline.build import build_bundle
+from cpcompile.text.tokenization import LEAST_VOCABULARY, train_tokenizer
+from cpcompile.training.trainer import dense_path
+
+SHAPE = ModelConfig(vocabulary=LEAST_VOCABULARY, width=8, layers=1, heads=1, kv_heads=1, ffn=8, align=8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Libraries:
+    """Resident bytes of processes that have done their work on nearly nothing."""
+
+    build: int
+    validation: int
+    engine: int
+    eager: int
+
+
+def measure_libraries(model_type: str | None) -> Libraries:
+    """Build the smallest model in this process, with what a model of transformers of that type imports.
+
+    This process keeps what it imports, which a build in it imports anyway.
+    """
+    if model_type is not None:
+        _import_architecture(model_type)
+    with tempfile.TemporaryDirectory(prefix="cpcompile-smallest-") as folder:
+        model = Path(folder) / "model.pt"
+        _write_smallest(model)
+        report, _ = build_bundle(
+            model,
+            Path(folder) / "model.cpc",
+            contexts=None,
+            opset=23,
+            standalone=False,
+            data=None,
+            config=ValidateConfig(speed=False, coherence=False, layers=False),
+            progress=lambda _stage, _done, _total: None,
+        )
+    validation = peak_resident_bytes()
+    memory = report["contexts"][0]["variants"][0]["memory"]
+    for key in ("run_peak_rss_bytes", "eager_run_peak_rss_bytes"):
+        if memory[key] is None:
+            raise CpcompileError(f"what the libraries take cannot be measured here: {memory['not_measured'][key]}")
+    return Libraries(
+        build=report["build"]["peak_rss_bytes"],
+        validation=validation,
+        engine=memory["run_peak_rss_bytes"],
+        eager=memory["eager_run_peak_rss_bytes"],
+    )
+
+
+def _write_smallest(path: Path) -> None:
+    """A checkpoint of one context that keeps everything, and its dense baseline."""
+    selection = Selection(("one",), dict.fromkeys((UnitKind.FFN, UnitKind.HEAD), np.ones((1, 1, 1), np.bool_)))
+    tokenizer = train_tokenizer([""], LEAST_VOCABULARY).to_str()
+    held_out = {"one": np.zeros(8, dtype=np.int32)}
+    for contexts, file in ((1, path), (0, dense_path(path))):
+        checkpoint = Checkpoint(
+            config=SHAPE,
+            state=Decoder(SHAPE, contexts=contexts).state_dict(),
+            contexts=selection.contexts,
+            tokenizer=tokenizer,
+            selection=selection if contexts else None,
+            held_out=held_out,
+        )
+        save_checkpoint(checkpoint, file)
+
+
+def _import_architecture(model_type: str) -> None:
+    """What a model of that type imports."""
+    transformers = transformers_package()
+    try:
+        _ = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(transformers.AutoConfig.for_model(model_type))]
+    except (ValueError, KeyError, ImportError) as error:
+        raise UsageError(f"transformers {transformers.__version__} has no causal {model_type!r}: {error}") from error

@@ -1,0 +1,235 @@
+"""`cpcompile opt`: graph passes on any ONNX file.
+
+load -> inline functions, lift constants, infer shapes -> pass, pass, … -> save -> compare with the original
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+import typing
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes.common import InlinePass, LiftConstantsToInitializersPass
+
+from cpcompile.core.errors import CpcompileError, UsageError
+from cpcompile.files.onnx_file import Size, load_onnx, save_onnx, size_of
+from cpcompile.files.whole_files import require_file_path
+from cpcompile.passes.bind_context import BindContext
+from cpcompile.passes.canonicalize_shapes import CanonicalizeShapes
+from cpcompile.passes.clean_up import CleanUp
+from cpcompile.passes.eliminate_dead_channels import Blocked, EliminateDeadChannels, Elimination
+from cpcompile.passes.fold_constants import FoldConstants
+from cpcompile.passes.fold_gates import FoldGates
+from cpcompile.passes.infer_shapes import InferShapes
+from cpcompile.passes.prune_experts import PruneExperts
+from cpcompile.passes.remove_empty_layers import RemoveEmptyLayers
+from cpcompile.passes.remove_whole_gathers import RemoveWholeGathers
+from cpcompile.passes.strip_metadata import StripMetadata
+from cpcompile.passes.transpose_parameters import TransposeParameters
+from cpcompile.passes.trim_vocabulary import TrimVocabulary, renumber_interface
+from cpcompile.validation.output_comparison import Comparison, Feeds, compare_files
+
+PASSES: Mapping[str, type[ir.passes.InPlacePass]] = MappingProxyType(
+    {
+        "bind_context": BindContext,
+        "trim_vocabulary": TrimVocabulary,
+        "fold_constants": FoldConstants,
+        "clean_up": CleanUp,
+        "infer_shapes": InferShapes,
+        "canonicalize_shapes": CanonicalizeShapes,
+        "prune_experts": PruneExperts,
+        "eliminate_dead_channels": EliminateDeadChannels,
+        "remove_whole_gathers": RemoveWholeGathers,
+        "remove_empty_layers": RemoveEmptyLayers,
+        "fold_gates": FoldGates,
+        "transpose_parameters": TransposeParameters,
+        "strip_metadata": StripMetadata,
+    }
+)
+"""What `--passes` can name, in the order in which they are of use."""
+DEFAULT = ("fold_constants", "clean_up", "canonicalize_shapes", "clean_up", "eliminate_dead_channels", "clean_up")
+"""Without `--passes`: everything that keeps the interface and the parameters' names."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one pass did."""
+
+    name: str
+    modified: bool
+    seconds: float
+    size: Size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimization:
+    """What became of a file."""
+
+    before: Size
+    steps: Sequence[Step]
+    bytes_written: int
+    blocked: Sequence[Blocked]
+    """Zero channels that had to stay, after the last elimination."""
+    comparison: Comparison | None
+    """None without `check`."""
+
+
+def optimize_file(
+    source: Path,
+    out: Path,
+    passes: Sequence[str] = DEFAULT,
+    *,
+    check: bool = False,
+    inputs: Sequence[Feeds] = (),
+    dump: Path | None = None,
+    progress: Callable[[str, int, int | None], None] = lambda *_: None,
+) -> Optimization:
+    """Run `passes` (names, with settings as in `bind_context:context=2`) on the file `source` and write `out`.
+
+    With `check` the outputs of both are compared on random inputs and on `inputs`, and a file that differs
+    is not written. `dump` gets the graph after every pass.
+    """
+    require_file_path(out, ".onnx")
+    chosen = [(text, parse_pass(text)) for text in passes]
+    progress("load", 0, None)
+    model = load_onnx(source)
+    before = size_of(model)
+    prepare(model, source)
+    steps: list[Step] = []
+    blocked: Sequence[Blocked] = ()
+    for number, (text, each) in enumerate(chosen, 1):
+        progress("passes", number - 1, len(chosen))
+        started = time.perf_counter()
+        result = _run(each, model, source, text)
+        steps.append(Step(text, bool(result.modified), time.perf_counter() - started, size_of(model)))
+        blocked = result.blocked if isinstance(result, Elimination) else blocked
+        if dump is not None:
+            save_onnx(model, dump / f"{number:02}-{text.partition(':')[0]}.onnx")
+    progress("passes", len(chosen), len(chosen))
+    comparison: Comparison | None = None
+
+    def accept(candidate: Path) -> bool:
+        nonlocal comparison
+        if check:
+            progress("check", 0, None)
+            bound = {each.name: each.context for _, each in chosen if isinstance(each, BindContext)}
+            original = _called_alike(source, [each for _, each in chosen], candidate.with_suffix(".original.onnx"))
+            comparison = compare_files(original, candidate, inputs=inputs, bound=bound)
+        return comparison is None or comparison.verdict != "fail"
+
+    written = save_onnx(model, out, accept)
+    return Optimization(before=before, steps=steps, bytes_written=written, blocked=blocked, comparison=comparison)
+
+
+def load_inputs(path: Path) -> Feeds:
+    """The arrays of an .npz file by name; never a pickle."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            if isinstance(file, np.ndarray):
+                raise UsageError(f"{path}: holds one array without a name; write it with numpy.savez(path, name=array)")
+            return dict(file)
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror or error}); give an .npz file") from error
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise UsageError(f"{path}: is no .npz of plain arrays ({error}); write it with numpy.savez") from error
+
+
+def load_ids(path: str) -> tuple[int, ...]:
+    """The whole numbers of an .npy file of one axis; never a pickle. ValueError for anything else."""
+    try:
+        ids = np.load(path, allow_pickle=False)
+    except (OSError, EOFError) as error:
+        raise ValueError(f"cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    if not isinstance(ids, np.ndarray) or ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise ValueError("holds something else")
+    return tuple(ids.tolist())
+
+
+SETTINGS: Mapping[Any, tuple[str, Callable[[str], Any]]] = MappingProxyType(
+    {
+        int: ("a whole number", int),
+        float: ("a number", float),
+        str: ("text", str),
+        tuple[int, ...]: ("an .npy file of token ids (one axis of whole numbers)", load_ids),
+    }
+)
+"""Type of a setting -> how to call it, and how to read it from a command line."""
+
+
+def parse_pass(text: str) -> ir.passes.InPlacePass:
+    """The pass that `name` or `name:setting=value:…` asks for."""
+    name, *settings = text.split(":")
+    if name not in PASSES:
+        raise UsageError(f"there is no pass {name!r}; there are {', '.join(PASSES)}")
+    fields = settings_of(PASSES[name])
+    values = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals or key not in fields:
+            known = ", ".join(f"{name}:{field}=..." for field in fields) or "none"
+            raise UsageError(f"the pass {name} has no setting {setting!r}; it has {known}")
+        form, read = SETTINGS[fields[key]]
+        try:
+            values[key] = read(value)
+        except ValueError as error:
+            raise UsageError(f"{text}: {key} is {value!r} ({error}); give {form}") from error
+    for field in dataclasses.fields(PASSES[name]):  # type: ignore[arg-type]
+        needed = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if needed and field.name not in values:
+            raise UsageError(f"the pass {name} needs a value: {name}:{field.name}=...")
+    return PASSES[name](**values)
+
+
+def settings_of(kind: type[ir.passes.InPlacePass]) -> dict[str, Any]:
+    """The settings of a pass that fit on a command line, with their types."""
+    return {name: hint for name, hint in typing.get_type_hints(kind).items() if hint in SETTINGS}
+
+
+def prepare(model: ir.Model, source: Path) -> None:
+    """What every pass may assume: no function calls, constants as initializers, shapes as far as they can be told."""
+    if model.ir_version < 4:  # every initializer had to be an input: that it is one does not say that it is replaced
+        inputs = [value for value in model.graph.inputs if not value.is_initializer()]
+        model.graph.inputs.clear()
+        model.graph.inputs.extend(inputs)
+        model.ir_version = 4
+    for graph in (model.graph, *(function.graph for function in model.functions.values())):
+        if "ai.onnx" in graph.opset_imports:  # the long name of the standard, by which nodes do not call it
+            graph.opset_imports[""] = graph.opset_imports.pop("ai.onnx")
+    for each in (
+        InlinePass(),
+        LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        InferShapes(),
+    ):
+        _run(each, model, source, type(each).__name__)
+
+
+def _called_alike(source: Path, passes: Sequence[ir.passes.InPlacePass], path: Path) -> Path:
+    """The original for callers of the result: itself, or with the token ids of the result, written to `path`."""
+    trims = [each for each in passes if isinstance(each, TrimVocabulary)]
+    if not trims:
+        return source
+    model = load_onnx(source)
+    for trim in trims:
+        renumber_interface(model, trim)
+    save_onnx(model, path)
+    return path
+
+
+def _run(each: ir.passes.PassBase, model: ir.Model, source: Path, name: str) -> ir.passes.PassResult:
+    try:
+        return each(model)
+    except CpcompileError:
+        raise
+    except Exception as error:  # whatever a pass stumbles over in a graph that nobody here has seen
+        raise CpcompileError(
+            f"{source}: the pass {name} failed with {type(error).__name__}: {error}; leave it out of --passes, "
+            "and report the model"
+        ) from error

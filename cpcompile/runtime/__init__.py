@@ -1,0 +1,10 @@
+"""Run the engines of a bundle with ONNX Runtime, without torch; plans of TensorRT are in `plan`, which needs it.
+
+bundle = open_bundle(Path("model.cpc"))
+engine = load_engine(bundle, "english")
+logits = engine.run(input_ids)
+"""
+
+from cpcompile.runtime.engine import Engine, load_engine
+
+__all__ = ["Engine", "load_engine"]

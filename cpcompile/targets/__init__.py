@@ -1,0 +1,1 @@
+"""What engines for GPUs can be asked for, and what plans say of themselves."""

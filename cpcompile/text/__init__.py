@@ -1,0 +1,1 @@
+"""Text: documents, tokenizers, the corpus, trimmed vocabularies."""

@@ -1,0 +1,115 @@
+"""What somebody might run instead of an engine of a bundle, to be timed beside it.
+
+    torch-compile   the dense baseline through torch.compile
+    onnx-dense      the dense baseline as one plain export in ONNX Runtime
+    onnx-dynamic    the graph of all contexts in ONNX Runtime, with the context as an input: any context, full cost
+    openvino        the engine's own graph in OpenVINO
+
+Graphs are made when the first engine asks for them, and are there for all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import onnx_ir as ir
+
+from cpcompile.bundle.reader import Variant
+from cpcompile.core.config import ValidateConfig
+from cpcompile.core.errors import CpcompileError, UsageError
+from cpcompile.frontend.source import Source
+from cpcompile.machine.memory import available_cores
+from cpcompile.validation.reference import Reference, Run
+from cpcompile.validation.runners import Computes, Runner, callable_runner, onnx_runner, openvino_runner
+
+OPSET = 23
+NAMES = ("torch-compile", "onnx-dense", "onnx-dynamic", "openvino")
+
+
+@contextmanager
+def open_peers(config: ValidateConfig, source: Source, reference: Reference) -> Iterator[Peers]:
+    """The peers that `config` names of the engines that `source` was built into; their files are temporary."""
+    names = NAMES if config.peers == ("all",) else config.peers
+    for name in names:
+        if name not in NAMES:
+            raise UsageError(f"there is no peer {name!r}; there are {', '.join(NAMES)}, and 'all' for all of them")
+    with TemporaryDirectory(prefix="cpcompile-peers-") as folder:
+        yield Peers(names, source, reference, Path(folder), config.threads or available_cores())
+
+
+class Peers:
+    """For each engine its runners, in the order of `names`; graphs go to `folder`."""
+
+    def __init__(self, names: Sequence[str], source: Source, reference: Reference, folder: Path, threads: int) -> None:
+        self._names = names
+        self._source = source
+        self._reference = reference
+        self._folder = folder
+        self._threads = threads
+
+    def __call__(self, variant: Variant) -> tuple[Runner, ...]:
+        if variant.feeds:  # a merged engine is itself the peer of the single ones
+            return ()
+        makers: dict[str, Callable[[Variant], Runner]] = {
+            "torch-compile": self._compiled,
+            "onnx-dense": self._dense_graph,
+            "onnx-dynamic": self._dynamic_graph,
+            "openvino": self._openvino,
+        }
+        return tuple(makers[name](variant) for name in self._names)
+
+    def _compiled(self, variant: Variant) -> Runner:
+        return callable_runner("torch-compile", "dense", lambda: self._reference.compiled(variant.context))
+
+    def _dense_graph(self, variant: Variant) -> Runner:
+        return self._onnx("onnx-dense", variant, "dense", lambda: self._dense_file)
+
+    def _dynamic_graph(self, variant: Variant) -> Runner:
+        index = self._source.contexts.index(variant.context)
+        return self._onnx("onnx-dynamic", variant, "context", lambda: self._dynamic_file, context=index)
+
+    def _openvino(self, variant: Variant) -> Runner:
+        path = self._folder / f"{variant.context}.{variant.name}.onnx"
+        runner = openvino_runner("openvino", path, threads=self._threads, computes="context")
+
+        @contextmanager
+        def load() -> Iterator[Run]:
+            ir.save(variant.standalone(), path)
+            try:
+                with runner.load() as run:
+                    yield run
+            finally:
+                path.unlink()
+
+        return Runner(runner.name, runner.computes, load)
+
+    def _onnx(
+        self, name: str, variant: Variant, computes: Computes, path: Callable[[], Path | None], **bound: int
+    ) -> Runner:
+        @contextmanager
+        def load() -> Iterator[Run]:
+            file = path()
+            if file is None:
+                raise CpcompileError("there is no dense baseline beside the model")
+            with onnx_runner(name, file, threads=self._threads, computes=computes, bound=bound).load() as run:
+                yield self._reference.as_engine(variant.context, run, all_logits=computes == "dense")
+
+        return Runner(name, computes, load)
+
+    @cached_property
+    def _dense_file(self) -> Path | None:
+        graph = self._source.capture_dense(opset=OPSET)
+        return self._save(graph, "dense.onnx") if graph is not None else None
+
+    @cached_property
+    def _dynamic_file(self) -> Path:
+        return self._save(self._source.capture(opset=OPSET), "dynamic.onnx")
+
+    def _save(self, graph: ir.Model, name: str) -> Path:
+        path = self._folder / name
+        ir.save(graph, path, external_data=f"{name}.data")
+        return path

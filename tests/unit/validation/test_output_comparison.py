@@ -1,0 +1,98 @@
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from cpcompile.validation.output_comparison import compare_files
+
+HEAD = '<ir_version: 10, opset_import: ["" : 20]> g '
+PLAIN = "(float[N,4] x) => (float[N,4] y) { a = MatMul(x, w) y = Tanh(a) }"
+WEIGHT = np.random.default_rng(0).standard_normal((4, 4)).astype(np.float32)
+
+
+def write(path: Path, text: str, weight: np.ndarray = WEIGHT) -> Path:
+    model = onnx.parser.parse_model(HEAD + text)
+    if "w)" in text:
+        model.graph.initializer.append(onnx.numpy_helper.from_array(weight, "w"))
+    onnx.save(model, path)
+    return path
+
+
+def test_a_model_is_equal_to_itself(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.onnx", PLAIN)
+    comparison = compare_files(path, path)
+    assert comparison
+    assert comparison.runs == 3
+    assert [(out.name, out.max_abs_error) for out in comparison.outputs] == [("y", 0.0)]
+    assert 0 < (comparison.outputs[0].tolerance or 0) < 1e-4
+
+
+def test_rounding_is_allowed_and_more_is_not(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.onnx", PLAIN)
+    rounded = write(tmp_path / "b.onnx", PLAIN, np.nextafter(WEIGHT, np.float32(9)))
+    assert compare_files(path, rounded)
+    other = compare_files(path, write(tmp_path / "c.onnx", PLAIN, WEIGHT * np.float32(1.001)))
+    assert other.verdict == "fail"
+    assert "y: it differs by" in (other.reason or "")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("(float[N,4] x) => (float[N,4] z) { a = MatMul(x, w) z = Tanh(a) }", "outputs are z instead of y"),
+        ("(float[N,4] x) => (float[N,4] y, float[N,4] a) { a = MatMul(x, w) y = Tanh(a) }", "outputs are y, a"),
+        ("(float[N,4] x, float q) => (float[N,4] y) { a = MatMul(x, w) y = Tanh(a) }", "inputs are no longer x"),
+        ("(float[N,4] x) => (float[1,N,4] y) { a = MatMul(x, w) b = Tanh(a) y = Unsqueeze(b, i) }", "float32"),
+        ("(float[N,4] x) => (float[N,4] y) { a = MatMul(x, w) b = Tanh(a) z = Sub(b, b) y = Div(b, z) }", "finite"),
+        ("(float[N,4] x) => (float[N,4] y) { y = other.Unknown(x) }", "cannot load the result"),
+        ("(float[2,4] x) => (float[2,4] y) { a = MatMul(x, w) y = Tanh(a) }", "refuses what the original takes"),
+    ],
+)
+def test_another_function_fails_and_says_why(tmp_path: Path, text: str, says: str) -> None:
+    model = onnx.parser.parse_model((HEAD if "other." not in text else HEAD.replace("]>", ', "other" : 1]>')) + text)
+    if "w)" in text:
+        model.graph.initializer.append(onnx.numpy_helper.from_array(WEIGHT, "w"))
+    if "i)" in text:
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([0]), "i"))
+    onnx.save(model, tmp_path / "b.onnx")
+    comparison = compare_files(write(tmp_path / "a.onnx", PLAIN), tmp_path / "b.onnx")
+    assert comparison.verdict == "fail"
+    assert says in (comparison.reason or "")
+
+
+def test_integers_have_to_be_equal(tmp_path: Path) -> None:
+    first = write(tmp_path / "a.onnx", "(int64[N] x) => (int64[N] y) { y = Add(x, x) }")
+    second = write(tmp_path / "b.onnx", "(int64[N] x) => (int64[N] y) { y = Mul(x, x) }")
+    assert compare_files(first, first)
+    assert "elements differ" in (compare_files(first, second).reason or "")
+
+
+def test_a_bound_input_is_fed_to_the_original_only(tmp_path: Path) -> None:
+    first = write(tmp_path / "a.onnx", "(float[N] x, int64 c) => (float[N] y) { f = Cast<to = 1>(c) y = Mul(x, f) }")
+    second = write(tmp_path / "b.onnx", "(float[N] x) => (float[N] y) { y = Add(x, x) }")
+    assert compare_files(first, second, bound={"c": 2})
+    assert not compare_files(first, second, bound={"c": 3})
+
+
+def test_what_cannot_run_is_inconclusive_unless_inputs_are_given(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.onnx", "(float[N] x) => (float[2,M] y) { y = Reshape(x, s) }")
+    model = onnx.load(path)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([11, -1]), "s"))
+    onnx.save(model, path)
+    comparison = compare_files(path, path)
+    assert comparison.verdict == "inconclusive"
+    assert "--input" in (comparison.reason or "")
+    assert compare_files(path, path, inputs=[{"x": np.ones(22, np.float32)}])
+    strings = write(tmp_path / "s.onnx", "(string[N] x) => (string[N] y) { y = Identity(x) }")
+    assert compare_files(strings, strings).verdict == "inconclusive"
+    assert compare_files(strings, strings, inputs=[{"x": np.array(["a", "b"])}])
+
+
+def test_given_inputs_are_compared_too(tmp_path: Path) -> None:
+    """Random inputs hardly ever exceed 100, where these two differ."""
+    first = write(tmp_path / "a.onnx", "(float[N] x) => (float[N] y) { y = Identity(x) }")
+    text = "(float[N] x) => (float[N] y) { h = Constant<value = float {100.0}>() y = Min(x, h) }"
+    second = write(tmp_path / "b.onnx", text)
+    assert compare_files(first, second)
+    assert not compare_files(first, second, inputs=[{"x": np.array([101.0], np.float32)}])
