@@ -19,8 +19,7 @@ from common import save, spread
 from rich.console import Console
 from rich.table import Table
 
-from cpcompile.frontend.checkpoint import load_checkpoint
-from cpcompile.training.trainer import dense_path
+from cpcompile.frontend.checkpoint import dense_path, load_checkpoint
 
 EXPORT = """
 import json, sys, time

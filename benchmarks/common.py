@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from cpcompile.machine.memory import environment
+from cpcompile.machine.environment import environment
 from cpcompile.validation.speed import SETTLE_SECONDS
 
 RESULTS = Path(__file__).parent / "results"

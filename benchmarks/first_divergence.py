@@ -22,7 +22,7 @@ from rich.console import Console
 from cpcompile.bundle.reader import open_bundle
 from cpcompile.files.onnx_file import opset_of
 from cpcompile.frontend.source import open_source
-from cpcompile.machine.memory import in_fresh_process
+from cpcompile.machine.subprocesses import in_fresh_process
 from cpcompile.validation.divergence import engine_graph
 from cpcompile.validation.expected_graphs import FreshGraphs
 

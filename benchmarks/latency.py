@@ -21,6 +21,7 @@ from rich.table import Table
 from cpcompile.bundle.reader import open_bundle
 from cpcompile.core.config import ValidateConfig
 from cpcompile.frontend.source import open_source
+from cpcompile.validation.open_reference import open_reference
 from cpcompile.validation.peers import open_peers
 from cpcompile.validation.runners import engine_runner
 from cpcompile.validation.speed import measure_speed
@@ -37,7 +38,7 @@ def matrix_work(parameters: dict[str, list[int]], which: int) -> int:
 @click.option("--rounds", default=60)
 def main(model: Path, bundle: Path, rounds: int) -> None:
     opened, source, config = open_bundle(bundle), open_source(model), ValidateConfig(peers=("all",))
-    reference = source.reference(config, data=None, trimmed={}, progress=lambda *_: None)
+    reference = open_reference(source, config, data=None, trimmed={}, progress=lambda *_: None)
     variant, threads = opened.variants(opened.contexts[0])[0], torch.get_num_threads()
     with open_peers(config, source, reference) as peers, ExitStack() as loaded:
         speed = measure_speed(

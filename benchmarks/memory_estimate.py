@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cpcompile.core.config import PRESETS
-from cpcompile.machine.memory import in_fresh_process
+from cpcompile.machine.subprocesses import in_fresh_process
 from cpcompile.text.installed_text import write_installed_corpus
 from cpcompile.validation.memory import measure_engine
 

@@ -23,10 +23,9 @@ from rich.table import Table
 
 from cpcompile.bundle.reader import Variant, open_bundle
 from cpcompile.frontend.capture import capture_dense
-from cpcompile.frontend.checkpoint import load_checkpoint
-from cpcompile.machine.memory import available_cores
+from cpcompile.frontend.checkpoint import dense_path, load_checkpoint
+from cpcompile.machine.environment import available_cores
 from cpcompile.runtime.engine import Engine, create_session, session_options
-from cpcompile.training.trainer import dense_path
 from cpcompile.validation.runners import NO_SPINNING_AFTER_RUN
 
 SHAPES = ((1, 1), (1, 128), (4, 128))

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from cpcompile.cli.demo import TRAIN
 from cpcompile.core.config import preset
-from cpcompile.pipeline.build import train_from_data
+from cpcompile.pipeline.train import train_from_data
 from cpcompile.report import mean_perplexity
 from cpcompile.training.branch import StepReport
 

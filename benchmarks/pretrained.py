@@ -23,10 +23,10 @@ from common import save
 from rich.console import Console
 from rich.table import Table
 
-from cpcompile.frontend.checkpoint import load_checkpoint
+from cpcompile.frontend.checkpoint import dense_path, load_checkpoint
 from cpcompile.report import mean_perplexity
 from cpcompile.text.installed_text import write_installed_corpus
-from cpcompile.training.trainer import dense_path, work_path
+from cpcompile.training.trainer import work_path
 
 SETTINGS = "[train]\nheld_out_tokens = 4096\nimportance_sequences = 32\nrecover_sequences = 32\n"
 

@@ -23,7 +23,7 @@ from rich.table import Table
 
 from cpcompile.frontend.source import open_source
 from cpcompile.passes.freeze import freeze, prepare
-from cpcompile.pipeline.build import legal_for_plans
+from cpcompile.pipeline.write_engines import legal_for_plans
 from cpcompile.targets.requests import PRECISIONS
 
 BUILD = """

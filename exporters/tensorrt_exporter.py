@@ -26,7 +26,8 @@ from cpcompile.bundle.artifact import Artifact
 from cpcompile.core.errors import CpcompileError, UsageError
 from cpcompile.files.onnx_file import module_of
 from cpcompile.files.whole_files import cache_folder, file_digest, whole_file
-from cpcompile.targets.requests import TENSORRT, EngineInfo, Profile, Range, Shapes, Target, TensorInfo
+from cpcompile.targets.plan_info import EngineInfo, Profile, Shapes, TensorInfo
+from cpcompile.targets.requests import TENSORRT, Range, Target
 from cpcompile.targets.tensorrt_library import load_library, logger_of
 
 Progress = Callable[[int, int], None]

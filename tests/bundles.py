@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cpcompile.bundle.reader import _manifest_digest
+from cpcompile.bundle.manifest import manifest_digest
 from cpcompile.files.whole_files import file_digest
 
 
@@ -17,5 +17,5 @@ def reseal(bundle: Path, edit: Callable[[dict[str, Any]], object] = lambda manif
     files = manifest["additional_metadata"]["cpcompile"]["files"]
     files.update({name: file_digest(bundle / name) for name in files if (bundle / name).is_file()})
     edit(manifest)
-    manifest["additional_metadata"]["cpcompile"]["manifest_digest"] = _manifest_digest(manifest)
+    manifest["additional_metadata"]["cpcompile"]["manifest_digest"] = manifest_digest(manifest)
     (bundle / "manifest.json").write_text(json.dumps(manifest))

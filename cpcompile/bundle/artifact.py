@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from cpcompile.targets.requests import EngineInfo
+from cpcompile.targets.plan_info import EngineInfo
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TextIO
+from typing import TextIO
 
 from rich.console import Console, RenderableType
 from rich.progress import (
@@ -19,17 +19,14 @@ from rich.progress import (
 )
 from rich.table import Column
 
-if TYPE_CHECKING:
-    from cpcompile.training.branch import StepReport
+from cpcompile.core import types
+from cpcompile.training.branch import StepReport
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 """Progress and messages go to standard error, a record per line however long; results go to standard output."""
 
 WIDTH = 120
 """Columns of tables where no terminal says how many it has: in a log or a file."""
-
-Stage = Callable[[str, int, int | None], None]
-"""stage(name, done, total): how far a stage of the work has come."""
 
 
 def print_result(result: RenderableType, file: TextIO | None = None) -> None:
@@ -41,7 +38,7 @@ def print_result(result: RenderableType, file: TextIO | None = None) -> None:
 
 
 @contextmanager
-def stage_progress() -> Iterator[Stage]:
+def stage_progress() -> Iterator[types.Progress]:
     """A bar per stage on a terminal; elsewhere one line when a stage begins."""
     if not console.is_terminal:
         seen: set[str] = set()

@@ -13,16 +13,13 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-import tomllib
 import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TypeVar
 
 from cpcompile.core.errors import UsageError
-from cpcompile.files.whole_files import read_text
 
 T = TypeVar("T")
 
@@ -42,11 +39,6 @@ CONTROLS = (
     "small-dense-distilled",
     "dense-distilled",
 )
-
-
-TABLES = ("model", "train", "check")
-"""What a TOML file may have; a command reads those that concern it."""
-_TABLE_NAMES = ", ".join(f"[{name}]" for name in TABLES)
 
 
 def require_context_name(name: object, where: str) -> None:
@@ -353,20 +345,6 @@ def preset(name: str) -> ModelConfig:
     if name not in PRESETS:
         raise UsageError(f"preset {name!r} does not exist; there are {', '.join(PRESETS)}")
     return PRESETS[name]
-
-
-def load_toml(path: Path) -> dict[str, dict[str, Any]]:
-    """The tables of a TOML configuration file; UsageError names the file."""
-    try:
-        tables = tomllib.loads(read_text(path))
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read ({error.strerror}); give the path of a TOML file") from error
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path}: is not valid TOML: {error}") from error
-    for name, table in tables.items():
-        _require(isinstance(table, dict), f"{path}: {name!r} stands outside of a table; use {_TABLE_NAMES}")
-        _require(name in TABLES, f"{path}: there is no table [{name}]; there are {_TABLE_NAMES}")
-    return tables
 
 
 def override(config: T, values: Mapping[str, Any], *, where: str) -> T:

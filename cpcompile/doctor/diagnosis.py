@@ -20,7 +20,7 @@ from cpcompile.core.errors import first_line
 from cpcompile.doctor import look
 from cpcompile.doctor.finding import Finding
 from cpcompile.doctor.trials import run_trial
-from cpcompile.machine.memory import NO_GPU, NO_NVML
+from cpcompile.machine.gpu import NO_GPU, NO_NVML
 
 SCHEMA_VERSION = 1
 EXPORT = ("torch", "onnx", "onnx-ir", "onnxscript")

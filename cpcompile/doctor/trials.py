@@ -60,7 +60,8 @@ def onnxruntime() -> dict[str, Any]:
     import numpy as np
     import onnxruntime as ort
 
-    from cpcompile.bundle.reader import PROVIDER_OPTIONS, Variant
+    from cpcompile.bundle.manifest import PROVIDER_OPTIONS
+    from cpcompile.bundle.reader import Variant
     from cpcompile.runtime.engine import CPU_PROVIDER, Engine, create_session, session_options
 
     reasons: dict[str, str | None] = {}
@@ -113,7 +114,7 @@ def openvino() -> dict[str, Any]:
 
 def nvidia() -> dict[str, Any]:
     """The driver, and what it drives."""
-    from cpcompile.machine.memory import nvidia_gpus
+    from cpcompile.machine.gpu import nvidia_gpus
 
     found = nvidia_gpus()
     if isinstance(found, str):

@@ -238,3 +238,8 @@ def load_plain(path: Path, *, mapped: bool = False) -> Any:
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, IndexError, TypeError) as error:
         reason = (str(error) or "it ends too early").split("\n", maxsplit=1)[0]
         raise UsageError(f"{path}: is not a torch file or is truncated ({reason}); copy or train it again") from error
+
+
+def dense_path(out: Path) -> Path:
+    """Where the dense baseline of the checkpoint `out` lies: model.pt -> model.dense.pt."""
+    return out.with_name(f"{out.stem}.dense{out.suffix}")

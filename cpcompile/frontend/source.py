@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,23 +14,18 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from cpcompile.core.config import PretrainedConfig, TrainConfig, ValidateConfig
+from cpcompile.core.config import PretrainedConfig, TrainConfig
 from cpcompile.core.errors import UsageError
 from cpcompile.core.selection import Digits, Selection, UnitKind
+from cpcompile.core.types import Progress
 from cpcompile.frontend.capture import capture, capture_dense
-from cpcompile.frontend.checkpoint import Checkpoint, architecture, load_checkpoint
+from cpcompile.frontend.checkpoint import Checkpoint, architecture, dense_path, load_checkpoint
 from cpcompile.frontend.program import Program, load_program
 from cpcompile.models.language_model import LanguageModel
-from cpcompile.report import training_summary
 from cpcompile.text.corpus import load_corpus
 from cpcompile.text.tokenization import parse_tokenizer, vocabulary_size
 from cpcompile.text.vocabulary import TrimmedVocabulary, cut_tokenizer, needed_tokens, order_tokens
-from cpcompile.training.trainer import dense_path
-from cpcompile.validation.language_reference import LanguageReference
-from cpcompile.validation.program_reference import ProgramReference
-from cpcompile.validation.reference import Reference
 
-Progress = Callable[[str, int, int | None], None]
 FLOAT32_BYTES = 4
 PROGRAM_SUFFIX = ".pt2"
 NO_TOKENIZER = "{}: is a program and brings no tokenizer; leave --vocabulary-coverage out"
@@ -49,7 +44,7 @@ class Source(ABC):
     sequence: int | None = None
     """Tokens of a sequence that it was trained on."""
     training: Mapping[str, Any] | None = None
-    """`training_summary`."""
+    """What the checkpoint records of its training; None where nothing is recorded."""
     tokenizer: str | None = None
     """The text of tokenizer.json."""
     selection: Digits | str
@@ -82,17 +77,6 @@ class Source(ABC):
         self, contexts: Sequence[str], coverage: float
     ) -> tuple[npt.NDArray[np.int64], dict[str, TrimmedVocabulary]]:
         """The vocabulary of each of `contexts`, and the order of the whole one in which they have runs of rows."""
-
-    @abstractmethod
-    def reference(
-        self,
-        config: ValidateConfig,
-        *,
-        data: Path | None,
-        trimmed: Mapping[str, TrimmedVocabulary],
-        progress: Progress,
-    ) -> Reference:
-        """The eager side of the validation, on the held-out text of `data` or on what the source brings."""
 
     def choose(self, contexts: Sequence[str] | None) -> tuple[str, ...]:
         """Those of `contexts`, or all; UsageError lists what there is."""
@@ -131,21 +115,19 @@ class TrainedSource(Source):
         self._selection = require_selection(path, checkpoint)
         try:
             entries = vocabulary_size(parse_tokenizer(checkpoint.tokenizer))
-            self.training = training_summary(checkpoint.training, checkpoint.contexts)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UsageError(
-                f"{path}: its tokenizer or training record is garbled ({error}); train it again"
-            ) from error
+            raise UsageError(f"{path}: its tokenizer is malformed ({error}); train it again") from error
         if entries > checkpoint.config.vocabulary:
             raise UsageError(f"{path}: its tokenizer has {entries} entries, the model {checkpoint.config.vocabulary}")
         self.path = path
+        self.training = checkpoint.training
         self.contexts = checkpoint.contexts
         self.tokenizer = checkpoint.tokenizer
         self.architecture = architecture(checkpoint.config)
         settings = checkpoint.config
         plain = settings.settings if isinstance(settings, PretrainedConfig) else dataclasses.asdict(settings)
         self.config = {name: value for name, value in plain.items() if isinstance(value, int | float | str)}
-        self._checkpoint = checkpoint
+        self.checkpoint = checkpoint
         self.sequence: int = int(checkpoint.training.get("settings", {}).get("sequence", TrainConfig.sequence))
         self.selection = self._selection.digits(
             {
@@ -153,18 +135,18 @@ class TrainedSource(Source):
                 for kind, table in self._selection.kept.items()
             }
         )
-        self._dense = dense_path(path) if dense_path(path).exists() else None
-        self.dense_bytes = _dense_bytes(self._dense, path, checkpoint) if self._dense else None
+        self.dense = dense_path(path) if dense_path(path).exists() else None
+        self.dense_bytes = _dense_bytes(self.dense, path, checkpoint) if self.dense else None
 
     @property
     def _eager(self) -> LanguageModel:
-        return self._checkpoint.model
+        return self.checkpoint.model
 
     def capture(self, *, opset: int) -> ir.Model:
         return capture(self._eager, opset=opset)
 
     def capture_dense(self, *, opset: int) -> ir.Model | None:
-        return capture_dense(load_checkpoint(self._dense).model, opset=opset) if self._dense else None
+        return capture_dense(load_checkpoint(self.dense).model, opset=opset) if self.dense else None
 
     def parameter_sizes(self) -> dict[str, int]:
         return self._eager.parameter_sizes()
@@ -178,39 +160,24 @@ class TrainedSource(Source):
     def trim(
         self, contexts: Sequence[str], coverage: float
     ) -> tuple[npt.NDArray[np.int64], dict[str, TrimmedVocabulary]]:
-        counts, tokenizer = self._checkpoint.token_counts, self._checkpoint.tokenizer
+        counts, tokenizer = self.checkpoint.token_counts, self.checkpoint.tokenizer
         missing = [context for context in contexts if context not in counts]
         if missing:
             raise UsageError(f"the checkpoint has no token counts of {', '.join(missing)}; train it again")
         needed = {c: needed_tokens(tokenizer, counts[c], coverage=coverage) for c in contexts}
-        order = order_tokens(tokenizer, list(needed.values()), self._checkpoint.config.vocabulary)
+        order = order_tokens(tokenizer, list(needed.values()), self.checkpoint.config.vocabulary)
         return order, {c: cut_tokenizer(tokenizer, order[np.isin(order, ids)]) for c, ids in needed.items()}
 
-    def reference(
-        self,
-        config: ValidateConfig,
-        *,
-        data: Path | None,
-        trimmed: Mapping[str, TrimmedVocabulary],
-        progress: Progress,
-    ) -> Reference:
-        return LanguageReference(
-            self._checkpoint,
-            self._dense,
-            config,
-            held_out=self._checkpoint.held_out if data is None else self._held_out(data, progress),
-            sequence=self.sequence,
-            trimmed=trimmed,
-        )
-
-    def _held_out(self, data: Path, progress: Progress) -> Mapping[str, npt.NDArray[np.int32]]:
-        """Held-out token ids per context of the text in `data`."""
+    def held_out(self, data: Path | None, progress: Progress) -> Mapping[str, npt.NDArray[np.int32]]:
+        """Held-out token ids per context: of the text in `data`, or what the checkpoint brings."""
+        if data is None:
+            return self.checkpoint.held_out
         settings = TrainConfig()
-        own = self._checkpoint.training.get("settings", {})
+        own = self.checkpoint.training.get("settings", {})
         with tokenizer_file(self.tokenizer) as tokenizer:
             corpus = load_corpus(
                 data,
-                vocabulary=self._checkpoint.config.vocabulary,
+                vocabulary=self.checkpoint.config.vocabulary,
                 sequence=self.sequence,
                 held_out_fraction=settings.held_out_fraction,
                 seed=own.get("seed", settings.seed),
@@ -232,41 +199,29 @@ class ProgramSource(Source):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._program: Program = load_program(path)
-        self.contexts = self._program.contexts
+        self.program: Program = load_program(path)
+        self.contexts = self.program.contexts
         self.config = {}
         unknown = "the program was saved without its selection; save it again"
-        self.selection = unknown if self._program.selection is None else self._program.selection
+        self.selection = unknown if self.program.selection is None else self.program.selection
         self.dense_bytes = sum(self.parameter_sizes().values()) * FLOAT32_BYTES
 
     def capture(self, *, opset: int) -> ir.Model:
-        return self._program.capture(opset=opset)
+        return self.program.capture(opset=opset)
 
     def parameter_sizes(self) -> dict[str, int]:
-        return self._program.parameter_sizes()
+        return self.program.parameter_sizes()
 
     def kept_sizes(self, context: str, tokens: int | None) -> Mapping[str, int]:
-        return self._program.kept[context]
+        return self.program.kept[context]
 
     def parameter_kind(self, name: str) -> UnitKind | None:
-        return self._program.kinds.get(name)
+        return self.program.kinds.get(name)
 
     def trim(
         self, contexts: Sequence[str], coverage: float
     ) -> tuple[npt.NDArray[np.int64], dict[str, TrimmedVocabulary]]:
         raise UsageError(NO_TOKENIZER.format(self.path))
-
-    def reference(
-        self,
-        config: ValidateConfig,
-        *,
-        data: Path | None,
-        trimmed: Mapping[str, TrimmedVocabulary],
-        progress: Progress,
-    ) -> Reference:
-        if data is not None:
-            raise UsageError(f"{self.path}: is a program and is compared on the examples that it brings; leave --data")
-        return ProgramReference(self.path, self._program)
 
 
 def _dense_bytes(path: Path, model: Path, checkpoint: Checkpoint) -> int:

@@ -10,9 +10,8 @@ An ONNX file has one place; its baseline is another file, which is measured besi
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypeAlias
 
 from cpcompile.bundle.reader import Bundle, Variant, open_bundle
 from cpcompile.check.baseline import (
@@ -29,17 +28,18 @@ from cpcompile.check.baseline import (
 )
 from cpcompile.check.criteria import NEEDS_MODEL, Check, differences, doubtful, judge
 from cpcompile.core.config import CheckConfig, ValidateConfig
+from cpcompile.core.types import Progress
 from cpcompile.files.onnx_file import Size
-from cpcompile.machine.memory import environment, watch_machine
-from cpcompile.pipeline.build import open_with_model, report_of
+from cpcompile.machine.environment import environment
+from cpcompile.machine.noise import watch_machine
 from cpcompile.pipeline.compare import NO_SPEED, FileComparison, compare_models, time_models
+from cpcompile.pipeline.validate import open_with_model, report_of, training_of, trimmed_vocabularies
 from cpcompile.report import build_of
 from cpcompile.runtime.engine import create_session, session_options
+from cpcompile.validation.open_reference import open_reference
 from cpcompile.validation.output_comparison import random_inputs
 from cpcompile.validation.placement import Placement, measure_placement
 from cpcompile.validation.validator import measure_again, validate
-
-Progress: TypeAlias = Callable[[str, int, int | None], None]
 
 
 def check_bundle(
@@ -74,10 +74,10 @@ def check_bundle(
         require_same_model(before, baseline, architecture=source.architecture, contexts=bundle.contexts)
     rounds = config.rounds if before else 2 * config.rounds
     settings = ValidateConfig(rounds=rounds, speed=speed, memory=memory, coherence=False, layers=False)
-    reference = source.reference(settings, data=data, trimmed=bundle.trimmed_vocabularies(), progress=progress)
+    reference = open_reference(source, settings, data=data, trimmed=trimmed_vocabularies(bundle), progress=progress)
     with watch_machine() as machine:
         results = validate(bundle, reference, settings, progress=progress)
-    now = snapshot_of(report_of(bundle, source, results, build_of(path), settings))
+    now = snapshot_of(report_of(bundle, source, results, build_of(path), settings, training_of(source)))
     check = _judged(path, baseline, before, now, config, waived)
     if before is None and speed and machine.disturbance:
         note = f"speed was measured while {machine.disturbance}; write the baseline again on a quiet machine"

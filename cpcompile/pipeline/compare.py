@@ -7,14 +7,15 @@ The verdict is that of the outputs; sizes and speed are for the reader, unless a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+from cpcompile.core.types import Feeds, Progress
 from cpcompile.files.onnx_file import Size, load_onnx, size_of
-from cpcompile.machine.memory import available_cores
-from cpcompile.validation.output_comparison import Comparison, Feeds, compare_files, given_or_random
+from cpcompile.machine.environment import available_cores
+from cpcompile.validation.output_comparison import Comparison, compare_files, given_or_random
 from cpcompile.validation.reference import Timed
 from cpcompile.validation.runners import onnx_runner
 from cpcompile.validation.speed import Speed, measure_speed
@@ -46,7 +47,7 @@ def compare_models(
     inputs: Sequence[Feeds] = (),
     rounds: int | None = None,
     min_speed_ratio: float = 0.0,
-    progress: Callable[[str, int, int | None], None] = lambda *_: None,
+    progress: Progress = lambda *_: None,
 ) -> FileComparison:
     """Compare `candidate` with `original`, on `inputs` (by name) and on random ones; without `rounds` no timings."""
     progress("read", 0, None)

@@ -20,6 +20,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass, LiftConstantsToInitializersPass
 
 from cpcompile.core.errors import CpcompileError, UsageError
+from cpcompile.core.types import Feeds, Progress
 from cpcompile.files.onnx_file import Size, load_onnx, save_onnx, size_of
 from cpcompile.files.whole_files import require_file_path
 from cpcompile.passes.bind_context import BindContext
@@ -35,7 +36,7 @@ from cpcompile.passes.remove_whole_gathers import RemoveWholeGathers
 from cpcompile.passes.strip_metadata import StripMetadata
 from cpcompile.passes.transpose_parameters import TransposeParameters
 from cpcompile.passes.trim_vocabulary import TrimVocabulary, renumber_interface
-from cpcompile.validation.output_comparison import Comparison, Feeds, compare_files
+from cpcompile.validation.output_comparison import Comparison, compare_files
 
 PASSES: Mapping[str, type[ir.passes.InPlacePass]] = MappingProxyType(
     {
@@ -90,7 +91,7 @@ def optimize_file(
     check: bool = False,
     inputs: Sequence[Feeds] = (),
     dump: Path | None = None,
-    progress: Callable[[str, int, int | None], None] = lambda *_: None,
+    progress: Progress = lambda *_: None,
 ) -> Optimization:
     """Run `passes` (names, with settings as in `bind_context:context=2`) on the file `source` and write `out`.
 

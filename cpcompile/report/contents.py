@@ -93,8 +93,8 @@ def make_report(
 ) -> Report:
     """The report with its verdict.
 
-    model: {name, architecture, config}. environment: `cpcompile.machine.memory.environment`. dense_bytes: weights of
-    the dense model in the bundle's precision. selection: which units each context keeps
+    model: {name, architecture, config}. environment: `cpcompile.machine.environment`. dense_bytes: weights of the
+    dense model in the bundle's precision. selection: which units each context keeps
     (`cpcompile.core.selection.Digits`), or why that is unknown; contexts without a place in the report are left out.
     training: `training_summary`. max_perplexity_increase: what the verdict allows; None where quality is not
     measured as perplexity.

@@ -22,10 +22,7 @@ import onnxruntime as ort
 
 from cpcompile.bundle.reader import WEIGHTS_OPTION, Bundle, Variant
 from cpcompile.core.errors import CpcompileError, UsageError, first_line
-
-Array = npt.NDArray[Any]
-Feeds = Mapping[str, Array]
-"""Inputs of a model by name."""
+from cpcompile.core.types import Array, Feeds
 
 PLUGINS: Mapping[str, str] = {"NvTensorRTRTXExecutionProvider": "onnxruntime_ep_nv_tensorrt_rtx"}
 """Execution providers that come in a package of their own, which the ordinary onnxruntime loads."""

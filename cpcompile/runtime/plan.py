@@ -21,9 +21,11 @@ import torch
 
 from cpcompile.bundle.reader import Variant
 from cpcompile.core.errors import CpcompileError, UsageError, first_line
-from cpcompile.machine.memory import NO_GPU, gpu_model
-from cpcompile.runtime.engine import DOCTOR, Array, Feeds
-from cpcompile.targets.requests import TENSORRT_RTX, EngineInfo, Profile, Shape, Shapes
+from cpcompile.core.types import Array, Feeds
+from cpcompile.machine.gpu import NO_GPU, gpu_model
+from cpcompile.runtime.engine import DOCTOR
+from cpcompile.targets.plan_info import EngineInfo, Profile, Shape, Shapes
+from cpcompile.targets.requests import TENSORRT_RTX
 from cpcompile.targets.tensorrt_library import load_library, logger_of
 
 TYPES: Mapping[str, torch.dtype] = {

@@ -21,7 +21,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,6 +34,7 @@ import tokenizers
 from tokenizers import Tokenizer
 
 from cpcompile.core.errors import CpcompileError, UsageError
+from cpcompile.core.types import Progress
 from cpcompile.files.whole_files import NO_ROOM, cache_folder
 from cpcompile.text.documents import Source, find_sources, pieces
 from cpcompile.text.tokenization import (
@@ -45,8 +46,6 @@ from cpcompile.text.tokenization import (
 )
 from cpcompile.text.vocabulary import END, end_of
 
-Progress = Callable[[str, int, int | None], None]
-"""Called with (stage, done, total), both in bytes of text; total is None where it is not known yet."""
 IntArray = npt.NDArray[np.int64]
 
 FORMAT = 1

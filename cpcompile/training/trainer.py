@@ -31,9 +31,11 @@ import cpcompile
 from cpcompile.core.config import ModelConfig, PretrainedConfig, TrainConfig
 from cpcompile.core.errors import UsageError
 from cpcompile.core.selection import BoolArray, Selection, UnitKind
+from cpcompile.core.types import Progress
 from cpcompile.files.whole_files import only_process, require_file_path, whole_file
 from cpcompile.frontend.checkpoint import (
     Checkpoint,
+    dense_path,
     load_checkpoint,
     load_plain,
     make_model,
@@ -43,7 +45,7 @@ from cpcompile.frontend.checkpoint import (
 from cpcompile.models.language_model import LanguageModel
 from cpcompile.partitioning.pretrained import PretrainedDecoder
 from cpcompile.partitioning.recover import recover_least_squares
-from cpcompile.text.corpus import Corpus, Progress
+from cpcompile.text.corpus import Corpus
 from cpcompile.training.allocation import Scores, allocate, allocate_one_for_all, allocate_random, kept_units
 from cpcompile.training.branch import (
     Branch,
@@ -260,11 +262,6 @@ def planned_steps(config: TrainConfig) -> dict[str, int]:
         if name != "importance-only":
             planned[name] = config.steps if name.startswith("small-dense") else after
     return planned
-
-
-def dense_path(out: Path) -> Path:
-    """Where the dense baseline of the checkpoint `out` lies: model.pt -> model.dense.pt."""
-    return out.with_name(f"{out.stem}.dense{out.suffix}")
 
 
 def work_path(out: Path) -> Path:

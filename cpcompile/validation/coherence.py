@@ -13,12 +13,11 @@ so few prompts.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-Array = npt.NDArray[Any]
+from cpcompile.core.types import Array
+
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 16, 32, 24
 
 

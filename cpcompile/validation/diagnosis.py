@@ -18,9 +18,9 @@ import onnx_ir as ir
 
 from cpcompile.bundle.reader import Bundle, Variant
 from cpcompile.core.errors import CpcompileError
+from cpcompile.core.types import Feeds
 from cpcompile.files.onnx_file import opset_of
 from cpcompile.report.formats import NO_FAILURE
-from cpcompile.runtime.engine import Feeds
 from cpcompile.validation.divergence import (
     Divergence,
     LayerError,

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from cpcompile.runtime.engine import Array
+from cpcompile.core.types import Array
 
 RATIOS = ("max_relative_error", "cosine", "sqnr_db", "psnr_db")
 ALL_ZERO = "the output is zero everywhere"

@@ -20,10 +20,10 @@ from torch import nn
 
 from cpcompile.core.config import ValidateConfig
 from cpcompile.core.selection import UnitKind
+from cpcompile.core.types import Feeds
 from cpcompile.frontend.checkpoint import Checkpoint, load_checkpoint
 from cpcompile.machine.memory import ProcessMemory, release_memory
 from cpcompile.models.language_model import LanguageModel
-from cpcompile.runtime.engine import Feeds
 from cpcompile.text.vocabulary import TrimmedVocabulary, reencode
 from cpcompile.validation.coherence import measure_coherence
 from cpcompile.validation.memory import measure_eager

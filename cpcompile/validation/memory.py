@@ -21,10 +21,12 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 
 from cpcompile.core.errors import CpcompileError
-from cpcompile.machine.memory import NO_PRIVATE, ProcessMemory, in_fresh_process, measure_memory, video_memory
+from cpcompile.machine.gpu import video_memory
+from cpcompile.machine.memory import NO_PRIVATE, ProcessMemory, measure_memory
+from cpcompile.machine.subprocesses import in_fresh_process
 
 if TYPE_CHECKING:
-    from cpcompile.runtime.engine import Feeds  # not at run time: what onnxruntime weighs is not the eager model's
+    from cpcompile.core.types import Feeds  # not at run time: what onnxruntime weighs is not the eager model's
 
 RUNS = 3
 Sides = TypeVar("Sides", "Memory", "Start")

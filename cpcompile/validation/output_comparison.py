@@ -14,14 +14,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 import onnxruntime as ort
 
+from cpcompile.core.types import Array, Feeds
 from cpcompile.validation.difference import Difference
-
-Array = npt.NDArray[Any]
-Feeds = Mapping[str, Array]
 
 MULTIPLE = 8.0
 ROUNDINGS = 64

@@ -24,7 +24,7 @@ from typing import Literal
 
 import numpy as np
 
-from cpcompile.runtime.engine import Array, Feeds
+from cpcompile.core.types import Array, Feeds
 from cpcompile.validation.difference import PIECE, RATIOS, Difference, pieces
 from cpcompile.validation.quality import log_softmax
 from cpcompile.validation.reference import Outputs, Run

@@ -22,7 +22,7 @@ from cpcompile.bundle.reader import Variant
 from cpcompile.core.config import ValidateConfig
 from cpcompile.core.errors import CpcompileError, UsageError
 from cpcompile.frontend.source import Source
-from cpcompile.machine.memory import available_cores
+from cpcompile.machine.environment import available_cores
 from cpcompile.validation.reference import Reference, Run
 from cpcompile.validation.runners import Computes, Runner, callable_runner, onnx_runner, openvino_runner
 

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Literal
 
 from cpcompile.bundle.reader import Variant
-from cpcompile.runtime.engine import Engine, Feeds, create_session, session_options
+from cpcompile.core.types import Feeds
+from cpcompile.runtime.engine import Engine, create_session, session_options
 
 CPU = "CPUExecutionProvider"
 INTEGERS = ("int64", "int32", "bool", None)

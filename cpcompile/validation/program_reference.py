@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
+from cpcompile.core.types import Array, Feeds
 from cpcompile.frontend.program import Program
 from cpcompile.machine.memory import ProcessMemory
-from cpcompile.runtime.engine import Array, Feeds
 from cpcompile.validation.memory import measure_program
 from cpcompile.validation.quality import Quality, compare_quality
 from cpcompile.validation.reference import Run, Timed

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from cpcompile.core.types import Array, Feeds
 from cpcompile.machine.memory import ProcessMemory
-from cpcompile.runtime.engine import Array, Feeds
 from cpcompile.validation.quality import Quality
 
 Outputs = dict[str, Array]

@@ -24,7 +24,8 @@ import onnxruntime as ort
 
 from cpcompile.bundle.reader import Variant
 from cpcompile.core.errors import CpcompileError
-from cpcompile.runtime.engine import DOCTOR, Engine, Feeds, create_session, session_options
+from cpcompile.core.types import Feeds
+from cpcompile.runtime.engine import DOCTOR, Engine, create_session, session_options
 from cpcompile.runtime.plan import load_plan
 from cpcompile.validation.reference import Outputs, Run
 

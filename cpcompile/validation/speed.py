@@ -27,8 +27,8 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from cpcompile.machine.memory import watch_machine
-from cpcompile.runtime.engine import Feeds
+from cpcompile.core.types import Feeds
+from cpcompile.machine.noise import watch_machine
 from cpcompile.validation.reference import Run, Timed
 
 FloatArray = npt.NDArray[np.float64]

@@ -13,7 +13,11 @@ import torch
 from cpcompile.bundle.reader import Bundle, Variant
 from cpcompile.core.config import ValidateConfig
 from cpcompile.core.errors import CpcompileError, UsageError
-from cpcompile.machine.memory import NO_GPU, ProcessMemory, available_cores, gpu_model, release_memory, watch_machine
+from cpcompile.core.types import Progress
+from cpcompile.machine.environment import available_cores
+from cpcompile.machine.gpu import NO_GPU, gpu_model
+from cpcompile.machine.memory import ProcessMemory, release_memory
+from cpcompile.machine.noise import watch_machine
 from cpcompile.runtime.engine import CPU_PROVIDER, load_engine, missing_provider
 from cpcompile.runtime.plan import load_plan, why_not_here, why_not_taken
 from cpcompile.validation.memory import Memory, Start, compare_memory, compare_start, measure_engine
@@ -28,8 +32,6 @@ from cpcompile.validation.throughput import ROUNDS, Throughput, measure_throughp
 if TYPE_CHECKING:
     from cpcompile.validation.diagnosis import Diagnosis  # which builds on this module
 
-Progress = Callable[[str, int, int | None], None]
-"""(stage, engines done, engines in all)."""
 
 STAGE = "validate"
 Peers = Callable[[Variant], Sequence[Runner]]

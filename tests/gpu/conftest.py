@@ -2,7 +2,7 @@
 
 import pytest
 
-from cpcompile.machine.memory import NO_GPU, gpu_model
+from cpcompile.machine.gpu import NO_GPU, gpu_model
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -11,7 +11,8 @@ import onnx_ir as ir
 import pytest
 from click.testing import CliRunner
 
-from cpcompile.bundle.reader import Bundle, _manifest_digest, open_bundle
+from cpcompile.bundle.manifest import manifest_digest
+from cpcompile.bundle.reader import Bundle, open_bundle
 from cpcompile.cli import main
 from cpcompile.files.whole_files import file_digest
 from cpcompile.frontend.source import open_source
@@ -61,7 +62,7 @@ def test_a_perturbed_weight_is_named_in_the_report(bundle: Bundle, tmp_path: Pat
     manifest = json.loads((folder / "manifest.json").read_text())
     metadata = manifest["additional_metadata"]["cpcompile"]
     metadata["files"][path.relative_to(folder).as_posix()] = file_digest(path)
-    metadata["manifest_digest"] = _manifest_digest(manifest)
+    metadata["manifest_digest"] = manifest_digest(manifest)
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
     model, repro = bundle.root.with_name("model.pt"), tmp_path / "repro"

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from cpcompile.core.config import CheckConfig, TrainConfig, load_toml, override, preset
+from cpcompile.cli.settings import load_toml
+from cpcompile.core.config import CheckConfig, TrainConfig, override, preset
 from cpcompile.text.corpus import Corpus
 
 transformers = pytest.importorskip("transformers", reason="needs the extra hf: pip install 'cpcompile[hf]'")

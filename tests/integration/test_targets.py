@@ -14,10 +14,10 @@ from click.testing import CliRunner, Result
 from cpcompile.bundle.reader import open_bundle
 from cpcompile.cli import main
 from cpcompile.core.errors import CpcompileError
-from cpcompile.machine.memory import gpu_model
+from cpcompile.machine.gpu import gpu_model
 from cpcompile.report import SCHEMA
 from cpcompile.runtime.engine import Engine, create_session, load_engine, session_options
-from cpcompile.targets.requests import TensorInfo
+from cpcompile.targets.plan_info import TensorInfo
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed: pip install 'cpcompile[tensorrt-rtx]'")
 

@@ -15,10 +15,10 @@ from cpcompile.core.config import CONTROLS, ModelConfig, TrainConfig
 from cpcompile.core.errors import CpcompileError, UsageError
 from cpcompile.core.selection import UnitKind
 from cpcompile.files.whole_files import only_process
-from cpcompile.frontend.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from cpcompile.frontend.checkpoint import Checkpoint, dense_path, load_checkpoint, save_checkpoint
 from cpcompile.text.corpus import Corpus
 from cpcompile.training.branch import StepReport, learning_rate, swap_fraction
-from cpcompile.training.trainer import dense_path, planned_steps, train, work_path
+from cpcompile.training.trainer import planned_steps, train, work_path
 from tests.conftest import TRAIN
 
 

@@ -16,13 +16,12 @@ import numpy as np
 from cpcompile.core.config import ModelConfig, ValidateConfig
 from cpcompile.core.errors import CpcompileError, UsageError
 from cpcompile.core.selection import Selection, UnitKind
-from cpcompile.frontend.checkpoint import Checkpoint, save_checkpoint
+from cpcompile.frontend.checkpoint import Checkpoint, dense_path, save_checkpoint
 from cpcompile.machine.memory import peak_resident_bytes
 from cpcompile.models.decoder import Decoder
 from cpcompile.partitioning.hugging_face import transformers_package
 from cpcompile.pipeline.build import build_bundle
 from cpcompile.text.tokenization import LEAST_VOCABULARY, train_tokenizer
-from cpcompile.training.trainer import dense_path
 
 SHAPE = ModelConfig(vocabulary=LEAST_VOCABULARY, width=8, layers=1, heads=1, kv_heads=1, ffn=8, align=8)
 

@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 
 from cpcompile.bundle.artifact import Artifact
-from cpcompile.bundle.reader import BundleWriter, _manifest_digest, asset_uri, open_bundle
+from cpcompile.bundle.manifest import manifest_digest
+from cpcompile.bundle.reader import open_bundle
+from cpcompile.bundle.writer import BundleWriter, asset_uri
 from cpcompile.core.errors import CpcompileError, UsageError
 from cpcompile.files.whole_files import file_digest
 
@@ -70,7 +72,7 @@ def edited_manifest(bundle: Path) -> Iterator[dict[str, Any]]:
     yield manifest
     metadata = manifest["additional_metadata"]
     if isinstance(metadata, dict) and isinstance(metadata.get("cpcompile"), dict):
-        metadata["cpcompile"]["manifest_digest"] = _manifest_digest(manifest)
+        metadata["cpcompile"]["manifest_digest"] = manifest_digest(manifest)
     (bundle / "manifest.json").write_text(json.dumps(manifest))
 
 
@@ -271,7 +273,7 @@ def test_a_failed_write_leaves_the_old_bundle(bundle: Path) -> None:
 
 def test_a_killed_write_leaves_the_old_bundle_and_is_cleared_away(bundle: Path) -> None:
     code = (
-        "import sys, time; from pathlib import Path; from cpcompile.bundle.reader import BundleWriter\n"
+        "import sys, time; from pathlib import Path; from cpcompile.bundle.writer import BundleWriter\n"
         f"with BundleWriter(Path({str(bundle)!r})) as writer:\n"
         "    (writer.folder('x', 'y') / 'half').write_bytes(b'half'); print('ready', flush=True); time.sleep(60)"
     )

@@ -12,11 +12,12 @@ import onnx
 import pytest
 
 from cpcompile.bundle.artifact import Artifact
-from cpcompile.bundle.reader import Bundle, BundleWriter, open_bundle
+from cpcompile.bundle.reader import Bundle, open_bundle
+from cpcompile.bundle.writer import BundleWriter
 from cpcompile.core.errors import CpcompileError, UsageError
 from cpcompile.files.external_data import references_of
 from cpcompile.runtime.engine import load_engine
-from cpcompile.targets.requests import EngineInfo, Profile, TensorInfo
+from cpcompile.targets.plan_info import EngineInfo, Profile, TensorInfo
 from tests.bundles import reseal
 
 ENGINE = "a/cpu-fp32/model.onnx"

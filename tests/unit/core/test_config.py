@@ -2,7 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from cpcompile.core.config import CheckConfig, ModelConfig, TrainConfig, ValidateConfig, load_toml, override, preset
+from cpcompile.cli.settings import load_toml
+from cpcompile.core.config import CheckConfig, ModelConfig, TrainConfig, ValidateConfig, override, preset
 from cpcompile.core.errors import UsageError
 
 

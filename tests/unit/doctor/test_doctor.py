@@ -13,7 +13,7 @@ import pytest
 from cpcompile.doctor import look
 from cpcompile.doctor.diagnosis import TARGETS, diagnose
 from cpcompile.doctor.trials import TWO_NODES, run_trial
-from cpcompile.machine.memory import gpu_model
+from cpcompile.machine.gpu import gpu_model
 
 ROOT = Path(__file__).parents[3]
 

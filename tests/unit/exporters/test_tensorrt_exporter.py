@@ -29,7 +29,8 @@ from cpcompile.files.onnx_file import MODULE
 from cpcompile.passes.freeze import freeze
 from cpcompile.passes.legalize_for_tensorrt import LegalizeForTensorRT
 from cpcompile.passes.lower_precision import HALVES, LowerPrecision
-from cpcompile.targets.requests import Profile, Range, Target, parse_target
+from cpcompile.targets.plan_info import Profile
+from cpcompile.targets.requests import Range, Target, parse_target
 from cpcompile.targets.tensorrt_library import load_library, logger_of
 from tests.unit.passes.decoders import dynamic_graph, random_decoder, random_selection
 from tests.unit.passes.graph_text import parse

@@ -17,7 +17,8 @@ from torch.export import Dim
 import cpcompile
 from cpcompile.core.errors import UsageError
 from cpcompile.core.selection import Selection, UnitKind
-from cpcompile.frontend.program import EXAMPLES, RECORD, Program, load_program
+from cpcompile.frontend.program import Program, load_program
+from cpcompile.frontend.program_archive import EXAMPLES, RECORD
 from cpcompile.frontend.source import open_source
 from cpcompile.partitioning import PartitionedModule, partition
 from cpcompile.validation.program_reference import ProgramReference

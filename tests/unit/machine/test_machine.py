@@ -11,18 +11,10 @@ import torch
 
 import cpcompile
 from cpcompile.core.errors import CpcompileError
-from cpcompile.machine.memory import (
-    NO_GPU,
-    PrivatePeak,
-    available_cores,
-    environment,
-    in_fresh_process,
-    peak_resident_bytes,
-    private_bytes,
-    reset_peak,
-    resident_bytes,
-    video_memory,
-)
+from cpcompile.machine.environment import available_cores, environment
+from cpcompile.machine.gpu import NO_GPU, video_memory
+from cpcompile.machine.memory import PrivatePeak, peak_resident_bytes, private_bytes, reset_peak, resident_bytes
+from cpcompile.machine.subprocesses import in_fresh_process
 
 MIB = 2**20
 needs_proc = pytest.mark.skipif(sys.platform != "linux", reason="the peak can only be reset where there is /proc")
@@ -142,7 +134,7 @@ def test_a_file_in_the_working_folder_is_not_taken_for_a_library(tmp_path, monke
 
 def test_measuring_and_reporting_do_without_torch() -> None:
     code = (
-        "import json, sys, cpcompile.report, cpcompile.machine.memory as m; "
+        "import json, sys, cpcompile.report, cpcompile.machine.environment as m; "
         "m.environment(); print(json.dumps([*sys.modules]))"
     )
     modules = in_fresh_process("-c", code)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from cpcompile.machine.memory import ProcessMemory, environment
+from cpcompile.machine.environment import environment
+from cpcompile.machine.memory import ProcessMemory
 from cpcompile.report import BuildResult, BuildStage, ContextResult, make_report, training_summary
 from cpcompile.validation.memory import compare_memory, compare_start
 from cpcompile.validation.parity import Parity

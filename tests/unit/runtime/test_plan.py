@@ -9,9 +9,9 @@ import pytest
 
 from cpcompile.bundle.reader import Variant
 from cpcompile.core.errors import CpcompileError, UsageError
-from cpcompile.machine.memory import gpu_model
+from cpcompile.machine.gpu import gpu_model
 from cpcompile.runtime.plan import choose_profile, load_plan, why_not_here, why_not_taken
-from cpcompile.targets.requests import EngineInfo, Profile, Shapes
+from cpcompile.targets.plan_info import EngineInfo, Profile, Shapes
 from cpcompile.targets.tensorrt_library import load_library, logger_of
 from cpcompile.validation.runners import engine_runner
 

@@ -8,17 +8,8 @@ from typing import Any
 import pytest
 
 from cpcompile.core.errors import UsageError
-from cpcompile.targets.requests import (
-    Added,
-    EngineInfo,
-    Profile,
-    Range,
-    Target,
-    TensorInfo,
-    parse_ranges,
-    parse_target,
-    parse_targets,
-)
+from cpcompile.targets.plan_info import EngineInfo, Profile, TensorInfo
+from cpcompile.targets.requests import Added, Range, Target, parse_ranges, parse_target, parse_targets
 
 INFO = EngineInfo(
     flavour="tensorrt-rtx",

@@ -15,7 +15,8 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from cpcompile.bundle.reader import Bundle, BundleWriter, open_bundle
+from cpcompile.bundle.reader import Bundle, open_bundle
+from cpcompile.bundle.writer import BundleWriter
 from cpcompile.core.config import ModelConfig, ValidateConfig
 from cpcompile.core.selection import Selection, UnitKind
 from cpcompile.exporters.onnxruntime_exporter import export_onnxruntime

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from cpcompile.bundle.reader import Bundle
-from cpcompile.machine.memory import NO_PRIVATE, ProcessMemory, in_fresh_process, video_memory
+from cpcompile.machine.gpu import video_memory
+from cpcompile.machine.memory import NO_PRIVATE, ProcessMemory
+from cpcompile.machine.subprocesses import in_fresh_process
 from cpcompile.validation.memory import compare_memory, measure_eager, measure_engine
 
 MIB = 2**20

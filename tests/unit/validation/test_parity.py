@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from cpcompile.bundle.reader import Bundle
+from cpcompile.core.types import Feeds
 from cpcompile.frontend.checkpoint import Checkpoint
-from cpcompile.runtime.engine import Feeds, load_engine
+from cpcompile.runtime.engine import load_engine
 from cpcompile.validation.language_reference import LanguageReference
 from cpcompile.validation.parity import LOGIT_NUMBERS, NUMBERS, Parity, check_parity
 from cpcompile.validation.reference import Outputs, Run

@@ -11,12 +11,14 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from cpcompile.bundle.reader import PROVIDER_OPTIONS, Bundle
+from cpcompile.bundle.manifest import PROVIDER_OPTIONS
+from cpcompile.bundle.reader import Bundle
 from cpcompile.core.config import ValidateConfig
 from cpcompile.core.errors import CpcompileError
 from cpcompile.core.selection import UnitKind
+from cpcompile.core.types import Feeds
 from cpcompile.frontend.checkpoint import Checkpoint
-from cpcompile.runtime.engine import Feeds, create_session, load_engine, session_options
+from cpcompile.runtime.engine import create_session, load_engine, session_options
 from cpcompile.validation.language_reference import LanguageReference
 from cpcompile.validation.parity import check_parity
 from cpcompile.validation.reference import Outputs, Run, Timed

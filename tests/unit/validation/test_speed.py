@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from cpcompile.runtime.engine import Feeds
+from cpcompile.core.types import Feeds
 from cpcompile.validation.reference import Outputs, Run, Timed
 from cpcompile.validation.speed import (
     EAGER_FIELDS,

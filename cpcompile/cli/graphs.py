@@ -1,0 +1,151 @@
+"""Commands on single graphs: `export`, `opt`, `compare`, `passes`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import click
+
+from cpcompile.cli.options import VERDICT_EXIT_CODES, FilePath, names_in
+from cpcompile.core.config import (
+    ValidateConfig,
+)
+
+
+@click.command(context_settings={"show_default": True})
+@click.argument("bundle", type=FilePath)
+@click.argument("context")
+@click.option("--out", "-o", type=FilePath, help="ONNX file to write.  [default: CONTEXT.onnx]")
+@click.option("--variant", default="cpu-fp32", help="Engine to export.")
+def export(bundle: Path, context: str, out: Path | None, variant: str) -> None:
+    """Write one self-contained .onnx of CONTEXT.
+
+    \b
+    Example:
+      cpcompile export model.cpc english -o english.onnx
+    """
+    from cpcompile.pipeline.export import export_standalone
+
+    path = out or Path(f"{context}.onnx")
+    export_standalone(bundle, context, path, variant=variant)
+    click.echo(f"wrote {path} ({path.stat().st_size:,} bytes)", err=True)
+
+
+@click.command(context_settings={"show_default": True})
+@click.argument("model", type=FilePath)
+@click.option("--out", "-o", type=FilePath, required=True, help="ONNX file to write.")
+@click.option("--passes", "names", metavar="NAMES", help="Comma-separated, in order; see `cpcompile passes`.")
+@click.option("--check", is_flag=True, help="Compare the outputs; write nothing if they differ.")
+@click.option("--input", "inputs", type=FilePath, multiple=True, help="An .npz with inputs by name, for --check.")
+@click.option("--explain", is_flag=True, help="List zero channels that had to stay, with node and reason.")
+@click.option("--dump", type=FilePath, help="Folder for the graph after each pass.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+def opt(
+    model: Path,
+    out: Path,
+    names: str | None,
+    check: bool,
+    inputs: tuple[Path, ...],
+    explain: bool,
+    dump: Path | None,
+    as_json: bool,
+) -> None:
+    """Run graph passes on any ONNX file.
+
+    \b
+    Examples:
+      cpcompile opt model.onnx -o small.onnx --check
+      cpcompile opt model.onnx -o small.onnx --passes fold_constants,eliminate_dead_channels --explain
+      cpcompile opt all.onnx -o one.onnx --passes bind_context:context=2,fold_constants,eliminate_dead_channels
+
+    Without --passes: what keeps inputs, outputs and the names of parameters, in the order that is best.
+    """
+    from cpcompile.cli.console import stage_progress
+    from cpcompile.pipeline.optimize import DEFAULT, load_inputs, optimize_file
+    from cpcompile.report import render_optimization
+
+    with stage_progress() as stage:
+        result = optimize_file(
+            model,
+            out,
+            names_in(names) or DEFAULT,
+            check=check,
+            inputs=[load_inputs(path) for path in inputs],
+            dump=dump,
+            progress=stage,
+        )
+    plain = dataclasses.asdict(result)
+    if as_json:
+        click.echo(json.dumps(plain, indent=1))
+    else:
+        from cpcompile.cli.console import print_result
+
+        print_result(render_optimization(plain, explain=explain))
+    click.echo(f"wrote {out}" if result.bytes_written else f"{out} was not written", err=True)
+    sys.exit(VERDICT_EXIT_CODES[result.comparison.verdict if result.comparison is not None else "pass"])
+
+
+@click.command(context_settings={"show_default": True})
+@click.argument("original", type=FilePath)
+@click.argument("candidate", type=FilePath)
+@click.option("--input", "inputs", type=FilePath, multiple=True, help="An .npz with inputs by name; may be repeated.")
+@click.option("--rounds", default=ValidateConfig.rounds, help="Interleaved timing rounds.")
+@click.option("--min-speed-ratio", default=0.0, help="Times as fast as ORIGINAL that CANDIDATE has to be.")
+@click.option("--no-speed", is_flag=True, help="Leave the timings out.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+def compare(
+    original: Path,
+    candidate: Path,
+    inputs: tuple[Path, ...],
+    rounds: int,
+    min_speed_ratio: float,
+    no_speed: bool,
+    as_json: bool,
+) -> None:
+    """Compare two ONNX files: the same outputs, how large, how fast; whoever made them.
+
+    \b
+    Examples:
+      cpcompile compare model.onnx smaller.onnx
+      cpcompile compare model.onnx smaller.onnx --input batch.npz --min-speed-ratio 1.5
+
+    Both run in ONNX Runtime on the CPU, on random inputs and on those given. The tolerance is measured: a multiple of
+    what the runtime's own optimisations change in ORIGINAL.
+    """
+    from cpcompile.cli.console import stage_progress
+    from cpcompile.pipeline.compare import compare_models
+    from cpcompile.pipeline.optimize import load_inputs
+
+    checked = ValidateConfig(rounds=rounds, min_speed_ratio=min_speed_ratio)
+    with stage_progress() as stage:
+        result = compare_models(
+            original,
+            candidate,
+            inputs=[load_inputs(path) for path in inputs],
+            rounds=None if no_speed else checked.rounds,
+            min_speed_ratio=checked.min_speed_ratio,
+            progress=stage,
+        )
+    plain = dataclasses.asdict(result) | {"verdict": result.verdict}
+    if as_json:
+        click.echo(json.dumps(plain, indent=1))
+    else:
+        from cpcompile.cli.console import print_result
+        from cpcompile.report import render_file_comparison
+
+        print_result(render_file_comparison(plain))
+    sys.exit(VERDICT_EXIT_CODES[result.verdict])
+
+
+@click.command()
+def passes() -> None:
+    """List the graph passes that `cpcompile opt --passes` can name, with their settings."""
+    from cpcompile.pipeline.optimize import PASSES, settings_of
+
+    for name, kind in PASSES.items():
+        summary = (kind.__doc__ or "").strip().splitlines()[0]
+        settings = "".join(f":{setting}=..." for setting in settings_of(kind))
+        click.echo(f"{name + settings:<42} {summary}")

@@ -1,0 +1,64 @@
+"""The group of commands: its help, and errors as one sentence with an exit code."""
+
+from __future__ import annotations
+
+import errno
+import io
+import sys
+from typing import Any
+
+import click
+
+import cpcompile
+from cpcompile.core.errors import CpcompileError, printable
+
+NO_MEMORY = "not enough memory"
+"""What torch's RuntimeError says of an allocation that failed."""
+
+
+class _Group(click.Group):
+    """Maps our errors to exit codes; tracebacks only with --debug."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except CpcompileError as error:
+            if ctx.params.get("debug"):
+                raise
+            click.echo(f"Error: {printable(str(error))}", err=True)
+            ctx.exit(error.exit_code)
+        except OSError as error:
+            if ctx.params.get("debug") or error.errno == errno.EPIPE:  # click ends quietly when nobody reads on
+                raise
+            where = f"{error.filename}: " if error.filename is not None else ""
+            click.echo(f"Error: {where}{error.strerror or error}", err=True)
+            ctx.exit(1)
+        except (MemoryError, RuntimeError) as error:
+            if ctx.params.get("debug") or not (isinstance(error, MemoryError) or NO_MEMORY in str(error)):
+                raise
+            click.echo("Error: out of memory; use a smaller model, batch or sequence", err=True)
+            ctx.exit(1)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.version_option(cpcompile.__version__, prog_name="cpcompile")
+@click.option("--debug", is_flag=True, help="Show the traceback of errors.")
+def main(debug: bool) -> None:
+    """Train one model for many contexts; compile each context into its own small, proven engine.
+
+    \b
+    cpcompile demo                                # everything below on text that you already have
+    cpcompile train --data corpus/ --out model.pt
+    cpcompile estimate model.pt                   # memory and size, before the work starts
+    cpcompile build model.pt -o model.cpc
+    cpcompile validate model.cpc --model model.pt
+    cpcompile report before.json model.cpc        # what changed
+    cpcompile check model.cpc --baseline base.json
+    cpcompile export model.cpc english -o english.onnx
+    cpcompile opt any.onnx -o smaller.onnx --check
+    cpcompile compare any.onnx smaller.onnx
+    cpcompile doctor                              # what works here, and what mends the rest
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without Unicode shows a question mark, no traceback

@@ -1,0 +1,52 @@
+"""What a measurement was taken on: processor, cores, GPU, versions."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import cpcompile
+from cpcompile.machine.gpu import gpu_model
+from cpcompile.machine.procfs import first_value
+
+PACKAGES = {
+    "torch": ("torch",),
+    "onnx": ("onnx",),
+    "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
+    "numpy": ("numpy",),
+}
+"""Versions that a report names, and the distributions that provide them."""
+
+
+def available_cores() -> int:
+    """The cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def environment() -> dict[str, Any]:
+    """The machine and the versions, as a report states them. Nothing is imported to find a version."""
+    versions: dict[str, str | None] = {name: _version(distributions) for name, distributions in PACKAGES.items()}
+    return {
+        "cpu": _cpu_model(),
+        "cores": available_cores(),
+        "gpu": gpu_model(),
+        "versions": {"cpcompile": cpcompile.__version__, "python": platform.python_version(), **versions},
+    }
+
+
+def _version(distributions: tuple[str, ...]) -> str | None:
+    for name in distributions:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def _cpu_model() -> str:
+    return first_value(Path("/proc/cpuinfo"), "model name") or platform.processor() or platform.machine()

@@ -1,0 +1,47 @@
+"""The stages of a build, with their time and memory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from cpcompile.core.types import Progress
+from cpcompile.machine.memory import NO_PRIVATE, PrivatePeak, peak_resident_bytes, reset_peak
+from cpcompile.report import BuildResult, BuildStage
+
+
+class Stages:
+    """Names, times and peak memory of the stages of a build."""
+
+    def __init__(self, progress: Progress) -> None:
+        reset_peak()  # a process that has trained before starts from what it holds now
+        self._progress = progress
+        self._stages: list[BuildStage] = []
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        self._progress(name, 0, 1)
+        started = time.perf_counter()
+        with PrivatePeak() as private:
+            yield
+        self._stages.append(
+            BuildStage(
+                name=name,
+                seconds=time.perf_counter() - started,
+                peak_rss_bytes=peak_resident_bytes(),
+                peak_private_bytes=private.bytes,
+            )
+        )
+        self._progress(name, 1, 1)
+
+    def result(self) -> BuildResult:
+        """Of the stages so far."""
+        private = [stage.peak_private_bytes for stage in self._stages if stage.peak_private_bytes is not None]
+        return BuildResult(
+            seconds=sum(stage.seconds for stage in self._stages),
+            peak_rss_bytes=peak_resident_bytes(),
+            peak_private_bytes=max(private, default=None),
+            stages=tuple(self._stages),
+            not_measured={} if private else {"peak_private_bytes": NO_PRIVATE},
+        )

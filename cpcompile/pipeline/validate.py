@@ -1,0 +1,112 @@
+"""`cpcompile validate`: measure a bundle anew."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from cpcompile.bundle.reader import Bundle, open_bundle
+from cpcompile.core.config import ValidateConfig
+from cpcompile.core.errors import UsageError
+from cpcompile.core.types import Progress
+from cpcompile.files.whole_files import file_digest
+from cpcompile.frontend.source import Source, open_source
+from cpcompile.machine.environment import environment
+from cpcompile.report import BuildResult, ContextResult, Report, build_of, make_report, training_summary
+from cpcompile.text.vocabulary import TrimmedVocabulary
+from cpcompile.validation.diagnosis import diagnose
+from cpcompile.validation.expected_graphs import FreshGraphs
+from cpcompile.validation.open_reference import open_reference
+from cpcompile.validation.peers import open_peers
+from cpcompile.validation.validator import VariantResult, validate
+
+PARAMETERS = ("total", "kept", "removed", "removed_by_kind", "removed_experts")
+"""What the report says of the parameters of a context."""
+
+
+def validate_bundle(
+    path: Path,
+    model: Path,
+    *,
+    data: Path | None,
+    config: ValidateConfig,
+    progress: Progress,
+    repro: Path | None = None,
+) -> Report:
+    """`cpcompile validate`: measure the bundle `path` anew; what its build took stands in its report already.
+
+    Minimal repros of what fails parity go to the folder `repro`.
+    """
+    bundle, source = open_with_model(path, model)
+    training = training_of(source)
+    trimmed = trimmed_vocabularies(bundle)
+    reference = open_reference(source, config, data=data, trimmed=trimmed, progress=progress)
+    with open_peers(config, source, reference) as peers:
+        results = validate(bundle, reference, config, peers=peers, progress=progress)
+    graphs = FreshGraphs(source, cache(lambda o: source.capture(opset=o)), {c: own.kept for c, own in trimmed.items()})
+    results = diagnose(bundle, results, reference, graphs, repro, layers=config.layers)
+    return report_of(bundle, source, results, build_of(path), config, training)
+
+
+def open_with_model(path: Path, model: Path) -> tuple[Bundle, Source]:
+    """The bundle `path`, intact, and the model that it was built from; UsageError if it was built from another."""
+    bundle = open_bundle(path)
+    bundle.verify_all()
+    if not model.exists():
+        raise UsageError(f"{model}: there is no such file; --model names the model that {path} was built from")
+    source = open_source(model)
+    if file_digest(model) != bundle.metadata["checkpoint"]:
+        raise UsageError(f"{path}: was not built from {model}; give its own model with --model, or build it again")
+    return bundle, source
+
+
+def trimmed_vocabularies(bundle: Bundle) -> dict[str, TrimmedVocabulary]:
+    """By context, for those that have a vocabulary of their own."""
+    return {
+        context: TrimmedVocabulary(bundle.tokenizer(context).read_text(encoding="utf-8"), ids)
+        for context in bundle.contexts
+        if (ids := bundle.token_ids(context)) is not None
+    }
+
+
+def training_of(source: Source) -> dict[str, Any] | None:
+    """What the training of `source` compared; UsageError if its record is malformed, before the work begins."""
+    if source.training is None:
+        return None
+    try:
+        return training_summary(source.training, source.contexts)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"{source.path}: its training record is malformed ({error}); train it again") from error
+
+
+def report_of(
+    bundle: Bundle,
+    source: Source,
+    results: Sequence[VariantResult],
+    build: BuildResult,
+    config: ValidateConfig,
+    training: Mapping[str, Any] | None,
+) -> Report:
+    """`results` of the engines of `bundle`, and what its build took."""
+    parameters = bundle.metadata["parameters"]
+    return make_report(
+        model={"name": bundle.name, "architecture": source.architecture, "config": dict(source.config)},
+        environment=environment(),
+        build=build,
+        bundle_bytes=bundle.bytes,
+        dense_bytes=source.dense_bytes,
+        shared_weights=bundle.metadata["shared_weights"],
+        contexts=[
+            ContextResult(
+                name=context,
+                parameters={k: parameters[context][k] for k in PARAMETERS},
+                variants=[result for result in results if result.context == context],
+            )
+            for context in bundle.contexts
+        ],
+        selection=source.selection,
+        training=training,
+        max_perplexity_increase=config.max_perplexity_increase if source.has_text else None,
+    )

@@ -1,0 +1,170 @@
+"""Frozen graphs -> weights, tokenizers and engines in a bundle."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from itertools import product
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from cpcompile.bundle.reader import ROUTER, TOKEN_IDS
+from cpcompile.bundle.writer import BundleWriter
+from cpcompile.core.types import Progress
+from cpcompile.exporters.onnxruntime_exporter import MERGED, SINGLE, cuda_variant, export_onnxruntime
+from cpcompile.exporters.tensorrt_exporter import export_tensorrt, variant_name
+from cpcompile.exporters.weights_file import INLINE, Location, write_weights
+from cpcompile.files.whole_files import file_digest
+from cpcompile.frontend.source import Source
+from cpcompile.passes.fold_gates import FoldGates
+from cpcompile.passes.freeze import Frozen
+from cpcompile.passes.infer_shapes import InferShapes
+from cpcompile.passes.legalize_for_tensorrt import LegalizeForTensorRT
+from cpcompile.passes.lower_precision import HALVES, LowerPrecision
+from cpcompile.passes.merge_contexts import merge_contexts
+from cpcompile.passes.share_weights import Run, ShareWeights, plan_runs
+from cpcompile.pipeline.accounting import Accounting
+from cpcompile.targets.requests import CUDA, Added
+from cpcompile.text.vocabulary import TrimmedVocabulary
+
+WEIGHTS_FILE = "weights.bin"
+
+
+def export_engines(
+    writer: BundleWriter,
+    dynamic: ir.Model,
+    frozen: Mapping[str, Frozen],
+    accounts: Mapping[str, Accounting],
+    source: Source,
+    trimmed: Mapping[str, TrimmedVocabulary],
+    *,
+    shared: bool,
+    merged: bool,
+) -> dict[str, Any]:
+    """Write weights, tokenizers and engines; returns what the bundle records of them."""
+    uri: str | None = None
+    locations: Mapping[str, Location] = {}
+    if shared:
+        parameters = next(iter(accounts.values())).total_by_name
+        permutations = {n: order for f in frozen.values() for n, order in f.permutations.items()}
+        plan = plan_runs(
+            {c: {n: kept for n, kept in f.kept.items() if n in parameters} for c, f in frozen.items()},
+            {name: _whole(dynamic, permutations, name).shape for name in parameters},
+        )
+        runs = [run for runs in plan.values() for run in runs]
+        staging = writer.stage("weights")
+        locations = write_weights(
+            staging / WEIGHTS_FILE, ((run.stored_name, partial(_stored, dynamic, permutations, run)) for run in runs)
+        )
+        uri = writer.add_asset(staging)
+        for context in frozen:
+            ShareWeights(context, plan)(frozen[context].model)
+    tokenizers = {}
+    for context in frozen:
+        own = trimmed.get(context)
+        text = own.tokenizer_json if own else source.tokenizer
+        if text is None:
+            continue
+        staging = writer.stage("tokenizer")
+        (staging / "tokenizer.json").write_text(text, encoding="utf-8")
+        if own:
+            np.save(staging / TOKEN_IDS, own.kept)
+        tokenizers[context] = writer.add_asset(staging)
+    weights = writer.asset(uri) / WEIGHTS_FILE if uri else None
+    for context in frozen:
+        folder = writer.folder(context, SINGLE)
+        artifact = export_onnxruntime(frozen[context].model, folder, weights=weights, locations=locations)
+        writer.add_variant(context, artifact, weights=uri)
+    if merged:
+        one = merge_contexts({context: frozen[context].model for context in frozen})
+        folder = writer.folder(ROUTER, MERGED)
+        artifact = export_onnxruntime(one, folder, weights=weights, locations=locations, contexts=tuple(frozen))
+        writer.add_variant(ROUTER, artifact, weights=uri)
+    return {
+        "checkpoint": file_digest(source.path),
+        "tokenizers": tokenizers,
+        "shared_weights": shared,
+        "parameters": {context: _parameters(accounts[context], frozen[context]) for context in frozen},
+    }
+
+
+def export_added(
+    writer: BundleWriter,
+    frozen: Mapping[str, ir.Model],
+    added: Added,
+    sequence: int | None,
+    progress: Progress,
+) -> None:
+    """An engine of every context for every target in every precision; `frozen` stays as it is."""
+    for context, precision, target in product(frozen, added.precisions, added.targets):
+        if target.flavour == CUDA:
+            _export_cuda(writer, context, frozen[context], precision)
+            continue
+        name = variant_name(target, precision)
+        artifact = export_tensorrt(
+            legal_for_plans(frozen[context], precision),
+            writer.folder(context, name),
+            target=target,
+            precision=precision,
+            ranges=added.ranges,
+            sequence=sequence,
+            progress=partial(progress, f"{context} {name}"),
+        )
+        writer.add_variant(context, artifact, weights=None)
+
+
+def _export_cuda(writer: BundleWriter, context: str, frozen: ir.Model, precision: str) -> None:
+    """With weights of its own: those of the other engines are in float32."""
+    model = frozen.clone()
+    for each in (InferShapes(), FoldGates()):
+        each(model)
+    if precision in HALVES:
+        LowerPrecision(precision)(model)
+    staging = writer.stage("weights")
+    tensors = {name: value.const_value for name, value in model.graph.initializers.items()}
+    large = [(name, tensor.numpy) for name, tensor in tensors.items() if tensor is not None and tensor.nbytes > INLINE]
+    locations = write_weights(staging / WEIGHTS_FILE, large)
+    uri = writer.add_asset(staging)
+    folder = writer.folder(context, cuda_variant(precision))
+    weights = writer.asset(uri) / WEIGHTS_FILE
+    artifact = export_onnxruntime(model, folder, weights=weights, locations=locations, cuda_precision=precision)
+    writer.add_variant(context, artifact, weights=uri)
+
+
+def legal_for_plans(frozen: ir.Model, precision: str) -> ir.Model:
+    """A copy that TensorRT takes, in `precision`; tensors are shared, and converted when they are read."""
+    model = frozen.clone()
+    for each in (InferShapes(), FoldGates(), LegalizeForTensorRT()):
+        each(model)
+    if precision in HALVES:
+        LowerPrecision(precision)(model)
+    return model
+
+
+def _stored(dynamic: ir.Model, permutations: Mapping[str, tuple[int, ...]], run: Run) -> npt.NDArray[np.generic]:
+    """The elements of `run` as the engines read them."""
+    return run.cut(_whole(dynamic, permutations, run.name))
+
+
+def _whole(dynamic: ir.Model, permutations: Mapping[str, tuple[int, ...]], name: str) -> npt.NDArray[np.generic]:
+    """The parameter `name` of all contexts, a view with its axes in the order of the engines."""
+    tensor = dynamic.graph.initializers[name].const_value
+    assert tensor is not None
+    array = tensor.numpy()
+    return array.transpose(permutations[name]) if name in permutations else array
+
+
+def _parameters(accounting: Accounting, frozen: Frozen) -> dict[str, Any]:
+    """The accounting as bundle and report state it; `by_name` lists [total, kept] of every parameter."""
+    # A mixture goes by the first parameter of its router.
+    return {
+        "removed_experts": {router.parameters[0]: list(router.removed) for router in frozen.routers if router.removed},
+        "total": accounting.total,
+        "kept": accounting.kept,
+        "removed": accounting.removed,
+        "removed_by_kind": accounting.removed_by_kind,
+        "by_name": {name: [total, accounting.kept_by_name[name]] for name, total in accounting.total_by_name.items()},
+    }
