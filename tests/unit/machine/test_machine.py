@@ -21,7 +21,7 @@ needs_proc = pytest.mark.skipif(sys.platform != "linux", reason="the peak can on
 
 LOADS_96_RUNS_32 = """
 import dataclasses, json
-from cpcompile.measure import measure_memory
+from cpcompile.machine.memory import measure_memory
 
 def touched(mebibytes):
     return bytearray(b"x") * (mebibytes * 2**20)
@@ -46,7 +46,7 @@ def test_a_fresh_process_measures_what_it_allocates() -> None:
 
 MAPS_OR_ALLOCATES = """
 import dataclasses, json, mmap, sys
-from cpcompile.measure import measure_memory
+from cpcompile.machine.memory import measure_memory
 
 def mapped(path):
     with open(path, "rb") as file:
