@@ -6,6 +6,8 @@ in NOT_RUN is only parsed: its options exist, its files need not.
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import importlib
 import os
 import re
@@ -15,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +29,8 @@ from click.testing import CliRunner
 from cpcompile.cli import main
 from cpcompile.cli.settings import load_toml
 from cpcompile.core.config import CheckConfig, TrainConfig, override, preset
+from cpcompile.files.whole_files import file_digest
+from cpcompile.pipeline.estimation import limit
 from cpcompile.targets.requests import parse_targets
 from cpcompile.text.corpus import Corpus
 
@@ -75,54 +80,80 @@ def commands(page: str) -> list[list[str]]:
 
 
 @pytest.fixture(scope="module")
-def workspace(trained: Path, corpus: Corpus, corpus_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def workspace(corpus: Corpus, corpus_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A corpus, a checkpoint and its bundle, and a tiny model that stands for the pretrained one."""
     folder = tmp_path_factory.mktemp("workspace")
     (folder / "corpus").symlink_to(corpus_folder)
-    for name in ("model.pt", "model.dense.pt"):
-        shutil.copy(trained.with_name(name), folder)
+    (folder / "quick.toml").write_text("[train]\nheld_out_tokens = 512\nimportance_sequences = 4\n", encoding="utf-8")
     torch.manual_seed(0)
     shape = {"vocab_size": 512, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64}
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape, num_hidden_layers=2))
     model.save_pretrained(folder / "SmolLM2-135M")
     (folder / "SmolLM2-135M" / "tokenizer.json").write_text(corpus.tokenizer, encoding="utf-8")
+    made = tmp_path_factory.mktemp("made")
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(limit, "measure_libraries", functools.cache(limit.measure_libraries))
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("MADE", str(made))
         patch.chdir(folder)
-        for line in (
-            "cpcompile build model.pt",
-            "cpcompile train --data corpus/ --from-pretrained SmolLM2-135M/ --steps 0 --out smollm2.pt",
-        ):
-            run(shlex.split(line), patch, folder / "cache")
-    return folder
+        run(shlex.split("cpcompile train --data corpus/ --out model.pt"))
+        run(shlex.split("cpcompile build model.pt -o model.cpc"))
+        run(next(words for words in commands("docs/how-to/pretrained-model.md") if "smollm2.pt" in words))
+        yield folder
 
 
-def run(words: list[str], patch: pytest.MonkeyPatch, cache: Path) -> None:
+def run(words: list[str]) -> None:
     """Run a line of a page in the current folder, with less work where it could take long."""
-    patch.setenv("XDG_CACHE_HOME", str(cache))
     if words[0] == "cpcompile":
-        run_cpcompile([*words[1:], *shorter(words)])
+        words = [*words[1:], *shorter(words)]
+        make_once(words) if words[0] in ("train", "build") else run_cpcompile(words)
     elif words[0] == "make":
         require_success([*words, "--dry-run"], ROOT)
     elif words[0] == "pip":
-        require_success(
-            [sys.executable, "-m", *words, "--dry-run", "--no-deps", "--no-build-isolation"], ROOT, PIP_NO_INDEX="1"
-        )
+        require_success([sys.executable, "-m", *words, "--dry-run", "--no-deps", "--no-build-isolation"], ROOT)
     elif words[0] == "pytest":
-        words += ["--cpcompile-no-speed", "--cpcompile-no-memory"]
-        require_success([sys.executable, "-m", *words], Path.cwd(), codes=(0, 1), XDG_CACHE_HOME=str(cache))
+        words = [*words, "--cpcompile-no-speed", "--cpcompile-no-memory"]
+        require_success([sys.executable, "-m", *words], Path.cwd(), codes=(0, 1))
     else:
         raise AssertionError(f"no test knows how to run {words}")
 
 
 def shorter(words: list[str]) -> list[str]:
     """Further options of a command."""
-    given = {"train": ["--preset", "nano", "--steps", "4", "--batch", "1"], "compare": ["--rounds", "2"]}
-    given |= {command: ["--no-speed", "--no-memory"] for command in ("build", "validate")}
-    if "--from-pretrained" in words:
-        return ["--sequence", "32", "--batch", "2", *(["--steps", "2"] if "--steps" not in words else [])]
-    if words[1] == "check":
-        return ["--no-speed", *(["--no-memory"] if not words[2].endswith(".onnx") else [])]
-    return given.get(words[1], [])
+    match words[1]:
+        case "train":
+            steps = ["--steps", "4"] if "--steps" not in words else []
+            shape = ["--sequence", "32"] if "--from-pretrained" in words else ["--preset", "nano"]
+            quick = ["--config", "quick.toml"] if "--config" not in words else []
+            return [*steps, *shape, *quick, "--batch", "2"]
+        case "build" | "validate":
+            return ["--no-speed", "--no-memory", "--no-layers"]
+        case "check":
+            return ["--no-speed", "--no-memory"]
+        case "compare":
+            return ["--rounds", "2"]
+    return []
+
+
+def make_once(words: list[str]) -> None:
+    """Run a command, or bring what the same command has made of the same files before."""
+    given = [file_digest(Path(word)) for word in words if Path(word).is_file()]
+    made = Path(os.environ["MADE"]) / hashlib.sha256(repr((words, given)).encode()).hexdigest()
+    here = Path.cwd()
+    if not made.exists():
+        before = {path: path.stat().st_mtime_ns for path in here.iterdir()}
+        run_cpcompile(words)
+        made.mkdir()
+        new = [path for path in here.iterdir() if before.get(path) != path.stat().st_mtime_ns]
+        source, target = new, made
+    else:
+        source, target = list(made.iterdir()), here
+    for path in source:
+        if path.is_dir():
+            shutil.rmtree(target / path.name, ignore_errors=True)
+            shutil.copytree(path, target / path.name)
+        else:
+            shutil.copy(path, target)
 
 
 def run_cpcompile(words: list[str]) -> None:
@@ -134,10 +165,8 @@ def run_cpcompile(words: list[str]) -> None:
         failed.rename(failed.with_suffix(""))
 
 
-def require_success(words: list[str], folder: Path, codes: tuple[int, ...] = (0,), **environment: str) -> None:
-    done = subprocess.run(
-        words, cwd=folder, capture_output=True, text=True, check=False, env={**os.environ, **environment}
-    )
+def require_success(words: list[str], folder: Path, codes: tuple[int, ...] = (0,)) -> None:
+    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode in codes and "Traceback" not in done.stderr, done.stdout + done.stderr
 
 
@@ -176,7 +205,7 @@ def test_the_blocks_of_a_page_run_one_after_the_other(
                 parse(words)
         elif block.language == "sh":
             for words in block.commands:
-                run(words, monkeypatch, workspace / "cache")
+                run(words)
         elif block.language == "python":
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
