@@ -27,12 +27,15 @@ import torch
 from click.testing import CliRunner
 
 from cpcompile.cli import main
+from cpcompile.cli.console import TrainProgress
 from cpcompile.cli.settings import load_toml
 from cpcompile.core.config import CheckConfig, TrainConfig, override, preset
 from cpcompile.files.whole_files import file_digest
 from cpcompile.pipeline.estimation import limit
 from cpcompile.targets.requests import parse_targets
 from cpcompile.text.corpus import Corpus
+from cpcompile.training.branch import StepReport
+from cpcompile.validation import coherence
 
 transformers = pytest.importorskip("transformers", reason="needs the extra hf: pip install 'cpcompile[hf]'")
 
@@ -42,6 +45,7 @@ GUIDES = ["README.md", *sorted(path.relative_to(ROOT).as_posix() for path in (RO
 LINKED = [*GUIDES, "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"]
 NOT_RUN = ("Needs an NVIDIA GPU", "Takes a while")
 FENCE = re.compile(r'^```(\w+)(?: title="([^"]*)")?\n(.*?)^```$', re.MULTILINE | re.DOTALL)
+QUICK = "[train]\nheld_out_tokens = 512\nimportance_sequences = 4\nsnapshot_seconds = 0.001\n"
 JUDGES = ("build", "validate", "check")
 """Commands that end with a verdict. After a few steps nothing is certain about quality; a verdict of fail is one."""
 WRITES = {
@@ -84,7 +88,7 @@ def workspace(corpus: Corpus, corpus_folder: Path, tmp_path_factory: pytest.Temp
     """A corpus, a checkpoint and its bundle, and a tiny model that stands for the pretrained one."""
     folder = tmp_path_factory.mktemp("workspace")
     (folder / "corpus").symlink_to(corpus_folder)
-    (folder / "quick.toml").write_text("[train]\nheld_out_tokens = 512\nimportance_sequences = 4\n", encoding="utf-8")
+    (folder / "quick.toml").write_text(QUICK, encoding="utf-8")
     torch.manual_seed(0)
     shape = {"vocab_size": 512, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64}
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape, num_hidden_layers=2))
@@ -92,6 +96,8 @@ def workspace(corpus: Corpus, corpus_folder: Path, tmp_path_factory: pytest.Temp
     (folder / "SmolLM2-135M" / "tokenizer.json").write_text(corpus.tokenizer, encoding="utf-8")
     made = tmp_path_factory.mktemp("made")
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(coherence, "PROMPTS", 2)
+        patch.setattr(coherence, "NEW_TOKENS", 2)
         patch.setattr(limit, "measure_libraries", functools.cache(limit.measure_libraries))
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         patch.setenv("MADE", str(made))
@@ -106,6 +112,8 @@ def run(words: list[str]) -> None:
     """Run a line of a page in the current folder, with less work where it could take long."""
     if words[0] == "cpcompile":
         words = [*words[1:], *shorter(words)]
+        if "--resume" in words:
+            interrupt([word for word in words if word != "--resume"])
         make_once(words) if words[0] in ("train", "build") else run_cpcompile(words)
     elif words[0] == "make":
         require_success([*words, "--dry-run"], ROOT)
@@ -137,7 +145,8 @@ def shorter(words: list[str]) -> list[str]:
 
 def make_once(words: list[str]) -> None:
     """Run a command, or bring what the same command has made of the same files before."""
-    given = [file_digest(Path(word)) for word in words if Path(word).is_file()]
+    written = words[words.index("--out") + 1] if "--out" in words else None
+    given = [file_digest(Path(word)) for word in words if word != written and Path(word).is_file()]
     made = Path(os.environ["MADE"]) / hashlib.sha256(repr((words, given)).encode()).hexdigest()
     here = Path.cwd()
     if not made.exists():
@@ -154,6 +163,19 @@ def make_once(words: list[str]) -> None:
             shutil.copytree(path, target / path.name)
         else:
             shutil.copy(path, target)
+
+
+def interrupt(words: list[str]) -> None:
+    """Press Ctrl-C while a training is at work, after it has saved what it did."""
+
+    def progress(_: TrainProgress, report: StepReport) -> None:
+        if report.step > 2:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainProgress, "__call__", progress)
+        result = CliRunner().invoke(main, words)
+    assert result.exit_code == 1 and "--resume" in result.output, result.output
 
 
 def run_cpcompile(words: list[str]) -> None:
