@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from cpcompile.core.json_form import to_json
 from cpcompile.machine.environment import environment
 from cpcompile.validation.speed import SETTLE_SECONDS
 
@@ -62,5 +63,5 @@ def save(name: str, result: Mapping[str, Any]) -> None:
     """Write `results/<name>.json` with the machine noted, and say where."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({"environment": environment(), **result}, indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps({"environment": to_json(environment()), **result}, indent=1) + "\n", encoding="utf-8")
     print(f"wrote {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")

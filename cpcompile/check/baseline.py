@@ -18,7 +18,11 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from cpcompile.core.errors import UsageError
+from cpcompile.core.json_form import to_json
+from cpcompile.core.measured import NotMeasured
 from cpcompile.files.whole_files import read_text, whole_file
+from cpcompile.report.contents import Report
+from cpcompile.report.results import Memory, Parity, Placement, Quality, ShapeSpeed, Speed, ratio_with_bounds
 
 Place: TypeAlias = tuple[str, str]
 Judged: TypeAlias = Literal["pass", "fail", "inconclusive"]
@@ -96,60 +100,87 @@ def criterion_of(name: str) -> str:
     return name.partition("[")[0]
 
 
-def snapshot_of(report: Mapping[str, Any]) -> Snapshot:
-    """What of a report (`cpcompile.report`) is compared."""
-    places = {BUNDLE: Measured(values={"bundle_bytes": Value(value=report["bundle"]["bytes"])})}
-    for context in report["contexts"]:
-        name = context["name"]
-        places[name, ""] = Measured(values={"parameters": Value(value=context["parameters"]["kept"])})
-        for variant in context["variants"]:
-            places[name, variant["name"]] = measured_of(variant)
-    model = report["model"]
+def snapshot_of(report: Report) -> Snapshot:
+    """What of a report is compared."""
+    places = {BUNDLE: Measured(values={"bundle_bytes": Value(value=report.bundle.bytes)})}
+    for context in report.contexts:
+        places[context.name, ""] = Measured(values={"parameters": Value(value=context.parameters.kept)})
+        for variant in context.variants:
+            places[context.name, variant.name] = measured_of(
+                size=NotMeasured(variant.reason or "its size is unknown") if variant.bytes is None else variant.bytes,
+                parity=variant.parity,
+                quality=variant.quality,
+                memory=variant.memory,
+                speed=variant.speed,
+                placement=variant.placement,
+                not_run=variant.reason if variant.status != "ran" else None,
+            )
     return Snapshot(
-        model=model["name"],
-        architecture=model["architecture"],
-        config=model["config"],
-        environment=report["environment"],
+        model=report.model.name,
+        architecture=report.model.architecture,
+        config=report.model.config,
+        environment=to_json(report.environment),
         places=places,
     )
 
 
-def measured_of(variant: Mapping[str, Any]) -> Measured:
-    """What of one engine in a report is compared; parts of it may be missing."""
+def measured_of(
+    *,
+    size: int | NotMeasured | None = None,
+    parity: Parity | None = None,
+    quality: Quality | None = None,
+    memory: Memory | None = None,
+    speed: Speed | None = None,
+    placement: Placement | None = None,
+    not_run: str | None = None,
+) -> Measured:
+    """What of one engine is compared. None: nobody looked at that part; not_run: why the engine was not run."""
     values: dict[str, Value] = {}
     verdicts: dict[str, tuple[Judged, str | None]] = {}
-    missing: dict[str, str] = {}
-    _take(values, missing, variant, bytes="bytes")
-    if variant.get("status", "ran") != "ran":
-        missing.update(dict.fromkeys(JUDGED, variant["reason"]))
-    for name in set(JUDGED) - missing.keys():
-        if (verdict := variant.get(name, {}).get("verdict")) is not None:
-            verdicts[name] = (verdict, variant[name]["reason"])
-        elif name in variant:
-            missing[name] = variant[name]["not_measured"].get("verdict", "it was not judged")
-    parity = variant.get("parity", {})
-    if parity.get("tolerance"):
-        values["parity_error"] = Value(value=parity["max_abs_error_float64"] / parity["tolerance"])
-    elif parity:
-        missing["parity_error"] = parity["reason"] or "every error is allowed"
-    _take(values, missing, variant.get("quality", {}), perplexity="perplexity", accuracy="accuracy")
-    memory = variant.get("memory", {})
-    _take(values, missing, memory, memory="run_peak_rss_bytes", private_memory="run_peak_private_bytes")
-    speed = variant.get("speed", {})
-    for shape in speed.get("shapes") or ():
-        where = f"speed_ratio[{_shape(shape)}]"
-        if shape["ratio"] is None:
-            missing[where] = shape["not_measured"]["ratio"]
+    missing: dict[str, str] = dict.fromkeys(JUDGED, not_run) if not_run else {}
+
+    def take(name: str, value: float | NotMeasured) -> None:
+        if isinstance(value, NotMeasured):
+            missing[name] = value.reason
         else:
-            values[where] = Value(value=shape["ratio"], low=shape["ratio_low"], high=shape["ratio_high"])
-    if speed and not speed["shapes"]:
-        missing["speed_ratio"] = speed["not_measured"]["shapes"]
-    placement = variant.get("placement", {})
-    counts = {name: dict(placement[name]) for name in ("operators", "providers", "precisions") if placement.get(name)}
-    if "operators" in counts:
-        values["nodes"] = Value(value=sum(counts["operators"].values()))
-    elif placement:
-        missing["nodes"] = placement["not_measured"]["operators"]
+            values[name] = Value(value=value)
+
+    if size is not None:
+        take("bytes", size)
+    for name, part in (("parity", parity), ("placement", placement)) if not not_run else ():
+        if part is None:
+            continue
+        if isinstance(part.verdict, NotMeasured):
+            missing[name] = part.verdict.reason
+        else:
+            verdicts[name] = (part.verdict, part.reason)
+    if parity is not None:
+        if parity.tolerance and not isinstance(parity.max_abs_error_float64, NotMeasured):
+            values["parity_error"] = Value(value=parity.max_abs_error_float64 / parity.tolerance)
+        else:
+            missing["parity_error"] = parity.reason or "every error is allowed"
+    if quality is not None:
+        take("perplexity", quality.perplexity)
+        take("accuracy", quality.accuracy)
+    if memory is not None:
+        take("memory", memory.run_peak_rss_bytes)
+        take("private_memory", memory.run_peak_private_bytes)
+    if speed is not None and isinstance(speed.shapes, NotMeasured):
+        missing["speed_ratio"] = speed.shapes.reason
+    elif speed is not None:
+        for shape in speed.timed:
+            where, bounded = f"speed_ratio[{_shape(shape)}]", ratio_with_bounds(shape)
+            if isinstance(bounded, NotMeasured):
+                missing[where] = bounded.reason
+            else:
+                ratio, low, high = bounded
+                values[where] = Value(value=ratio, low=low, high=high)
+    counts: dict[str, Mapping[str, int]] = {}
+    if placement is not None:
+        found = {name: getattr(placement, name) for name in ("operators", "providers", "precisions")}
+        counts = {name: dict(own) for name, own in found.items() if own}
+        operators = placement.operators
+        take("nodes", operators if isinstance(operators, NotMeasured) else sum(operators.values()))
     return Measured(values=values, verdicts=verdicts, counts=counts, not_measured=missing)
 
 
@@ -194,17 +225,8 @@ def require_same_model(baseline: Snapshot, path: Path, *, architecture: str, con
         )
 
 
-def _take(values: dict[str, Value], missing: dict[str, str], node: Mapping[str, Any], **names: str) -> None:
-    """Field of `node` by criterion, into `values` or with its reason into `missing`; not there at all: neither."""
-    for criterion, key in names.items():
-        if (value := node.get(key)) is not None:
-            values[criterion] = Value(value=value)
-        elif key in node:
-            missing[criterion] = node.get("not_measured", {}).get(key) or node.get("reason") or "it is null"
-
-
-def _shape(shape: Mapping[str, Any]) -> str:
-    return f"{shape['batch']}x{shape['sequence']}" if shape["sequence"] else f"batch {shape['batch']}"
+def _shape(shape: ShapeSpeed) -> str:
+    return f"{shape.batch}x{shape.sequence}" if shape.sequence else f"batch {shape.batch}"
 
 
 def _plain(snapshot: Snapshot) -> dict[str, Any]:

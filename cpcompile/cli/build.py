@@ -127,7 +127,7 @@ def build(
             added=added,
         )
     stays = f"; {out} stays as it was" if out.exists() else ""
-    click.echo(f"wrote {bundle}" + (f" (the verdict is fail{stays})" if report["verdict"] == "fail" else ""), err=True)
+    click.echo(f"wrote {bundle}" + (f" (the verdict is fail{stays})" if report.verdict == "fail" else ""), err=True)
     print_report(report, as_json=as_json)
     exit_with(report)
 

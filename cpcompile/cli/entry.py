@@ -19,6 +19,8 @@ from cpcompile.cli.options import FilePath, exit_with, print_report
 from cpcompile.cli.train import run_training, train
 from cpcompile.cli.validate import report, validate
 
+__all__ = ["main"]
+
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")

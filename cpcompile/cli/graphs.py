@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ from cpcompile.cli.options import VERDICT_EXIT_CODES, FilePath, names_in
 from cpcompile.core.config import (
     ValidateConfig,
 )
+from cpcompile.core.json_form import to_json
 
 
 @click.command(context_settings={"show_default": True})
@@ -65,7 +65,6 @@ def opt(
     """
     from cpcompile.cli.console import stage_progress
     from cpcompile.pipeline.optimize import DEFAULT, load_inputs, optimize_file
-    from cpcompile.report import render_optimization
 
     with stage_progress() as stage:
         result = optimize_file(
@@ -77,13 +76,13 @@ def opt(
             dump=dump,
             progress=stage,
         )
-    plain = dataclasses.asdict(result)
     if as_json:
-        click.echo(json.dumps(plain, indent=1))
+        click.echo(json.dumps(to_json(result), indent=1))
     else:
         from cpcompile.cli.console import print_result
+        from cpcompile.cli.graph_tables import render_optimization
 
-        print_result(render_optimization(plain, explain=explain))
+        print_result(render_optimization(result, explain=explain))
     click.echo(f"wrote {out}" if result.bytes_written else f"{out} was not written", err=True)
     sys.exit(VERDICT_EXIT_CODES[result.comparison.verdict if result.comparison is not None else "pass"])
 
@@ -129,14 +128,13 @@ def compare(
             min_speed_ratio=checked.min_speed_ratio,
             progress=stage,
         )
-    plain = dataclasses.asdict(result) | {"verdict": result.verdict}
     if as_json:
-        click.echo(json.dumps(plain, indent=1))
+        click.echo(json.dumps(to_json(result) | {"verdict": result.verdict}, indent=1))
     else:
         from cpcompile.cli.console import print_result
-        from cpcompile.report import render_file_comparison
+        from cpcompile.cli.graph_tables import render_file_comparison
 
-        print_result(render_file_comparison(plain))
+        print_result(render_file_comparison(result))
     sys.exit(VERDICT_EXIT_CODES[result.verdict])
 
 

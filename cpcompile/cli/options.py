@@ -14,6 +14,7 @@ from cpcompile.core.config import (
     ValidateConfig,
 )
 from cpcompile.core.errors import UsageError
+from cpcompile.core.json_form import to_json
 
 if TYPE_CHECKING:
     from cpcompile.pipeline.estimation import Plan
@@ -77,7 +78,7 @@ def names_in(text: str | None) -> tuple[str, ...] | None:
 def print_report(report: Report, *, as_json: bool = False) -> None:
     """Tables, or the content of report.json."""
     if as_json:
-        click.echo(json.dumps(report, indent=1))
+        click.echo(json.dumps(to_json(report), indent=1))
         return
     from cpcompile.cli.console import print_result
     from cpcompile.report import render_report
@@ -87,4 +88,4 @@ def print_report(report: Report, *, as_json: bool = False) -> None:
 
 def exit_with(report: Report) -> None:
     """End with the exit code of the verdict."""
-    sys.exit(VERDICT_EXIT_CODES[report["verdict"]])
+    sys.exit(VERDICT_EXIT_CODES[report.verdict])

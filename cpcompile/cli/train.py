@@ -111,7 +111,7 @@ def run_training(
     from cpcompile.cli.console import TrainProgress, console, print_result, stage_progress
     from cpcompile.frontend.checkpoint import dense_path
     from cpcompile.pipeline.train import train_from_data
-    from cpcompile.report import controls_table, training_summary
+    from cpcompile.report import controls_table, summarize_training
     from cpcompile.training.trainer import planned_steps, work_path
 
     try:
@@ -132,5 +132,5 @@ def run_training(
     except KeyboardInterrupt:
         kept = "; go on with the same command and --resume" if work_path(out).exists() else ""
         raise CpcompileError(f"interrupted{kept}") from None
-    print_result(controls_table(training_summary(checkpoint.training, checkpoint.contexts)))
+    print_result(controls_table(summarize_training(checkpoint.training, checkpoint.contexts)))
     console.print(f"wrote {out} and {dense_path(out)}, its dense baseline")

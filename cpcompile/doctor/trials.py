@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from cpcompile.core.errors import CpcompileError, first_line
+from cpcompile.core.measured import NotMeasured
 
 SECONDS = 20
 """That a trial may take. It takes one or two; a loaded machine may need longer."""
@@ -117,8 +118,8 @@ def nvidia() -> dict[str, Any]:
     from cpcompile.machine.gpu import nvidia_gpus
 
     found = nvidia_gpus()
-    if isinstance(found, str):
-        raise ValueError(found)
+    if isinstance(found, NotMeasured):
+        raise ValueError(found.reason)
     driver, gpus = found
     return {"driver": driver, "gpus": [dataclasses.asdict(gpu) for gpu in gpus]}
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import cpcompile
 from cpcompile.machine.gpu import gpu_model
@@ -21,6 +22,18 @@ PACKAGES = {
 """Versions that a report names, and the distributions that provide them."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Environment:
+    """A machine, and the versions of what matters there."""
+
+    cpu: str
+    cores: int
+    gpu: str | None
+    """The first NVIDIA GPU; None if there is none."""
+    versions: Mapping[str, str | None]
+    """By package; None for one that is not installed."""
+
+
 def available_cores() -> int:
     """The cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
@@ -28,15 +41,15 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
-def environment() -> dict[str, Any]:
-    """The machine and the versions, as a report states them. Nothing is imported to find a version."""
+def environment() -> Environment:
+    """The machine and the versions that are here. Nothing is imported to find a version."""
     versions: dict[str, str | None] = {name: _version(distributions) for name, distributions in PACKAGES.items()}
-    return {
-        "cpu": _cpu_model(),
-        "cores": available_cores(),
-        "gpu": gpu_model(),
-        "versions": {"cpcompile": cpcompile.__version__, "python": platform.python_version(), **versions},
-    }
+    return Environment(
+        cpu=_cpu_model(),
+        cores=available_cores(),
+        gpu=gpu_model(),
+        versions={"cpcompile": cpcompile.__version__, "python": platform.python_version(), **versions},
+    )
 
 
 def _version(distributions: tuple[str, ...]) -> str | None:

@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from cpcompile.core.measured import Measurements, NotMeasured
 from cpcompile.machine.gpu import video_memory
 from cpcompile.machine.procfs import first_bytes, status_bytes
 
@@ -44,7 +45,7 @@ GROUP, GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProcessMemory:
+class ProcessMemory(Measurements):
     """Resident bytes of one process, and what its start took."""
 
     base_rss_bytes: int
@@ -52,15 +53,15 @@ class ProcessMemory:
     load_peak_rss_bytes: int
     run_peak_rss_bytes: int
     """While running. Where the peak cannot be reset (no /proc/self/clear_refs) it contains that of loading."""
-    base_private_bytes: int | None = None
-    """Before anything is loaded. None where the system does not tell (NO_PRIVATE)."""
-    load_peak_private_bytes: int | None = None
-    """Of samples."""
-    run_peak_private_bytes: int | None = None
-    vram_bytes: int | None = None
-    """On the GPUs, after running. None where it cannot be told (`video_memory` says why)."""
-    load_ms: float | None = None
-    first_run_ms: float | None = None
+    base_private_bytes: int | NotMeasured
+    """Before anything is loaded."""
+    load_peak_private_bytes: int | NotMeasured
+    """The largest of samples."""
+    run_peak_private_bytes: int | NotMeasured
+    vram_bytes: int | NotMeasured
+    """Memory on the GPUs after running."""
+    load_ms: float
+    first_run_ms: float
     """Its files are in the page cache; libraries are imported before."""
 
 
@@ -153,18 +154,21 @@ def measure_memory(load: Callable[[], T], run: Callable[[T], object], *, runs: i
         first_run_seconds = time.perf_counter() - started
         for _ in range(runs - 1):
             run(loaded)
-    video = video_memory()
     return ProcessMemory(
         base_rss_bytes=base,
         load_peak_rss_bytes=load_peak,
         run_peak_rss_bytes=peak_resident_bytes(),
-        base_private_bytes=base_private,
-        load_peak_private_bytes=load_private.bytes,
-        run_peak_private_bytes=run_private.bytes,
-        vram_bytes=video if isinstance(video, int) else None,
+        base_private_bytes=_private(base_private),
+        load_peak_private_bytes=_private(load_private.bytes),
+        run_peak_private_bytes=_private(run_private.bytes),
+        vram_bytes=video_memory(),
         load_ms=1e3 * load_seconds,
         first_run_ms=1e3 * first_run_seconds,
     )
+
+
+def _private(size: int | None) -> int | NotMeasured:
+    return NotMeasured(NO_PRIVATE) if size is None else size
 
 
 def available_memory() -> int | None:

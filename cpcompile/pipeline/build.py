@@ -97,7 +97,7 @@ def build_bundle(
         results = diagnose(bundle, results, reference, graphs, repro, layers=config.layers)
         report = report_of(bundle, source, results, build, config, training)
         write_report(report, writer.root)
-        return report, writer.commit(failed=report["verdict"] == "fail")
+        return report, writer.commit(failed=report.verdict == "fail")
 
 
 def require_compatible(contexts: Sequence[str], *, standalone: bool, merged: bool, coverage: float | None) -> None:

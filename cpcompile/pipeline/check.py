@@ -28,17 +28,19 @@ from cpcompile.check.baseline import (
 )
 from cpcompile.check.criteria import NEEDS_MODEL, Check, differences, doubtful, judge
 from cpcompile.core.config import CheckConfig, ValidateConfig
+from cpcompile.core.json_form import to_json
 from cpcompile.core.types import Progress
 from cpcompile.files.onnx_file import Size
 from cpcompile.machine.environment import environment
 from cpcompile.machine.noise import watch_machine
 from cpcompile.pipeline.compare import NO_SPEED, FileComparison, compare_models, time_models
 from cpcompile.pipeline.validate import open_with_model, report_of, training_of, trimmed_vocabularies
-from cpcompile.report import build_of
+from cpcompile.report import read_build
+from cpcompile.report.results import Placement, ratio_with_bounds
 from cpcompile.runtime.engine import create_session, session_options
 from cpcompile.validation.open_reference import open_reference
 from cpcompile.validation.output_comparison import random_inputs
-from cpcompile.validation.placement import Placement, measure_placement
+from cpcompile.validation.placement import measure_placement
 from cpcompile.validation.validator import measure_again, validate
 
 
@@ -77,7 +79,7 @@ def check_bundle(
     reference = open_reference(source, settings, data=data, trimmed=trimmed_vocabularies(bundle), progress=progress)
     with watch_machine() as machine:
         results = validate(bundle, reference, settings, progress=progress)
-    now = snapshot_of(report_of(bundle, source, results, build_of(path), settings, training_of(source)))
+    now = snapshot_of(report_of(bundle, source, results, read_build(path), settings, training_of(source)))
     check = _judged(path, baseline, before, now, config, waived)
     if before is None and speed and machine.disturbance:
         note = f"speed was measured while {machine.disturbance}; write the baseline again on a quiet machine"
@@ -90,8 +92,7 @@ def check_bundle(
                 settings, rounds=rounds, speed="speed_ratio" in missed, memory=missed != {"speed_ratio"}
             )
             timed, peaks, disturbance = measure_again(bundle, bundle.variant(context, variant), reference, only)
-            parts = {"speed": dataclasses.asdict(timed), "memory": dataclasses.asdict(peaks)}
-            now = now.again((context, variant), measured_of(parts), disturbance)
+            now = now.again((context, variant), measured_of(speed=timed, memory=peaks), disturbance)
         check = _judged(path, baseline, before, now, config, waived)
     return now, check
 
@@ -119,7 +120,7 @@ def check_file(
             again = dataclasses.replace(found, speed=time_models(baseline, candidate, (), rounds))
         before, now = _file_snapshots(again, machine.disturbance)
         outcomes = judge(before, now, config, waived=waived)
-    return Check(subject=str(candidate), baseline=str(baseline), environment=environment(), outcomes=outcomes)
+    return Check(subject=str(candidate), baseline=str(baseline), environment=to_json(environment()), outcomes=outcomes)
 
 
 def _judged(
@@ -142,15 +143,14 @@ def _without_model(bundle: Bundle, reason: str, before: Snapshot | None) -> Snap
         kept = bundle.metadata["parameters"][context]["kept"]
         places[context, ""] = Measured(values={"parameters": Value(value=kept)})
         for variant in bundle.variants(context):
-            placement = dataclasses.asdict(_placement_on_random_inputs(variant))
-            measured = measured_of({"bytes": variant.bytes, "placement": placement})
+            measured = measured_of(size=variant.bytes, placement=_placement_on_random_inputs(variant))
             not_measured = {**missing, **measured.not_measured}
             places[context, variant.name] = dataclasses.replace(measured, not_measured=not_measured)
     return Snapshot(
         model=before.model if before else bundle.name,
         architecture=before.architecture if before else UNKNOWN,
         config=before.config if before else {},
-        environment=environment(),
+        environment=to_json(environment()),
         places=places,
     )
 
@@ -160,19 +160,18 @@ def _placement_on_random_inputs(variant: Variant) -> Placement:
         feeds = next(random_inputs(create_session(variant, session_options(variant))))
         return measure_placement(variant, {name: array for name, array in feeds.items() if name not in variant.feeds})
     except StopIteration:
-        return Placement.not_run("inputs of its types cannot be drawn")
+        return Placement.without("inputs of its types cannot be drawn")
     except Exception as error:  # onnxruntime has no common error class
-        return Placement.not_run(f"the engine refuses random inputs: {error}")
+        return Placement.without(f"the engine refuses random inputs: {error}")
 
 
 def _file_snapshots(found: FileComparison, disturbance: str | None) -> tuple[Snapshot, Snapshot]:
     """The original and the candidate as a check compares them."""
     now = {}
-    for shape in found.speed.shapes or ():
-        if shape.ratio is not None:
-            now["speed_ratio"] = Value(
-                value=shape.ratio, low=shape.ratio_low, high=shape.ratio_high, disturbance=disturbance
-            )
+    for shape in found.speed.timed:
+        if bounded := ratio_with_bounds(shape):
+            ratio, low, high = bounded
+            now["speed_ratio"] = Value(value=ratio, low=low, high=high, disturbance=disturbance)
     reason = found.speed.not_measured.get("shapes", NO_SPEED)
     return (
         _file_snapshot(found.original, {"speed_ratio": Value(value=1.0)}, ("pass", None), reason),

@@ -15,10 +15,11 @@ from pathlib import Path
 from cpcompile.core.types import Feeds, Progress
 from cpcompile.files.onnx_file import Size, load_onnx, size_of
 from cpcompile.machine.environment import available_cores
+from cpcompile.report.results import Speed
 from cpcompile.validation.output_comparison import Comparison, compare_files, given_or_random
 from cpcompile.validation.reference import Timed
 from cpcompile.validation.runners import onnx_runner
-from cpcompile.validation.speed import Speed, measure_speed
+from cpcompile.validation.speed import measure_speed
 
 NO_SPEED = "speed measurements were switched off"
 NOT_THE_SAME = "the candidate does not compute the same"
@@ -55,9 +56,9 @@ def compare_models(
     progress("compare", 0, None)
     outputs = compare_files(original, candidate, inputs=inputs)
     if outputs.verdict != "pass":
-        speed = Speed.not_run(outputs.reason or NOT_THE_SAME)
+        speed = Speed.without(outputs.reason or NOT_THE_SAME)
     elif rounds is None:
-        speed = Speed.not_run(NO_SPEED)
+        speed = Speed.without(NO_SPEED)
     else:
         progress("time", 0, None)
         speed = time_models(original, candidate, inputs, rounds, min_speed_ratio)

@@ -18,7 +18,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cpcompile.report.contents import NOISE
+from cpcompile.core.json_form import to_json
+from cpcompile.report.contents import Report
+from cpcompile.report.training_summary import NOISE
 
 EXACT = ("parameters", "placement", "bundle")
 """Parts of a report whose numbers have no noise."""
@@ -89,9 +91,9 @@ class Difference:
         return f"{count or 'No'} number{'s exceed' if count > 1 else ' exceeds'} the measured noise."
 
 
-def compare_reports(before: Mapping[str, Any], after: Mapping[str, Any], names: tuple[str, str]) -> Difference:
+def compare_reports(before: Report, after: Report, names: tuple[str, str]) -> Difference:
     """Every number of `before` and `after`; names: what to call the two."""
-    olds, news = _parts(before), _parts(after)
+    olds, news = _parts(to_json(before)), _parts(to_json(after))
     appeared = [name for name in news if name not in olds]
     disappeared = [name for name in olds if name not in news]
     parts = []
@@ -116,8 +118,8 @@ def compare_reports(before: Mapping[str, Any], after: Mapping[str, Any], names: 
         parts.append(Part(name=name, verdicts=verdicts, changes=tuple(changes), equal=equal))
     return Difference(
         names=names,
-        verdicts=(before["verdict"], after["verdict"]),
-        reasons=(tuple(before["reasons"]), tuple(after["reasons"])),
+        verdicts=(before.verdict, after.verdict),
+        reasons=(before.reasons, after.reasons),
         appeared=tuple(appeared),
         disappeared=tuple(disappeared),
         parts=tuple(parts),

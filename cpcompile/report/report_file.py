@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from cpcompile.core.errors import UsageError
+from cpcompile.core.json_form import from_json, to_json
 from cpcompile.files.whole_files import read_text, whole_file
-from cpcompile.report.contents import SCHEMA, SCHEMA_VERSION, Report
+from cpcompile.report.contents import SCHEMA, SCHEMA_VERSION, BuildResult, Report
 from cpcompile.report.page import render_page
 
 LARGEST = 2.0**63
@@ -18,7 +19,7 @@ LARGEST = 2.0**63
 
 def write_report(report: Report, folder: Path) -> Path:
     """Write `folder`/report.json and report.html beside it, each in one step: a reader sees the old or the new one."""
-    text, page = json.dumps(report, indent=1, allow_nan=False) + "\n", render_page(report)
+    text, page = json.dumps(to_json(report), indent=1, allow_nan=False) + "\n", render_page(report)
     write_text(folder / "report.html", page)
     return write_text(folder / "report.json", text)
 
@@ -54,7 +55,15 @@ def read_report(path: Path) -> Report:
         raise UsageError(
             f"{file}: does not follow the schema of reports: {wrong}; write it again with `cpcompile validate`"
         )
-    return content
+    return from_json(Report, content)
+
+
+def read_build(folder: Path) -> BuildResult:
+    """What the report in the bundle `folder` says of its build, if there is one to be read."""
+    try:
+        return from_json(BuildResult, json.loads(read_text(folder / "report.json"))["build"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+        return BuildResult.without("the bundle was validated, and has no report of its build")
 
 
 def _misfit(report: Mapping[str, Any]) -> str | None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from cpcompile.core.measured import NotMeasured
 from cpcompile.core.types import Array
 
 RATIOS = ("max_relative_error", "cosine", "sqnr_db", "psnr_db")
@@ -59,17 +60,13 @@ class Difference:
             self.product += float(y @ e)
             self.power += float(y @ y)
 
-    def ratios(self) -> dict[str, float | None]:
-        """RATIOS; None is what does not exist: all of an output that is zero, decibels of one without noise."""
+    def ratios(self) -> dict[str, float | NotMeasured]:
+        """RATIOS. Not all exist: an output that is zero everywhere has none, one without noise has no decibels."""
+        none = NotMeasured(EQUAL if self.largest else ALL_ZERO)
         peak, norm = self.elements * self.largest**2, math.sqrt(self.signal * self.power)
         return {
-            "max_relative_error": self.max_abs / self.largest if self.largest else None,
-            "cosine": min(1.0, max(-1.0, self.product / norm)) if norm else None,
-            "sqnr_db": 10 * math.log10(self.signal / self.noise) if self.noise and self.signal else None,
-            "psnr_db": 10 * math.log10(peak / self.noise) if self.noise and peak else None,
+            "max_relative_error": self.max_abs / self.largest if self.largest else none,
+            "cosine": min(1.0, max(-1.0, self.product / norm)) if norm else none,
+            "sqnr_db": 10 * math.log10(self.signal / self.noise) if self.noise and self.signal else none,
+            "psnr_db": 10 * math.log10(peak / self.noise) if self.noise and peak else none,
         }
-
-    def missing(self) -> dict[str, str]:
-        """Why some of the ratios do not exist."""
-        reason = EQUAL if self.largest else ALL_ZERO
-        return {name: reason for name, value in self.ratios().items() if value is None}

@@ -28,6 +28,7 @@ import onnx_ir as ir
 from cpcompile.bundle.reader import Variant
 from cpcompile.core.errors import CpcompileError, UsageError
 from cpcompile.files.onnx_file import module_of
+from cpcompile.report.results import LayerError
 from cpcompile.validation.fragment import Fragment, Values
 from cpcompile.validation.lockstep import Pair, run_in_lockstep
 from cpcompile.validation.output_comparison import OutputComparison, compare_arrays
@@ -80,18 +81,6 @@ class Divergence:
             among = f" (one of {', '.join(self.candidates)})"
         reason = self.reason.replace("it ", f"{self.value} ", 1)
         return f"the first node that differs is {self.operator} {self.node}{where}{among}: {reason}"
-
-
-@dataclass(frozen=True)
-class LayerError:
-    """The last value that leaves a module: accumulated error of the engine, and largest value of the reference."""
-
-    module: str
-    """Empty: the whole model."""
-    value: str
-    max_abs_error: float | None
-    """None if it is not finite or has another shape."""
-    largest: float
 
 
 def engine_graph(variant: Variant) -> ir.Model:

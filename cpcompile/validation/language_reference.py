@@ -19,23 +19,17 @@ import torch
 from torch import nn
 
 from cpcompile.core.config import ValidateConfig
+from cpcompile.core.measured import NotMeasured
 from cpcompile.core.selection import UnitKind
 from cpcompile.core.types import Feeds
 from cpcompile.frontend.checkpoint import Checkpoint, load_checkpoint
 from cpcompile.machine.memory import ProcessMemory, release_memory
 from cpcompile.models.language_model import LanguageModel
+from cpcompile.report.results import Quality
 from cpcompile.text.vocabulary import TrimmedVocabulary, reencode
 from cpcompile.validation.coherence import measure_coherence
 from cpcompile.validation.memory import measure_eager
-from cpcompile.validation.quality import (
-    SHORT_TEXT,
-    IntArray,
-    Quality,
-    Score,
-    compare_quality,
-    cut_windows,
-    measure_score,
-)
+from cpcompile.validation.quality import SHORT_TEXT, IntArray, Score, compare_quality, cut_windows, measure_score
 from cpcompile.validation.reference import Outputs, Run, Timed
 
 INPUT, OUTPUT = "input_ids", "logits"
@@ -82,8 +76,8 @@ class LanguageReference:
         self._config = config
         self._sequence = sequence
         self._held_out = {c: np.asarray(held_out.get(c, ()), dtype=np.int64) for c in self.contexts}
-        self._dense_scores: dict[str, Score | str] = {}
-        self._dense_memory: ProcessMemory | str | None = None
+        self._dense_scores: dict[str, Score | NotMeasured] = {}
+        self._dense_memory: ProcessMemory | NotMeasured | None = None
         self._texts = {
             context: self._text(context, checkpoint.tokenizer, (trimmed or {}).get(context))
             for context in self.contexts
@@ -98,19 +92,27 @@ class LanguageReference:
         release_memory()
         return self._run(_in_float64(self._single), context)
 
-    def dense(self, context: str) -> Run | str:
+    def dense(self, context: str) -> Run | NotMeasured:
         """It gives all logits, as whoever runs it would get: choosing from them is not its cost."""
-        return self.as_engine(context, eager_run(self._dense_model), all_logits=True) if self._dense else NO_DENSE
+        return (
+            self.as_engine(context, eager_run(self._dense_model), all_logits=True)
+            if self._dense
+            else NotMeasured(NO_DENSE)
+        )
 
-    def compiled(self, context: str) -> Run | str:
-        return self.as_engine(context, eager_run(self._compiled), all_logits=True) if self._dense else NO_DENSE
+    def compiled(self, context: str) -> Run | NotMeasured:
+        return (
+            self.as_engine(context, eager_run(self._compiled), all_logits=True)
+            if self._dense
+            else NotMeasured(NO_DENSE)
+        )
 
     def as_engine(self, context: str, run: Run, *, all_logits: bool = False) -> Run:
         return _of_tokens(run, self._texts[context].token_ids, all_logits=all_logits)
 
-    def dense_memory(self, context: str, *, threads: int) -> ProcessMemory | str:
+    def dense_memory(self, context: str, *, threads: int) -> ProcessMemory | NotMeasured:
         if self._dense is None:
-            return NO_DENSE
+            return NotMeasured(NO_DENSE)
         if self._dense_memory is None:  # the same for all contexts
             feeds = {INPUT: np.zeros(self._config.speed_shapes[0], dtype=np.int64)}
             self._dense_memory = measure_eager(self._dense, feeds, threads=threads)
@@ -128,9 +130,9 @@ class LanguageReference:
         ids = ids if len(ids) else np.zeros(1, dtype=np.int64)
         return [Timed(*shape, {INPUT: np.resize(ids, shape)}) for shape in self._config.speed_shapes]
 
-    def quality(self, context: str, engine: Run | str) -> Quality:
+    def quality(self, context: str, engine: Run | NotMeasured) -> Quality:
         text = self._texts[context]
-        if isinstance(engine, str):
+        if isinstance(engine, NotMeasured):
             return compare_quality(engine, self._dense_score(context))
         return compare_quality(self._score(engine, text), self._dense_score(context))
 
@@ -155,27 +157,27 @@ class LanguageReference:
         ratio = (len(own) - 1) / (len(ids) - 1) if len(ids) > 1 else 1.0
         return _Text(own, cut_windows(own, self._sequence), trimmed.kept, ratio)
 
-    def _dense_score(self, context: str) -> Score | str:
+    def _dense_score(self, context: str) -> Score | NotMeasured:
         if self._dense is None:
-            return NO_DENSE
+            return NotMeasured(NO_DENSE)
         if context not in self._dense_scores:
             ids = self._held_out[context]
             text = _Text(ids, cut_windows(ids, self._sequence))
             self._dense_scores[context] = self._score(eager_run(self._dense_model), text)
         return self._dense_scores[context]
 
-    def _score(self, run: Run, text: _Text) -> Score | str:
+    def _score(self, run: Run, text: _Text) -> Score | NotMeasured:
         if not len(text.windows):
-            return NO_TEXT
+            return NotMeasured(NO_TEXT)
         logits_of = _logits_of(run)
         score = measure_score(logits_of, text.windows, ratio=text.ratio)
         if not self._config.coherence:
             return score
         if self._dense is None:
-            return replace(score, coherence=NO_DENSE)
+            return replace(score, coherence=NotMeasured(NO_DENSE))
         table = self._embeddings if text.token_ids is None else self._embeddings[text.token_ids]
         coherence = measure_coherence(logits_of, text.ids, table)
-        return replace(score, coherence=SHORT_TEXT if coherence is None else coherence)
+        return replace(score, coherence=NotMeasured(SHORT_TEXT) if coherence is None else coherence)
 
     @property
     def _embeddings(self) -> npt.NDArray[Any]:

@@ -17,6 +17,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 
+from cpcompile.core.measured import NotMeasured
 from cpcompile.core.types import Array, Feeds
 from cpcompile.validation.difference import Difference
 
@@ -36,7 +37,7 @@ class OutputComparison:
     tolerance: float | None
     reason: str | None
     """Why it is not equal."""
-    ratios: Mapping[str, float | None] = field(default_factory=dict)
+    ratios: Mapping[str, float | NotMeasured] = field(default_factory=dict)
     """How far it is from the original over all runs, see `difference`; empty where that makes no sense."""
 
 

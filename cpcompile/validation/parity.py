@@ -20,12 +20,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any
 
 import numpy as np
 
+from cpcompile.core.measured import NotMeasured
 from cpcompile.core.types import Array, Feeds
-from cpcompile.validation.difference import PIECE, RATIOS, Difference, pieces
+from cpcompile.report.results import Parity, Verdict
+from cpcompile.validation.difference import PIECE, Difference, pieces
 from cpcompile.validation.quality import log_softmax
 from cpcompile.validation.reference import Outputs, Run
 
@@ -33,58 +35,6 @@ FLOAT32_ROUNDING = float(np.finfo(np.float32).eps)
 COARSER: Mapping[str, int] = {"fp16": 2**13, "bf16": 2**16}
 """How many times as coarsely as float32 a precision rounds: 11 and 8 bits of significand instead of 24."""
 NO_LOGITS = "the model gives no logits"
-LOGIT_NUMBERS = ("mean_kl", "top1_agreement", "top5_agreement", "tokens")
-NUMBERS = (
-    "max_abs_error",
-    "max_abs_error_float64",
-    "eager_float32_error",
-    *RATIOS,
-    *LOGIT_NUMBERS,
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Parity:
-    """The compiler's correctness for one engine; true if it passes."""
-
-    verdict: Literal["pass", "fail", "inconclusive"]
-    reason: str | None = None
-    """Why it is not a pass."""
-    tolerance: float | None = None
-    tolerance_source: str | None = None
-    max_abs_error: float | None = None
-    """Engine against the masked eager model in float32."""
-    max_abs_error_float64: float | None = None
-    """Engine against the masked eager model in float64: what `tolerance` is compared with."""
-    eager_float32_error: float | None = None
-    """The eager model in float32 against itself in float64."""
-    max_relative_error: float | None = None
-    """`max_abs_error_float64` as a part of the largest value."""
-    cosine: float | None = None
-    """Of engine and float64."""
-    sqnr_db: float | None = None
-    """Signal to quantization noise: mean square of float64 to mean square error of the engine."""
-    psnr_db: float | None = None
-    """The same with the square of the largest value in place of the mean square."""
-    mean_kl: float | None = None
-    """Mean over the positions of KL(eager || engine) in nats."""
-    top1_agreement: float | None = None
-    """Fraction of positions where engine and eager model name the same token."""
-    top5_agreement: float | None = None
-    """Fraction of positions where the eager model's token is among the engine's five likeliest."""
-    tokens: int | None = None
-    """Positions compared."""
-    not_measured: Mapping[str, str] = field(default_factory=dict)
-    """Field -> why it is null."""
-
-    def __bool__(self) -> bool:
-        return self.verdict == "pass"
-
-    @classmethod
-    def without_numbers(cls, verdict: Literal["fail", "inconclusive"], reason: str) -> Parity:
-        """A verdict that was reached before there was anything to compare."""
-        fields = (*NUMBERS, "tolerance", "tolerance_source")
-        return cls(verdict=verdict, reason=reason, not_measured=dict.fromkeys(fields, reason))
 
 
 @dataclass
@@ -131,6 +81,16 @@ class _Agreement:
             self.among_five += int((likelier < 5).sum())
             self.positions += len(right)
 
+    def numbers(self) -> dict[str, Any]:
+        """The fields of `Parity` that speak of logits."""
+        names = ("mean_kl", "top1_agreement", "top5_agreement")
+        if not self.positions:
+            return dict.fromkeys((*names, "tokens"), NotMeasured(NO_LOGITS))
+        sums = (self.divergence, self.first, self.among_five)
+        return {name: each / self.positions for name, each in zip(names, sums, strict=True)} | {
+            "tokens": self.positions
+        }
+
 
 def check_parity(
     engine: Run,
@@ -156,10 +116,10 @@ def check_parity(
         try:
             actual = engine(feeds)
         except Exception as error:  # engines raise classes of their own, without a common base
-            return Parity.without_numbers("fail", f"{_at(feeds)}: the engine raised {type(error).__name__}: {error}")
+            return _no_numbers("fail", f"{_at(feeds)}: the engine raised {type(error).__name__}: {error}")
         fault = _fault(actual, expected)
         if fault:
-            return Parity.without_numbers("fail", f"{_at(feeds)}: {fault}")
+            return _no_numbers("fail", f"{_at(feeds)}: {fault}")
         for name in expected:
             if expected[name].dtype.kind == "f":
                 errors.setdefault(name, _Errors()).add(expected[name], exact[name], actual[name])
@@ -167,7 +127,7 @@ def check_parity(
             agreement.add(expected[logits], actual[logits])
         del expected, exact, actual  # before the next ones are there
     if not errors:
-        return Parity.without_numbers("inconclusive", missing)
+        return _no_numbers("inconclusive", missing)
     name, worst = max(errors.items(), key=lambda item: item[1].engine.max_abs / (item[1].noise or 1.0))
     coarser = COARSER.get(precision, 1)
     tolerance = multiple * coarser * worst.noise
@@ -176,6 +136,7 @@ def check_parity(
     within = farthest <= tolerance
     where = f" in {name}" if len(errors) > 1 else ""
     positions = agreement.positions
+    ratios: dict[str, Any] = {**worst.engine.ratios()}
     return Parity(
         verdict="pass" if within else "fail",
         reason=None if within else f"engine error {farthest:.3g}{where} exceeds the tolerance {tolerance:.3g}",
@@ -187,13 +148,14 @@ def check_parity(
         max_abs_error=worst.difference,
         max_abs_error_float64=farthest,
         eager_float32_error=worst.eager,
-        **worst.engine.ratios(),
-        mean_kl=agreement.divergence / positions if positions else None,
-        top1_agreement=agreement.first / positions if positions else None,
-        top5_agreement=agreement.among_five / positions if positions else None,
-        tokens=positions or None,
-        not_measured=worst.engine.missing() | ({} if positions else dict.fromkeys(LOGIT_NUMBERS, NO_LOGITS)),
+        **ratios,
+        **agreement.numbers(),
     )
+
+
+def _no_numbers(verdict: Verdict, reason: str) -> Parity:
+    """A verdict that was reached before there was anything to compare."""
+    return Parity.without(reason, verdict=verdict, reason=reason)
 
 
 def _fault(actual: Outputs, expected: Outputs) -> str | None:

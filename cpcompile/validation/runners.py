@@ -24,6 +24,7 @@ import onnxruntime as ort
 
 from cpcompile.bundle.reader import Variant
 from cpcompile.core.errors import CpcompileError
+from cpcompile.core.measured import NotMeasured
 from cpcompile.core.types import Feeds
 from cpcompile.runtime.engine import DOCTOR, Engine, create_session, session_options
 from cpcompile.runtime.plan import load_plan
@@ -109,14 +110,14 @@ def openvino_runner(name: str, path: Path, *, threads: int, computes: Computes) 
     return Runner(name, computes, load)
 
 
-def callable_runner(name: str, computes: Computes, make: Callable[[], Run | str]) -> Runner:
+def callable_runner(name: str, computes: Computes, make: Callable[[], Run | NotMeasured]) -> Runner:
     """What `make` gives, or CpcompileError with the reason that it gives instead."""
 
     @contextmanager
     def load() -> Iterator[Run]:
         run = make()
-        if isinstance(run, str):
-            raise CpcompileError(run)
+        if isinstance(run, NotMeasured):
+            raise CpcompileError(run.reason)
         yield run
 
     return Runner(name, computes, load)

@@ -15,6 +15,7 @@ import numpy as np
 
 from cpcompile.core.config import ModelConfig, ValidateConfig
 from cpcompile.core.errors import CpcompileError, UsageError
+from cpcompile.core.measured import NotMeasured
 from cpcompile.core.selection import Selection, UnitKind
 from cpcompile.frontend.checkpoint import Checkpoint, dense_path, save_checkpoint
 from cpcompile.machine.memory import peak_resident_bytes
@@ -57,16 +58,19 @@ def measure_libraries(model_type: str | None) -> Libraries:
             progress=lambda _stage, _done, _total: None,
         )
     validation = peak_resident_bytes()
-    memory = report["contexts"][0]["variants"][0]["memory"]
-    for key in ("run_peak_rss_bytes", "eager_run_peak_rss_bytes"):
-        if memory[key] is None:
-            raise CpcompileError(f"what the libraries take cannot be measured here: {memory['not_measured'][key]}")
+    memory = report.contexts[0].variants[0].memory
     return Libraries(
-        build=report["build"]["peak_rss_bytes"],
+        build=_known(report.build.peak_rss_bytes),
         validation=validation,
-        engine=memory["run_peak_rss_bytes"],
-        eager=memory["eager_run_peak_rss_bytes"],
+        engine=_known(memory.run_peak_rss_bytes),
+        eager=_known(memory.eager_run_peak_rss_bytes),
     )
+
+
+def _known(size: int | NotMeasured) -> int:
+    if isinstance(size, NotMeasured):
+        raise CpcompileError(f"what the libraries take cannot be measured here: {size}")
+    return size
 
 
 def _write_smallest(path: Path) -> None:

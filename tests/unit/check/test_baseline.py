@@ -24,7 +24,7 @@ from cpcompile.check.baseline import (
 )
 from cpcompile.core.errors import UsageError
 from tests.unit.check.snapshots import snapshot
-from tests.unit.report.reports import report, variant
+from tests.unit.report.reports import as_report, report, variant
 
 
 def test_a_baseline_is_read_as_it_was_written(tmp_path: Path) -> None:
@@ -35,7 +35,7 @@ def test_a_baseline_is_read_as_it_was_written(tmp_path: Path) -> None:
 
 
 def test_a_report_is_taken_whole(tmp_path: Path) -> None:
-    found = snapshot_of(report(variant("de"), variant("en")))
+    found = snapshot_of(as_report(report(variant("de"), variant("en"))))
     engine = found.places["de", "cpu-fp32"]
     assert found.contexts == ("de", "en") and ("de", "cpu-fp32") in found.engines
     assert {"bytes", "parity_error", "perplexity", "accuracy"} <= engine.values.keys()

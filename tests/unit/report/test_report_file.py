@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,29 +10,29 @@ import pytest
 
 from cpcompile.core.errors import CpcompileError, UsageError
 from cpcompile.report import read_report, write_report
-from tests.unit.report.reports import complete, report, skipped
+from tests.unit.report.reports import as_report, complete, report, skipped
 
 
 def test_the_report_survives_its_file(tmp_path: Path) -> None:
-    path = write_report(complete(), tmp_path)
+    path = write_report(as_report(complete()), tmp_path)
     assert path == tmp_path / "report.json"
-    assert read_report(path) == read_report(tmp_path) == complete()
-    write_report(report(skipped()), tmp_path)
-    assert read_report(path)["verdict"] == "inconclusive"
+    assert read_report(path) == read_report(tmp_path) == as_report(complete())
+    write_report(as_report(report(skipped())), tmp_path)
+    assert read_report(path).verdict == "inconclusive"
     assert ">Inconclusive</strong>" in (tmp_path / "report.html").read_text(encoding="utf-8")
     assert {p.name for p in tmp_path.iterdir()} == {"report.json", "report.html"}
 
 
 def test_a_report_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:
-    path = write_report(complete(), tmp_path)
+    path = write_report(as_report(complete()), tmp_path)
     page = (tmp_path / "report.html").read_bytes()
     with pytest.raises(ValueError, match="not JSON compliant"):
-        write_report({**complete(), "verdict": float("nan")}, tmp_path)
-    assert read_report(path) == complete() and (tmp_path / "report.html").read_bytes() == page
+        write_report(dataclasses.replace(as_report(complete()), verdict=float("nan")), tmp_path)
+    assert read_report(path) == as_report(complete()) and (tmp_path / "report.html").read_bytes() == page
     assert {p.name for p in tmp_path.iterdir()} == {"report.json", "report.html"}
     (tmp_path / "other" / "report.json").mkdir(parents=True)
     with pytest.raises(CpcompileError, match="is a folder"):
-        write_report(complete(), tmp_path / "other")
+        write_report(as_report(complete()), tmp_path / "other")
 
 
 def edited(change: Callable[[dict[str, Any]], object]) -> str:

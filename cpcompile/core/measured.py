@@ -1,0 +1,42 @@
+"""A value, or why there is none."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+
+@dataclass(frozen=True)
+class NotMeasured:
+    """Stands where a value would be, and says why there is none; false, so that `or` gives a default."""
+
+    reason: str
+
+    def __bool__(self) -> Literal[False]:
+        return False
+
+    def __str__(self) -> str:
+        return self.reason
+
+
+class Measurements:
+    """A result of measurements: a dataclass in which some fields hold a value or `NotMeasured`."""
+
+    @property
+    def not_measured(self) -> dict[str, str]:
+        """Field -> why it has no value."""
+        values = ((name, getattr(self, name)) for name in measurable(type(self)))
+        return {name: value.reason for name, value in values if isinstance(value, NotMeasured)}
+
+    @classmethod
+    def without(cls, reason: str, /, **known: Any) -> Self:
+        """Nothing was measured, for one `reason`, except for the fields in `known`."""
+        return cls(**{**dict.fromkeys(measurable(cls), NotMeasured(reason)), **known})
+
+
+def measurable(kind: type) -> tuple[str, ...]:
+    """The fields of the dataclass `kind` that may be `NotMeasured`, in order."""
+    hints = typing.get_type_hints(kind)
+    return tuple(each.name for each in dataclasses.fields(kind) if NotMeasured in typing.get_args(hints[each.name]))
