@@ -26,7 +26,7 @@ from cpcompile.bundle.artifact import Artifact
 from cpcompile.core.errors import CpcompileError, UsageError
 from cpcompile.files.onnx_file import module_of
 from cpcompile.files.whole_files import cache_folder, file_digest, whole_file
-from cpcompile.targets.plan_info import EngineInfo, Profile, Shapes, TensorInfo
+from cpcompile.targets.plan_info import PlanInfo, Profile, Shapes, TensorInfo
 from cpcompile.targets.requests import TENSORRT, Range, Target
 from cpcompile.targets.tensorrt_library import load_library, logger_of
 
@@ -70,7 +70,7 @@ def export_tensorrt(
         digest = _digest(sorted(Path(scratch).iterdir()))
         modules = {node.name: module_of(node) for node in model.graph.all_nodes() if node.name}
         build_plan(onnx, folder / PLAN_FILE, library, target, profiles, modules=modules, progress=progress)
-    info = EngineInfo(
+    info = PlanInfo(
         flavour=target.flavour,
         version=str(library.__version__),
         capabilities=target.capabilities,
@@ -88,7 +88,7 @@ def export_tensorrt(
         model_file=PLAN_FILE,
         files=(PLAN_FILE,),
         shared_bytes=0,
-        engine=info,
+        plan=info,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from cpcompile.targets.plan_info import EngineInfo
+from cpcompile.targets.plan_info import PlanInfo
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,5 +27,5 @@ class Artifact:
     """The contexts that the input `context` chooses from, in the order of their numbers; none for an engine of one."""
     session_options: Mapping[str, str] = field(default_factory=dict)
     provider_options: Mapping[str, str] = field(default_factory=dict)
-    engine: EngineInfo | None = None
-    """Of a plan of TensorRT."""
+    plan: PlanInfo | None = None
+    """What a plan of TensorRT was built by and for; None if the engine is an ONNX graph."""

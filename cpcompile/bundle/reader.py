@@ -40,7 +40,7 @@ from cpcompile.bundle.manifest import (
 )
 from cpcompile.core.errors import UsageError
 from cpcompile.files.external_data import references_of
-from cpcompile.targets.plan_info import EngineInfo
+from cpcompile.targets.plan_info import PlanInfo
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -74,14 +74,14 @@ class Variant:
     """Inputs that choose the context, of an engine that serves several."""
     bytes: int
     """Of its own files and of its share of the weights."""
-    engine: EngineInfo | None = None
-    """Of a plan of TensorRT: what it was built by and for."""
+    plan: PlanInfo | None = None
+    """What a plan of TensorRT was built by and for; None if the engine is an ONNX graph."""
 
     def graph(self) -> ir.Model:
         """Its graph, whose weights stay in their file; the files have been verified. UsageError for a plan."""
         from cpcompile.files.onnx_file import load_onnx  # an application that runs engines does without onnx_ir
 
-        if self.engine is not None:
+        if self.plan:
             raise UsageError(f"{self.model}: is a plan of {self.runtime}, no ONNX graph; choose another variant")
         return load_onnx(self.model, data=self.weights)
 
@@ -174,7 +174,7 @@ class Bundle:
 
     def _verify_references(self, variant: Variant) -> None:
         """Every tensor outside of the model lies in a file of its weights that the manifest lists, and within it."""
-        if variant.engine is not None:
+        if variant.plan:
             return  # a plan is one file
         folder = None if variant.weights is None else variant.weights.relative_to(self.root).as_posix()
         for reference in references_of(variant.model):
@@ -194,8 +194,8 @@ class Bundle:
     def _variant(self, context: str, component: str, name: str) -> Variant:
         body = self.components[component]["variants"][name]
         own, info = body["executor_info"]["cpcompile"], body["executor_info"]
-        engine = EngineInfo.from_plain(info[PLAN]) if PLAN in info else None
-        executor = info[PLAN] if engine is not None else info["ort"]
+        plan = PlanInfo.from_plain(info[PLAN]) if PLAN in info else None
+        executor = info[PLAN] if plan else info["ort"]
         options = dict(executor.get("session_options", {}))
         weights = options.pop(WEIGHTS_OPTION, None)
         folder = f"{component}/{body.get('variant_directory', name)}"
@@ -205,14 +205,14 @@ class Bundle:
             name=name,
             runtime=own["runtime"],
             precision=own["precision"],
-            provider=body["ep"] if engine is None else "",
+            provider="" if plan else body["ep"],
             model=inside(self.root, f"{folder}/{require(executor['model_file'], str, 'model_file')}"),
             weights=self._asset(weights) if weights else None,
             session_options=options,
             provider_options=dict(executor.get("provider_options", {})),
             feeds={"context": contexts.index(context)} if contexts else {},
             bytes=own["bytes"],
-            engine=engine,
+            plan=plan,
         )
 
     def _asset(self, uri: str) -> Path:
@@ -277,7 +277,7 @@ def _require_readable(bundle: Bundle) -> None:
             require_name(variant.name, f"variant of {context}")
             if require(variant.bytes, int, f"bytes of {variant.name}") < 0:
                 raise ValueError(f"bytes of {variant.name}: {variant.bytes}")
-            suffix = ".onnx" if variant.engine is None else ".plan"
+            suffix = ".plan" if variant.plan else ".onnx"
             if variant.model.suffix != suffix:
                 raise ValueError(f"model_file of {variant.name}: {variant.model.name!r} is not named {suffix}")
             for field in (variant.name, variant.runtime, variant.precision, variant.provider):

@@ -91,14 +91,14 @@ class BundleWriter:
         options = dict(artifact.session_options) | ({WEIGHTS_OPTION: weights} if weights else {})
         component = self._components.setdefault(context, {"component_name": context, "variants": {}})
         executor: dict[str, Any] = {"model_file": artifact.model_file}
-        if artifact.engine is None:
+        if artifact.plan:
+            provided = {}  # ONNX Runtime skips a variant without a provider
+            executors: dict[str, Any] = {PLAN: executor | artifact.plan.to_plain()}
+        else:
             provided = {"ep": artifact.provider, "device": artifact.device}
             executor |= {"session_options": options}
             executor |= {"provider_options": dict(artifact.provider_options)} if artifact.provider_options else {}
-            executors: dict[str, Any] = {"ort": executor}
-        else:
-            provided = {}  # without a provider, ONNX Runtime passes the variant over
-            executors = {PLAN: executor | artifact.engine.to_plain()}
+            executors = {"ort": executor}
         component["variants"][artifact.variant] = {
             "variant_directory": artifact.variant,
             **provided,

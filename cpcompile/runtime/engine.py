@@ -89,7 +89,7 @@ def load_engine(bundle: Bundle, context: str, variant: str = "cpu-fp32", *, thre
     load it where that does no harm.
     """
     chosen = bundle.variant(context, variant)
-    if chosen.engine is not None:
+    if chosen.plan:
         raise UsageError(f"{chosen.model}: is a plan of {chosen.runtime}, which ONNX Runtime does not run")
     bundle.verify_engine(chosen)
     return Engine(chosen, create_session(chosen, session_options(chosen, threads=threads)))

@@ -24,7 +24,7 @@ from cpcompile.core.errors import CpcompileError, UsageError, first_line
 from cpcompile.core.types import Array, Feeds
 from cpcompile.machine.gpu import NO_GPU, gpu_model
 from cpcompile.runtime.engine import DOCTOR
-from cpcompile.targets.plan_info import EngineInfo, Profile, Shape, Shapes
+from cpcompile.targets.plan_info import PlanInfo, Profile, Shape, Shapes
 from cpcompile.targets.requests import TENSORRT_RTX
 from cpcompile.targets.tensorrt_library import load_library, logger_of
 
@@ -52,13 +52,13 @@ class Tensor:
 
 def why_not_here(variant: Variant) -> str | None:
     """Why the plan of `variant` cannot be run on this machine; None if nothing speaks against it."""
-    assert variant.engine is not None
+    assert variant.plan is not None
     if gpu_model() is None:
         return NO_GPU
     if not torch.cuda.is_available():
         return f"torch finds no GPU (it is {torch.__version__}); {DOCTOR}"
     try:
-        _fitting_library(variant.model, variant.engine)
+        _fitting_library(variant.model, variant.plan)
     except UsageError as error:
         return str(error)
     return None
@@ -69,27 +69,27 @@ def load_plan(variant: Variant) -> PlanEngine:
 
     UsageError: no library, or the plan is of another version or for other GPUs. CpcompileError: it cannot be loaded.
     """
-    assert variant.engine is not None
+    assert variant.plan is not None
     if not torch.cuda.is_available():
         raise CpcompileError(f"{variant.model}: torch finds no GPU; {DOCTOR}")
-    library = _fitting_library(variant.model, variant.engine)
+    library = _fitting_library(variant.model, variant.plan)
     with logger_of(library).listening() as messages:
         runtime = library.Runtime(logger_of(library))
         engine = runtime.deserialize_cuda_engine(variant.model.read_bytes())
-        context = None if engine is None else _context(library, engine, variant.engine)
+        context = None if engine is None else _context(library, engine, variant.plan)
     if context is None:
         reason = messages[0] if messages else "it gives no reason"
         raise CpcompileError(
             f"{variant.model}: {library.__name__} {library.__version__} cannot load it ({reason}); build it again on "
-            f"this machine: cpcompile build MODEL {variant.engine.rebuild}"
+            f"this machine: cpcompile build MODEL {variant.plan.rebuild}"
         )
-    return PlanEngine(variant.model, variant.engine, library, engine, context)
+    return PlanEngine(variant.model, variant.plan, library, engine, context)
 
 
 class PlanEngine:
     """A loaded plan. One run at a time: it has one set of buffers, and other threads wait."""
 
-    def __init__(self, plan: Path, info: EngineInfo, library: Any, engine: Any, context: Any) -> None:
+    def __init__(self, plan: Path, info: PlanInfo, library: Any, engine: Any, context: Any) -> None:
         self._plan = plan
         self._info = info
         self._library = library
@@ -205,10 +205,10 @@ def choose_profile(plan: Path, profiles: Sequence[Profile], shapes: Mapping[str,
 
 def why_not_taken(variant: Variant, feeds: Feeds) -> str | None:
     """Why no profile of a plan takes `feeds`; None if one does, and of an engine that is no plan."""
-    if variant.engine is None:
+    if not variant.plan:
         return None
     try:
-        choose_profile(variant.model, variant.engine.profiles, {name: array.shape for name, array in feeds.items()})
+        choose_profile(variant.model, variant.plan.profiles, {name: array.shape for name, array in feeds.items()})
     except UsageError as error:
         return str(error)
     return None
@@ -219,7 +219,7 @@ def _admits(allowed: Shapes, shape: Shape) -> bool:
     return len(shape) == len(low) and all(a <= length <= b for a, length, b in zip(low, shape, high, strict=True))
 
 
-def _fitting_library(plan: Path, info: EngineInfo) -> Any:
+def _fitting_library(plan: Path, info: PlanInfo) -> Any:
     """The library that can run `plan` on the GPU that torch uses; UsageError if it is another one."""
     library = load_library(info.flavour)
     info.require_fit(
@@ -228,7 +228,7 @@ def _fitting_library(plan: Path, info: EngineInfo) -> Any:
     return library
 
 
-def _context(library: Any, engine: Any, info: EngineInfo) -> Any:
+def _context(library: Any, engine: Any, info: PlanInfo) -> Any:
     """TensorRT-RTX records CUDA graphs by itself if it is told to."""
     if info.flavour != TENSORRT_RTX:
         return engine.create_execution_context()

@@ -37,7 +37,7 @@ class TensorInfo:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EngineInfo:
+class PlanInfo:
     """What a plan was built from, by what, and for what."""
 
     flavour: str
@@ -67,7 +67,7 @@ class EngineInfo:
         return result
 
     @classmethod
-    def from_plain(cls, plain: Mapping[str, Any]) -> EngineInfo:
+    def from_plain(cls, plain: Mapping[str, Any]) -> PlanInfo:
         """What `to_plain` wrote; KeyError, TypeError or ValueError for what it cannot have written."""
         info = cls(
             flavour=_text(plain["flavour"]),

@@ -1,7 +1,7 @@
 """What an engine is built for: as a command line asks for it, and as a bundle records it.
 
     tensorrt-rtx=sm86,sm120 -> Target        sequence=1:128:512 -> Range of an axis
-    EngineInfo <-> executor_info.tensorrt    of a bundle
+    PlanInfo <-> executor_info.tensorrt    of a bundle
 
 A plan runs on the version that built it and on the GPUs that it was built for, so a bundle says what these are.
 """

@@ -41,7 +41,7 @@ def bundle(request: pytest.FixtureRequest, trained: Path, capability: str, tmp_p
 
 
 def plans(bundle: Path) -> list[Variant]:
-    return [variant for variant in open_bundle(bundle).variants(CONTEXT) if variant.engine is not None]
+    return [variant for variant in open_bundle(bundle).variants(CONTEXT) if variant.plan]
 
 
 @pytest.fixture(scope="module")

@@ -100,7 +100,7 @@ def test_the_bundle_says_what_a_plan_is_for(bundle: Path) -> None:
     opened = open_bundle(bundle)
     opened.verify_all()
     for name in ENGINES:
-        info = opened.variant("english", name).engine
+        info = opened.variant("english", name).plan
         assert info is not None and info.capabilities == ("sm86", "sm89", "sm120") and name.endswith(info.precision)
         assert info.profiles[0].shapes["input_ids"] == ((1, 1), (2, 32), (4, 128))  # trained on sequences of 32
         assert info.tensors[0] == TensorInfo(

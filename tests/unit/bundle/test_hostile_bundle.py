@@ -17,7 +17,7 @@ from cpcompile.bundle.writer import BundleWriter
 from cpcompile.core.errors import CpcompileError, UsageError
 from cpcompile.files.external_data import references_of
 from cpcompile.runtime.engine import load_engine
-from cpcompile.targets.plan_info import EngineInfo, Profile, TensorInfo
+from cpcompile.targets.plan_info import PlanInfo, Profile, TensorInfo
 from tests.bundles import reseal
 
 ENGINE = "a/cpu-fp32/model.onnx"
@@ -326,7 +326,7 @@ def test_a_context_that_the_engine_does_not_choose_is_a_sentence(bundle: Path) -
         load_engine(open_bundle(bundle), "a", threads=1).outputs({"x": SECRET})
 
 
-PLAN = EngineInfo(
+PLAN = PlanInfo(
     flavour="tensorrt-rtx",
     version="1.7.1.116",
     capabilities=("sm86",),

@@ -90,7 +90,7 @@ def test_every_precision_for_three_generations(frozen: Mapping[int, ir.Model], o
         artifact = export(frozen[opset], folder, precision, progress=lambda *step, s=steps: s.append(step))
         assert steps and steps == sorted(steps) and steps[-1][0] <= steps[-1][1]
         assert (artifact.variant, artifact.runtime) == (f"tensorrt-rtx-{precision}", "tensorrt-rtx")
-        info = artifact.engine
+        info = artifact.plan
         assert info is not None and info.version == load_library("tensorrt-rtx").__version__
         assert info.capabilities == ("sm86", "sm89", "sm120")
         assert [(t.name, t.is_input, t.dtype, t.shape) for t in info.tensors] == [
@@ -113,14 +113,14 @@ def test_one_plan_holds_for_all_compute_capabilities(frozen: Mapping[int, ir.Mod
 def test_the_same_input_has_the_same_digests(tmp_path: Path) -> None:
     model = parse("(float[batch,sequence,8] x) => (float[batch,sequence,8] y) { y = MatMul(x, w) }", {"w": (8, 8)})
     first, second, other = (
-        export(model, tmp_path / name, ranges={"sequence": Range(1, 8, most)}).engine
+        export(model, tmp_path / name, ranges={"sequence": Range(1, 8, most)}).plan
         for name, most in (("a", 32), ("b", 32), ("c", 64))
     )
     assert first is not None and second is not None and other is not None
     assert first == second and first.settings_digest == second.settings_digest
     assert other.onnx_digest == first.onnx_digest and other.settings_digest != first.settings_digest
     model.graph.initializers["w"].const_value = ir.tensor(np.eye(8, dtype=np.float32), name="w")
-    changed = export(model, tmp_path / "d", ranges={"sequence": Range(1, 8, 32)}).engine
+    changed = export(model, tmp_path / "d", ranges={"sequence": Range(1, 8, 32)}).plan
     assert changed is not None and changed.onnx_digest != first.onnx_digest
     assert changed.settings_digest == first.settings_digest
 
@@ -133,7 +133,7 @@ CACHED = """(float[batch,2,sequence,64] q, float[batch,2,sequence,64] k, float[b
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_a_cache_has_a_profile_for_the_prompt_and_one_for_the_tokens_after_it(precision: str, tmp_path: Path) -> None:
-    info = export(parse(CACHED), tmp_path / "out", precision, ranges={"past": Range(1, 64, 512)}).engine
+    info = export(parse(CACHED), tmp_path / "out", precision, ranges={"past": Range(1, 64, 512)}).plan
     assert info is not None
     prefill, decode = info.profiles
     assert (prefill.name, decode.name) == ("prefill", "decode")

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from cpcompile.core.errors import UsageError
-from cpcompile.targets.plan_info import EngineInfo, Profile, TensorInfo
+from cpcompile.targets.plan_info import PlanInfo, Profile, TensorInfo
 from cpcompile.targets.requests import Added, Range, Target, parse_ranges, parse_target, parse_targets
 
-INFO = EngineInfo(
+INFO = PlanInfo(
     flavour="tensorrt-rtx",
     version="1.7.1.116",
     capabilities=("sm86", "sm120"),
@@ -74,7 +74,7 @@ def test_what_is_added() -> None:
 
 def test_a_record_comes_back_from_json() -> None:
     plain = json.loads(json.dumps(INFO.to_plain()))
-    assert EngineInfo.from_plain(plain) == INFO
+    assert PlanInfo.from_plain(plain) == INFO
     assert plain["compute_capabilities"] == ["sm86", "sm120"] and len(plain["settings_digest"]) == 64
 
 
@@ -85,7 +85,7 @@ def test_a_garbled_record_is_refused(key: str) -> None:
         if (key, wrong) == ("onnx_digest", "x"):  # what a record may say
             continue
         with pytest.raises((KeyError, TypeError, ValueError, AttributeError)):
-            EngineInfo.from_plain(plain)
+            PlanInfo.from_plain(plain)
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_a_garbled_record_is_refused(key: str) -> None:
 )
 def test_a_record_that_was_sealed_anew_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"executor_info\.tensorrt"):
-        EngineInfo.from_plain(dataclasses.replace(INFO, **wrong).to_plain())
+        PlanInfo.from_plain(dataclasses.replace(INFO, **wrong).to_plain())
 
 
 def test_an_engine_of_another_version_or_gpu_says_what_it_is_and_how_to_build_it_again() -> None:
