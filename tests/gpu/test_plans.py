@@ -46,7 +46,7 @@ def plans(bundle: Path) -> list[Variant]:
 
 @pytest.fixture(scope="module")
 def engine(bundle: Path) -> PlanEngine:
-    """In float32."""
+    """The engine in float32."""
     (plan,) = (plan for plan in plans(bundle) if plan.precision == "fp32")
     return load_plan(plan)
 
