@@ -153,7 +153,7 @@ def measure_again(
         with watch_machine() as machine:
             speed, _ = _speed(variant, reference, (), config, threads)
         memory = compare_memory(*_processes(bundle, variant, reference, threads, config))
-        return speed, memory, machine.disturbance
+        return speed, memory, machine.interference
 
 
 def _validate_variant(
