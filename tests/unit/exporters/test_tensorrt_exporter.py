@@ -43,7 +43,7 @@ FLAT = (Profile(name="default", shapes={"x": ((1, 8), (4, 8), (16, 8))}),)
 
 @pytest.fixture(scope="module")
 def frozen() -> Mapping[int, ir.Model]:
-    """Of opset 20, where attention is spelled out, and of 23; both layers have heads and FFN."""
+    """Frozen graphs of opset 20, where attention is spelled out, and 23; both layers have heads and an FFN."""
     model = random_decoder(kv_heads=2, seed=1)
     model.select(random_selection(model, seed=5))
     return {opset: freeze(dynamic_graph(model, opset), 0).model for opset in (20, 23)}
@@ -205,7 +205,7 @@ class TestRefusals:
         (tmp_path / "model.onnx").write_bytes(content)
         message = refused(tmp_path / "model.onnx")
         assert "cannot read model.onnx: " in message
-        assert "it is damaged, or no ONNX" in message or "Failed to parse the ONNX model" in message
+        assert "it is damaged or not ONNX" in message or "Failed to parse the ONNX model" in message
 
     def test_a_truncated_file(self, tmp_path: Path) -> None:
         path = write(
@@ -296,10 +296,11 @@ def test_a_full_disk_is_a_sentence(frozen: Mapping[int, ir.Model], tmp_path: Pat
     code = """
 import resource, signal, sys
 from pathlib import Path
-from cpcompile.errors import CpcompileError
+from cpcompile.core.errors import CpcompileError
 from cpcompile.exporters.tensorrt_exporter import build_plan
-from cpcompile.tensorrt_library import load_library
-from cpcompile.targets import Profile, parse_target
+from cpcompile.targets.plan_info import Profile
+from cpcompile.targets.requests import parse_target
+from cpcompile.targets.tensorrt_library import load_library
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, -1))
 onnx, plan = map(Path, sys.argv[1:])

@@ -1,4 +1,4 @@
-"""What of running plans needs no GPU: the choice of a profile, and what is said where there is none."""
+"""The parts of running plans that need no GPU: the choice of a profile, and the messages where there is no GPU."""
 
 import dataclasses
 import sys
