@@ -6,7 +6,7 @@ cpu-fp32-merged   the same                                   the same
 cuda-fp16         the same                                   its CUDA, TensorRT or TensorRT-RTX provider, a GPU
 tensorrt          the same, tensorrt and a GPU               a GPU, torch for CUDA
 tensorrt-rtx      the same and tensorrt-rtx                  a GPU, torch for CUDA
-openvino          never, it is a peer (`--peers openvino`)  openvino
+openvino          never, it is a peer (`--peers openvino`)   openvino
 """
 
 from __future__ import annotations

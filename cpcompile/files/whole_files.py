@@ -14,7 +14,7 @@ import secrets
 import shutil
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -93,10 +93,12 @@ def file_digest(path: Path) -> str:
 
 
 @contextmanager
-def only_process(lock: Path, message: str | None) -> Iterator[None]:
-    """Hold the lock file `lock`; if another process holds it, wait, or raise UsageError if there is a `message`.
+def only_process(
+    lock: Path, message: str | None = None, *, on_wait: Callable[[], object] = lambda: None
+) -> Iterator[None]:
+    """Hold the file `lock`. While another process does, raise UsageError with `message`; without one, wait for it.
 
-    The lock ends with the process: a killed one does not hold it.
+    on_wait is called once before waiting. The lock ends with the process: a killed one does not hold it.
     """
     lock.parent.mkdir(parents=True, exist_ok=True)
     with lock.open("wb") as file:
@@ -104,9 +106,12 @@ def only_process(lock: Path, message: str | None) -> Iterator[None]:
             import fcntl
 
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | (0 if message is None else fcntl.LOCK_NB))
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise UsageError(message or "") from None
+                if message is not None:
+                    raise UsageError(message) from None
+                on_wait()
+                fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
