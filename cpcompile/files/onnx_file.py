@@ -13,7 +13,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from cpcompile.core.errors import CpcompileError, UsageError
+from cpcompile.core.errors import CpcompileError, UsageError, first_line
 
 PROTOBUF_LIMIT = 2**31 - 1
 """Bytes that one protobuf file can hold; the weights of larger models are in a file beside it."""
@@ -48,12 +48,11 @@ def load_onnx(path: Path, *, data: Path | None = None) -> ir.Model:
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
-        first = (str(cause).strip() or type(cause).__name__).splitlines()[0]
         if isinstance(cause, NotImplementedError):
             raise UsageError(
-                f"{path}: contains something that cannot be read ({first}); export the model without it"
+                f"{path}: contains something that cannot be read ({first_line(cause)}); export the model without it"
             ) from error
-        raise UsageError(f"{path}: is not a valid ONNX model ({first}); export it again") from error
+        raise UsageError(f"{path}: is not a valid ONNX model ({first_line(cause)}); export it again") from error
     if not model.ir_version or not (len(model.graph) or model.graph.outputs):
         raise UsageError(f"{path}: holds no graph; give an .onnx file")
     for value in (value for node in model.graph.all_nodes() for value in node.inputs):
