@@ -11,8 +11,6 @@ from pathlib import Path
 
 PROCESSORS = Path("/proc/stat")
 FREQUENCY = Path("/sys/devices/system/cpu/cpu0/cpufreq")
-
-
 BUSY_PART, SLOW_PART = 0.1, 0.9
 """Interference is processor time of others above this part, or a clock below this part of its maximum."""
 
