@@ -131,7 +131,7 @@ def _outcomes(config: pytest.Config) -> dict[tuple[str, str, str], dict[str, Any
 
     plugin: Any = config.pluginmanager.get_plugin("cpcompile-check")
     result, trouble = plugin.folder / "check.json", plugin.folder / "trouble.txt"
-    with only_process(plugin.folder / "lock", None):
+    with only_process(plugin.folder / "lock"):
         if not result.exists() and not trouble.exists():
             command, environment = _command(config, result), _environment()
             done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)

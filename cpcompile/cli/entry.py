@@ -34,17 +34,17 @@ def doctor(as_json: bool) -> None:
 
     Each target is tried: a session, a Builder. Exit code 0 if engines for the CPU are built and run here, 1 if not.
     """
-    from cpcompile.doctor.diagnosis import diagnose
+    from cpcompile.doctor.examination import examine
 
-    diagnosis = diagnose()
+    examination = examine()
     if as_json:
-        click.echo(json.dumps(diagnosis.as_json(), indent=1))
+        click.echo(json.dumps(examination.as_json(), indent=1))
     else:
         from cpcompile.cli.console import print_result
-        from cpcompile.doctor.table import render_diagnosis
+        from cpcompile.doctor.table import render_examination
 
-        print_result(render_diagnosis(diagnosis))
-    sys.exit(0 if diagnosis.healthy else 1)
+        print_result(render_examination(examination))
+    sys.exit(0 if examination.healthy else 1)
 
 
 @click.command(context_settings={"show_default": True})

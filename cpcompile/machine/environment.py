@@ -1,4 +1,4 @@
-"""What a measurement was taken on: processor, cores, GPU, versions."""
+"""The environment of a measurement: processor, cores, GPU, versions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PACKAGES = {
     "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
     "numpy": ("numpy",),
 }
-"""Versions that a report names, and the distributions that provide them."""
+"""The packages whose versions a report names, with the distributions that provide them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,14 +35,14 @@ class Environment:
 
 
 def available_cores() -> int:
-    """The cores that this process may use."""
+    """The number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def environment() -> Environment:
-    """The machine and the versions that are here. Nothing is imported to find a version."""
+    """The machine and the versions, as a report states them; no package is imported to find its version."""
     versions: dict[str, str | None] = {name: _version(distributions) for name, distributions in PACKAGES.items()}
     return Environment(
         cpu=_cpu_model(),

@@ -1,4 +1,4 @@
-"""NVIDIA GPUs, as their management library (NVML) describes them."""
+"""NVIDIA GPUs and their memory, as the driver and its management library (NVML) describe them."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class Gpu:
 
     name: str
     compute_capability: str
-    """Such as `8.9`."""
+    """For example `8.9`."""
     memory_bytes: int
 
 
 def nvidia_gpus() -> tuple[str, tuple[Gpu, ...]] | NotMeasured:
-    """The driver's version and the GPUs in its order, or why they are not known.
+    """The driver's version and the GPUs in its order, or the reason why they are unknown.
 
     Source: NVML API reference, nvmlSystemGetDriverVersion, nvmlDeviceGetCudaComputeCapability.
     """
@@ -49,9 +49,9 @@ def nvidia_gpus() -> tuple[str, tuple[Gpu, ...]] | NotMeasured:
 
 
 def video_memory() -> int | NotMeasured:
-    """Bytes that this process holds on NVIDIA GPUs, or why that is not known.
+    """Bytes that this process holds on NVIDIA GPUs, or the reason why they are unknown.
 
-    Runtimes keep what they once allocated there until they are closed, so that this is also the peak.
+    Runtimes keep their allocations there until they are closed, so this is also the peak.
     Source: NVML API reference, nvmlDeviceGetComputeRunningProcesses.
     """
     if gpu_model() is None:
@@ -68,8 +68,8 @@ def video_memory() -> int | NotMeasured:
         return NotMeasured(f"NVML: {error}")
     own: list[int | None] = [process.usedGpuMemory for process in every if process.pid == os.getpid()]
     known = [size for size in own if size is not None]
-    if len(known) < len(own) or (every and not own):  # in a container process ids are others than NVML's
-        return NotMeasured("NVML does not tell which memory is this process's")
+    if len(known) < len(own) or (every and not own):  # process ids in a container differ from NVML's
+        return NotMeasured("NVML does not say which memory belongs to this process")
     return sum(known)
 
 

@@ -81,8 +81,8 @@ def check_bundle(
         results = validate(bundle, reference, settings, progress=progress)
     now = snapshot_of(report_of(bundle, source, results, read_build(path), settings, training_of(source)))
     check = _judged(path, baseline, before, now, config, waived)
-    if before is None and speed and machine.disturbance:
-        note = f"speed was measured while {machine.disturbance}; write the baseline again on a quiet machine"
+    if before is None and speed and machine.interference:
+        note = f"speed was measured while {machine.interference}; write the baseline again on a quiet machine"
         return now, dataclasses.replace(check, notes=(note,))
     for _ in range(config.attempts if before else 0):
         rounds *= 2
@@ -109,7 +109,7 @@ def check_file(
     rounds, waived = config.rounds, () if speed else ("speed_ratio",)
     with watch_machine() as machine:
         found = compare_models(baseline, candidate, rounds=rounds if speed else None, progress=progress)
-    before, now = _file_snapshots(found, machine.disturbance)
+    before, now = _file_snapshots(found, machine.interference)
     outcomes = judge(before, now, config, waived=waived)
     for _ in range(config.attempts):
         if not doubtful(outcomes, MEASURED_AGAIN):
@@ -118,7 +118,7 @@ def check_file(
         progress("time again", 0, None)
         with watch_machine() as machine:
             again = dataclasses.replace(found, speed=time_models(baseline, candidate, (), rounds))
-        before, now = _file_snapshots(again, machine.disturbance)
+        before, now = _file_snapshots(again, machine.interference)
         outcomes = judge(before, now, config, waived=waived)
     return Check(subject=str(candidate), baseline=str(baseline), environment=to_json(environment()), outcomes=outcomes)
 

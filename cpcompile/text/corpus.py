@@ -19,10 +19,9 @@ import itertools
 import json
 import os
 import shutil
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -35,7 +34,7 @@ from tokenizers import Tokenizer
 
 from cpcompile.core.errors import CpcompileError, UsageError
 from cpcompile.core.types import Progress
-from cpcompile.files.whole_files import NO_ROOM, cache_folder
+from cpcompile.files.whole_files import NO_ROOM, cache_folder, only_process
 from cpcompile.text.documents import Source, find_sources, pieces
 from cpcompile.text.tokenization import (
     LEAST_VOCABULARY,
@@ -412,21 +411,15 @@ def _token_file(path: Path, dtype: np.dtype[Any], *, tokens: int, documents: int
 
 @contextmanager
 def _one_builder(folder: Path, report: _Report) -> Iterator[None]:
-    """Wait until no other process builds `folder`. The lock goes with the process: a killed one does not hold it."""
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = folder.with_name(f"{folder.name}.lock").open("wb")
-    except OSError as error:
-        raise _cannot_write(folder.parent, error, None) from error
-    with lock:
-        if sys.platform != "win32":
-            import fcntl
-
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                report.stage("wait for another build", None)
-                fcntl.flock(lock, fcntl.LOCK_EX)
+    """Wait until no other process builds `folder`."""
+    lock = only_process(
+        folder.with_name(f"{folder.name}.lock"), on_wait=lambda: report.stage("wait for another build", None)
+    )
+    with ExitStack() as held:
+        try:
+            held.enter_context(lock)
+        except OSError as error:
+            raise _cannot_write(folder.parent, error, None) from error
         yield
 
 

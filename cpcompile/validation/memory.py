@@ -85,7 +85,7 @@ def _engine_process(feeds: Feeds, threads: int, bundle: str, context: str, varia
     from cpcompile.bundle.reader import open_bundle
 
     chosen = open_bundle(Path(bundle)).variant(context, variant)
-    if chosen.engine is not None:
+    if chosen.plan:
         from cpcompile.runtime.plan import load_plan  # its buffers are torch's, whose libraries are in the base
 
         return measure_memory(lambda: load_plan(chosen), lambda engine: engine.outputs(feeds), runs=RUNS)

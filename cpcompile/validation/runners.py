@@ -50,7 +50,7 @@ def engine_runner(variant: Variant, *, threads: int) -> Runner:
 
     @contextmanager
     def load() -> Iterator[Run]:
-        if variant.engine is not None:
+        if variant.plan:
             yield load_plan(variant).outputs
             return
         options = _without_spinning(session_options(variant, threads=threads))

@@ -87,7 +87,7 @@ def measure_speed(
         _missed(shape, least_ratio, against) for shape, v in zip(shapes, verdicts, strict=True) if v == worst != "pass"
     ]
     noisy = worst == "inconclusive" and "eager" in sides
-    disturbed = f" ({machine.disturbance})" if noisy and machine.disturbance else ""
+    disturbed = f" ({machine.interference})" if noisy and machine.interference else ""
     return Speed(verdict=worst, reason="; ".join(missed) + disturbed or None, shapes=tuple(shapes), threads=threads)
 
 

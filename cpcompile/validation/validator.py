@@ -94,7 +94,7 @@ def measure_again(
         with watch_machine() as machine:
             speed, _ = _speed(variant, reference, (), config, threads)
         memory = compare_memory(*_processes(bundle, variant, reference, threads, config))
-        return speed, memory, machine.disturbance
+        return speed, memory, machine.interference
 
 
 def _validate_variant(
@@ -116,8 +116,7 @@ def _validate_variant(
             reason=f"built, not run: {reason}",
             bytes=variant.bytes,
         )
-    is_plan = variant.engine is not None
-    engine = load_plan(variant) if is_plan else load_engine(bundle, context, variant.name, threads=threads)
+    engine = load_plan(variant) if variant.plan else load_engine(bundle, context, variant.name, threads=threads)
     parity = _parity(engine.outputs, reference, context, config, variant)
     results: tuple[PeerResult, ...] = ()
     if parity.verdict == "fail" and isinstance(parity.max_abs_error, NotMeasured):
@@ -133,7 +132,7 @@ def _validate_variant(
         throughput = _throughput(variant, reference, config, threads)
         processes = _processes(bundle, variant, reference, threads, config)
         feeds = reference.timed(context)[0].feeds
-        placement = Placement.without(ONE_PLAN) if is_plan else measure_placement(variant, feeds)
+        placement = Placement.without(ONE_PLAN) if variant.plan else measure_placement(variant, feeds)
     return VariantResult(
         name=variant.name,
         runtime=variant.runtime,
@@ -154,7 +153,7 @@ def _validate_variant(
 
 def _why_not_here(variant: Variant) -> str | None:
     """Why an engine for a GPU cannot be run on this machine; None if nothing speaks against it."""
-    if variant.engine is not None:
+    if variant.plan:
         return why_not_here(variant)
     if variant.provider == CPU_PROVIDER:
         return None
@@ -166,7 +165,7 @@ def _parity(
 ) -> Parity:
     """`variant` is what runs, unless it is a peer, which is in float32 and takes every shape."""
     inputs, missing = reference.inputs(context), reference.no_inputs
-    if variant is not None and variant.engine is not None:
+    if variant is not None and variant.plan:
         inputs = (feeds for feeds in inputs if why_not_taken(variant, feeds) is None)
         missing += ", or none of a shape that the engine takes"
     parity = check_parity(

@@ -41,12 +41,12 @@ def bundle(request: pytest.FixtureRequest, trained: Path, capability: str, tmp_p
 
 
 def plans(bundle: Path) -> list[Variant]:
-    return [variant for variant in open_bundle(bundle).variants(CONTEXT) if variant.engine is not None]
+    return [variant for variant in open_bundle(bundle).variants(CONTEXT) if variant.plan]
 
 
 @pytest.fixture(scope="module")
 def engine(bundle: Path) -> PlanEngine:
-    """In float32."""
+    """The engine in float32."""
     (plan,) = (plan for plan in plans(bundle) if plan.precision == "fp32")
     return load_plan(plan)
 

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from cpcompile.bundle.reader import open_bundle
 from cpcompile.cli import main
-from cpcompile.doctor.diagnosis import GPU_PROVIDERS, diagnose
+from cpcompile.doctor.examination import GPU_PROVIDERS, examine
 from cpcompile.runtime.engine import Engine, create_session, load_engine, plugin_devices, session_options
 
 OPTIONS = {"CUDAExecutionProvider": {"use_tf32": "0"}}
@@ -39,5 +39,5 @@ def test_an_engine_runs_on_the_provider_that_it_asks_for(bundle: Path, provider:
 
 
 def test_the_doctor_sees_the_gpu() -> None:
-    found = diagnose()
+    found = examine()
     assert found.gpus and found.gpus[0]["memory_bytes"] > 0 and "." in found.gpus[0]["compute_capability"]
