@@ -31,7 +31,7 @@ class LanguageModel(nn.Module):
     """Token ids -> logits, with one row of gates per context.
 
     With `contexts=0` a model has no gates: the dense parent and the dense baseline. With `contexts=1` all contexts
-    share their gates: a pruned model. Parameters of gates are named `….table`.
+    share their gates: a pruned model.
     """
 
     config: Config
@@ -91,6 +91,10 @@ class LanguageModel(nn.Module):
         """The `context` input of `forward` for that context, int64 scalar; None without gates."""
         return torch.tensor(context if self.contexts > 1 else 0) if self.contexts else None
 
+    def gate_tables(self) -> dict[str, nn.Parameter]:
+        """The tables of all gates, by parameter name."""
+        return {f"{name}.table": module.table for name, module in self.named_modules() if isinstance(module, Gate)}
+
     def select(self, selection: Selection) -> None:
         """Set every gate to `selection`; gates that stay keep their learned scale."""
         for kind, kept in selection.kept.items():
@@ -99,7 +103,8 @@ class LanguageModel(nn.Module):
 
     def parameter_sizes(self) -> dict[str, int]:
         """Elements of every parameter but the gates, by name."""
-        return {name: p.numel() for name, p in self.named_parameters() if not name.endswith(".table")}
+        gates = self.gate_tables()
+        return {name: p.numel() for name, p in self.named_parameters() if name not in gates}
 
 
 def partition_order(kept: BoolArray) -> npt.NDArray[np.int64]:

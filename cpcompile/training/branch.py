@@ -155,9 +155,9 @@ class Branch:
 
     def _leave_removed_units_alone(self) -> None:
         """Where all units are computed, gates at 0 have gradients too: followed, they would open again."""
-        for name, parameter in self.state.model.named_parameters():
-            if name.endswith(".table") and parameter.grad is not None:
-                parameter.grad[parameter == 0] = 0.0
+        for table in self.state.model.gate_tables().values():
+            if table.grad is not None:
+                table.grad[table == 0] = 0.0
 
     def _refuse_non_finite(self, step: int, losses: Sequence[float], config: TrainConfig, folder: Path) -> None:
         norm = nn.utils.clip_grad_norm_(self.state.model.parameters(), config.clip)
@@ -193,10 +193,10 @@ class Branch:
         state.selection, swaps = swap_units(state.selection, state.importance, fraction=fraction, floor=config.floor)
         if swaps:
             state.model.select(state.selection)
-            for name, parameter in state.model.named_parameters():
-                if name.endswith("_gate.table") and parameter in optimizer.state:
+            for table in state.model.gate_tables().values():
+                if table in optimizer.state:
                     for moment in ("exp_avg", "exp_avg_sq"):
-                        optimizer.state[parameter][moment][parameter == 0] = 0.0
+                        optimizer.state[table][moment][table == 0] = 0.0
 
     def _save(self, path: Path, optimizer: torch.optim.Optimizer, step: int) -> None:
         self.state.moments = moments_of(self.state.model, optimizer)
@@ -259,8 +259,9 @@ def swap_fraction(done: int, total: int, config: TrainConfig) -> float:
 
 def make_optimizer(model: LanguageModel, moments: Moments, config: TrainConfig) -> torch.optim.Optimizer:
     """AdamW with its state restored by name; matrices decay, norms and gates do not."""
-    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and not n.endswith("table")]
-    others = [p for n, p in model.named_parameters() if p.ndim != 2 or n.endswith("table")]
+    gates = model.gate_tables()
+    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and n not in gates]
+    others = [p for n, p in model.named_parameters() if p.ndim != 2 or n in gates]
     optimizer = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
         lr=config.learning_rate,
