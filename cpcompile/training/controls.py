@@ -1,11 +1,13 @@
-"""Controls: further branches, which show what a part of the method is worth."""
+"""The training of controls (`cpcompile.core.controls`)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
+from cpcompile.core.controls import Choice, Control
 from cpcompile.core.selection import BoolArray, Selection, UnitKind
 from cpcompile.training.allocation import Scores, allocate_one_for_all, allocate_random, kept_units
 from cpcompile.training.branch import BranchState
@@ -13,48 +15,57 @@ from cpcompile.training.importance import Importance
 from cpcompile.training.run import Run
 from cpcompile.training.teacher import Teacher
 
-CONTROL_MEANING: Mapping[str, str] = {
-    "one-mask": "one selection and one gate scale for all contexts at the same budget, trained like the "
-    "partitioned model: what pruning gives",
-    "importance-only": "the partitioned model's first selection on the dense baseline, without training",
-    "random-one": "one random selection and one gate scale for all contexts, trained like the partitioned model",
-    "random-per-context": "a random selection per context, trained like the partitioned model",
-    "small-dense": "a dense model of the active size from scratch, same tokens and schedule",
-    "small-dense-distilled": "a dense model of the active size from scratch, distilled like the partitioned model",
-    "dense-distilled": "the dense parent trained on whole, distilled like the partitioned model",
-}
 
+@dataclass(frozen=True, kw_only=True)
+class ControlTrainer:
+    """What the controls of a run start from."""
 
-def train_control(
-    name: str,
-    run: Run,
-    parent: BranchState,
-    baseline: BranchState,
-    selection: Selection,
-    importance: Importance,
-    budgets: Mapping[UnitKind, float],
-    teacher: Teacher | None,
-) -> dict[str, float]:
-    """Train the control `name` and return its held-out perplexity per context."""
-    contexts, config = run.corpus.contexts, run.config
-    if name == "importance-only":
-        return run.perplexity(run.gated(baseline, selection, importance))
-    if name == "dense-distilled":
-        return run.perplexity(run.branch(name, run.dense(parent), teacher=teacher))
-    if name in ("small-dense", "small-dense-distilled"):
-        # The first units of every layer, for every context, from scratch and without gates: a smaller dense model.
-        small = run.fresh()
-        small.selection = Selection(contexts, {k: _first_units(importance[k], b) for k, b in budgets.items()})
-        distilled = teacher if name == "small-dense-distilled" else None
-        return run.perplexity(run.branch(name, small, first=0, teacher=distilled))
-    if name == "one-mask":
-        chosen = allocate_one_for_all(contexts, importance, budgets, floor=config.floor)
-    else:
-        chosen = allocate_random(
-            contexts, importance, budgets, seed=config.seed, floor=config.floor, one_for_all=name == "random-one"
-        )
-    state = run.gated(parent, chosen, importance, one_for_all=name in ("one-mask", "random-one"))
-    return run.perplexity(run.branch(name, state, teacher=teacher))
+    run: Run
+    parent: BranchState
+    baseline: BranchState
+    selection: Selection
+    """The partitioned model's first."""
+    importance: Importance
+    budgets: Mapping[UnitKind, float]
+    teacher: Teacher | None
+
+    def perplexity(self, control: Control) -> dict[str, float]:
+        """Train `control` and return its held-out perplexity per context."""
+        run, chosen = self.run, self._choose(control.selection)
+        if control.from_scratch:
+            state = run.fresh()
+            state.selection = chosen
+        elif chosen is None:
+            state = run.dense(self.parent)
+        else:
+            start = self.parent if control.trained else self.baseline
+            state = run.gated(start, chosen, self.importance, one_for_all=control.one_for_all)
+        if control.trained:
+            first = 0 if control.from_scratch else run.config.dense_steps
+            teacher = self.teacher if control.distilled else None
+            state = run.branch(control.name, state, first=first, teacher=teacher)
+        return run.perplexity(state)
+
+    def _choose(self, choice: Choice) -> Selection | None:
+        contexts, config = self.run.corpus.contexts, self.run.config
+        match choice:
+            case Choice.ALL:
+                return None
+            case Choice.PARTITION:
+                return self.selection
+            case Choice.FIRST:
+                return Selection(contexts, {k: _first_units(self.importance[k], b) for k, b in self.budgets.items()})
+            case Choice.ONE_FOR_ALL:
+                return allocate_one_for_all(contexts, self.importance, self.budgets, floor=config.floor)
+            case Choice.RANDOM | Choice.RANDOM_ONE_FOR_ALL:
+                return allocate_random(
+                    contexts,
+                    self.importance,
+                    self.budgets,
+                    seed=config.seed,
+                    floor=config.floor,
+                    one_for_all=choice is Choice.RANDOM_ONE_FOR_ALL,
+                )
 
 
 def _first_units(importance: Scores, budget: float) -> BoolArray:

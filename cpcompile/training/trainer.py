@@ -21,23 +21,16 @@ import numpy.typing as npt
 from torch import Tensor
 
 from cpcompile.core.config import ModelConfig, PretrainedConfig, TrainConfig
+from cpcompile.core.controls import CONTROLS
 from cpcompile.core.errors import UsageError
 from cpcompile.core.selection import UnitKind
 from cpcompile.core.types import Progress
 from cpcompile.files.whole_files import require_file_path
-from cpcompile.frontend.checkpoint import (
-    Checkpoint,
-    dense_path,
-    load_checkpoint,
-    save_checkpoint,
-)
+from cpcompile.frontend.checkpoint import Checkpoint, dense_path, load_checkpoint, save_checkpoint
 from cpcompile.text.corpus import Corpus
 from cpcompile.training.allocation import allocate
-from cpcompile.training.branch import (
-    BranchState,
-    Observer,
-)
-from cpcompile.training.controls import CONTROL_MEANING, train_control
+from cpcompile.training.branch import BranchState, Observer
+from cpcompile.training.controls import ControlTrainer
 from cpcompile.training.run import Run
 from cpcompile.training.teacher import Teacher
 from cpcompile.training.work_folder import digest_of, plain_settings, run_identity, work_folder
@@ -107,10 +100,16 @@ def _train(run: Run, out: Path, identity: Mapping[str, Any], *, held_out: bool) 
         run.recover(partition.model, selection)
     partition = run.branch("partition", partition, teacher=teacher, recalibrate=True)
 
-    controls = {
-        name: train_control(name, run, parent, baseline, selection, importance, budgets, teacher)
-        for name in config.controls
-    }
+    trainer = ControlTrainer(
+        run=run,
+        parent=parent,
+        baseline=baseline,
+        selection=selection,
+        importance=importance,
+        budgets=budgets,
+        teacher=teacher,
+    )
+    controls = {name: trainer.perplexity(CONTROLS[name]) for name in config.controls}
     run.progress("evaluation", 0, 1 + len(corpus.contexts))
     perplexity = {"dense-baseline": run.perplexity(baseline), "partition": run.perplexity(partition)}
     training = {
@@ -127,7 +126,7 @@ def _train(run: Run, out: Path, identity: Mapping[str, Any], *, held_out: bool) 
         },
         "perplexity": perplexity,
         "controls": {
-            name: {"description": CONTROL_MEANING[name], "perplexity": perplexity}
+            name: {"description": CONTROLS[name].meaning, "perplexity": perplexity}
             for name, perplexity in controls.items()
         },
         "swap_matrix": swap_matrix(run, partition, perplexity["partition"]),
@@ -152,9 +151,8 @@ def planned_steps(config: TrainConfig) -> dict[str, int]:
     """Steps of every branch that `train` trains, in order."""
     after = config.steps - config.dense_steps
     planned = {"parent": config.dense_steps, "dense-baseline": after, "partition": after}
-    for name in config.controls:
-        if name != "importance-only":
-            planned[name] = config.steps if name.startswith("small-dense") else after
+    controls = [CONTROLS[name] for name in config.controls]
+    planned |= {c.name: config.steps if c.from_scratch else after for c in controls if c.trained}
     return planned
 
 
