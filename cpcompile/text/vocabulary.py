@@ -47,28 +47,14 @@ class TrimmedVocabulary:
     kept: npt.NDArray[np.int64]
     """The old id of every new id."""
 
-    def renumber(self, ids: npt.ArrayLike) -> npt.NDArray[np.int64]:
-        """The new ids of old `ids` (any shape); UsageError names an id that is not kept."""
-        old = np.asarray(ids, dtype=np.int64)
-        order = np.argsort(self.kept)
-        new = order[np.searchsorted(self.kept, old, sorter=order).clip(max=self.kept.size - 1)]
-        if (dropped := old[self.kept[new] != old]).size:
-            raise UsageError(f"token {dropped[0]} is not in the trimmed vocabulary; encode the text anew")
-        return np.asarray(new, dtype=np.int64)
-
-
-def trim_tokenizer(tokenizer_json: str, counts: Counts, *, coverage: float) -> TrimmedVocabulary:
-    """Keep the most frequent tokens that make up `coverage` (0 to 1) of all `counts`, and what they need.
-
-    tokenizer_json: the text of a tokenizer.json whose model is BPE or Unigram over bytes (ByteLevel or byte
-    fallback); counts: of the context's text. Every string is encoded and decoded as losslessly as before; tokens stay
-    in the old order. UsageError for any other tokenizer, and for counts of tokens that it does not have.
-    """
-    return cut_tokenizer(tokenizer_json, needed_tokens(tokenizer_json, counts, coverage=coverage))
-
 
 def needed_tokens(tokenizer_json: str, counts: Counts, *, coverage: float) -> npt.NDArray[np.int64]:
-    """The ids that `trim_tokenizer` keeps, ascending."""
+    """The most frequent tokens that make up `coverage` (0 to 1) of all `counts`, and what they need: ids, ascending.
+
+    tokenizer_json: the text of a tokenizer.json whose model is BPE or Unigram over bytes (ByteLevel or byte
+    fallback); counts: of the context's text. Cut to these tokens it encodes and decodes every string as losslessly as
+    before. UsageError for any other tokenizer, and for counts of tokens that it does not have.
+    """
     data, ids = _open(tokenizer_json)
     tokens = {number: token for token, number in ids.items()}
     if len(tokens) < len(ids):

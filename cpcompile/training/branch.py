@@ -90,8 +90,8 @@ class Branch:
             return self.state
         step = self._restore(load_plain(snapshot)) if snapshot.exists() else self.first
         optimizer = make_optimizer(self.state.model, self.state.moments, config)
-        kept = self._kept()
         contexts = range(len(corpus.contexts))
+        kept = self._kept(contexts)
         speeds: list[float] = []
         saved = time.monotonic()
         self.state.model.train()
@@ -113,7 +113,7 @@ class Branch:
             speeds.append(len(contexts) * config.batch * config.sequence / (time.perf_counter() - started))
             if self.recalibrate and (fraction := swap_fraction(step - self.first, self.last - self.first, config)):
                 self._recalibrate(corpus, config, optimizer, step, fraction)
-                kept = self._kept()
+                kept = self._kept(contexts)
             if observer:
                 perplexity = None
                 if step == self.last or (step - self.first) % max(1, (self.last - self.first) // 8) == 0:
@@ -169,10 +169,10 @@ class Branch:
                 f"{config.warmup_fraction:.0%} of the steps: delete {folder} and start again"
             )
 
-    def _kept(self) -> Sequence[Kept | None]:
+    def _kept(self, contexts: range) -> Sequence[Kept | None]:
         selection, model = self.state.selection, self.state.model
         if selection is None:
-            return _Always(None)
+            return [None for _ in contexts]
         return [model.kept(selection, context) for context in selection.contexts]
 
     def _recalibrate(
@@ -224,19 +224,6 @@ class Branch:
         state.tokens_per_second = plain["tokens_per_second"]
         step: int = plain["step"]
         return step
-
-
-class _Always(Sequence[None]):
-    """A sequence that answers the same for every index."""
-
-    def __init__(self, value: None) -> None:
-        self.value = value
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.value
-
-    def __len__(self) -> int:
-        return 0
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:

@@ -9,9 +9,9 @@ import numpy as np
 
 from cpcompile.core.controls import Choice, Control
 from cpcompile.core.selection import BoolArray, Selection, UnitKind
-from cpcompile.training.allocation import Scores, allocate_one_for_all, allocate_random, kept_units
+from cpcompile.training.allocation import allocate_one_for_all, allocate_random, kept_units
 from cpcompile.training.branch import BranchState
-from cpcompile.training.importance import Importance
+from cpcompile.training.importance import Importance, Scores
 from cpcompile.training.run import Run
 from cpcompile.training.teacher import Teacher
 
