@@ -1,4 +1,4 @@
-"""What trainer, compiler and validator need of a language model whose units are gated per context."""
+"""The interface of a language model whose units are gated per context, for trainer, compiler and validator."""
 
 from __future__ import annotations
 
@@ -66,14 +66,14 @@ class LanguageModel(nn.Module):
 
     @abstractmethod
     def kept_sizes(self, selection: Selection, context: str) -> dict[str, int]:
-        """Elements of every parameter but the gates that `context` keeps, by name."""
+        """Elements that `context` keeps of every parameter except the gates, by name."""
 
     @abstractmethod
     def parameter_kind(self, name: str) -> UnitKind | None:
         """The kind of unit whose removal makes the parameter `name` smaller; None if nothing does."""
 
     def kept_with_tokens(self, selection: Selection, context: str, tokens: int | None) -> dict[str, int]:
-        """`kept_sizes` where `tokens` of the vocabulary are left; None for all."""
+        """`kept_sizes` with `tokens` of the vocabulary left; None for all."""
         sizes = self.kept_sizes(selection, context)
         if tokens is None:
             return sizes
@@ -102,7 +102,7 @@ class LanguageModel(nn.Module):
                 gate.select(torch.from_numpy(kept[: self.contexts, layer].copy()))
 
     def parameter_sizes(self) -> dict[str, int]:
-        """Elements of every parameter but the gates, by name."""
+        """Elements of every parameter except the gates, by name."""
         gates = self.gate_tables()
         return {name: p.numel() for name, p in self.named_parameters() if name not in gates}
 

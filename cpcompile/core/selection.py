@@ -21,7 +21,7 @@ Digits = dict[str, list[dict[str, Any]]]
 
 
 class UnitKind(StrEnum):
-    """What one unit of a kind is."""
+    """The kinds of units."""
 
     FFN = "ffn"
     """A block of `align` hidden channels of a feed-forward network."""
@@ -70,9 +70,9 @@ class Selection:
         return {kind: table[index] for kind, table in self.kept.items()}
 
     def digits(self, layers: Mapping[UnitKind, Sequence[tuple[str, int]]]) -> Digits:
-        """The table as text, for people and reports; `layers` gives name and number of units of every layer of a kind.
+        """The table as text, for people and reports; `layers` gives the name and number of units of every layer.
 
-        A table may be wider than a layer has units.
+        A table may have more columns than a layer has units.
         """
         return {
             str(kind): [

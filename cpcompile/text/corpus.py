@@ -32,7 +32,7 @@ from cpcompile.text.vocabulary import END
 IntArray = npt.NDArray[np.int64]
 
 FORMAT = 1
-"""Of the cache; a change makes old caches unused."""
+"""The format of the cache; a change invalidates old caches."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +100,7 @@ def load_corpus(
     cache: Path | None = None,
     progress: Progress | None = None,
 ) -> Corpus:
-    """The corpus in the folder `data` (`text_sources` says what it may hold), from the cache if it is there.
+    """The corpus in the folder `data` (`documents` says what it may hold), from the cache if possible.
 
     `vocabulary` is a maximum; `tokenizer` is a tokenizer.json to use instead of training one. `sequence` is the
     length that both sides of every context have to fill at least once. `cache` is by default

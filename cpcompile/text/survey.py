@@ -42,7 +42,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Survey:
-    """What the first pass finds out about a context."""
+    """The result of the first pass over a context."""
 
     bytes: int
     train_bytes: int
@@ -51,12 +51,12 @@ class Survey:
 
 
 def _place(seed: int, raw: bytes) -> int:
-    """Where a document stands among all that could be: uniform in [0, PLACES), the same for the same text."""
+    """The hash of a document: uniform in [0, PLACES), the same for the same text."""
     return int.from_bytes(hashlib.blake2b(raw, digest_size=8, key=str(seed).encode()).digest())
 
 
 def _line_end(text: str, target: int) -> int:
-    """The end of a line nearest to `target`, inside the text; without lines of a word; else `target` itself."""
+    """The line end nearest to `target` inside the text; without lines the nearest word end; otherwise `target`."""
     for mark in "\n", " ":
         ends = (text.rfind(mark, 0, target) + 1, text.find(mark, target, len(text) - 1) + 1)
         if any(ends):
@@ -103,7 +103,7 @@ def _survey(source: Source, seed: int, fraction: float, report: StageProgress) -
 
 
 def sample_all(sources: Sequence[Source], surveys: Mapping[str, Survey], report: StageProgress) -> Iterator[str]:
-    """The same number of bytes of every context: as many as the largest has, at most `SAMPLE`."""
+    """The same number of bytes from every context: as many as the largest has, at most `SAMPLE`."""
     quota = min(SAMPLE, max(survey.train_bytes for survey in surveys.values()))
     report.stage("tokenizer", quota * len(sources))
     for source in sources:

@@ -33,7 +33,7 @@ PIECE = 16384
 BATCH = 32
 """Pieces that are encoded at once."""
 BYTES_PER_TOKEN = 3
-"""About what small vocabularies reach; for saying how much room token files need."""
+"""Roughly what small vocabularies reach; used to say how much room token files need."""
 
 
 class _TokenWriter:
@@ -83,14 +83,14 @@ class _TokenWriter:
 def write_token_files(
     folder: Path, sources: Sequence[Source], surveys: Mapping[str, Survey], tokenizer: Tokenizer, report: StageProgress
 ) -> None:
-    """Write the cache `folder`: all of it or nothing."""
+    """Write the cache `folder` whole or not at all."""
     partial = folder.with_name(f"{folder.name}.partial")
     total = sum(survey.bytes for survey in surveys.values())
     vocabulary = vocabulary_size(tokenizer)
     dtype = np.dtype(np.uint16 if vocabulary <= 2**16 else np.uint32)
     report.stage("tokens", total)
     try:
-        for stale in partial, folder:  # left by a build that was killed; damaged
+        for stale in partial, folder:  # left by a killed build, or damaged
             if stale.exists():
                 shutil.rmtree(stale)
         contexts = {}
@@ -159,7 +159,7 @@ def _cannot_write(cache: Path, error: OSError, needed: int | None) -> CpcompileE
 
 
 def _sync(stream: IO[bytes]) -> None:
-    """A file that is renamed into place before its bytes are on the disk can be found empty after a power cut."""
+    """Write `stream` to the disk: without it a renamed file can be empty after a power cut."""
     stream.flush()
     os.fsync(stream.fileno())
 

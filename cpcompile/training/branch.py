@@ -3,7 +3,7 @@
     for step:  for context:  loss(one batch of that context, with only its units) -> backward
                finite? -> clip -> AdamW -> recalibrate now and then -> snapshot now and then
 
-A branch can be stopped after any step and goes on from its last snapshot to the same result:
+A branch can be stopped after any step and resumes from its last snapshot to the same result:
 batches and targets are pure functions of the step, and a snapshot holds everything else.
 """
 
@@ -48,14 +48,14 @@ class StepReport:
 
 Observer = Callable[[StepReport], None]
 DIVERGED = 100.0
-"""Nats per token beyond which a perplexity says nothing: chance is the logarithm of the vocabulary, about 10."""
+"""Nats per token above which a perplexity is meaningless: chance is the logarithm of the vocabulary, about 10."""
 Moments = dict[str, dict[str, Tensor]]
 """AdamW's state by parameter name."""
 
 
 @dataclass(kw_only=True)
 class BranchState:
-    """A model and its optimiser at the end of a branch: where others may start."""
+    """A model and its optimiser at the end of a branch, where other branches may start."""
 
     model: LanguageModel
     moments: Moments
@@ -81,7 +81,7 @@ class Branch:
     recalibrate: bool = False
 
     def train(self, corpus: Corpus, config: TrainConfig, folder: Path, observer: Observer | None = None) -> BranchState:
-        """Train to the end, or go on from the snapshot in `folder`; a finished branch is only read."""
+        """Train to the end, resuming from a snapshot in `folder`; a finished branch is only read."""
         if self.first == self.last:
             return self.state
         finished, snapshot = folder / f"{self.name}.pt", folder / f"{self.name}.snapshot.pt"
@@ -154,7 +154,7 @@ class Branch:
         return (1 - config.distill) * cross_entropy + config.distill * distance
 
     def _leave_removed_units_alone(self) -> None:
-        """Where all units are computed, gates at 0 have gradients too: followed, they would open again."""
+        """Clear the gradients of closed gates: where all units are computed, they would open the gates again."""
         for table in self.state.model.gate_tables().values():
             if table.grad is not None:
                 table.grad[table == 0] = 0.0
@@ -178,7 +178,7 @@ class Branch:
     def _recalibrate(
         self, corpus: Corpus, config: TrainConfig, optimizer: torch.optim.Optimizer, step: int, fraction: float
     ) -> None:
-        """Measure importance where the model stands now, swap units, and start the new ones afresh."""
+        """Measure importance at the model's present state, swap units, and reset the moments of closed gates."""
         state = self.state
         assert state.selection is not None and state.importance is not None
         fresh = stack_contexts(

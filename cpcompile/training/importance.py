@@ -54,7 +54,7 @@ def measure_importance(model: LanguageModel, batches: Iterable[Tensor], context:
 def measure_group_importance(
     module: PartitionedModule, batches: Iterable[Inputs], loss: Loss, context: int | None
 ) -> Importance:
-    """The same of any partitioned module, whose groups may have fewer units than the array: 0 there."""
+    """Importance in any partitioned module, arrays (layers, units); 0 where a group has fewer units."""
 
     def loss_of_rows(rows: Sequence[Tensor], inputs: Inputs) -> Tensor:
         return loss(module.with_rows(*inputs, rows=rows), inputs)

@@ -36,7 +36,7 @@ class Run:
     progress: Progress
 
     def branch(self, name: str, state: BranchState, **settings: Any) -> BranchState:
-        """Train a branch from the parting of the ways to the end, unless told otherwise."""
+        """Train a branch, by default over the steps after the dense phase."""
         settings = {"first": self.config.dense_steps, "last": self.config.steps} | settings
         return Branch(name=name, state=state, **settings).train(self.corpus, self.config, self.folder, self.observer)
 
@@ -62,7 +62,7 @@ class Run:
         *,
         one_for_all: bool = False,
     ) -> BranchState:
-        """A copy of the parent with gates at `selection`, or all at 1; contexts share them if it is `one_for_all`."""
+        """A copy of the parent with gates at `selection`, or all at 1; with `one_for_all` the contexts share them."""
         model = make_model(self.model_config, contexts=1 if one_for_all else len(self.corpus.contexts))
         model.load_state_dict(parent.model.state_dict(), strict=False)
         if selection is not None:
@@ -70,7 +70,7 @@ class Run:
         return BranchState(model=model, moments=parent.moments, selection=selection, importance=importance)
 
     def importance(self, model: LanguageModel) -> Importance:
-        """Importance of every unit of the dense parent for every context: with the gates of `model` all at 1."""
+        """Importance of every unit for every context, with the gates of `model`, the dense parent, all at 1."""
         path = self.folder / "importance.pt"
         if path.exists():
             plain = load_plain(path)

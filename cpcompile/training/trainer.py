@@ -6,7 +6,7 @@
 
 All branches follow one warm-up / stable / decay schedule, part at the same step and meet the
 same tokens in the same order. Contextual Partitioning: arXiv 2501.12901; what is measured and
-decided differently here stands in `allocation.py` and the benchmarks.
+decided differently here is explained in `allocation.py` and the benchmarks.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ def planned_steps(config: TrainConfig) -> dict[str, int]:
 
 
 def work_path(out: Path) -> Path:
-    """Where a run that has not ended yet keeps its state."""
+    """The folder of a run that has not ended."""
     return out.with_name(f"{out.name}.work")
 
 

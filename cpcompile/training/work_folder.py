@@ -33,7 +33,7 @@ def run_identity(
     config: TrainConfig,
     pretrained: Mapping[str, Tensor] | None,
 ) -> dict[str, Any]:
-    """What decides the outcome of a run, in plain containers."""
+    """Everything that determines the outcome of a run, in plain containers."""
     plain: dict[str, Any] = json.loads(
         json.dumps(
             {
@@ -84,7 +84,7 @@ def work_folder(folder: Path, identity: Mapping[str, Any], *, resume: bool) -> I
 
 
 def _require_same(record: Path, identity: Mapping[str, Any]) -> None:
-    """The run that wrote `record` had the same settings and data."""
+    """UsageError unless the run that wrote `record` had the same settings and data."""
     try:
         before = json.loads(record.read_text(encoding="utf-8"))
         changed = [
