@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from cpcompile.core import controls
 from cpcompile.core.errors import UsageError
 
 T = TypeVar("T")
@@ -30,15 +31,8 @@ LARGEST = 2**31 - 1
 """Of integer settings: what every library below can hold."""
 
 RECOVERIES = ("none", "least-squares")
-CONTROLS = (
-    "one-mask",
-    "importance-only",
-    "random-one",
-    "random-per-context",
-    "small-dense",
-    "small-dense-distilled",
-    "dense-distilled",
-)
+CONTROLS = tuple(controls.CONTROLS)
+"""Their names; `cpcompile.core.controls` says what each is."""
 
 
 def require_context_name(name: object, where: str) -> None:

@@ -1,8 +1,9 @@
 """Every error that cpcompile raises on purpose, and the exit code each maps to.
 
     CpcompileError   1   the work failed (parity missed, disk full, parameters unaccounted for)
-    UsageError       2   the input or the settings are wrong; the user can put it right
-    InconclusiveError 3  the machine was too noisy to decide
+    UsageError       2   the input or the settings are wrong; the user can fix them
+
+Exit code 3, the machine was too noisy to decide, is a verdict and no error.
 
 A message says what was wrong, where (file, layer, context) and what to do.
 """
@@ -20,12 +21,6 @@ class UsageError(CpcompileError):
     """The input or the settings are wrong."""
 
     exit_code = 2
-
-
-class InconclusiveError(CpcompileError):
-    """The measurements are too noisy to decide."""
-
-    exit_code = 3
 
 
 def printable(text: str) -> str:

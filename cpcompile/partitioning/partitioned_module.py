@@ -2,7 +2,7 @@
 
     forward(*inputs, context) = model(*inputs), consumers reading  x * table[context, unit of channel]
 
-The model stays the object that it was, with its names; hooks multiply (`gating`, also how experts are gated). With all
+The model stays the same object with the same names; hooks multiply (`gating`, also how experts are gated). With all
 gates at 1 it computes what it computed before. Gates are those of our own decoder (`cpcompile.models.gates`),
 so the captured graph freezes in the same way.
 """
@@ -58,7 +58,7 @@ class PartitionedModule(nn.Module):
         return cast(Sequence[GroupGate], self.gates)
 
     def forward(self, *inputs: Tensor, context: Tensor) -> Any:
-        """What the model gives for `inputs` with the gates of `context` (int64 scalar)."""
+        """The model's output for `inputs` with the gates of `context` (int64 scalar)."""
         return self.with_rows(*inputs, rows=[gate.row(context) for gate in self.group_gates])
 
     def with_rows(self, *inputs: Tensor, rows: Sequence[Tensor]) -> Any:
@@ -72,7 +72,7 @@ class PartitionedModule(nn.Module):
 
     @property
     def calls(self) -> dict[tuple[str, str], int]:
-        """How often the last forward pass applied gates, by group and consumer."""
+        """Number of times that the last forward pass applied gates, by group and consumer."""
         return {
             (self.groups[group].name, self.groups[group].consumers[number].module): count
             for (group, number), count in self._active.calls.items()
@@ -128,7 +128,7 @@ class PartitionedModule(nn.Module):
         return self.footprint.kept(self.alive(selection, context))
 
     def kept_units(self, selection: Selection, context: str) -> dict[str, tuple[int, ...]]:
-        """Per group, by name, the units that `context` keeps: of a mixture of experts the numbers of the experts."""
+        """The units that `context` keeps, by group name; for a mixture of experts, the numbers of the experts."""
         alive = np.split(self.alive(selection, context), np.cumsum([group.units for group in self.groups])[:-1])
         return {group.name: tuple(np.flatnonzero(own).tolist()) for group, own in zip(self.groups, alive, strict=True)}
 

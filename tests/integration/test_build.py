@@ -224,8 +224,12 @@ def test_what_contexts_share_is_stored_once(bundle: Path, model: Path) -> None:
     (weights,) = bundle.glob("shared_assets/*/weights.bin")
     config = checkpoint.config
     group = config.heads // config.kv_heads * config.head_dim
-    ffn = int(checkpoint.selection.union(UnitKind.FFN).sum()) * config.align * config.width * 3
-    heads = int(checkpoint.selection.union(UnitKind.HEAD).sum()) * (2 * group + 2 * config.head_dim) * config.width
+    ffn = int(checkpoint.selection.kept[UnitKind.FFN].any(axis=0).sum()) * config.align * config.width * 3
+    heads = (
+        int(checkpoint.selection.kept[UnitKind.HEAD].any(axis=0).sum())
+        * (2 * group + 2 * config.head_dim)
+        * config.width
+    )
     rest = (config.vocabulary + 2 * config.layers + 1) * config.width
     assert 0 <= weights.stat().st_size - 4 * (ffn + heads + rest) < 64 * 100
 

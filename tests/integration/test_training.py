@@ -35,8 +35,8 @@ def test_a_run_writes_both_checkpoints_and_clears_its_work(trained: Path) -> Non
 def test_every_context_keeps_its_budget(trained: Path) -> None:
     selection = load_checkpoint(trained).selection
     assert selection is not None
-    assert set(selection.kept_fraction(UnitKind.FFN).values()) == {0.25}
-    assert set(selection.kept_fraction(UnitKind.HEAD).values()) == {0.5}
+    assert set(selection.kept[UnitKind.FFN].mean(axis=(1, 2))) == {0.25}
+    assert set(selection.kept[UnitKind.HEAD].mean(axis=(1, 2))) == {0.5}
 
 
 def test_gates_are_zero_exactly_where_a_unit_is_not_kept(trained: Path) -> None:

@@ -29,7 +29,7 @@ from cpcompile.frontend.source import FLOAT32_BYTES, NO_TOKENIZER, PROGRAM_SUFFI
 from cpcompile.text.vocabulary import needed_tokens
 
 TABLE = ".table"
-"""How names of gates end."""
+"""How the names of gates end in a checkpoint; read by name, since no pretrained model is made here."""
 MOST = 2**63 - 1
 """Elements of a tensor that torch can count."""
 
