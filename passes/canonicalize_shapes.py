@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from cpcompile.passes.shape_inputs import free_name, plan_target_shape, set_target_shape
+from cpcompile.passes.shape_inputs import plan_target_shape, set_target_shape, unique_name
 from cpcompile.passes.symbolic_shapes import SINCE, ShapeTable, is_standard, opset_of
 
 MEASURING = ("Shape", "Slice", "Gather", "Concat", "Squeeze", "Unsqueeze", "Reshape", "Cast", "Mul", "Div")
@@ -57,7 +57,7 @@ def _make_constant(graph: ir.Graph, value: ir.Value, table: ShapeTable) -> bool:
     if not value.shape.is_static() or math.prod(value.shape.numpy()) != len(numbers):
         return False
     array = np.asarray(numbers, dtype=value.dtype.numpy()).reshape(value.shape.numpy())
-    name = free_name(graph, f"{value.name}.known")
+    name = unique_name(graph, f"{value.name}.known")
     constant = ir.Value(name=name, shape=value.shape, type=value.type, const_value=ir.tensor(array, name=name))
     graph.register_initializer(constant)
     ir.convenience.replace_all_uses_with(value, constant)

@@ -66,11 +66,11 @@ class Reason:
 
 @dataclass
 class Channels:
-    """The masks of all values of a graph and of the bodies in it, as the rules see and shrink them."""
+    """The masks of all values of a graph and its subgraphs, as the rules see and shrink them."""
 
     table: ShapeTable
     owners: Mapping[ir.Value, ir.Node] = field(default_factory=dict)
-    """Input or output of a body (of an If, Loop, Scan) -> the node that the body belongs to."""
+    """Input or output of a subgraph (of an If, Loop, Scan) -> the node that the subgraph belongs to."""
     opaque: frozenset[str] = frozenset()
     """Initializers whose values are not looked at."""
     zeros: dict[ir.Value, Zeros] = field(default_factory=dict)
@@ -83,7 +83,7 @@ class Channels:
     """All operators agree: what none of them looked at stays."""
 
     def neighbours(self, value: ir.Value) -> list[ir.Node]:
-        """Nodes that have a say in `value`: the one that makes it, those that read it, the one whose body it enters."""
+        """Nodes whose rules concern `value`: its producer, its readers, the owner of a subgraph it enters or leaves."""
         producer, owner = value.producer(), self.owners.get(value)
         nodes = [producer, *(use.node for use in value.uses()), owner]
         return [node for node in nodes if node is not None]
@@ -140,7 +140,7 @@ class Channels:
                 if missed:
                     self.keep(value, node, f"the rule for {node.op_type} does not speak of this axis", axes=missed)
 
-    def tie(self, cells: Iterable[Cell], node: ir.Node, limit: Mask | None = None, why: str = NOT_ZERO) -> None:
+    def couple(self, cells: Iterable[Cell], node: ir.Node, limit: Mask | None = None, why: str = NOT_ZERO) -> None:
         """These axes lose the same channels, and only those that `limit` allows."""
         cells = list(cells)
         masks = [self.cut(*cell) for cell in cells]
@@ -160,7 +160,7 @@ class Channels:
                 self.shrink(cell, left, reasons)
         self._cut.update(dict.fromkeys(cells, _shared(left)))
 
-    def tie_groups(self, cells: Iterable[Cell], groups: int, node: ir.Node, why: str) -> None:
+    def couple_groups(self, cells: Iterable[Cell], groups: int, node: ir.Node, why: str) -> None:
         """These axes are `groups` equal runs each, which can only be lost whole and together."""
         cells = list(cells)
         if any(self.cut(*cell).size % groups for cell in cells):

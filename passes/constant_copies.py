@@ -13,6 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from cpcompile.passes.shape_inputs import unique_name
+
 Copies = list[list[ir.Value]]
 """Groups of initializers with the same content; the first of each is the original."""
 Axes = tuple[npt.NDArray[np.intp] | None, ...]
@@ -29,7 +31,7 @@ def separate_constants(graphs: Sequence[ir.Graph]) -> Copies:
                 continue
             group = [value]
             for node, index in uses[1:]:
-                name = _free_name(graph, value.name or "")
+                name = unique_name(graph, value.name or "")
                 copy = ir.Value(name=name, shape=value.shape, type=value.type, const_value=value.const_value)
                 graph.register_initializer(copy)
                 node.replace_input_with(index, copy)
@@ -72,10 +74,3 @@ def _same_kept(first: Axes | None, second: Axes | None) -> bool:
     return all(
         a is b or (a is not None and b is not None and np.array_equal(a, b)) for a, b in zip(first, second, strict=True)
     )
-
-
-def _free_name(graph: ir.Graph, name: str) -> str:
-    number = 1
-    while f"{name}.{number}" in graph.initializers:
-        number += 1
-    return f"{name}.{number}"

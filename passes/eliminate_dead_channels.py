@@ -8,7 +8,7 @@
 
 Works on any graph with structural zeros. A contraction sum(a_k * b_k) loses the terms in which a or b is zero;
 everything tied to such a channel on its way (the matrix columns that make it, the activations
-that carry it) goes with it. Exact for finite values: 0 * x = 0. Bodies of If, Loop and Scan are part of the graph;
+that carry it) goes with it. Exact for finite values: 0 * x = 0. Subgraphs of If, Loop and Scan are part of the graph;
 a call to a function keeps what it touches, so inline functions first.
 """
 
@@ -29,14 +29,14 @@ from cpcompile.passes.clean_up import CleanUp
 from cpcompile.passes.constant_copies import merge_copies, separate_constants
 from cpcompile.passes.infer_shapes import complete_shapes
 from cpcompile.passes.remove_empty_layers import remove_zero_terms
-from cpcompile.passes.symbolic_shapes import SINCE, nodes_inside_out, opset_of
+from cpcompile.passes.symbolic_shapes import SINCE, opset_of, post_order
 
 __all__ = ["Blocked", "EliminateDeadChannels", "Elimination", "KeptChannels", "find_channels"]
 
 Kept = tuple[npt.NDArray[np.intp] | None, ...]
 """Per axis the kept channels of the original tensor; None where the axis is whole."""
 KeptChannels = Mapping[str, Kept]
-"""Initializer of the graph (bodies read them from there, too) -> what is left of it."""
+"""Initializer of the graph (subgraphs read them from there, too) -> what is left of it."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def _rewrite(graph: ir.Graph, channels: Channels) -> tuple[int, dict[ir.Value, K
     for (value, axis), mask in channels.cells:
         if mask.any():
             cut.setdefault(value, {})[axis] = mask
-    for node in list(nodes_inside_out(graph)):
+    for node in list(post_order(graph)):
         if (rule := rule_of(node)) and any(value in cut for value in (*node.inputs, *node.outputs)):
             rule.rewrite(channels, node)
     sliced = {}

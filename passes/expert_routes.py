@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from cpcompile.passes.symbolic_shapes import constant_of, is_standard, number_of
+from cpcompile.passes.symbolic_shapes import constant_of, int_attribute, is_standard
 
 Mask = npt.NDArray[np.bool_]
 MOVES = ("Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
@@ -39,7 +39,7 @@ def choice_of(topk: ir.Node) -> Choice | None:
     """What `topk` chooses among along the last axis; None if it does something else, or nothing is masked."""
     value = topk.inputs[0]
     count = length_of(value, -1)
-    if value is None or not count or not _along_last(topk, value) or not number_of(topk, "largest", 1):
+    if value is None or not count or not _along_last(topk, value) or not int_attribute(topk, "largest", 1):
         return None
     trail: list[ir.Node] = []
     masked = np.zeros(count, dtype=np.bool_)
@@ -96,12 +96,13 @@ def lookups_of(topk: ir.Node, count: int) -> list[ir.Node] | str:
 
 def axis_of(lookup: ir.Node) -> int:
     """The axis along which a Gather, or GatherND by one number, picks."""
-    return number_of(lookup, "axis", 0) if lookup.op_type == "Gather" else 0
+    return int_attribute(lookup, "axis", 0) if lookup.op_type == "Gather" else 0
 
 
 def _is_lookup(node: ir.Node) -> bool:
-    by_one = node.op_type == "GatherND" and not number_of(node, "batch_dims", 0) and length_of(node.inputs[1], -1) == 1
-    return node.op_type == "Gather" or by_one
+    if node.op_type == "GatherND":
+        return not int_attribute(node, "batch_dims", 0) and length_of(node.inputs[1], -1) == 1
+    return node.op_type == "Gather"
 
 
 def parameters_of(value: ir.Value | None, count: int, *, contracted: bool = False) -> list[str]:
@@ -126,7 +127,7 @@ def length_of(value: ir.Value | None, axis: int) -> int | None:
 def _along_last(node: ir.Node, value: ir.Value) -> bool:
     """Whether the operator, if it works along an axis, works along the last one."""
     rank = 0 if value.shape is None else value.shape.rank()
-    return rank > 0 and number_of(node, "axis", -1) % rank == rank - 1
+    return rank > 0 and int_attribute(node, "axis", -1) % rank == rank - 1
 
 
 def _constant(value: ir.Value | None) -> ir.TensorProtocol | None:

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import LiftConstantsToInitializersPass
 from onnxscript.optimizer._constant_folding import FoldConstantsPass
 
-from cpcompile.passes.symbolic_shapes import RANDOM, is_standard, number_of
+from cpcompile.passes.symbolic_shapes import RANDOM, int_attribute, is_standard
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,9 @@ def _is_understood(node: ir.Node, opset: int) -> bool:
         split = node.inputs[1]
         counted = split is not None and split.shape is not None and (split.shape.rank() == 1 or split.const_value)
         # With sizes, keepdims is ignored; Split knows a number of outputs from opset 18 on.
-        return bool(counted) and opset >= 18 and number_of(node, "keepdims", 1) == 1
+        return bool(counted) and opset >= 18 and int_attribute(node, "keepdims", 1) == 1
     if is_standard(node) and node.op_type == "ConcatFromSequence":
-        return opset >= 13 or not number_of(node, "new_axis", 0)
+        return opset >= 13 or not int_attribute(node, "new_axis", 0)
     return True
 
 

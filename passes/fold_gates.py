@@ -20,7 +20,7 @@ import numpy as np
 import onnx_ir as ir
 
 from cpcompile.passes.channels import match_axes
-from cpcompile.passes.clean_up import stand_in
+from cpcompile.passes.clean_up import replace_value
 from cpcompile.passes.scaled_weights import MAKERS, READERS, Array, Scales
 from cpcompile.passes.symbolic_shapes import SINCE, Axis, ShapeTable, constant_of, is_standard, opset_of, permutation
 
@@ -65,7 +65,7 @@ class FoldGates(ir.passes.InPlacePass):
                 for weight, factors in scales.items():
                     _scale(weight, factors)
                     folded.append((weight.name or "", gate.name or ""))
-                stand_in(value, node.outputs[0])
+                replace_value(value, node.outputs[0])
                 graph.remove(node, safe=True)
                 if not gate.uses() and not gate.is_graph_output():
                     graph.initializers.pop(gate.name or "")

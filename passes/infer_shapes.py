@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import onnx
 import onnx_ir as ir
 
-from cpcompile.passes.symbolic_shapes import SINCE, ShapeTable, is_standard, nodes_inside_out, opset_of
+from cpcompile.passes.symbolic_shapes import SINCE, ShapeTable, is_standard, opset_of, post_order
 
 SMALL = 1000
 """Bytes of a constant that inference may want to read: target shapes, axes, pads."""
@@ -44,7 +44,7 @@ def _derive(graph: ir.Graph) -> int:
     if opset_of(graph) < SINCE:
         return 0
     found, table = 0, ShapeTable(graph)
-    for node in nodes_inside_out(graph):
+    for node in post_order(graph):
         source = node.inputs[0] if node.inputs else None
         for out in node.outputs:
             if out.type is None and source is not None and is_standard(node) and node.op_type == "GroupNormalization":
@@ -87,7 +87,7 @@ def _light_proto(model: ir.Model) -> onnx.ModelProto:
 
 
 def _values(graph: ir.Graph, *, outermost: bool) -> dict[str, ir.Value]:
-    """What the nodes of one graph make and a body takes in, by name; the inputs of the model are given."""
+    """Results of nodes and inputs of subgraphs, by name; the types of the model's own inputs are given."""
     made = (out for node in graph for out in node.outputs)
     return {value.name: value for value in (*(() if outermost else graph.inputs), *made) if value.name}
 

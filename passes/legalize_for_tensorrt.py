@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from cpcompile.core.errors import CpcompileError
 from cpcompile.files.onnx_file import module_of
-from cpcompile.passes.symbolic_shapes import bodies_of, constant_of, number_of
+from cpcompile.passes.symbolic_shapes import constant_of, int_attribute, subgraphs_of
 
 SPELL_OUT = "build with --opset 20, which spells attention out"
 REPLACE = "replace it in the model"
@@ -82,9 +82,9 @@ def _attention(node: ir.Node) -> Refusal | int:
         return Refusal("Attention cannot give its scores", SPELL_OUT)
     if "softcap" in node.attributes and node.attributes["softcap"].as_float() != 0:
         return Refusal("Attention with softcap is not supported", SPELL_OUT)
-    if (chosen := number_of(node, "softmax_precision", 0)) and (keys is None or chosen != keys.dtype):
+    if (chosen := int_attribute(node, "softmax_precision", 0)) and (keys is None or chosen != keys.dtype):
         return Refusal("the precision of Attention's softmax cannot be chosen", SPELL_OUT)
-    causal = bool(number_of(node, "is_causal", 0))
+    causal = bool(int_attribute(node, "is_causal", 0))
     if _input(node, MASK) is not None and causal:
         return Refusal("Attention takes a mask or is causal, not both", SPELL_OUT)
     if len(node.inputs) > PAST_VALUE + 1:
@@ -172,7 +172,7 @@ def _quantized(node: ir.Node) -> Refusal | int:
 
 def _nested(node: ir.Node) -> Refusal | int:
     """No If in an If, unless their shapes are fixed."""
-    inner = any(each.op_type == "If" for body in bodies_of(node) for each in body)
+    inner = any(each.op_type == "If" for subgraph in subgraphs_of(node) for each in subgraph)
     if inner and not all(out.shape is not None and out.shape.is_static() for out in node.outputs):
         return Refusal("If within If fails where shapes are dynamic", "make it one If, or a Where, in the model")
     return 0

@@ -6,7 +6,7 @@
 
 Weights take the type of the node that reads them; inputs and outputs of the graph keep theirs. In float32 stay also
 products of positions (integers above 256 are none in bfloat16), nodes that read a constant beyond the range of the
-type, nodes whose operator does not exist in it, and the bodies of If, Loop and Scan.
+type, nodes whose operator does not exist in it, and the subgraphs of If, Loop and Scan.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
 from cpcompile.core.errors import CpcompileError
-from cpcompile.passes.symbolic_shapes import bodies_of, constant_of, is_standard, opset_of
+from cpcompile.passes.symbolic_shapes import constant_of, is_standard, opset_of, subgraphs_of
 
 FLOAT = ir.DataType.FLOAT
 HALVES: Mapping[str, ir.DataType] = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
@@ -159,7 +159,7 @@ class LowerPrecision(ir.passes.InPlacePass):
 def _ports(node: ir.Node, opset: int, half: ir.DataType) -> Ports | None:
     """What of `node` is float32 and can be `half` together; None where the node has to stay as it is."""
     schema = _schema(node.op_type, opset) if is_standard(node) else None
-    if schema is None or bodies_of(node):
+    if schema is None or subgraphs_of(node):
         return None
     types = {constraint.type_param_str: constraint.allowed_type_strs for constraint in schema.type_constraints}
     inputs, outputs, bound = [], [], set()

@@ -137,21 +137,21 @@ def _choose(
     name = f"{known.name}.below.{start + middle}"
     less = ir.node("Less", [known, _constant(graph, f"{name}.bound", start + middle)], name=name)
     less.outputs[0].name = name
-    bodies = []
+    subgraphs = []
     for own, first in ((parts[:middle], start), (parts[middle:], start + middle)):
         if len(own) == 1:
-            bodies.append(own[0].branch())
+            subgraphs.append(own[0].branch())
         else:
             nodes, results = _choose(graph, own, known, first)
-            bodies.append(ir.Graph([], results, nodes=nodes, name=f"from.{first}"))
+            subgraphs.append(ir.Graph([], results, nodes=nodes, name=f"from.{first}"))
     choice = ir.node(
         "If",
         less.outputs,
-        {"then_branch": bodies[0], "else_branch": bodies[1]},
-        num_outputs=len(bodies[0].outputs),
+        {"then_branch": subgraphs[0], "else_branch": subgraphs[1]},
+        num_outputs=len(subgraphs[0].outputs),
         name=f"{name}.if",
     )
-    for index, (out, *made) in enumerate(zip(choice.outputs, bodies[0].outputs, bodies[1].outputs, strict=True)):
+    for index, (out, *made) in enumerate(zip(choice.outputs, subgraphs[0].outputs, subgraphs[1].outputs, strict=True)):
         out.name, out.type, out.shape = f"{name}.output{index}", made[0].type, _common_shape(made[0], made[1])
     return [less, choice], choice.outputs
 

@@ -20,8 +20,8 @@ import onnx_ir as ir
 from cpcompile.passes.channel_rules.fixpoint import find_zeros
 from cpcompile.passes.channel_rules.products import product_is_zero
 from cpcompile.passes.channels import Channels
-from cpcompile.passes.clean_up import SMALL, CleanUp, stand_in
-from cpcompile.passes.shape_inputs import free_name
+from cpcompile.passes.clean_up import SMALL, CleanUp, replace_value
+from cpcompile.passes.shape_inputs import unique_name
 from cpcompile.passes.symbolic_shapes import (
     ELEMENTWISE,
     NOT_ZERO_AT_ZERO,
@@ -30,8 +30,8 @@ from cpcompile.passes.symbolic_shapes import (
     Shape,
     broadcast,
     is_standard,
-    nodes_inside_out,
     opset_of,
+    post_order,
 )
 
 SUMS = ("Add", "Sub", "Sum")
@@ -73,7 +73,7 @@ def remove_zero_terms(graph: ir.Graph, channels: Channels) -> list[str]:
 
     channels: what `find_zeros` says of `graph`; once something was taken, it is out of date.
     """
-    sums = [(node.outputs[0].name or "", node) for node in nodes_inside_out(graph) if node.op_type in (*SUMS, "Gemm")]
+    sums = [(node.outputs[0].name or "", node) for node in post_order(graph) if node.op_type in (*SUMS, "Gemm")]
     return [name for name, node in sums if is_standard(node) and _loses_terms(channels, node)]
 
 
@@ -92,7 +92,7 @@ def _loses_terms(channels: Channels, node: ir.Node) -> bool:
         _replace(node, ir.node("Neg", kept, name=node.name))
     elif len(kept) > 1:
         _replace(node, ir.node("Sum", kept, name=node.name))
-    elif kept[0] is not None and stand_in(kept[0], node.outputs[0]):
+    elif kept[0] is not None and replace_value(kept[0], node.outputs[0]):
         assert node.graph is not None
         node.graph.remove(node, safe=True)
     else:
@@ -157,7 +157,7 @@ def _make_constants(graph: ir.Graph) -> list[str]:
     """Store the zeros of known shape that something reads; returns their names, without those that only led to them."""
     channels = find_zeros(graph)
     made = []
-    for node in reversed(list(nodes_inside_out(graph))):
+    for node in reversed(list(post_order(graph))):
         for out in node.outputs:
             shape = out.shape.numpy() if out.shape is not None and out.shape.is_static() else None
             if shape is None or out.dtype is None or not out.uses() or out.is_graph_output():
@@ -165,7 +165,7 @@ def _make_constants(graph: ir.Graph) -> list[str]:
             small = np.prod(shape, dtype=np.int64) <= SMALL
             if not small or not out.dtype.is_floating_point() or not _is_zero(channels, out):
                 continue
-            name = free_name(graph, f"{out.name}.zero")
+            name = unique_name(graph, f"{out.name}.zero")
             tensor = ir.tensor(np.zeros(shape, dtype=out.dtype.numpy()), dtype=out.dtype, name=name)
             constant = ir.Value(name=name, shape=ir.Shape(shape), type=out.type, const_value=tensor)
             graph.register_initializer(constant)

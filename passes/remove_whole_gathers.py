@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from cpcompile.passes.clean_up import stand_in
-from cpcompile.passes.symbolic_shapes import constant_of, is_standard, number_of
+from cpcompile.passes.clean_up import replace_value
+from cpcompile.passes.symbolic_shapes import constant_of, int_attribute, is_standard
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class RemoveWholeGathers(ir.passes.InPlacePass):
         graph, removed = model.graph, 0
         for node in graph:
             data = node.inputs[0] if _takes_everything(node) else None
-            if data is not None and stand_in(data, node.outputs[0]):
+            if data is not None and replace_value(data, node.outputs[0]):
                 graph.remove(node, safe=True)
                 removed += 1
         return ir.passes.PassResult(model, modified=removed > 0)
@@ -36,5 +36,5 @@ def _takes_everything(node: ir.Node) -> bool:
     picked = None if index is None else constant_of(index)
     if data is None or data.shape is None or picked is None or picked.shape.rank() != 1:
         return False
-    everything = data.shape[number_of(node, "axis", 0)] == picked.size
+    everything = data.shape[int_attribute(node, "axis", 0)] == picked.size
     return everything and np.array_equal(picked.numpy(), np.arange(picked.size))

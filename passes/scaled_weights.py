@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from cpcompile.passes.symbolic_shapes import constant_of, number_of
+from cpcompile.passes.symbolic_shapes import constant_of, int_attribute
 
 Array = npt.NDArray[np.generic]
 Scales = Mapping[ir.Value, Array]
@@ -52,13 +52,13 @@ def _read_by_gemm(node: ir.Node, index: int, factors: Array) -> Scales | str:
     """alpha * A' B' + beta * C, transposed by transA and transB."""
     if index == 2:
         return "Gemm adds it"
-    contracted = [0 if number_of(node, "transA", 0) else 1, 1 if number_of(node, "transB", 0) else 0]
+    contracted = [0 if int_attribute(node, "transA", 0) else 1, 1 if int_attribute(node, "transB", 0) else 0]
     return _on_axis(node.inputs[1 - index], contracted[1 - index], factors, contracted[index])
 
 
 def _read_by_conv(node: ir.Node, index: int, factors: Array) -> Scales | str:
     """Kernels (out channels, channels / group, ...): those of a group read the channels of their group."""
-    kernels, groups = node.inputs[1], number_of(node, "group", 1)
+    kernels, groups = node.inputs[1], int_attribute(node, "group", 1)
     if index != 0 or kernels is None:
         return "Conv does not read it as data"
     if groups == 1 or factors.size == 1:
@@ -80,7 +80,7 @@ def _made_by_matmul(node: ir.Node, factors: Array) -> Scales | str:
 
 
 def _made_by_gemm(node: ir.Node, factors: Array) -> Scales | str:
-    made = _on_axis(node.inputs[1], 0 if number_of(node, "transB", 0) else 1, factors, 1)
+    made = _on_axis(node.inputs[1], 0 if int_attribute(node, "transB", 0) else 1, factors, 1)
     return _with_bias(node, made, factors, 1)
 
 

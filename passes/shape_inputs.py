@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from cpcompile.passes.symbolic_shapes import Axis, Shape, ShapeTable, number_of, opset_of
+from cpcompile.passes.symbolic_shapes import Axis, Shape, ShapeTable, int_attribute, opset_of
 
 ZERO = Axis((), 0)
 
@@ -113,8 +113,8 @@ def _said(node: ir.Node, table: ShapeTable) -> list[Piece] | None:
         if number is not None and len(number) == 1:
             pieces.append(number[0])
         elif shape is not None and shape.op_type == "Shape" and shape.inputs[0] is not None:
-            start = number_of(shape, "start", 0)
-            if number_of(shape, "end", -1) != start + 1:
+            start = int_attribute(shape, "start", 0)
+            if int_attribute(shape, "end", -1) != start + 1:
                 return None
             pieces.append((shape.inputs[0], start))
         else:
@@ -136,7 +136,7 @@ def _find_axis(node: ir.Node, axis: Axis, source: Shape, table: ShapeTable) -> t
 def _constant(node: ir.Node, suffix: str, array: npt.NDArray[Any]) -> ir.Value:
     graph = node.graph
     assert isinstance(graph, ir.Graph)
-    name = free_name(graph, f"{node.outputs[0].name}.{suffix}")
+    name = unique_name(graph, f"{node.outputs[0].name}.{suffix}")
     value = ir.Value(
         name=name,
         shape=ir.Shape(array.shape),
@@ -157,7 +157,7 @@ def _insert(node: ir.Node, new: ir.Node, suffix: str, length: int) -> ir.Value:
     return out
 
 
-def free_name(graph: ir.Graph, name: str) -> str:
+def unique_name(graph: ir.Graph, name: str) -> str:
     """`name`, or with a number if an initializer has it already."""
     candidate, number = name, 1
     while candidate in graph.initializers:

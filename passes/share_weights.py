@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from cpcompile.passes.clean_up import stand_in
+from cpcompile.passes.clean_up import replace_value
 
 KeptChannels = Mapping[str, tuple[npt.NDArray[np.intp] | None, ...]]
 """Parameter name -> per axis the kept indices; None where the axis is whole."""
@@ -235,6 +235,6 @@ def _replace(node: ir.Node, value: ir.Value) -> None:
     """Let `value` take the place of the only output of `node`, and its name: a value keeps it when it is made anew."""
     assert node.graph is not None
     name = node.outputs[0].name
-    stand_in(value, node.outputs[0])
+    replace_value(value, node.outputs[0])
     node.graph.remove(node, safe=True)
     value.name = name

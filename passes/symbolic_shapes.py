@@ -104,38 +104,38 @@ def _divide(total: Sequence[Axis], parts: Sequence[Axis]) -> Axis | None:
     return Axis(tuple(outer), number // part_number)
 
 
-def bodies_of(node: ir.Node) -> list[ir.Graph]:
+def subgraphs_of(node: ir.Node) -> list[ir.Graph]:
     """The sub-graphs of `node`."""
-    bodies: list[ir.Graph] = []
+    subgraphs: list[ir.Graph] = []
     for attribute in node.attributes.values():
         if attribute.type == ir.AttributeType.GRAPH:
-            bodies.append(attribute.as_graph())
+            subgraphs.append(attribute.as_graph())
         elif attribute.type == ir.AttributeType.GRAPHS:
-            bodies += attribute.as_graphs()
-    return bodies
+            subgraphs += attribute.as_graphs()
+    return subgraphs
 
 
-def nodes_inside_out(graph: ir.Graph) -> Iterator[ir.Node]:
-    """All nodes, those of bodies before the node that the bodies belong to."""
+def post_order(graph: ir.Graph) -> Iterator[ir.Node]:
+    """All nodes in post-order: those of subgraphs before the node that has the subgraphs."""
     for node in graph:
-        for body in bodies_of(node):
-            yield from nodes_inside_out(body)
+        for subgraph in subgraphs_of(node):
+            yield from post_order(subgraph)
         yield node
 
 
 class ShapeTable:
-    """Symbolic shapes of all values of a graph and its bodies, and the contents of its small integer vectors."""
+    """Symbolic shapes of all values of a graph and its subgraphs, and symbolic values of its small integer vectors."""
 
     def __init__(self, graph: ir.Graph) -> None:
         self._shapes: dict[ir.Value, Shape | None] = {}
-        self._contents: dict[ir.Value, Shape] = {}
-        for node in nodes_inside_out(graph):
+        self._symbolic_values: dict[ir.Value, Shape] = {}
+        for node in post_order(graph):
             if not is_standard(node):
                 continue
-            if content := _CONTENT.get(node.op_type):
-                result = content(self, node)
+            if held := _VALUES.get(node.op_type):
+                result = held(self, node)
                 if result is not None:
-                    self._contents[node.outputs[0]] = result
+                    self._symbolic_values[node.outputs[0]] = result
             if shape := _SHAPE.get(node.op_type):
                 derived = shape(self, node)
                 if derived is not None:
@@ -158,21 +158,21 @@ class ShapeTable:
         self._shapes[value] = shape
         value.shape = ir.Shape(axis.dimension for axis in shape)
 
-    def content(self, value: ir.Value | None) -> Shape | None:
-        """What an integer vector or scalar holds."""
+    def symbolic_value(self, value: ir.Value | None) -> Shape | None:
+        """The elements of an integer vector or scalar, each as a product; None if they are not known."""
         if value is None:
             return None
-        if value not in self._contents:
+        if value not in self._symbolic_values:
             tensor = constant_of(value)
             if tensor is None or tensor.size > 64 or not tensor.dtype.is_integer() or len(tensor.shape) > 1:
                 return None
-            self._contents[value] = tuple(Axis((), int(number)) for number in tensor.numpy().reshape(-1))
-        return self._contents[value]
+            self._symbolic_values[value] = tuple(Axis((), int(number)) for number in tensor.numpy().reshape(-1))
+        return self._symbolic_values[value]
 
     def integers(self, value: ir.Value | None) -> list[int] | None:
-        """What a constant integer vector or scalar holds."""
-        content = self.content(value)
-        return [axis.n for axis in content] if content is not None and all(a.is_static for a in content) else None
+        """The elements of a constant integer vector or scalar; None if they are not known."""
+        held = self.symbolic_value(value)
+        return [axis.n for axis in held] if held is not None and all(a.is_static for a in held) else None
 
 
 def _axis(value: ir.Value, index: int, dimension: object) -> Axis:
@@ -194,7 +194,7 @@ def axes_of(table: ShapeTable, node: ir.Node, rank: int, index: int = 1) -> list
     return None if axes is None else [axis % rank for axis in axes]
 
 
-def number_of(node: ir.Node, name: str, default: int) -> int:
+def int_attribute(node: ir.Node, name: str, default: int) -> int:
     """An integer attribute or its default."""
     attribute = node.attributes.get(name)
     return default if attribute is None else attribute.as_int()
@@ -208,9 +208,9 @@ def axes_left(table: ShapeTable, node: ir.Node) -> dict[int, int] | None:
         return None
     explicit = "axes" in node.attributes or (len(node.inputs) > 1 and node.inputs[1] is not None)
     if not (explicit and axes):
-        axes = [] if number_of(node, "noop_with_empty_axes", 0) else list(range(len(shape)))
+        axes = [] if int_attribute(node, "noop_with_empty_axes", 0) else list(range(len(shape)))
     left = [axis for axis in range(len(shape)) if axis not in axes]
-    return {axis: axis if number_of(node, "keepdims", 1) else at for at, axis in enumerate(left)}
+    return {axis: axis if int_attribute(node, "keepdims", 1) else at for at, axis in enumerate(left)}
 
 
 def padding_of(table: ShapeTable, node: ir.Node) -> list[tuple[int, int]] | None:
@@ -223,53 +223,53 @@ def padding_of(table: ShapeTable, node: ir.Node) -> list[tuple[int, int]] | None
     return [given.get(axis, (0, 0)) for axis in range(len(shape))]
 
 
-# Contents: vectors of lengths.
+# Symbolic values: vectors of lengths.
 
 
-def _shape_content(table: ShapeTable, node: ir.Node) -> Shape | None:
+def _shape_value(table: ShapeTable, node: ir.Node) -> Shape | None:
     shape = table.shape(node.inputs[0])
     if shape is None:
         return None
-    start, end = number_of(node, "start", 0), number_of(node, "end", len(shape))
+    start, end = int_attribute(node, "start", 0), int_attribute(node, "end", len(shape))
     return shape[start:end]
 
 
-def _slice_content(table: ShapeTable, node: ir.Node) -> Shape | None:
-    content = table.content(node.inputs[0])
+def _slice_value(table: ShapeTable, node: ir.Node) -> Shape | None:
+    held = table.symbolic_value(node.inputs[0])
     starts, ends = table.integers(node.inputs[1]), table.integers(node.inputs[2])
     steps = table.integers(node.inputs[4]) if len(node.inputs) > 4 else [1]
-    if content is None or not starts or not ends or not steps:
+    if held is None or not starts or not ends or not steps:
         return None
-    return content[slice(starts[0], min(ends[0], len(content)), steps[0])]
+    return held[slice(starts[0], min(ends[0], len(held)), steps[0])]
 
 
-def _gather_content(table: ShapeTable, node: ir.Node) -> Shape | None:
-    content, indices = table.content(node.inputs[0]), table.integers(node.inputs[1])
-    return None if content is None or indices is None else tuple(content[i] for i in indices)
+def _gather_value(table: ShapeTable, node: ir.Node) -> Shape | None:
+    held, indices = table.symbolic_value(node.inputs[0]), table.integers(node.inputs[1])
+    return None if held is None or indices is None else tuple(held[i] for i in indices)
 
 
-def _concat_content(table: ShapeTable, node: ir.Node) -> Shape | None:
-    parts = [table.content(value) for value in node.inputs]
+def _concat_value(table: ShapeTable, node: ir.Node) -> Shape | None:
+    parts = [table.symbolic_value(value) for value in node.inputs]
     return None if any(part is None for part in parts) else tuple(axis for part in parts if part for axis in part)
 
 
-def _same_content(table: ShapeTable, node: ir.Node) -> Shape | None:
-    content, out = table.content(node.inputs[0]), node.outputs[0]
-    if content is None or (out.dtype is not None and out.dtype not in (ir.DataType.INT32, ir.DataType.INT64)):
+def _same_value(table: ShapeTable, node: ir.Node) -> Shape | None:
+    held, out = table.symbolic_value(node.inputs[0]), node.outputs[0]
+    if held is None or (out.dtype is not None and out.dtype not in (ir.DataType.INT32, ir.DataType.INT64)):
         return None
     vector = out.shape is not None and out.shape.rank() <= 1
-    return content if vector or len(content) == 1 else None
+    return held if vector or len(held) == 1 else None
 
 
-def _product_content(table: ShapeTable, node: ir.Node) -> Shape | None:
-    first, second = (table.content(value) for value in node.inputs)
+def _product_value(table: ShapeTable, node: ir.Node) -> Shape | None:
+    first, second = (table.symbolic_value(value) for value in node.inputs)
     if first is None or second is None or len(first) != len(second):
         return None
     return tuple(a * b for a, b in zip(first, second, strict=True))
 
 
-def _quotient_content(table: ShapeTable, node: ir.Node) -> Shape | None:
-    first, second = (table.content(value) for value in node.inputs)
+def _quotient_value(table: ShapeTable, node: ir.Node) -> Shape | None:
+    first, second = (table.symbolic_value(value) for value in node.inputs)
     if first is None or second is None or len(first) != len(second):
         return None
     quotients = [_divide([a], [b]) for a, b in zip(first, second, strict=True)]
@@ -280,10 +280,10 @@ def _quotient_content(table: ShapeTable, node: ir.Node) -> Shape | None:
 
 
 def _reshape(table: ShapeTable, node: ir.Node) -> Shape | None:
-    shape, wanted = table.shape(node.inputs[0]), table.content(node.inputs[1])
+    shape, wanted = table.shape(node.inputs[0]), table.symbolic_value(node.inputs[1])
     if shape is None or wanted is None:
         return None
-    copies = not number_of(node, "allowzero", 0)
+    copies = not int_attribute(node, "allowzero", 0)
     axes = [shape[i] if copies and axis == Axis((), 0) and i < len(shape) else axis for i, axis in enumerate(wanted)]
     open_axis = Axis((), -1)
     if open_axis in axes:
@@ -327,7 +327,7 @@ def broadcast(shapes: Sequence[Shape | None]) -> Shape | None:
 
 
 def _expand(table: ShapeTable, node: ir.Node) -> Shape | None:
-    return broadcast([table.shape(node.inputs[0]), table.content(node.inputs[1])])
+    return broadcast([table.shape(node.inputs[0]), table.symbolic_value(node.inputs[1])])
 
 
 def _matmul(table: ShapeTable, node: ir.Node) -> Shape | None:
@@ -357,14 +357,14 @@ def _reduce(table: ShapeTable, node: ir.Node) -> Shape | None:
     shape, left = table.shape(node.inputs[0]), axes_left(table, node)
     if shape is None or left is None:
         return None
-    if number_of(node, "keepdims", 1):
+    if int_attribute(node, "keepdims", 1):
         return tuple(axis if at in left else ONE for at, axis in enumerate(shape))
     return tuple(shape[at] for at in left)
 
 
 def _looped(table: ShapeTable, node: ir.Node) -> dict[ir.Value, Shape]:
     """What a Loop makes: an axis of a state that is the same before, in and after an iteration is it at the end."""
-    (body,) = bodies_of(node)
+    (body,) = subgraphs_of(node)
     shapes: dict[ir.Value, Shape] = {}
     states = len(node.inputs) - 2
     for element, out in zip(body.outputs[1 + states :], node.outputs[states:], strict=True):
@@ -423,19 +423,19 @@ REDUCTIONS = (
 
 _Rule = Callable[[ShapeTable, ir.Node], Shape | None]
 
-_CONTENT: dict[str, _Rule] = {
-    "Shape": _shape_content,
-    "Slice": _slice_content,
-    "Gather": _gather_content,
-    "Concat": _concat_content,
-    "Squeeze": _same_content,
-    "Unsqueeze": _same_content,
-    "Reshape": _same_content,
-    "Cast": _same_content,
-    "CastLike": _same_content,
-    "Identity": _same_content,
-    "Mul": _product_content,
-    "Div": _quotient_content,
+_VALUES: dict[str, _Rule] = {
+    "Shape": _shape_value,
+    "Slice": _slice_value,
+    "Gather": _gather_value,
+    "Concat": _concat_value,
+    "Squeeze": _same_value,
+    "Unsqueeze": _same_value,
+    "Reshape": _same_value,
+    "Cast": _same_value,
+    "CastLike": _same_value,
+    "Identity": _same_value,
+    "Mul": _product_value,
+    "Div": _quotient_value,
 }
 
 _SHAPE: dict[str, _Rule] = {

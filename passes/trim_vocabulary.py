@@ -21,9 +21,9 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from cpcompile.core.errors import CpcompileError, UsageError
-from cpcompile.passes.clean_up import CleanUp, stand_in
+from cpcompile.passes.clean_up import CleanUp, replace_value
 from cpcompile.passes.eliminate_dead_channels import EliminateDeadChannels, Elimination, KeptChannels, find_channels
-from cpcompile.passes.symbolic_shapes import SINCE, constant_of, is_standard, number_of, opset_of
+from cpcompile.passes.symbolic_shapes import SINCE, constant_of, int_attribute, is_standard, opset_of
 
 MARK = "cpcompile.vocabulary"
 """Property of a trimmed model: a digest of the kept ids, since new ids look like old ones."""
@@ -137,8 +137,8 @@ def _find_lookups(graph: ir.Graph, ids: ir.Value) -> list[ir.Node]:
     while todo:
         for node, at in todo.pop().uses():
             known = node.graph is graph and is_standard(node)
-            cast = node.op_type == "Cast" and number_of(node, "to", 0) in (ir.DataType.INT32, ir.DataType.INT64)
-            if known and node.op_type == "Gather" and at == 1 and number_of(node, "axis", 0) == 0:
+            cast = node.op_type == "Cast" and int_attribute(node, "to", 0) in (ir.DataType.INT32, ir.DataType.INT64)
+            if known and node.op_type == "Gather" and at == 1 and int_attribute(node, "axis", 0) == 0:
                 lookups.append(node)
             elif known and at == 0 and (cast or node.op_type in MOVES):
                 todo.append(node.outputs[0])
@@ -186,7 +186,7 @@ def _pick(data: ir.Value, kept: ir.Value, axis: int) -> ir.Node:
 
 def _drop_pick(graph: ir.Graph, node: ir.Node) -> None:
     """Remove a Gather that takes everything in order; an error says what keeps the rest."""
-    data, index, axis = node.inputs[0], node.inputs[1], number_of(node, "axis", 0)
+    data, index, axis = node.inputs[0], node.inputs[1], int_attribute(node, "axis", 0)
     assert data is not None and data.shape is not None and index is not None
     picked, length = constant_of(index), data.shape[axis]
     assert picked is not None and isinstance(length, int)
@@ -198,5 +198,5 @@ def _drop_pick(graph: ir.Graph, node: ir.Node) -> None:
             f"{spare.size} of the {length} entries of {data.name!r} cannot be trimmed because of {why}; "
             "give the logits before that operator, or leave the vocabulary whole"
         )
-    stand_in(data, node.outputs[0])
+    replace_value(data, node.outputs[0])
     graph.remove(node, safe=True)

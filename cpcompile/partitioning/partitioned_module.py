@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from cpcompile.core.errors import UsageError
 from cpcompile.core.selection import BoolArray, Selection, UnitKind, Units
-from cpcompile.partitioning.footprint import Footprint
 from cpcompile.partitioning.gating import Active, GroupGate, add_gates
 from cpcompile.partitioning.groups import Group, Refused
+from cpcompile.partitioning.live_parameters import LiveParameters
 from cpcompile.partitioning.trace import Forward
 
 
@@ -35,7 +35,7 @@ class PartitionedModule(nn.Module):
         contexts: int,
         groups: tuple[Group, ...],
         refused: tuple[Refused, ...],
-        footprint: Footprint,
+        live_parameters: LiveParameters,
         example_inputs: tuple[Tensor, ...],
         dynamic_shapes: tuple[Any, ...] | None,
     ) -> None:
@@ -44,7 +44,7 @@ class PartitionedModule(nn.Module):
         self.contexts = contexts
         self.groups = groups
         self.refused = refused
-        self.footprint = footprint
+        self.live_parameters = live_parameters
         self.example_inputs = example_inputs
         self.dynamic_shapes = dynamic_shapes
         self.gates = nn.ModuleList(GroupGate(contexts, group) for group in groups)
@@ -125,7 +125,7 @@ class PartitionedModule(nn.Module):
 
     def kept_sizes(self, selection: Selection, context: str) -> dict[str, int]:
         """Elements of every parameter of the model, by its own name, that `context` keeps."""
-        return self.footprint.kept(self.alive(selection, context))
+        return self.live_parameters.kept(self.alive(selection, context))
 
     def kept_units(self, selection: Selection, context: str) -> dict[str, tuple[int, ...]]:
         """Per group, by name, the units that `context` keeps: of a mixture of experts the numbers of the experts."""

@@ -1,4 +1,4 @@
-"""What every aten operator does with labels: one table, one rule per operator.
+"""What every aten operator does with channel ids: one table, one rule per operator.
 
 Pointwise operators are known by their tag; the others stand in `RULES`. An operator without a rule keeps the channels
 of everything that it reads. Operators: https://docs.pytorch.org/docs/stable/torch.compiler_ir.html
@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import fx
 
+from cpcompile.partitioning.channel_ids import ChannelIds, Value, varied
 from cpcompile.partitioning.flow import Flow, place
-from cpcompile.partitioning.labels import Facet, Value, varied
 
 Result = Value | list[Value]
 Rule = Callable[[Flow, fx.Node], Result]
@@ -43,9 +43,9 @@ def propagate(flow: Flow, node: fx.Node) -> Any:
     if rule is None:
         why = f"there is no rule for {place(node)}"
         flow.block_all(read, why)
-        if any(value.facets for value in read):
+        if any(value.channel_ids for value in read):
             flow.opaque[node] = why
-    elif any(value.facets for value in read):
+    elif any(value.channel_ids for value in read):
         result = rule(flow, node)
         results = result if isinstance(result, list) else [result]
         if any(value is not None and 0 in value.shape for value in results):  # an empty tensor holds no channels
@@ -74,7 +74,7 @@ def _axis(value: Value, axis: int) -> int:
     return axis % value.rank
 
 
-# Movement: labels keep to their elements.
+# Movement: ids keep to their elements.
 
 
 def _reshape(flow: Flow, node: fx.Node) -> Value:
@@ -82,41 +82,41 @@ def _reshape(flow: Flow, node: fx.Node) -> Value:
 
 
 def _identity(flow: Flow, node: fx.Node) -> Value:
-    return _each(flow, node, lambda facet: facet)
+    return _each(flow, node, lambda ids: ids)
 
 
-def _each(flow: Flow, node: fx.Node, move: Callable[[Facet], Facet]) -> Value:
+def _each(flow: Flow, node: fx.Node, move: Callable[[ChannelIds], ChannelIds]) -> Value:
     value = _first(flow, node)
-    facets = tuple(move(facet) for facet in value.facets)
-    return replace(flow.plain(node.meta["val"]), facets=facets, constant=value.constant)
+    channel_ids = tuple(move(ids) for ids in value.channel_ids)
+    return replace(flow.plain(node.meta["val"]), channel_ids=channel_ids, constant=value.constant)
 
 
 def _permute(flow: Flow, node: fx.Node) -> Value:
-    return _each(flow, node, lambda facet: facet.transpose([int(a) for a in node.args[1]]))  # type: ignore[union-attr,arg-type]
+    return _each(flow, node, lambda ids: ids.transpose([int(a) for a in node.args[1]]))  # type: ignore[union-attr,arg-type]
 
 
 def _transpose(flow: Flow, node: fx.Node) -> Value:
     first, second = node.args[1:3] if len(node.args) > 2 else (-2, -1)
     if _first(flow, node).rank < 2:
         return _first(flow, node)
-    return _each(flow, node, lambda facet: facet.swapaxes(first, second))  # type: ignore[arg-type]
+    return _each(flow, node, lambda ids: ids.swapaxes(first, second))  # type: ignore[arg-type]
 
 
 def _expand(flow: Flow, node: fx.Node) -> Value:
     rank = node.meta["val"].ndim
-    return _each(flow, node, lambda facet: facet.reshape((1,) * (rank - facet.ndim) + facet.shape))
+    return _each(flow, node, lambda ids: ids.reshape((1,) * (rank - ids.ndim) + ids.shape))
 
 
 def _pick(flow: Flow, value: Value, axis: int, index: slice, why: str) -> Value:
-    """Some positions of an axis; only along one whose labels are known position by position."""
-    if any(facet.shape[axis] not in (1, value.shape[axis]) for facet in value.facets) or value.dynamic[axis]:
+    """Some positions of an axis; only along one whose ids are known position by position."""
+    if any(ids.shape[axis] not in (1, value.shape[axis]) for ids in value.channel_ids) or value.dynamic[axis]:
         value = flow.merge(value, [axis], why)
-    taken = [f if f.shape[axis] == 1 else f[(slice(None),) * axis + (index,)] for f in value.facets]
-    return value.with_facets(taken)
+    taken = [f if f.shape[axis] == 1 else f[(slice(None),) * axis + (index,)] for f in value.channel_ids]
+    return value.with_ids(taken)
 
 
-def _without(facet: Facet, axis: int) -> Facet:
-    return facet.take([0], axis=axis).squeeze(axis)
+def _without(ids: ChannelIds, axis: int) -> ChannelIds:
+    return ids.take([0], axis=axis).squeeze(axis)
 
 
 def _slice(flow: Flow, node: fx.Node) -> Value:
@@ -128,9 +128,9 @@ def _slice(flow: Flow, node: fx.Node) -> Value:
         return value
     if any(isinstance(bound, fx.Node) for bound in (start, end)):
         value = flow.merge(value, [axis], f"{place(node)} takes a part of varying length")
-        return replace(flow.plain(node.meta["val"]), facets=value.facets, constant=value.constant)
+        return replace(flow.plain(node.meta["val"]), channel_ids=value.channel_ids, constant=value.constant)
     picked = _pick(flow, value, axis, slice(start, end, step), f"{place(node)} takes a part of it")
-    return replace(flow.plain(node.meta["val"]), facets=picked.facets, constant=value.constant)
+    return replace(flow.plain(node.meta["val"]), channel_ids=picked.channel_ids, constant=value.constant)
 
 
 def _select(flow: Flow, node: fx.Node) -> Value:
@@ -140,8 +140,8 @@ def _select(flow: Flow, node: fx.Node) -> Value:
     if not isinstance(index, int):
         value, index = flow.merge(value, [axis], f"{place(node)} takes one that varies"), 0
     picked = _pick(flow, value, axis, slice(index, index + 1 or None), f"{place(node)} takes one of it")
-    facets = tuple(_without(facet, axis) for facet in picked.facets)
-    return replace(flow.plain(node.meta["val"]), facets=facets, constant=value.constant)
+    channel_ids = tuple(_without(ids, axis) for ids in picked.channel_ids)
+    return replace(flow.plain(node.meta["val"]), channel_ids=channel_ids, constant=value.constant)
 
 
 def _split(flow: Flow, node: fx.Node) -> list[Value]:
@@ -153,8 +153,8 @@ def _split(flow: Flow, node: fx.Node) -> list[Value]:
         plain = flow.plain(example)
         length = 1 if unbind else plain.shape[axis]
         picked = _pick(flow, value, axis, slice(start, start + length), f"{place(node)} divides it")
-        facets = tuple(_without(f, axis) if unbind else f for f in picked.facets)
-        parts.append(replace(plain, facets=facets, constant=value.constant))
+        channel_ids = tuple(_without(f, axis) if unbind else f for f in picked.channel_ids)
+        parts.append(replace(plain, channel_ids=channel_ids, constant=value.constant))
         start += length
     return parts
 
@@ -187,7 +187,7 @@ def _stack(flow: Flow, node: fx.Node) -> Value:
             Value(
                 (*value.shape[:axis], 1, *value.shape[axis:]),
                 (*value.dynamic[:axis], False, *value.dynamic[axis:]),
-                tuple(np.expand_dims(facet, axis) for facet in value.facets),
+                tuple(np.expand_dims(ids, axis) for ids in value.channel_ids),
                 value.constant,
             )
         )
@@ -195,39 +195,39 @@ def _stack(flow: Flow, node: fx.Node) -> Value:
 
 
 def _joined(flow: Flow, node: fx.Node, values: list[Value], axis: int, out: Value) -> Value:
-    """Side by side along `axis`: there labels follow each other, along the others they agree."""
+    """Side by side along `axis`: ids follow each other there, and agree along the other axes."""
     why = f"{place(node)} joins it with channels that stay"
-    grids = {frozenset(varied(f) - {axis}) for v in values for f in v.facets if axis in varied(f) or not varied(f)}
-    complete = all(any(axis in varied(f) or not varied(f) for f in v.facets) for v in values)
-    alone = all(varied(f) <= {axis} for v in values for f in v.facets)
+    grids = {frozenset(varied(f) - {axis}) for v in values for f in v.channel_ids if axis in varied(f) or not varied(f)}
+    complete = all(any(axis in varied(f) or not varied(f) for f in v.channel_ids) for v in values)
+    alone = all(varied(f) <= {axis} for v in values for f in v.channel_ids)
     if out.dynamic[axis] or len(grids) > 1 or not (complete or alone):
         values = [flow.merge(value, [axis], why) for value in values]
         grids = set()
-    along: list[Facet] = []
+    along: list[ChannelIds] = []
     if grids:
         for value in values:
-            own = [f for f in value.facets if axis in varied(f) or not varied(f)]
-            for facet in own[1:]:
-                flow.labels.tie(own[0], facet)
+            own = [f for f in value.channel_ids if axis in varied(f) or not varied(f)]
+            for ids in own[1:]:
+                flow.coupling.couple(own[0], ids)
             shape = [1] * out.rank
             shape[axis] = value.shape[axis]
             if not own:
-                own = [flow.labels.fresh(tuple(shape))]
-                flow.labels.block(own[0], why)
+                own = [flow.coupling.fresh(tuple(shape))]
+                flow.coupling.block(own[0], why)
             lengths = [value.shape[a] if a == axis else n for a, n in enumerate(own[0].shape)]
             along.append(np.broadcast_to(own[0], lengths))
     across = [
         Value(
             tuple(1 if a == axis else n for a, n in enumerate(value.shape)),
             value.dynamic,
-            tuple(f for f in value.facets if varied(f) and axis not in varied(f)),
+            tuple(f for f in value.channel_ids if varied(f) and axis not in varied(f)),
             value.constant,
         )
         for value in values
     ]
     agreed = flow.agree(across, replace(out, shape=tuple(1 if a == axis else n for a, n in enumerate(out.shape))), why)
     joined = (np.concatenate(along, axis=axis),) if along else ()
-    return replace(out, facets=agreed.facets + joined, constant=agreed.constant)
+    return replace(out, channel_ids=agreed.channel_ids + joined, constant=agreed.constant)
 
 
 def _repeat_interleave(flow: Flow, node: fx.Node) -> Value:
@@ -242,12 +242,12 @@ def _repeat_interleave(flow: Flow, node: fx.Node) -> Value:
 def _repeat(flow: Flow, node: fx.Node) -> Value:
     value, out = _first(flow, node), flow.plain(node.meta["val"])
     counts: Any = node.args[1]
-    facets = []
-    for facet in value.facets:
-        lifted = facet.reshape((1,) * (out.rank - facet.ndim) + facet.shape)
+    channel_ids = []
+    for ids in value.channel_ids:
+        lifted = ids.reshape((1,) * (out.rank - ids.ndim) + ids.shape)
         times = [c if n > 1 and isinstance(c, int) else 1 for c, n in zip(counts, lifted.shape, strict=True)]
-        facets.append(np.tile(lifted, times))
-    return replace(out, facets=tuple(facets), constant=value.constant)
+        channel_ids.append(np.tile(lifted, times))
+    return replace(out, channel_ids=tuple(channel_ids), constant=value.constant)
 
 
 def _pad(flow: Flow, node: fx.Node) -> Value:
@@ -256,7 +256,7 @@ def _pad(flow: Flow, node: fx.Node) -> Value:
     sizes: Any = node.args[1]
     padded = [value.rank - 1 - i // 2 for i, size in enumerate(sizes) if size != 0]
     value = flow.merge(value, padded, f"{place(node)} pads it")
-    return replace(flow.plain(node.meta["val"]), facets=value.facets, constant=value.constant)
+    return replace(flow.plain(node.meta["val"]), channel_ids=value.channel_ids, constant=value.constant)
 
 
 # Mixing: all positions of an axis depend on each other.
@@ -268,17 +268,17 @@ def _reduce(flow: Flow, node: fx.Node) -> Value:
     axes = sorted({_axis(value, a) for a in ([given] if isinstance(given, int) else given or range(value.rank))})
     merged = flow.merge(value, axes, f"{place(node)} is over all of it")
     if out.rank == value.rank:
-        return replace(out, facets=merged.facets, constant=value.constant)
-    facets = tuple(facet.squeeze(axis=tuple(axes)) for facet in merged.facets)
-    return replace(out, facets=facets, constant=value.constant)
+        return replace(out, channel_ids=merged.channel_ids, constant=value.constant)
+    channel_ids = tuple(ids.squeeze(axis=tuple(axes)) for ids in merged.channel_ids)
+    return replace(out, channel_ids=channel_ids, constant=value.constant)
 
 
 def _softmax(flow: Flow, node: fx.Node) -> Value:
     value = _first(flow, node)
     merged = flow.merge(value, [_axis(value, node.args[1])], f"{place(node)} is over all of it")  # type: ignore[arg-type]
-    for facet in merged.facets:
-        flow.labels.mark_attention(facet)
-    return replace(flow.plain(node.meta["val"]), facets=merged.facets, constant=value.constant)
+    for ids in merged.channel_ids:
+        flow.coupling.mark_attention(ids)
+    return replace(flow.plain(node.meta["val"]), channel_ids=merged.channel_ids, constant=value.constant)
 
 
 def _along(flow: Flow, node: fx.Node) -> Value:
@@ -303,11 +303,11 @@ def _group_norm(flow: Flow, node: fx.Node) -> Value:
     """Each group of channels is one."""
     value, groups = _first(flow, node), node.args[1]
     why = f"{place(node)} is over the channels of a group"
-    for facet in value.facets:
-        if facet.shape[1] > 1:
-            cells = facet.reshape(facet.shape[0], groups, -1, *facet.shape[2:])  # type: ignore[arg-type]
-            flow.labels.tie(cells, cells[:, :, :1])
-            flow.labels.note_merge(facet, why)
+    for ids in value.channel_ids:
+        if ids.shape[1] > 1:
+            cells = ids.reshape(ids.shape[0], groups, -1, *ids.shape[2:])  # type: ignore[arg-type]
+            flow.coupling.couple(cells, cells[:, :, :1])
+            flow.coupling.note_merge(ids, why)
     merged = flow.merge(value, range(2, value.rank), why)
     return _per_channel(flow, node, merged, node.args[2:4])
 
@@ -316,10 +316,10 @@ def _batch_norm(flow: Flow, node: fx.Node) -> Value:
     """Scale, bias, mean and variance belong to the channels."""
     value = _first(flow, node)
     merged = flow.merge(value, range(2, value.rank), f"{place(node)} is over all positions")
-    for argument in node.args[3:5]:  # buffers, which otherwise have no labels: they may be tables
+    for argument in node.args[3:5]:  # buffers, which otherwise have no ids: they may be tables
         known = flow.value(argument)
-        if known is not None and isinstance(argument, fx.Node) and not known.facets and known.rank == 1:
-            flow.values[argument] = known.with_facets([flow.labels.fresh(known.shape)])
+        if known is not None and isinstance(argument, fx.Node) and not known.channel_ids and known.rank == 1:
+            flow.values[argument] = known.with_ids([flow.coupling.fresh(known.shape)])
     return _per_channel(flow, node, merged, node.args[1:5])
 
 
@@ -338,8 +338,8 @@ def _as_channels(vector: Value, rank: int, axis: int) -> Value:
     def placed(length: int) -> tuple[int, ...]:
         return tuple(length if a == axis else 1 for a in range(rank))
 
-    facets = tuple(facet.reshape(placed(facet.size)) for facet in vector.facets)
-    return Value(placed(vector.shape[0]), (False,) * rank, facets, vector.constant)
+    channel_ids = tuple(ids.reshape(placed(ids.size)) for ids in vector.channel_ids)
+    return Value(placed(vector.shape[0]), (False,) * rank, channel_ids, vector.constant)
 
 
 def _spatial(flow: Flow, node: fx.Node) -> Value:
@@ -347,7 +347,7 @@ def _spatial(flow: Flow, node: fx.Node) -> Value:
     value = _first(flow, node)
     spatial = next((n for n in (1, 2, 3) if f"{n}d" in str(node.target)), value.rank - 2)
     merged = flow.merge(value, range(value.rank - spatial, value.rank), f"{place(node)} is over positions")
-    return replace(flow.plain(node.meta["val"]), facets=merged.facets, constant=value.constant)
+    return replace(flow.plain(node.meta["val"]), channel_ids=merged.channel_ids, constant=value.constant)
 
 
 # Contraction.
@@ -361,7 +361,9 @@ def _linear(flow: Flow, node: fx.Node) -> Value:
     if w.constant and not x.constant:
         out = flow.contract(node, source, weight, (x.rank - 1, 1, 0, x.rank - 1))
     else:
-        turned = replace(w, shape=w.shape[::-1], dynamic=w.dynamic[::-1], facets=tuple(facet.T for facet in w.facets))
+        turned = replace(
+            w, shape=w.shape[::-1], dynamic=w.dynamic[::-1], channel_ids=tuple(ids.T for ids in w.channel_ids)
+        )
         out = _product(flow, node, x, turned)
     return _plus(flow, node, out, _argument(node, 2, "bias"))
 
@@ -441,17 +443,17 @@ def _grouped(flow: Flow, node: fx.Node, x: Value, w: Value, axis: int, groups: i
     out = flow.plain(node.meta["val"])
     why = f"{place(node)} mixes the channels of a group"
     w = flow.merge(w, range(1, w.rank), why)
-    makes = [facet.reshape(groups, -1) for facet in w.facets if 0 in varied(facet)]
-    takes = [facet.reshape(groups, -1) for facet in x.facets if varied(facet) == {axis}]
-    others = [facet for facet in x.facets if varied(facet) != {axis}]
+    makes = [ids.reshape(groups, -1) for ids in w.channel_ids if 0 in varied(ids)]
+    takes = [ids.reshape(groups, -1) for ids in x.channel_ids if varied(ids) == {axis}]
+    others = [ids for ids in x.channel_ids if varied(ids) != {axis}]
     if not makes or not takes or others:
         flow.block_all([x, w], f"{place(node)} is in groups that do not follow its channels")
         return out
     for cells in (*makes, *takes):
-        flow.labels.tie(cells, makes[0][:, :1])
+        flow.coupling.couple(cells, makes[0][:, :1])
     shape = [1] * out.rank
     shape[axis] = out.shape[axis]
-    return replace(out, facets=(makes[0].reshape(shape),))
+    return replace(out, channel_ids=(makes[0].reshape(shape),))
 
 
 def _attention(flow: Flow, node: fx.Node) -> Value:
@@ -469,8 +471,8 @@ def _attention(flow: Flow, node: fx.Node) -> Value:
     scores = replace(out, shape=(*out.shape[:-1], key.shape[-2]), dynamic=(*out.dynamic[:-1], key.dynamic[-2]))
     scores = flow.agree([rows, turned, *([] if mask is None else [mask])], scores, why)
     scores = flow.merge(scores, [rank - 1], why)
-    for facet in scores.facets:
-        flow.labels.mark_attention(facet)
+    for ids in scores.channel_ids:
+        flow.coupling.mark_attention(ids)
     mixed = _with_length_one(flow.merge(value, [rank - 2], why), rank - 2)
     return flow.agree([_with_length_one(scores, rank - 1), mixed], out, why)
 
@@ -479,21 +481,21 @@ def _repeated(value: Value, heads: int) -> Value:
     """Each key head beside its query heads (axis -3)."""
     times = heads // value.shape[-3]
     shape = (*value.shape[:-3], heads, *value.shape[-2:])
-    facets = [f if f.shape[-3] == 1 else f.repeat(times, axis=f.ndim - 3) for f in value.facets]
+    channel_ids = [f if f.shape[-3] == 1 else f.repeat(times, axis=f.ndim - 3) for f in value.channel_ids]
     if value.shape[-3] == 1 and heads > 1:  # one for all: nothing of it belongs to one query head
         return replace(value, shape=shape)
-    return replace(value, shape=shape, facets=tuple(facets))
+    return replace(value, shape=shape, channel_ids=tuple(channel_ids))
 
 
 def _embedding(flow: Flow, node: fx.Node) -> Value:
     table, out = _first(flow, node), flow.plain(node.meta["val"])
     columns = []
-    for facet in table.facets:
-        if 0 in varied(facet):
-            flow.labels.block(facet, f"{place(node)} picks rows by what it reads")
+    for ids in table.channel_ids:
+        if 0 in varied(ids):
+            flow.coupling.block(ids, f"{place(node)} picks rows by what it reads")
         else:
-            columns.append(facet.reshape((1,) * (out.rank - 1) + facet.shape[1:]))
-    return replace(out, facets=tuple(columns))
+            columns.append(ids.reshape((1,) * (out.rank - 1) + ids.shape[1:]))
+    return replace(out, channel_ids=tuple(columns))
 
 
 def _no_channels(flow: Flow, node: fx.Node) -> Value:

@@ -12,7 +12,6 @@ import onnx_ir as ir
 
 from cpcompile.passes.channel_rules import (
     attention,
-    bodies,
     channel_norms,
     convolutions,
     einsum,
@@ -23,6 +22,7 @@ from cpcompile.passes.channel_rules import (
     quantization,
     reductions,
     reshapes,
+    subgraphs,
     whole_axes,
 )
 from cpcompile.passes.channel_rules.rule import Rule
@@ -30,7 +30,7 @@ from cpcompile.passes.symbolic_shapes import is_standard
 
 FAMILIES = (
     *(elementwise, products, einsum, quantization, attention, convolutions, channel_norms, whole_axes, reductions),
-    *(reshapes, parts, pad, bodies),
+    *(reshapes, parts, pad, subgraphs),
 )
 
 RULES: Mapping[str, Rule] = MappingProxyType(

@@ -18,7 +18,7 @@ import onnx_ir as ir
 
 from cpcompile.passes.channel_rules.rule import Rule, keep_all, value_of
 from cpcompile.passes.channels import Cell, Channels, Zeros, equal_losses, reason_of
-from cpcompile.passes.symbolic_shapes import ONE, Axis, number_of
+from cpcompile.passes.symbolic_shapes import ONE, Axis, int_attribute
 
 _QUERY = "a query head of the group has to stay"
 _GROUP = "another head of its group has to stay"
@@ -31,7 +31,7 @@ def _heads(channels: Channels, node: ir.Node, value: ir.Value, attribute: str) -
     if shape is None or len(shape) not in (3, 4):
         return None
     axis = 1 if len(shape) == 4 else 2
-    heads = shape[1].n if axis == 1 else number_of(node, attribute, 0)
+    heads = shape[1].n if axis == 1 else int_attribute(node, attribute, 0)
     return ((value, axis), heads) if heads and shape[axis].is_static and shape[axis].n % heads == 0 else None
 
 
@@ -61,7 +61,7 @@ def _agree_attention(channels: Channels, node: ir.Node) -> None:
     query_cells = [*(h[0] for h in by_query if h), *per_head, *((tensor, 1) for tensor in scores)]
     key_cells = [*(h[0] for h in by_key if h), *((cache, 1) for cache in (*key_caches, *value_caches))]
     if ranks == {4}:  # within a head only those of the values may go: they are not summed over
-        channels.tie([(tensor, 3) for tensor in (value, out, *value_caches)], node)
+        channels.couple([(tensor, 3) for tensor in (value, out, *value_caches)], node)
         for tensor in (query, key):
             channels.keep(tensor, node, "the head dimension scales the scores", axes=[3])
     for tensor in (query, key, value, out, *masks, *scores, *key_caches, *value_caches):
@@ -89,7 +89,7 @@ def _agree_heads(
 ) -> None:
     """A key head goes with its group of queries, and of the groups that stay each loses as many."""
     for cells, number in (queries, keys):
-        channels.tie_groups(cells, number, node, "the rest of its head has to stay")
+        channels.couple_groups(cells, number, node, "the rest of its head has to stay")
     groups = keys[1]
     dead = np.asarray(channels.cut(*queries[0][0]).reshape(groups, queries[1] // groups, -1).all(axis=2))
     gone = np.asarray(channels.cut(*keys[0][0]).reshape(groups, -1).all(axis=1) & dead.all(axis=1))
@@ -150,7 +150,7 @@ def _agree_rotary(channels: Channels, node: ir.Node) -> None:
     for tensor in (value, out):
         others = [other for other in range(len(channels.shape(tensor) or ())) if other != axis]
         channels.keep(tensor, node, "it rotates along this axis", axes=others)
-    channels.tie_groups([(value, axis), (out, axis)], heads, node, "it rotates the channels of a head")
+    channels.couple_groups([(value, axis), (out, axis)], heads, node, "it rotates the channels of a head")
 
 
 def _zeros_rotary(channels: Channels, node: ir.Node) -> Sequence[Zeros] | None:

@@ -19,7 +19,7 @@ import onnx_ir as ir
 
 from cpcompile.passes.channel_rules.rule import Rule, keep_all, value_of
 from cpcompile.passes.channels import NOT_ZERO, Cell, Channels, Mask, Zeros, equal_losses
-from cpcompile.passes.symbolic_shapes import Axis, number_of
+from cpcompile.passes.symbolic_shapes import Axis, int_attribute
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def _layout(channels: Channels, node: ir.Node) -> _Layout | None:
     a, w, b = channels.shape(value), channels.shape(weight), channels.shape(out)
     if a is None or w is None or b is None or len({len(a), len(w), len(b)}) > 1:
         return None
-    groups, pair = number_of(node, "group", 1), [((out, 1), b[1]), ((value, 1), a[1])]
+    groups, pair = int_attribute(node, "group", 1), [((out, 1), b[1]), ((value, 1), a[1])]
     (own, first), (shared, second) = pair[:: -1 if node.op_type == "ConvTranspose" else 1]
     fits = first == w[0] and first.is_static and first.n % groups == 0 and w[1].is_static
     return _Layout(groups, own, shared) if fits and second == Axis((), groups * w[1].n) else None
@@ -58,24 +58,28 @@ def _agree_conv(channels: Channels, node: ir.Node) -> None:
         return
     for tensor in (value, weight, out):
         channels.keep(tensor, node, "it slides along this axis", axes=range(2, len(channels.shape(tensor) or ())))
-    channels.tie([(value, 0), (out, 0)], node)
+    channels.couple([(value, 0), (out, 0)], node)
     groups, own_cells, shared_cells = layout.groups, [layout.own, (weight, 0)], [layout.shared]
     made = own_cells if layout.own[0] is out else shared_cells
     made += [(bias, 0) for bias in node.inputs[2:3] if bias is not None]
-    channels.tie(own_cells, node)
-    channels.tie(shared_cells, node)
+    channels.couple(own_cells, node)
+    channels.couple(shared_cells, node)
     own, shared = (channels.cut(*cell).reshape(groups, -1) for cell in (layout.own, layout.shared))
     gone = np.asarray(own.all(axis=1) & shared.all(axis=1))
     spared = _zero_terms(channels, node, groups).reshape(groups, -1) | gone[:, None]
     for cells in (own_cells, shared_cells):
         if cells is not made:
-            channels.tie(cells, node, limit=spared.reshape(-1), why=NOT_ZERO)
+            channels.couple(cells, node, limit=spared.reshape(-1), why=NOT_ZERO)
     own, shared = (channels.cut(*cell).reshape(groups, -1) for cell in (layout.own, layout.shared))
-    channels.tie(own_cells, node, limit=equal_losses(own, gone).reshape(-1), why="its groups have to stay of one size")
+    channels.couple(
+        own_cells, node, limit=equal_losses(own, gone).reshape(-1), why="its groups have to stay of one size"
+    )
     limit = np.asarray(shared[~gone].all(axis=0))
-    channels.tie([(weight, 1)], node, limit=limit, why=NOT_ZERO if groups == 1 else "its groups lose the same channels")
+    channels.couple(
+        [(weight, 1)], node, limit=limit, why=NOT_ZERO if groups == 1 else "its groups lose the same channels"
+    )
     limit = gone[:, None] | channels.cut(weight, 1)
-    channels.tie(shared_cells, node, limit=limit.reshape(-1), why="its groups lose the same channels")
+    channels.couple(shared_cells, node, limit=limit.reshape(-1), why="its groups lose the same channels")
 
 
 def _zeros_conv(channels: Channels, node: ir.Node) -> Sequence[Zeros] | None:

@@ -58,9 +58,9 @@ def _agree(channels: Channels, node: ir.Node) -> None:
     operands, results = found
     for letter, cells in operands.items():
         if letter in results:
-            channels.tie([*cells, (node.outputs[0], results[letter])], node)
+            channels.couple([*cells, (node.outputs[0], results[letter])], node)
         else:
-            channels.tie(cells, node, limit=_zero_terms(channels, cells))
+            channels.couple(cells, node, limit=_zero_terms(channels, cells))
 
 
 def _zeros(channels: Channels, node: ir.Node) -> Sequence[Zeros] | None:

@@ -32,7 +32,7 @@ def _aligned(channels: Channels, node: ir.Node, inputs: Sequence[ir.Value]) -> l
     return columns
 
 
-def _tie_aligned(which: slice) -> AgreeRule:
+def _couple_aligned(which: slice) -> AgreeRule:
     """The axes of the output and of the inputs `which` lose the same channels."""
 
     def agree(channels: Channels, node: ir.Node) -> None:
@@ -41,7 +41,7 @@ def _tie_aligned(which: slice) -> AgreeRule:
             keep_all(channels, node, "shapes do not tell which channels belong together")
             return
         for cells in columns:
-            channels.tie(cells, node)
+            channels.couple(cells, node)
 
     return agree
 
@@ -79,8 +79,8 @@ _all_zero = combined(np.logical_and.reduce, slice(None))
 _any_zero = combined(np.logical_or.reduce, slice(None))
 first_zero = combined(np.logical_and.reduce, slice(1))
 _branches_zero = combined(np.logical_and.reduce, slice(1, 3))
-_agree_elementwise = _tie_aligned(slice(None))
-_agree_first = _tie_aligned(slice(1))
+_agree_elementwise = _couple_aligned(slice(None))
+_agree_first = _couple_aligned(slice(1))
 
 
 def _zeros_clip(channels: Channels, node: ir.Node) -> Sequence[Zeros] | None:

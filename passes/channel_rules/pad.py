@@ -27,7 +27,7 @@ def _agree(channels: Channels, node: ir.Node) -> None:
         return
     for axis, (before, after) in enumerate(padding):
         if not (before or after):
-            channels.tie([(value, axis), (out, axis)], node)
+            channels.couple([(value, axis), (out, axis)], node)
         elif not _is_constant(node) or min(before, after) < 0 or shape[axis].outer:
             for tensor in (value, out):
                 channels.keep(tensor, node, "it pads this axis with more than a constant, or crops it", axes=[axis])

@@ -12,7 +12,7 @@ import onnx_ir as ir
 from cpcompile.passes.channel_rules.rule import Rule, keep_all, value_of
 from cpcompile.passes.channels import Channels, Mask, Zeros
 from cpcompile.passes.shape_inputs import pick_channels, set_integers
-from cpcompile.passes.symbolic_shapes import axes_of, constant_of, number_of
+from cpcompile.passes.symbolic_shapes import axes_of, constant_of, int_attribute
 
 
 def _pieces(channels: Channels, whole: ir.Value, parts: Sequence[ir.Value], axis: int) -> list[slice] | None:
@@ -33,10 +33,10 @@ def _agree_pieces(
     if shape is None or any(channels.shape(part) is None for part in parts):
         keep_all(channels, node, "its shapes are unknown")
         return
-    axis = number_of(node, "axis", 0) % len(shape)
+    axis = int_attribute(node, "axis", 0) % len(shape)
     for other in range(len(shape)):
         if other != axis:
-            channels.tie([(whole, other), *((part, other) for part in parts)], node)
+            channels.couple([(whole, other), *((part, other) for part in parts)], node)
     pieces = _pieces(channels, whole, parts, axis)
     if pieces is None:
         for tensor in (whole, *parts):
@@ -73,7 +73,7 @@ def _zeros_concat(channels: Channels, node: ir.Node) -> Sequence[Zeros] | None:
     shape = channels.shape(out)
     if shape is None or any(channels.shape(part) is None for part in parts):
         return None
-    axis = number_of(node, "axis", 0) % len(shape)
+    axis = int_attribute(node, "axis", 0) % len(shape)
     zeros = [channels.zero(part) for part in parts]
     masks = [np.zeros(length.n, dtype=np.bool_) for length in shape]
     for other, mask in enumerate(masks):
@@ -89,7 +89,7 @@ def _zeros_split(channels: Channels, node: ir.Node) -> Sequence[Zeros] | None:
     shape = channels.shape(value)
     if shape is None or any(channels.shape(part) is None for part in node.outputs):
         return None
-    axis = number_of(node, "axis", 0) % len(shape)
+    axis = int_attribute(node, "axis", 0) % len(shape)
     pieces = _pieces(channels, value, node.outputs, axis)
     zeros = channels.zero(value)
     if pieces is None:
@@ -103,7 +103,7 @@ def _zeros_split(channels: Channels, node: ir.Node) -> Sequence[Zeros] | None:
 def _rewrite_concat(channels: Channels, node: ir.Node) -> None:
     """Leave out the parts of which nothing is left."""
     out, parts = node.outputs[0], [value for value in node.inputs if value is not None]
-    axis = number_of(node, "axis", 0) % len(channels.shape(out) or (0,))
+    axis = int_attribute(node, "axis", 0) % len(channels.shape(out) or (0,))
     pieces, cut = _pieces(channels, out, parts, axis), channels.cut(out, axis)
     left = parts if pieces is None else [p for p, piece in zip(parts, pieces, strict=True) if not _is_gone(cut[piece])]
     node.resize_inputs(len(left))
@@ -117,7 +117,7 @@ def _rewrite_concat(channels: Channels, node: ir.Node) -> None:
 def _rewrite_split(channels: Channels, node: ir.Node) -> None:
     shape = channels.shape(value_of(node, 0))
     assert shape is not None
-    axis = number_of(node, "axis", 0) % len(shape)
+    axis = int_attribute(node, "axis", 0) % len(shape)
     if channels.cut(value_of(node, 0), axis).any():
         set_integers(node, 1, [int((~channels.cut(part, axis)).sum()) for part in node.outputs])
         node.attributes.pop("num_outputs", None)
@@ -159,7 +159,7 @@ def _agree_slice(channels: Channels, node: ir.Node) -> None:
             channels.shrink((value, axis), mask, reasons)
             channels.shrink((out, axis), channels.cut(value, axis)[taken], channels.reasons((value, axis))[taken])
         else:
-            channels.tie([(value, axis), (out, axis)], node)
+            channels.couple([(value, axis), (out, axis)], node)
 
 
 def _zeros_slice(channels: Channels, node: ir.Node) -> Sequence[Zeros] | None:
@@ -210,11 +210,11 @@ def _agree_gather(channels: Channels, node: ir.Node) -> None:
     if shape is None or index_shape is None or channels.shape(out) is None:
         keep_all(channels, node, "its shapes are unknown")
         return
-    axis = number_of(node, "axis", 0) % len(shape)
+    axis = int_attribute(node, "axis", 0) % len(shape)
     for other in range(len(shape)):
         if other != axis:
             at = other if other < axis else other + len(index_shape) - 1
-            channels.tie([(data, other), (out, at)], node)
+            channels.couple([(data, other), (out, at)], node)
     chosen = _chosen(channels, node)
     if chosen is None or chosen.ndim != 1:
         for at in range(axis, axis + len(index_shape)):
@@ -226,13 +226,13 @@ def _agree_gather(channels: Channels, node: ir.Node) -> None:
         chosen = chosen[~channels.cut(out, axis)]  # an index whose result nobody needs is not asked for
     mask = np.ones(shape[axis].n, dtype=np.bool_)
     mask[chosen] = False
-    channels.tie([(data, axis)], node, limit=mask, why="it picks this row")
+    channels.couple([(data, axis)], node, limit=mask, why="it picks this row")
 
 
 def _chosen(channels: Channels, node: ir.Node) -> npt.NDArray[np.intp] | None:
     """The rows that a Gather picks, counted from 0; None if they depend on the input."""
     indices, shape = value_of(node, 1), channels.shape(node.inputs[0])
-    tensor, axis = constant_of(indices), number_of(node, "axis", 0)
+    tensor, axis = constant_of(indices), int_attribute(node, "axis", 0)
     numbers = channels.table.integers(indices)
     if tensor is not None:
         picked = np.asarray(tensor.numpy(), dtype=np.intp)
@@ -248,7 +248,7 @@ def _zeros_gather(channels: Channels, node: ir.Node) -> Sequence[Zeros] | None:
     shape, index_shape = channels.shape(data), channels.shape(indices)
     if shape is None or index_shape is None or out is None:
         return None
-    axis = number_of(node, "axis", 0) % len(shape)
+    axis = int_attribute(node, "axis", 0) % len(shape)
     zeros = channels.zero(data)
     chosen = _chosen(channels, node)
     if chosen is not None and chosen.ndim == 1:
@@ -264,7 +264,7 @@ def _rewrite_gather(channels: Channels, node: ir.Node) -> None:
     shape = channels.shape(data)
     if shape is None or chosen is None:
         return
-    axis = number_of(node, "axis", 0) % len(shape)
+    axis = int_attribute(node, "axis", 0) % len(shape)
     asked = chosen[~channels.cut(out, axis)] if chosen.ndim == 1 else chosen
     position = np.cumsum(~channels.cut(data, axis)) - 1
     if asked.size < chosen.size or np.any(position[asked] != asked):
@@ -275,11 +275,11 @@ def _agree_shape(channels: Channels, node: ir.Node) -> None:
     """Lengths of dynamic axes stay; a static one that is asked for has to stay as well."""
     shape = channels.shape(node.inputs[0])
     rank = len(shape or ())
-    start, end = number_of(node, "start", 0), number_of(node, "end", rank)
+    start, end = int_attribute(node, "start", 0), int_attribute(node, "end", rank)
     asked = range(rank)[start:end]
     channels.keep(node.inputs[0], node, "its length is asked for", axes=asked)
     for axis in set(range(rank)) - set(asked):
-        channels.tie([(value_of(node, 0), axis)], node)  # free to lose what others can spare
+        channels.couple([(value_of(node, 0), axis)], node)  # free to lose what others can spare
     channels.keep(node.outputs[0], node, "it holds lengths")
 
 

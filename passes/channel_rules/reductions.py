@@ -25,9 +25,9 @@ def _agree_reduce(sums: bool) -> AgreeRule:
             return
         for axis in range(len(shape)):
             if axis in through:
-                channels.tie([(value, axis), (out, through[axis])], node)
+                channels.couple([(value, axis), (out, through[axis])], node)
             elif sums:
-                channels.tie([(value, axis)], node, limit=channels.zero(value).axes[axis])
+                channels.couple([(value, axis)], node, limit=channels.zero(value).axes[axis])
             else:
                 channels.keep(value, node, "it reduces over this axis", axes=[axis])
 

@@ -14,6 +14,8 @@ from cpcompile.passes.channels import Channels, Zeros, from_grid, grid_shape, ma
 from cpcompile.passes.shape_inputs import plan_target_shape, set_target_shape
 from cpcompile.passes.symbolic_shapes import ONE, Axis, Shape, permutation
 
+_REGROUPED = "it regroups channels of which some have to stay"
+
 
 def _agree_transpose(channels: Channels, node: ir.Node) -> None:
     shape = channels.shape(node.inputs[0])
@@ -21,7 +23,7 @@ def _agree_transpose(channels: Channels, node: ir.Node) -> None:
         keep_all(channels, node, "its shape is unknown")
         return
     for at, axis in enumerate(permutation(node, len(shape))):
-        channels.tie([(value_of(node, 0), axis), (node.outputs[0], at)], node)
+        channels.couple([(value_of(node, 0), axis), (node.outputs[0], at)], node)
 
 
 def _zeros_transpose(channels: Channels, node: ir.Node) -> Sequence[Zeros] | None:
@@ -52,7 +54,7 @@ def _agree_reshape(channels: Channels, node: ir.Node) -> None:
         common &= to_grid([channels.cut(out, a) for a in group.second], theirs)
         for tensor, axes, shape in ((value, group.first, ours), (out, group.second, theirs)):
             for axis, mask in zip(axes, from_grid(common, shape), strict=True):
-                channels.tie([(tensor, axis)], node, limit=mask, why="it regroups channels of which some have to stay")
+                channels.couple([(tensor, axis)], node, limit=mask, why=_REGROUPED)
 
 
 def _group_grids(
@@ -115,7 +117,7 @@ def _agree_expand(channels: Channels, node: ir.Node) -> None:
     for axis, length in enumerate(own):
         at = axis + len(wide) - len(own)
         if length != ONE:
-            channels.tie([(value, axis), (out, at)], node)
+            channels.couple([(value, axis), (out, at)], node)
 
 
 def _agree_unsqueeze(channels: Channels, node: ir.Node) -> None:
@@ -125,7 +127,7 @@ def _agree_unsqueeze(channels: Channels, node: ir.Node) -> None:
         keep_all(channels, node, "its axes cannot be told to fit")
         return
     for axis, at in pairs:
-        channels.tie([(value, axis), (out, at)], node)
+        channels.couple([(value, axis), (out, at)], node)
 
 
 def _zeros_unsqueeze(channels: Channels, node: ir.Node) -> Sequence[Zeros] | None:

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from cpcompile.passes.channel_rules.elementwise import first_zero
 from cpcompile.passes.channel_rules.rule import AgreeRule, Rule, ZerosRule, keep_all, value_of
 from cpcompile.passes.channels import Channels, Zeros
-from cpcompile.passes.symbolic_shapes import number_of
+from cpcompile.passes.symbolic_shapes import int_attribute
 
 
 def _whole_axes(which: Callable[[Channels, ir.Node, int], Sequence[int] | None], why: str) -> AgreeRule:
@@ -30,7 +30,7 @@ def _whole_axes(which: Callable[[Channels, ir.Node, int], Sequence[int] | None],
                 if axis in whole:
                     channels.keep(out, node, why, axes=_existing(channels, out, axis))
                 elif len(channels.shape(out) or ()) == len(shape):
-                    channels.tie([(value_of(node, 0), axis), (out, axis)], node)
+                    channels.couple([(value_of(node, 0), axis), (out, axis)], node)
                 else:
                     channels.keep(out, node, "its shape is unknown")
             if axis in whole:
@@ -61,11 +61,11 @@ def _existing(channels: Channels, value: ir.Value, axis: int) -> list[int]:
 
 
 def _one_axis(default: int) -> Callable[[Channels, ir.Node, int], Sequence[int]]:
-    return lambda _channels, node, rank: [number_of(node, "axis", default) % rank]
+    return lambda _channels, node, rank: [int_attribute(node, "axis", default) % rank]
 
 
 def _from_axis(_channels: Channels, node: ir.Node, rank: int) -> Sequence[int]:
-    return range(number_of(node, "axis", -1) % rank, rank)
+    return range(int_attribute(node, "axis", -1) % rank, rank)
 
 
 def _spatial(_channels: Channels, node: ir.Node, rank: int) -> Sequence[int]:
