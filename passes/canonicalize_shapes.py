@@ -13,21 +13,20 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from cpcompile.passes.opset import MinOpsetPass
 from cpcompile.passes.shape_inputs import plan_target_shape, set_target_shape, unique_name
-from cpcompile.passes.symbolic_shapes import SINCE, ShapeTable, is_standard, opset_of
+from cpcompile.passes.symbolic_shapes import ShapeTable, is_standard
 
 MEASURING = ("Shape", "Slice", "Gather", "Concat", "Squeeze", "Unsqueeze", "Reshape", "Cast", "Mul", "Div")
 
 
 @dataclass(frozen=True)
-class CanonicalizeShapes(ir.passes.InPlacePass):
+class CanonicalizeShapes(MinOpsetPass):
     """Make target shapes explicit and known lengths constant."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Edit `model`; `modified` counts rewritten inputs."""
         graph = model.graph
-        if opset_of(graph) < SINCE:
-            return ir.passes.PassResult(model, modified=False)
         table = ShapeTable(graph)
         edits = 0
         for node in graph:

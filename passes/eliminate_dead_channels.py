@@ -28,8 +28,9 @@ from cpcompile.passes.channels import Channels, Mask
 from cpcompile.passes.clean_up import CleanUp
 from cpcompile.passes.constant_copies import merge_copies, separate_constants
 from cpcompile.passes.infer_shapes import complete_shapes
+from cpcompile.passes.opset import MinOpsetPass
 from cpcompile.passes.remove_empty_layers import remove_zero_terms
-from cpcompile.passes.symbolic_shapes import SINCE, opset_of, post_order
+from cpcompile.passes.symbolic_shapes import post_order
 
 __all__ = ["Blocked", "EliminateDeadChannels", "Elimination", "KeptChannels", "find_channels"]
 
@@ -60,7 +61,7 @@ class Elimination(ir.passes.PassResult):
 
 
 @dataclass(frozen=True)
-class EliminateDeadChannels(ir.passes.InPlacePass):
+class EliminateDeadChannels(MinOpsetPass):
     """Remove dead channels until none is left that the rules can remove.
 
     What `clean_up` protects is not looked at: a parameter whose values happen to be zero, such as a new bias, stays.
@@ -71,10 +72,6 @@ class EliminateDeadChannels(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> Elimination:
         """Edit `model`; `modified` counts removed terms, tensors that got smaller and what was cleaned up."""
         graph = model.graph
-        if (opset := opset_of(graph)) < SINCE:
-            why = f"the model is in opset {opset}, the rules hold from {SINCE} on: convert it first"
-            whole = {name: (None,) * len(v.shape or ()) for name, v in graph.initializers.items()}
-            return Elimination(model, False, whole, (Blocked("", 0, 0, "", "", why),))
         complete_shapes(model)
         edits = int(self.clean_up(model).modified)  # what nothing needs must not keep channels
         copies = separate_constants([graph, *graph.subgraphs()])

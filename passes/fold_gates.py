@@ -21,8 +21,9 @@ import onnx_ir as ir
 
 from cpcompile.passes.channels import match_axes
 from cpcompile.passes.clean_up import replace_value
+from cpcompile.passes.opset import MinOpsetPass
 from cpcompile.passes.scaled_weights import MAKERS, READERS, Array, Scales
-from cpcompile.passes.symbolic_shapes import SINCE, Axis, ShapeTable, constant_of, is_standard, opset_of, permutation
+from cpcompile.passes.symbolic_shapes import Axis, ShapeTable, constant_of, is_standard, permutation
 
 
 @dataclass
@@ -38,15 +39,12 @@ class Folding(ir.passes.PassResult):
 
 
 @dataclass(frozen=True)
-class FoldGates(ir.passes.InPlacePass):
+class FoldGates(MinOpsetPass):
     """Multiply weights by the constant vectors that scale what they read or make."""
 
     def call(self, model: ir.Model) -> Folding:
         """Edit `model`; `modified` counts folded gates."""
         graph = model.graph
-        if (opset := opset_of(graph)) < SINCE:
-            why = f"the model is in opset {opset}, the rules hold from {SINCE} on: convert it first"
-            return Folding(model, False, refused=(("", why),))
         table = ShapeTable(graph)
         folded: list[tuple[str, str]] = []
         refused: dict[str, str] = {}

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 import onnx
 import onnx_ir as ir
 
-from cpcompile.passes.symbolic_shapes import SINCE, ShapeTable, is_standard, opset_of, post_order
+from cpcompile.files.onnx_file import opset_of
+from cpcompile.passes.opset import MIN_OPSET
+from cpcompile.passes.symbolic_shapes import ShapeTable, is_standard, post_order
 
 SMALL = 1000
 """Bytes of a constant that inference may want to read: target shapes, axes, pads."""
@@ -41,7 +43,7 @@ def complete_shapes(model: ir.Model) -> int:
 
 def _derive(graph: ir.Graph) -> int:
     """Shapes that the table derives and that nothing tells yet."""
-    if opset_of(graph) < SINCE:
+    if opset_of(graph) < MIN_OPSET:
         return 0
     found, table = 0, ShapeTable(graph)
     for node in post_order(graph):

@@ -21,7 +21,8 @@ import onnx_ir as ir
 from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
 from cpcompile.core.errors import CpcompileError
-from cpcompile.passes.symbolic_shapes import constant_of, is_standard, opset_of, subgraphs_of
+from cpcompile.files.onnx_file import opset_of
+from cpcompile.passes.symbolic_shapes import constant_of, is_standard, subgraphs_of
 
 FLOAT = ir.DataType.FLOAT
 HALVES: Mapping[str, ir.DataType] = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}

@@ -33,11 +33,11 @@ from cpcompile.passes.context_parts import (
     share_inputs,
     share_last_nodes,
 )
-from cpcompile.passes.symbolic_shapes import opset_of
+from cpcompile.passes.opset import require_opset
 
 CONTEXTS = "contexts"
 """Metadata of the merged model: the names of its contexts, in the order of their numbers, as a JSON list."""
-SINCE_INTEGERS = 9
+MIN_OPSET = 9
 """The first opset in which integers are compared (Less) and chosen (Where)."""
 
 
@@ -86,8 +86,7 @@ def _require_one_interface(models: Mapping[str, ir.Model], name: str) -> None:
         graph = model.graph
         if any(value.name == name for value in graph.inputs):
             raise CpcompileError(f"{context}: has an input {name!r} already; freeze it first, or choose another name")
-        if (opset := opset_of(graph)) < SINCE_INTEGERS:
-            raise CpcompileError(f"{context}: is in opset {opset}; a choice needs {SINCE_INTEGERS}: convert it")
+        require_opset(graph, MIN_OPSET, f"{context}: merging contexts")
         if defaults := [value.name for value in graph.inputs if value.is_initializer()]:
             raise CpcompileError(f"{context}: the input {defaults[0]!r} has a default; make it a constant first")
         if model.functions:

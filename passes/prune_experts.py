@@ -23,7 +23,8 @@ import onnx_ir as ir
 from cpcompile.core.errors import UsageError
 from cpcompile.passes.eliminate_dead_channels import Blocked
 from cpcompile.passes.expert_routes import Choice, axis_of, choice_of, lookups_of, parameters_of
-from cpcompile.passes.symbolic_shapes import SINCE, constant_of, is_standard, opset_of
+from cpcompile.passes.opset import MinOpsetPass
+from cpcompile.passes.symbolic_shapes import constant_of, is_standard
 
 
 @dataclass(frozen=True)
@@ -51,13 +52,13 @@ class Pruning(ir.passes.PassResult):
 
 
 @dataclass(frozen=True)
-class PruneExperts(ir.passes.InPlacePass):
+class PruneExperts(MinOpsetPass):
     """Let every TopK choose among the experts that are not masked; UsageError if it picks more than that."""
 
     def call(self, model: ir.Model) -> Pruning:
         """Edit `model`; `modified` counts routers that lost experts."""
         routers, blocked = [], []
-        for node in list(model.graph) if opset_of(model.graph) >= SINCE else ():
+        for node in list(model.graph):
             choice = choice_of(node) if node.op_type == "TopK" and is_standard(node) else None
             if choice is None:
                 continue

@@ -21,16 +21,15 @@ from cpcompile.passes.channel_rules.fixpoint import find_zeros
 from cpcompile.passes.channel_rules.products import product_is_zero
 from cpcompile.passes.channels import Channels
 from cpcompile.passes.clean_up import SMALL, CleanUp, replace_value
+from cpcompile.passes.opset import MinOpsetPass
 from cpcompile.passes.shape_inputs import unique_name
 from cpcompile.passes.symbolic_shapes import (
     ELEMENTWISE,
     NOT_ZERO_AT_ZERO,
-    SINCE,
     ZERO_AT_ZERO,
     Shape,
     broadcast,
     is_standard,
-    opset_of,
     post_order,
 )
 
@@ -48,7 +47,7 @@ class EmptyLayers(ir.passes.PassResult):
 
 
 @dataclass(frozen=True)
-class RemoveEmptyLayers(ir.passes.InPlacePass):
+class RemoveEmptyLayers(MinOpsetPass):
     """Remove terms that are zero, and what they were computed with, until none is left."""
 
     clean_up: CleanUp = field(default_factory=CleanUp)
@@ -56,8 +55,6 @@ class RemoveEmptyLayers(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> EmptyLayers:
         """Edit `model`; `modified` counts removed terms, new constants and what was cleaned up."""
         graph = model.graph
-        if opset_of(graph) < SINCE:
-            return EmptyLayers(model, modified=False)
         sums: list[str] = []
         modified = self.clean_up(model).modified
         while lost := remove_zero_terms(graph, find_zeros(graph)):

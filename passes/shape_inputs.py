@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from cpcompile.passes.symbolic_shapes import Axis, Shape, ShapeTable, int_attribute, opset_of
+from cpcompile.files.onnx_file import opset_of
+from cpcompile.passes.symbolic_shapes import Axis, Shape, ShapeTable, int_attribute
 
 ZERO = Axis((), 0)
 

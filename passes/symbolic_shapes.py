@@ -51,10 +51,6 @@ ONE = Axis((), 1)
 Shape = tuple[Axis, ...]
 
 
-SINCE = 13
-"""The first opset whose operators are understood: before it, axes were attributes and Softmax flattened."""
-
-
 RANDOM = (
     *("RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli", "Dropout"),
 )
@@ -64,11 +60,6 @@ RANDOM = (
 def is_standard(node: ir.Node) -> bool:
     """Whether the operator is one of the ONNX standard."""
     return node.domain in ("", "ai.onnx")
-
-
-def opset_of(graph: ir.Graph) -> int:
-    """The version of the ONNX standard that the graph is written in; 0 if it uses none."""
-    return graph.opset_imports.get("", graph.opset_imports.get("ai.onnx", 0))
 
 
 def constant_of(value: ir.Value) -> ir.TensorProtocol | None:

@@ -23,7 +23,8 @@ import onnx_ir as ir
 from cpcompile.core.errors import CpcompileError, UsageError
 from cpcompile.passes.clean_up import CleanUp, replace_value
 from cpcompile.passes.eliminate_dead_channels import EliminateDeadChannels, Elimination, KeptChannels, find_channels
-from cpcompile.passes.symbolic_shapes import SINCE, constant_of, int_attribute, is_standard, opset_of
+from cpcompile.passes.opset import MinOpsetPass
+from cpcompile.passes.symbolic_shapes import constant_of, int_attribute, is_standard
 
 MARK = "cpcompile.vocabulary"
 """Property of a trimmed model: a digest of the kept ids, since new ids look like old ones."""
@@ -39,7 +40,7 @@ class Trimming(ir.passes.PassResult):
 
 
 @dataclass(frozen=True)
-class TrimVocabulary(ir.passes.InPlacePass):
+class TrimVocabulary(MinOpsetPass):
     """Keep the tokens `kept` (old ids, ascending) of the vocabulary that `ids` and `logits` speak of.
 
     UsageError if the settings do not fit the model; CpcompileError if an operator needs the vocabulary whole
@@ -61,8 +62,6 @@ class TrimVocabulary(ir.passes.InPlacePass):
         digest = hashlib.sha256(index.tobytes()).hexdigest()
         if model.metadata_props.get(MARK, digest) != digest:
             raise UsageError("the model is trimmed to another vocabulary already; start from the whole model")
-        if (opset := opset_of(graph)) < SINCE:
-            raise CpcompileError(f"the model is in opset {opset}, the rules hold from {SINCE} on; convert it first")
         logits = _named(graph.outputs, self.logits, "output")
         lookups = _find_lookups(graph, _named(graph.inputs, self.ids, "input"))
         tables = list(dict.fromkeys(table for node in lookups if (table := node.inputs[0]) is not None))

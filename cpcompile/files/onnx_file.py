@@ -107,7 +107,7 @@ def external_tensors(model: ir.Model) -> Iterator[ir.ExternalTensor]:
     return (tensor for tensor in tensors_of(model) if isinstance(tensor, ir.ExternalTensor))
 
 
-def opset_of(model: ir.Model) -> int:
+def opset_of(model: ir.Model | ir.Graph) -> int:
     """The version of the ONNX standard that `model` is written in; 0 if it uses none."""
     return model.opset_imports.get("", model.opset_imports.get("ai.onnx", 0))
 

@@ -30,6 +30,7 @@ from cpcompile.passes.eliminate_dead_channels import Blocked, EliminateDeadChann
 from cpcompile.passes.fold_constants import FoldConstants
 from cpcompile.passes.fold_gates import FoldGates
 from cpcompile.passes.infer_shapes import InferShapes
+from cpcompile.passes.opset import OpsetError
 from cpcompile.passes.prune_experts import PruneExperts
 from cpcompile.passes.remove_empty_layers import RemoveEmptyLayers
 from cpcompile.passes.remove_whole_gathers import RemoveWholeGathers
@@ -70,6 +71,13 @@ class Step:
     size: Size
 
 
+@dataclass
+class Skipped(ir.passes.PassResult):
+    """Result of a pass that left the model as it is because it needs a later opset."""
+
+    reason: str = ""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Optimization:
     """What became of a file."""
@@ -79,6 +87,8 @@ class Optimization:
     bytes_written: int
     blocked: Sequence[Blocked]
     """Zero channels that had to stay, after the last elimination."""
+    skipped: Sequence[str]
+    """Why passes were skipped, one sentence each."""
     comparison: Comparison | None
     """None without `check`."""
 
@@ -106,12 +116,18 @@ def optimize_file(
     prepare(model, source)
     steps: list[Step] = []
     blocked: Sequence[Blocked] = ()
+    skipped: list[str] = []
     for number, (text, each) in enumerate(chosen, 1):
         progress("passes", number - 1, len(chosen))
         started = time.perf_counter()
-        result = _run(each, model, source, text)
+        result = apply_pass(each, model, source, text)
         steps.append(Step(text, bool(result.modified), time.perf_counter() - started, size_of(model)))
-        blocked = result.blocked if isinstance(result, Elimination) else blocked
+        if isinstance(result, Skipped):
+            skipped.append(result.reason)
+            if isinstance(each, EliminateDeadChannels):
+                blocked = (Blocked("", 0, 0, "", "", result.reason),)
+        elif isinstance(result, Elimination):
+            blocked = result.blocked
         if dump is not None:
             save_onnx(model, dump / f"{number:02}-{text.partition(':')[0]}.onnx")
     progress("passes", len(chosen), len(chosen))
@@ -127,7 +143,9 @@ def optimize_file(
         return comparison is None or comparison.verdict != "fail"
 
     written = save_onnx(model, out, accept)
-    return Optimization(before=before, steps=steps, bytes_written=written, blocked=blocked, comparison=comparison)
+    return Optimization(
+        before=before, steps=steps, bytes_written=written, blocked=blocked, skipped=skipped, comparison=comparison
+    )
 
 
 def load_inputs(path: Path) -> Feeds:
@@ -209,7 +227,7 @@ def prepare(model: ir.Model, source: Path) -> None:
         LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         InferShapes(),
     ):
-        _run(each, model, source, type(each).__name__)
+        apply_pass(each, model, source, type(each).__name__)
 
 
 def _called_alike(source: Path, passes: Sequence[ir.passes.InPlacePass], path: Path) -> Path:
@@ -224,9 +242,14 @@ def _called_alike(source: Path, passes: Sequence[ir.passes.InPlacePass], path: P
     return path
 
 
-def _run(each: ir.passes.PassBase, model: ir.Model, source: Path, name: str) -> ir.passes.PassResult:
+def apply_pass(each: ir.passes.PassBase, model: ir.Model, source: Path, name: str) -> ir.passes.PassResult:
+    """The result of a pass; `Skipped` if the model is in too old an opset for it and is as good without it."""
     try:
         return each(model)
+    except OpsetError as error:
+        if isinstance(each, TrimVocabulary):
+            raise  # the model would not take the token ids that the caller asked for
+        return Skipped(model, False, str(error))
     except CpcompileError:
         raise
     except Exception as error:  # whatever a pass stumbles over in a graph that nobody here has seen
