@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from cpcompile.passes.symbolic_shapes import Shape, ShapeTable, constant_of, same_product
+from cpcompile.passes.symbolic_shapes import Shape, ShapeTable, constant_of
 
 Mask = npt.NDArray[np.bool_]
 NOT_ZERO = "its channels are not zero"
@@ -222,43 +222,6 @@ def equal_losses(cut: Mask, gone: Mask) -> Mask:
 def reason_of(node: ir.Node, text: str) -> Reason:
     """`node` keeps channels because of `text`."""
     return Reason(node.name or "", node.op_type, text)
-
-
-@dataclass(frozen=True)
-class AxisGroup:
-    """Axes of two shapes that hold the same elements: `first` and `second` are ranges of axes."""
-
-    first: range
-    second: range
-
-
-def match_axes(first: Shape, second: Shape) -> list[AxisGroup] | None:
-    """The smallest groups of neighbouring axes that a Reshape between the shapes maps to each other."""
-    groups, i, j = [], 0, 0
-    while i < len(first) or j < len(second):
-        start_i, start_j = i, j
-        i, j = min(i + 1, len(first)), min(j + 1, len(second))
-        while not same_product(first[start_i:i], second[start_j:j]):
-            # The side with fewer elements takes the next axis; unknown factors decide by trying both.
-            if j < len(second) and (i == len(first) or _smaller(second[start_j:j], first[start_i:i])):
-                j += 1
-            elif i < len(first):
-                i += 1
-            else:
-                return None
-        groups.append(AxisGroup(range(start_i, i), range(start_j, j)))
-    return groups
-
-
-def _smaller(first: Shape, second: Shape) -> bool:
-    """Whether `first` has fewer factors: unknown ones count most."""
-
-    def weight(shape: Shape) -> tuple[int, int]:
-        symbols = sum(not s.isdigit() for axis in shape for s in axis.outer)
-        number = int(np.prod([axis.n * np.prod([int(s) for s in axis.outer if s.isdigit()]) for axis in shape]))
-        return symbols, number
-
-    return weight(first) < weight(second)
 
 
 def grid_shape(axes: Shape) -> tuple[int, ...] | None:

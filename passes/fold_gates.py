@@ -19,11 +19,11 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from cpcompile.passes.channels import match_axes
+from cpcompile.core.reshape import match_axes
 from cpcompile.passes.clean_up import replace_value
 from cpcompile.passes.opset import MinOpsetPass
 from cpcompile.passes.scaled_weights import MAKERS, READERS, Array, Scales
-from cpcompile.passes.symbolic_shapes import Axis, ShapeTable, constant_of, is_standard, permutation
+from cpcompile.passes.symbolic_shapes import Axis, ShapeTable, constant_of, is_standard, permutation, size_of
 
 
 @dataclass
@@ -141,7 +141,7 @@ def _moved(table: ShapeTable, node: ir.Node, factors: Array, *, back: bool) -> A
         return factors.transpose(np.argsort(order) if back else order)
     shapes = table.shape(node.inputs[0]), table.shape(node.outputs[0])
     source, target = reversed(shapes) if back else shapes
-    groups = match_axes(source, target) if source is not None and target is not None else None
+    groups = match_axes(source, target, size_of) if source is not None and target is not None else None
     if source is None or target is None or groups is None:
         return None
     wide, result = [1] * len(source), [1] * len(target)

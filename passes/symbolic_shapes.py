@@ -78,6 +78,12 @@ def _factors(axes: Sequence[Axis]) -> tuple[Counter[str], int]:
     return symbols, number
 
 
+def size_of(axes: Sequence[Axis]) -> tuple[int, int, tuple[str, ...]]:
+    """The number of elements along `axes`, comparable by the number of unknown factors, then by the known factor."""
+    symbols, number = _factors(axes)
+    return symbols.total(), number, tuple(sorted(symbols.elements()))
+
+
 def _divide(total: Sequence[Axis], parts: Sequence[Axis]) -> Axis | None:
     """The axis that makes `parts` as large as `total`; None if that is no whole axis."""
     symbols, number = _factors(total)

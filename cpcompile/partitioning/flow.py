@@ -13,12 +13,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Any
 
 import numpy as np
 import torch
 from torch import fx
 
+from cpcompile.core.reshape import AxisGroup, match_axes
 from cpcompile.partitioning.channel_ids import ChannelIds, Coupling, Value, outermost, varied
 
 
@@ -187,7 +189,9 @@ class Flow:
 
     def reshape(self, value: Value, like: Value, why: str) -> Value:
         """The ids in memory order, in the new shape."""
-        groups = _axis_groups(value.shape, like.shape)
+        groups = match_axes(value.shape, like.shape, prod)
+        if groups is None:  # an empty tensor
+            groups = [AxisGroup(range(value.rank), range(like.rank))]
         channel_ids: list[ChannelIds] = []
         for ids in value.channel_ids:
             source, target = list(ids.shape), [1] * like.rank
@@ -240,21 +244,6 @@ def _place(ids: ChannelIds, axes: dict[int, int], rank: int) -> ChannelIds:
     for old, new in axes.items():
         shape[new] = ids.shape[old]
     return ids.reshape(shape)
-
-
-def _axis_groups(first: tuple[int, ...], second: tuple[int, ...]) -> list[tuple[range, range]]:
-    """The smallest ranges of neighbouring axes that a reshape maps to each other."""
-    groups, i, j = [], 0, 0
-    while i < len(first) or j < len(second):
-        start_i, start_j = i, j
-        a = b = 1
-        while a != b or (i == start_i and j == start_j):
-            if i < len(first) and (a <= b or j == len(second)):
-                a, i = a * first[i], i + 1
-            else:
-                b, j = b * second[j], j + 1
-        groups.append((range(start_i, i), range(start_j, j)))
-    return groups
 
 
 def _spread(

@@ -8,11 +8,12 @@ from types import MappingProxyType
 import numpy as np
 import onnx_ir as ir
 
+from cpcompile.core.reshape import match_axes
 from cpcompile.passes.channel_rules.elementwise import first_zero
 from cpcompile.passes.channel_rules.rule import Rule, keep_all, value_of
-from cpcompile.passes.channels import Channels, Zeros, from_grid, grid_shape, match_axes, to_grid
+from cpcompile.passes.channels import Channels, Zeros, from_grid, grid_shape, to_grid
 from cpcompile.passes.shape_inputs import plan_target_shape, set_target_shape
-from cpcompile.passes.symbolic_shapes import ONE, Axis, Shape, permutation
+from cpcompile.passes.symbolic_shapes import ONE, Axis, Shape, permutation, size_of
 
 _REGROUPED = "it regroups channels of which some have to stay"
 
@@ -38,7 +39,7 @@ def _zeros_transpose(channels: Channels, node: ir.Node) -> Sequence[Zeros] | Non
 def _agree_reshape(channels: Channels, node: ir.Node) -> None:
     value, out = value_of(node, 0), node.outputs[0]
     first, second = channels.shape(value), channels.shape(out)
-    groups = match_axes(first, second) if first is not None and second is not None else None
+    groups = match_axes(first, second, size_of) if first is not None and second is not None else None
     if first is None or second is None or groups is None:
         keep_all(channels, node, "its target shape is unknown")
         return
@@ -69,7 +70,7 @@ def _group_grids(
 def _zeros_reshape(channels: Channels, node: ir.Node) -> Sequence[Zeros] | None:
     value = value_of(node, 0)
     first, second = channels.shape(value), channels.shape(node.outputs[0])
-    groups = match_axes(first, second) if first is not None and second is not None else None
+    groups = match_axes(first, second, size_of) if first is not None and second is not None else None
     if first is None or second is None or groups is None:
         return None
     zeros = channels.zero(value)
