@@ -13,9 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from cpcompile.passes.operators import is_standard
 from cpcompile.passes.opset import MinOpsetPass
 from cpcompile.passes.shape_inputs import plan_target_shape, set_target_shape, unique_name
-from cpcompile.passes.symbolic_shapes import ShapeTable, is_standard
+from cpcompile.passes.shape_rules import infer_symbolic_shapes
+from cpcompile.passes.symbolic_shapes import ShapeTable
 
 MEASURING = ("Shape", "Slice", "Gather", "Concat", "Squeeze", "Unsqueeze", "Reshape", "Cast", "Mul", "Div")
 
@@ -27,7 +29,7 @@ class CanonicalizeShapes(MinOpsetPass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Edit `model`; `modified` counts rewritten inputs."""
         graph = model.graph
-        table = ShapeTable(graph)
+        table = infer_symbolic_shapes(graph)
         edits = 0
         for node in graph:
             if not is_standard(node):

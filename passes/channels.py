@@ -1,6 +1,6 @@
 """What is known of the channels of every value: which are zero, and which can be cut.
 
-Both are boolean masks, one per axis (over its known factor, see `symbolic_shapes`):
+Both are boolean masks, one per axis (over its known factor, see `axes`):
 
     zero   forward: the slice is zero whatever the inputs are
     cut    greatest fixpoint: starts with everything, and every operator takes away what it cannot
@@ -19,7 +19,9 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from cpcompile.passes.symbolic_shapes import Shape, ShapeTable, constant_of
+from cpcompile.passes.axes import Shape
+from cpcompile.passes.nodes import constant_of
+from cpcompile.passes.symbolic_shapes import ShapeTable
 
 Mask = npt.NDArray[np.bool_]
 NOT_ZERO = "its channels are not zero"

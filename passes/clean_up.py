@@ -11,7 +11,8 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedOpsetsPass, TopologicalSortPass
 
-from cpcompile.passes.symbolic_shapes import constant_of, is_standard, subgraphs_of
+from cpcompile.passes.nodes import constant_of, subgraphs_of
+from cpcompile.passes.operators import is_standard
 
 SMALL = 1 << 16
 """Constants up to this many elements are looked at for ones."""

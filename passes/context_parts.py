@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from cpcompile.passes.symbolic_shapes import RANDOM, is_standard
+from cpcompile.passes.operators import RANDOM, is_standard
 
 PLAIN = frozenset(ir.AttributeType[kind] for kind in ("INT", "INTS", "FLOAT", "FLOATS", "STRING", "STRINGS", "TENSOR"))
 """Attributes that can be compared by what they hold."""

@@ -28,9 +28,9 @@ from cpcompile.passes.channels import Channels, Mask
 from cpcompile.passes.clean_up import CleanUp
 from cpcompile.passes.constant_copies import merge_copies, separate_constants
 from cpcompile.passes.infer_shapes import complete_shapes
+from cpcompile.passes.nodes import post_order
 from cpcompile.passes.opset import MinOpsetPass
 from cpcompile.passes.remove_empty_layers import remove_zero_terms
-from cpcompile.passes.symbolic_shapes import post_order
 
 __all__ = ["Blocked", "EliminateDeadChannels", "Elimination", "KeptChannels", "find_channels"]
 

@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from cpcompile.passes.symbolic_shapes import constant_of, int_attribute, is_standard
+from cpcompile.passes.nodes import constant_of, int_attribute
+from cpcompile.passes.operators import is_standard
 
 Mask = npt.NDArray[np.bool_]
 MOVES = ("Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze")

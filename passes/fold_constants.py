@@ -11,7 +11,8 @@ import onnx_ir as ir
 from onnx_ir.passes.common import LiftConstantsToInitializersPass
 from onnxscript.optimizer._constant_folding import FoldConstantsPass
 
-from cpcompile.passes.symbolic_shapes import RANDOM, int_attribute, is_standard
+from cpcompile.passes.nodes import int_attribute
+from cpcompile.passes.operators import RANDOM, is_standard
 
 
 @dataclass(frozen=True)

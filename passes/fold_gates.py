@@ -20,10 +20,14 @@ import numpy as np
 import onnx_ir as ir
 
 from cpcompile.core.reshape import match_axes
+from cpcompile.passes.axes import Axis, size_of
 from cpcompile.passes.clean_up import replace_value
+from cpcompile.passes.nodes import constant_of, permutation
+from cpcompile.passes.operators import is_standard
 from cpcompile.passes.opset import MinOpsetPass
 from cpcompile.passes.scaled_weights import MAKERS, READERS, Array, Scales
-from cpcompile.passes.symbolic_shapes import Axis, ShapeTable, constant_of, is_standard, permutation, size_of
+from cpcompile.passes.shape_rules import infer_symbolic_shapes
+from cpcompile.passes.symbolic_shapes import ShapeTable
 
 
 @dataclass
@@ -45,7 +49,7 @@ class FoldGates(MinOpsetPass):
     def call(self, model: ir.Model) -> Folding:
         """Edit `model`; `modified` counts folded gates."""
         graph = model.graph
-        table = ShapeTable(graph)
+        table = infer_symbolic_shapes(graph)
         folded: list[tuple[str, str]] = []
         refused: dict[str, str] = {}
         before = -1

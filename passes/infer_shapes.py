@@ -15,8 +15,10 @@ import onnx
 import onnx_ir as ir
 
 from cpcompile.files.onnx_file import opset_of
+from cpcompile.passes.nodes import post_order
+from cpcompile.passes.operators import is_standard
 from cpcompile.passes.opset import MIN_OPSET
-from cpcompile.passes.symbolic_shapes import ShapeTable, is_standard, post_order
+from cpcompile.passes.shape_rules import infer_symbolic_shapes
 
 SMALL = 1000
 """Bytes of a constant that inference may want to read: target shapes, axes, pads."""
@@ -45,7 +47,7 @@ def _derive(graph: ir.Graph) -> int:
     """Shapes that the table derives and that nothing tells yet."""
     if opset_of(graph) < MIN_OPSET:
         return 0
-    found, table = 0, ShapeTable(graph)
+    found, table = 0, infer_symbolic_shapes(graph)
     for node in post_order(graph):
         source = node.inputs[0] if node.inputs else None
         for out in node.outputs:

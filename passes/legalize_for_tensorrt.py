@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from cpcompile.core.errors import CpcompileError
 from cpcompile.files.onnx_file import module_of
-from cpcompile.passes.symbolic_shapes import constant_of, int_attribute, subgraphs_of
+from cpcompile.passes.nodes import constant_of, int_attribute, subgraphs_of
 
 SPELL_OUT = "build with --opset 20, which spells attention out"
 REPLACE = "replace it in the model"

@@ -22,7 +22,8 @@ from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
 from cpcompile.core.errors import CpcompileError
 from cpcompile.files.onnx_file import opset_of
-from cpcompile.passes.symbolic_shapes import constant_of, is_standard, subgraphs_of
+from cpcompile.passes.nodes import constant_of, subgraphs_of
+from cpcompile.passes.operators import is_standard
 
 FLOAT = ir.DataType.FLOAT
 HALVES: Mapping[str, ir.DataType] = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}

@@ -23,8 +23,9 @@ import onnx_ir as ir
 from cpcompile.core.errors import UsageError
 from cpcompile.passes.eliminate_dead_channels import Blocked
 from cpcompile.passes.expert_routes import Choice, axis_of, choice_of, lookups_of, parameters_of
+from cpcompile.passes.nodes import constant_of
+from cpcompile.passes.operators import is_standard
 from cpcompile.passes.opset import MinOpsetPass
-from cpcompile.passes.symbolic_shapes import constant_of, is_standard
 
 
 @dataclass(frozen=True)

@@ -17,21 +17,15 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
+from cpcompile.passes.axes import Shape, broadcast
 from cpcompile.passes.channel_rules.fixpoint import find_zeros
 from cpcompile.passes.channel_rules.products import product_is_zero
 from cpcompile.passes.channels import Channels
 from cpcompile.passes.clean_up import SMALL, CleanUp, replace_value
+from cpcompile.passes.nodes import post_order
+from cpcompile.passes.operators import ELEMENTWISE, NOT_ZERO_AT_ZERO, ZERO_AT_ZERO, is_standard
 from cpcompile.passes.opset import MinOpsetPass
 from cpcompile.passes.shape_inputs import unique_name
-from cpcompile.passes.symbolic_shapes import (
-    ELEMENTWISE,
-    NOT_ZERO_AT_ZERO,
-    ZERO_AT_ZERO,
-    Shape,
-    broadcast,
-    is_standard,
-    post_order,
-)
 
 SUMS = ("Add", "Sub", "Sum")
 STRETCHING = frozenset((*ELEMENTWISE, *ZERO_AT_ZERO, *NOT_ZERO_AT_ZERO)) - {"PRelu"}

@@ -11,7 +11,8 @@ import numpy as np
 import onnx_ir as ir
 
 from cpcompile.passes.clean_up import replace_value
-from cpcompile.passes.symbolic_shapes import constant_of, int_attribute, is_standard
+from cpcompile.passes.nodes import constant_of, int_attribute
+from cpcompile.passes.operators import is_standard
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from cpcompile.passes.symbolic_shapes import constant_of, int_attribute
+from cpcompile.passes.nodes import constant_of, int_attribute
 
 Array = npt.NDArray[np.generic]
 Scales = Mapping[ir.Value, Array]

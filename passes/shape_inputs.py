@@ -13,7 +13,9 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from cpcompile.files.onnx_file import opset_of
-from cpcompile.passes.symbolic_shapes import Axis, Shape, ShapeTable, int_attribute
+from cpcompile.passes.axes import Axis, Shape
+from cpcompile.passes.nodes import int_attribute
+from cpcompile.passes.symbolic_shapes import ShapeTable
 
 ZERO = Axis((), 0)
 

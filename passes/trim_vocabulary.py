@@ -23,8 +23,9 @@ import onnx_ir as ir
 from cpcompile.core.errors import CpcompileError, UsageError
 from cpcompile.passes.clean_up import CleanUp, replace_value
 from cpcompile.passes.eliminate_dead_channels import EliminateDeadChannels, Elimination, KeptChannels, find_channels
+from cpcompile.passes.nodes import constant_of, int_attribute
+from cpcompile.passes.operators import is_standard
 from cpcompile.passes.opset import MinOpsetPass
-from cpcompile.passes.symbolic_shapes import constant_of, int_attribute, is_standard
 
 MARK = "cpcompile.vocabulary"
 """Property of a trimmed model: a digest of the kept ids, since new ids look like old ones."""

@@ -26,7 +26,7 @@ from cpcompile.passes.channel_rules import (
     whole_axes,
 )
 from cpcompile.passes.channel_rules.rule import Rule
-from cpcompile.passes.symbolic_shapes import is_standard
+from cpcompile.passes.operators import is_standard
 
 FAMILIES = (
     *(elementwise, products, einsum, quantization, attention, convolutions, channel_norms, whole_axes, reductions),

@@ -16,9 +16,10 @@ from types import MappingProxyType
 import numpy as np
 import onnx_ir as ir
 
+from cpcompile.passes.axes import ONE, Axis
 from cpcompile.passes.channel_rules.rule import Rule, keep_all, value_of
 from cpcompile.passes.channels import Cell, Channels, Zeros, equal_losses, reason_of
-from cpcompile.passes.symbolic_shapes import ONE, Axis, int_attribute
+from cpcompile.passes.nodes import int_attribute
 
 _QUERY = "a query head of the group has to stay"
 _GROUP = "another head of its group has to stay"

@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from cpcompile.passes.channel_rules.rule import Rule, keep_all, value_of
 from cpcompile.passes.channels import Cell, Channels, Zeros
-from cpcompile.passes.symbolic_shapes import int_attribute
+from cpcompile.passes.nodes import int_attribute
 
 
 def _agree_batch_norm(channels: Channels, node: ir.Node) -> None:

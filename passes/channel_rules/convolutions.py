@@ -17,9 +17,10 @@ from types import MappingProxyType
 import numpy as np
 import onnx_ir as ir
 
+from cpcompile.passes.axes import Axis
 from cpcompile.passes.channel_rules.rule import Rule, keep_all, value_of
 from cpcompile.passes.channels import NOT_ZERO, Cell, Channels, Mask, Zeros, equal_losses
-from cpcompile.passes.symbolic_shapes import Axis, int_attribute
+from cpcompile.passes.nodes import int_attribute
 
 
 @dataclass(frozen=True)

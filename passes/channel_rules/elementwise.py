@@ -8,9 +8,11 @@ from types import MappingProxyType
 import numpy as np
 import onnx_ir as ir
 
+from cpcompile.passes.axes import ONE
 from cpcompile.passes.channel_rules.rule import AgreeRule, Rule, ZerosRule, keep_all
 from cpcompile.passes.channels import Cell, Channels, Mask, Zeros
-from cpcompile.passes.symbolic_shapes import NOT_ZERO_AT_ZERO, ONE, ZERO_AT_ZERO, constant_of
+from cpcompile.passes.nodes import constant_of
+from cpcompile.passes.operators import NOT_ZERO_AT_ZERO, ZERO_AT_ZERO
 
 
 def _aligned(channels: Channels, node: ir.Node, inputs: Sequence[ir.Value]) -> list[list[Cell]] | None:

@@ -13,7 +13,8 @@ import onnx_ir as ir
 from cpcompile.passes.channel_rules import rule_of
 from cpcompile.passes.channel_rules.subgraphs import common_zeros, loop_carried_values, owners
 from cpcompile.passes.channels import EMPTY, Channels, Zeros
-from cpcompile.passes.symbolic_shapes import ShapeTable, post_order, subgraphs_of
+from cpcompile.passes.nodes import post_order, subgraphs_of
+from cpcompile.passes.shape_rules import infer_symbolic_shapes
 
 
 def find_zeros(graph: ir.Graph, opaque: frozenset[str] = frozenset()) -> Channels:
@@ -21,7 +22,7 @@ def find_zeros(graph: ir.Graph, opaque: frozenset[str] = frozenset()) -> Channel
 
     opaque: names of initializers that are taken for not zero, whatever they hold.
     """
-    channels = Channels(ShapeTable(graph), owners(graph), opaque)
+    channels = Channels(infer_symbolic_shapes(graph), owners(graph), opaque)
     _propagate_zeros(channels, graph)
     return channels
 

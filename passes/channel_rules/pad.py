@@ -10,8 +10,9 @@ import onnx_ir as ir
 
 from cpcompile.passes.channel_rules.rule import Rule, keep_all, value_of
 from cpcompile.passes.channels import Channels, Zeros
+from cpcompile.passes.nodes import constant_of
 from cpcompile.passes.shape_inputs import set_integers
-from cpcompile.passes.symbolic_shapes import axes_of, constant_of, padding_of
+from cpcompile.passes.symbolic_shapes import axes_of, padding_of
 
 
 def _is_constant(node: ir.Node) -> bool:

@@ -11,8 +11,9 @@ import onnx_ir as ir
 
 from cpcompile.passes.channel_rules.rule import Rule, keep_all, value_of
 from cpcompile.passes.channels import Channels, Mask, Zeros
+from cpcompile.passes.nodes import constant_of, int_attribute
 from cpcompile.passes.shape_inputs import pick_channels, set_integers
-from cpcompile.passes.symbolic_shapes import axes_of, constant_of, int_attribute
+from cpcompile.passes.symbolic_shapes import axes_of
 
 
 def _pieces(channels: Channels, whole: ir.Value, parts: Sequence[ir.Value], axis: int) -> list[slice] | None:

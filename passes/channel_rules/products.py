@@ -8,9 +8,10 @@ from types import MappingProxyType
 import numpy as np
 import onnx_ir as ir
 
+from cpcompile.passes.axes import ONE
 from cpcompile.passes.channel_rules.rule import Rule, keep_all, value_of
 from cpcompile.passes.channels import Cell, Channels, Zeros
-from cpcompile.passes.symbolic_shapes import ONE, int_attribute
+from cpcompile.passes.nodes import int_attribute
 
 
 def _agree_matmul(channels: Channels, node: ir.Node) -> None:

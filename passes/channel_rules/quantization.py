@@ -14,9 +14,10 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from cpcompile.passes.axes import ONE
 from cpcompile.passes.channel_rules.rule import Rule, keep_all, value_of
 from cpcompile.passes.channels import Cell, Channels, Zeros
-from cpcompile.passes.symbolic_shapes import ONE, constant_of, int_attribute
+from cpcompile.passes.nodes import constant_of, int_attribute
 
 
 def _agree(channels: Channels, node: ir.Node) -> None:

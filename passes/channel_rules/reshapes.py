@@ -9,11 +9,12 @@ import numpy as np
 import onnx_ir as ir
 
 from cpcompile.core.reshape import match_axes
+from cpcompile.passes.axes import ONE, Axis, Shape, size_of
 from cpcompile.passes.channel_rules.elementwise import first_zero
 from cpcompile.passes.channel_rules.rule import Rule, keep_all, value_of
 from cpcompile.passes.channels import Channels, Zeros, from_grid, grid_shape, to_grid
+from cpcompile.passes.nodes import permutation
 from cpcompile.passes.shape_inputs import plan_target_shape, set_target_shape
-from cpcompile.passes.symbolic_shapes import ONE, Axis, Shape, permutation, size_of
 
 _REGROUPED = "it regroups channels of which some have to stay"
 

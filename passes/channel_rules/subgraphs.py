@@ -20,7 +20,8 @@ import onnx_ir as ir
 
 from cpcompile.passes.channel_rules.rule import Rule, value_of
 from cpcompile.passes.channels import Cell, Channels, Zeros
-from cpcompile.passes.symbolic_shapes import int_attribute, is_standard, post_order, subgraphs_of
+from cpcompile.passes.nodes import int_attribute, post_order, subgraphs_of
+from cpcompile.passes.operators import is_standard
 
 Member = tuple[ir.Value, int | None]
 """A value, and the axis along which iterations are stacked."""

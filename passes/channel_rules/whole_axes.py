@@ -11,7 +11,7 @@ import onnx_ir as ir
 from cpcompile.passes.channel_rules.elementwise import first_zero
 from cpcompile.passes.channel_rules.rule import AgreeRule, Rule, ZerosRule, keep_all, value_of
 from cpcompile.passes.channels import Channels, Zeros
-from cpcompile.passes.symbolic_shapes import int_attribute
+from cpcompile.passes.nodes import int_attribute
 
 
 def _whole_axes(which: Callable[[Channels, ir.Node, int], Sequence[int] | None], why: str) -> AgreeRule:

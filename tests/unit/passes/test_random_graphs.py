@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from cpcompile.passes.eliminate_dead_channels import EliminateDeadChannels, find_channels
-from cpcompile.passes.symbolic_shapes import post_order
+from cpcompile.passes.nodes import post_order
 from cpcompile.pipeline.optimize import DEFAULT, parse_pass, prepare
 
 WIDTH = 12
