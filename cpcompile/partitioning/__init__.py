@@ -5,7 +5,6 @@
     groups      channels that end at the same consumers form a group; units; what cannot be gated, and why
     experts     routers with the experts that they pick, each a unit
     partition   gates in front of the consumers, proven to change nothing -> PartitionedModule
-    capture_partitioned   the dynamic ONNX graph, which `cpcompile.passes.freeze` makes smaller
 
 A channel can be removed when nothing needs it: everything that reads it either goes with it or is a *consumer*, a
 contraction with a weight (linear layer, convolution) whose input is multiplied by the gate. So a group is a set of
@@ -19,8 +18,7 @@ it reads.
 from __future__ import annotations
 
 from cpcompile.partitioning.groups import Consumer, Group, Refused
-from cpcompile.partitioning.onnx_graph import capture_partitioned
 from cpcompile.partitioning.partitioned_module import PartitionedModule
 from cpcompile.partitioning.partitioner import partition
 
-__all__ = ["Consumer", "Group", "PartitionedModule", "Refused", "capture_partitioned", "partition"]
+__all__ = ["Consumer", "Group", "PartitionedModule", "Refused", "partition"]

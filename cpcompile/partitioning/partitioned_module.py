@@ -9,6 +9,7 @@ so the captured graph freezes in the same way.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -69,6 +70,12 @@ class PartitionedModule(nn.Module):
             return self.model(*inputs) if self._forward is None else self._forward(self.model, *inputs)
         finally:
             self._active.rows = None
+
+    def input_names(self) -> list[str]:
+        """Names of the inputs except `context`, as in the forward function."""
+        forward = self._forward
+        names = list(inspect.signature(self.model.forward if forward is None else forward).parameters)
+        return names[0 if forward is None else 1 :][: len(self.example_inputs)]
 
     @property
     def calls(self) -> dict[tuple[str, str], int]:
