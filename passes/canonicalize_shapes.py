@@ -1,8 +1,8 @@
-"""Say target shapes directly: [0, 0, 8, 32] instead of a Concat of lengths measured on other tensors.
+"""Write target shapes explicitly: [0, 0, 8, 32] instead of a Concat of lengths measured on other tensors.
 
-The exporter measures lengths wherever it needs them, also of axes whose channels will be cut. Once every
-Reshape and Expand says what it means, and lengths that are known are constants, only
-dynamic axes are still measured, and cutting channels cannot change what a shape means.
+The exporter measures lengths wherever it needs them, even on axes whose channels will be cut. Once every
+Reshape and Expand has an explicit target shape and known lengths are constants, only dynamic axes are still
+measured, and cutting channels cannot change the meaning of a shape.
 """
 
 from __future__ import annotations

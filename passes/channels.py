@@ -1,4 +1,4 @@
-"""What is known of the channels of every value: which are zero, and which can be cut.
+"""What is known about the channels of every value: which are zero, and which can be cut.
 
 Both are boolean masks, one per axis (over its known factor, see `axes`):
 
@@ -6,7 +6,7 @@ Both are boolean masks, one per axis (over its known factor, see `axes`):
     cut    greatest fixpoint: starts with everything, and every operator takes away what it cannot
            spare, until all operators agree
 
-A mask that shrinks remembers the operator that was the reason, so that zeros that had to stay can be explained.
+A mask that shrinks remembers the operator responsible, so that a report can say why zeros had to stay.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Channels:
     owners: Mapping[ir.Value, ir.Node] = field(default_factory=dict)
     """Input or output of a subgraph (of an If, Loop, Scan) -> the node that the subgraph belongs to."""
     opaque: frozenset[str] = frozenset()
-    """Initializers whose values are not looked at."""
+    """Initializers whose values are ignored."""
     zeros: dict[ir.Value, Zeros] = field(default_factory=dict)
     _cut: dict[Cell, Mask] = field(default_factory=dict)
     _reasons: dict[Cell, npt.NDArray[np.object_]] = field(default_factory=dict)
@@ -99,7 +99,7 @@ class Channels:
         self.zeros.pop(value, None)
 
     def zero(self, value: ir.Value) -> Zeros:
-        """What is known to be zero; nothing where no rule said anything. The shape has to be known."""
+        """The slices of `value` that are known to be zero. Its shape has to be known."""
         if value not in self.zeros:
             shape = self.shape(value)
             assert shape is not None
@@ -163,7 +163,7 @@ class Channels:
         self._cut.update(dict.fromkeys(cells, _shared(left)))
 
     def couple_groups(self, cells: Iterable[Cell], groups: int, node: ir.Node, why: str) -> None:
-        """These axes are `groups` equal runs each, which can only be lost whole and together."""
+        """Each of these axes consists of `groups` equal runs; a run can be lost only as a whole, and on all axes."""
         cells = list(cells)
         if any(self.cut(*cell).size % groups for cell in cells):
             for value, axis in cells:
@@ -205,7 +205,7 @@ class Channels:
 
 @cache
 def uniform(length: int, cut: bool) -> Mask:
-    """The mask of an axis that loses everything or nothing: one for all, so that it is known by its identity."""
+    """The mask of an axis that loses everything or nothing, shared so that it can be compared by identity."""
     mask = np.full(length, cut, dtype=np.bool_)
     mask.setflags(write=False)
     return mask
@@ -216,7 +216,7 @@ def _shared(mask: Mask) -> Mask:
 
 
 def equal_losses(cut: Mask, gone: Mask) -> Mask:
-    """Of `cut` (groups, size) as much as leaves the groups that are not `gone` of one size."""
+    """The part of `cut` (groups, size) that leaves all groups that are not `gone` with the same size."""
     count = cut[~gone].sum(axis=1).min(initial=cut.shape[1])
     return np.asarray(cut & (gone[:, None] | (np.cumsum(cut, axis=1) <= count)))
 
@@ -227,7 +227,7 @@ def reason_of(node: ir.Node, text: str) -> Reason:
 
 
 def grid_shape(axes: Shape) -> tuple[int, ...] | None:
-    """Known factors of a group of axes, if unknown ones stand only before the first known one."""
+    """Known factors of a group of axes; None unless all unknown factors come before the first known one."""
     seen = False
     for axis in axes:
         if axis.outer and (seen or any(s.isdigit() for s in axis.outer)):
@@ -237,7 +237,7 @@ def grid_shape(axes: Shape) -> tuple[int, ...] | None:
 
 
 def to_grid(masks: Sequence[Mask], shape: tuple[int, ...]) -> Mask:
-    """Elements of a group that some axis marks, flattened."""
+    """The elements of a group that are marked along any axis, flattened."""
     grid = np.zeros(shape, dtype=np.bool_)
     for axis, mask in enumerate(masks):
         grid |= mask.reshape([-1 if a == axis else 1 for a in range(len(shape))])
@@ -245,7 +245,7 @@ def to_grid(masks: Sequence[Mask], shape: tuple[int, ...]) -> Mask:
 
 
 def from_grid(grid: Mask, shape: tuple[int, ...]) -> list[Mask]:
-    """Per axis the indices whose whole slab is marked."""
+    """Per axis the indices whose elements are all marked."""
     cube = grid.reshape(shape)
     others = [tuple(a for a in range(len(shape)) if a != axis) for axis in range(len(shape))]
     return [np.asarray(cube.all(axis=other)) for other in others]

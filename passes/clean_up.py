@@ -15,7 +15,7 @@ from cpcompile.passes.nodes import constant_of, subgraphs_of
 from cpcompile.passes.operators import is_standard
 
 SMALL = 1 << 16
-"""Constants up to this many elements are looked at for ones."""
+"""Constants with at most this many elements are checked for ones."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class CleanUp(ir.passes.InPlacePass):
     """Remove nodes that copy their input and everything that no output needs."""
 
     protected: frozenset[str] = frozenset()
-    """Initializers whose values are not looked at: a parameter stays a parameter, even if it is all ones."""
+    """Initializers whose values are ignored: a parameter stays a parameter, even if it is all ones."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Edit `model`; `modified` counts removed nodes and initializers, and says whether nodes were sorted."""
@@ -81,7 +81,7 @@ def _same_shape(value: ir.Value | None, out: ir.Value) -> bool:
 
 
 def replace_value(source: ir.Value, out: ir.Value) -> bool:
-    """Let `source` take the place of the equal value `out`; False where it cannot.
+    """Replace the value `out` by the equal value `source`; False if that is not possible.
 
     An output of the graph keeps its name; a graph input or an initializer cannot also be an output under
     another name, and a value cannot be an output twice.

@@ -1,4 +1,4 @@
-"""Remove channels that are zero and that nothing can tell from absent: the graph gets physically smaller.
+"""Remove channels whose absence makes no difference: the graph gets physically smaller.
 
     1. zero terms   x + 0 -> x, so that branches in which nothing is left disappear
     2. zeros        forward: which slices of every tensor are zero            (rules: zeros)
@@ -7,7 +7,7 @@
     until nothing changes.
 
 Works on any graph with structural zeros. A contraction sum(a_k * b_k) loses the terms in which a or b is zero;
-everything tied to such a channel on its way (the matrix columns that make it, the activations
+everything coupled with such a channel (the matrix columns that make it, the activations
 that carry it) goes with it. Exact for finite values: 0 * x = 0. Subgraphs of If, Loop and Scan are part of the graph;
 a call to a function keeps what it touches, so inline functions first.
 """
@@ -64,7 +64,7 @@ class Elimination(ir.passes.PassResult):
 class EliminateDeadChannels(MinOpsetPass):
     """Remove dead channels until none is left that the rules can remove.
 
-    What `clean_up` protects is not looked at: a parameter whose values happen to be zero, such as a new bias, stays.
+    The values of what `clean_up` protects are ignored: a parameter that happens to be zero, such as a new bias, stays.
     """
 
     clean_up: CleanUp = field(default_factory=CleanUp)
@@ -100,7 +100,7 @@ class EliminateDeadChannels(MinOpsetPass):
 
 
 def _rewrite(graph: ir.Graph, channels: Channels) -> tuple[int, dict[ir.Value, Kept]]:
-    """Cut what the masks say.
+    """Cut the channels that the masks mark.
 
     Returns how many values got smaller, and per sliced initializer the kept channels of every axis.
     """

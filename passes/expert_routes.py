@@ -1,4 +1,4 @@
-"""Reading mixtures of experts in a graph: what TopK chooses among, and what is looked up by its choice.
+"""Recognise mixtures of experts in a graph: what TopK chooses among, and what is looked up by its choice.
 
     logits -> mask (-inf) -> softmax -> TopK -> numbers -> Gather or GatherND (stacked, numbers)
 
@@ -18,21 +18,21 @@ from cpcompile.passes.operators import is_standard
 
 Mask = npt.NDArray[np.bool_]
 MOVES = ("Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
-"""Operators that pass on the elements of their first input as they are."""
+"""Operators that pass on the elements of their first input unchanged."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What a TopK chooses among: `logits`, of which those that are `masked` are never chosen."""
+    """What a TopK chooses among: `logits`, of which the `masked` ones are never chosen."""
 
     logits: ir.Value
     trail: tuple[ir.Node, ...]
-    """From TopK back to the logits; masks among them."""
+    """The nodes from TopK back to the logits, masks included."""
     masked: Mask
 
     @property
     def count(self) -> int:
-        """The experts there are."""
+        """The number of experts, masked ones included."""
         return self.masked.size
 
 
@@ -52,7 +52,7 @@ def choice_of(topk: ir.Node) -> Choice | None:
         elif node.op_type not in ("Cast", "Identity", "Softmax") or not _along_last(node, value):
             break
         elif node.op_type == "Softmax" and masked.any():
-            break  # what is masked only after a softmax has its part in it
+            break  # what is masked only after the softmax still contributes to it
         if source is None or length_of(source, -1) != count:
             break
         trail.append(node)
@@ -61,7 +61,7 @@ def choice_of(topk: ir.Node) -> Choice | None:
 
 
 def _mask(node: ir.Node, count: int) -> tuple[ir.Value | None, Mask] | None:
-    """What `node` masks, and which channels; None if it is no mask."""
+    """What `node` masks, and which of its channels; None if it is no mask."""
     arrays = [None if (t := _constant(value)) is None else t.numpy() for value in node.inputs]
     chosen: Mask | None = None
     source = None
@@ -78,7 +78,7 @@ def _mask(node: ir.Node, count: int) -> tuple[ir.Value | None, Mask] | None:
 
 
 def lookups_of(topk: ir.Node, count: int) -> list[ir.Node] | str:
-    """The nodes that look up one of `count` by what `topk` chose; or what else reads the numbers."""
+    """The nodes that look up one of `count` by what `topk` chose; or why others must not read these numbers."""
     lookups, waiting = [], [topk.outputs[1]]
     while waiting:
         numbers = waiting.pop()
@@ -96,7 +96,7 @@ def lookups_of(topk: ir.Node, count: int) -> list[ir.Node] | str:
 
 
 def axis_of(lookup: ir.Node) -> int:
-    """The axis along which a Gather, or GatherND by one number, picks."""
+    """The axis along which a Gather, or a GatherND with one index, picks."""
     return int_attribute(lookup, "axis", 0) if lookup.op_type == "Gather" else 0
 
 
@@ -107,7 +107,7 @@ def _is_lookup(node: ir.Node) -> bool:
 
 
 def parameters_of(value: ir.Value | None, count: int, *, contracted: bool = False) -> list[str]:
-    """Initializers with `count` positions along some axis that `value` is, or that one contraction makes it of."""
+    """Initializers with `count` positions along some axis that make up `value`, with at most one contraction."""
     node = None if value is None else value.producer()
     if value is None or node is None:
         dims = () if value is None or value.shape is None or not value.is_initializer() else tuple(value.shape)

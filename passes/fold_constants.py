@@ -20,7 +20,7 @@ class FoldConstants(ir.passes.InPlacePass):
     """Fold constant expressions and list operators (SplitToSequence), then make every constant an initializer.
 
     An expression over a parameter (a floating-point initializer that is no scalar; exporters write constants
-    as Constant nodes) folds only if it picks one entry of it with Gather, such as the gates of a context: a computed,
+    as Constant nodes) is folded only if it picks one entry with Gather, such as the gates of a context: a computed,
     transposed or reordered copy under a new name would be a parameter that got lost.
     """
 
@@ -71,7 +71,7 @@ def _is_understood(node: ir.Node, opset: int) -> bool:
 
 @contextmanager
 def _without_defaults(graph: ir.Graph) -> Iterator[None]:
-    """Meanwhile inputs have no default: the caller may replace it, so nothing follows from it."""
+    """Remove the defaults of inputs for a while: the caller may replace them, so they are no constants."""
     defaults = [(value, value.const_value) for value in graph.inputs if value.is_initializer()]
     for value, _ in defaults:
         graph.initializers.pop(value.name or "")

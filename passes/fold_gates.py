@@ -3,12 +3,12 @@
     (x * g) @ W  =  x @ (diag(g) W)        into the next weight, preferred
     (x @ W) * g  =  x @ (W diag(g))        into the weight before, with its bias
 
-through Reshape and Transpose, as long as the scales can be told to lie on the axis that the weight contracts or makes.
-Only into a weight that nothing else reads, and with the scales as the only change on the way. One multiplication of
-every activation less; products are rounded in another order, so results agree to rounding (about 1e-6 of
-the largest in float32), not to the bit.
+through Reshape and Transpose, as long as the scales are known to lie on the axis that the weight contracts or makes,
+nothing else reads the weight, and nothing else changes values on the way. This saves one multiplication of every
+activation. Products are rounded in another order, so results agree up to rounding (about 1e-6 of the largest value in
+float32), not bit by bit.
 
-For engines of their own and for `opt`: a folded weight is another one in every context, so contexts no longer
+This is for engines that share no weights, and for `opt`: a folded weight differs between contexts, which can no longer
 share it. It keeps its name, and `Folding.folded` says what went into it.
 """
 
@@ -32,7 +32,7 @@ from cpcompile.passes.symbolic_shapes import ShapeTable
 
 @dataclass
 class Folding(ir.passes.PassResult):
-    """What became of products by a constant.
+    """The products by a constant that were folded, and those that stay.
 
     `folded`: pairs of a changed initializer and the gate that went into it; `refused`: the products that stay, by
     the name of their result, each with the reason.
@@ -75,7 +75,7 @@ class FoldGates(MinOpsetPass):
 
 
 def _operands(table: ShapeTable, node: ir.Node) -> tuple[ir.Value, ir.Value] | None:
-    """The value and the constant of a product that has the shape of the value; the constant has one axis at most."""
+    """The value and the constant of a product with the shape of the value; the constant has at most one axis."""
     if node.op_type != "Mul" or not is_standard(node):
         return None
     for value, gate in (node.inputs, node.inputs[::-1]):
@@ -93,7 +93,7 @@ def _operands(table: ShapeTable, node: ir.Node) -> tuple[ir.Value, ir.Value] | N
 
 
 def _targets(table: ShapeTable, out: ir.Value, value: ir.Value, gate: ir.Value) -> Scales | str:
-    """What to scale instead of multiplying `value` by `gate`; where that cannot be, why."""
+    """What to scale instead of multiplying `value` by `gate`; or why that is not possible."""
     tensor, shape = constant_of(gate), table.shape(value)
     assert tensor is not None and shape is not None
     factors = tensor.numpy()

@@ -1,4 +1,4 @@
-"""Infer types and shapes, and only add: what a model says of its values stays.
+"""Infer types and shapes; what the model says about its values is only added to, never changed.
 
     1. onnx.shape_inference on a copy without large weights
     2. what it leaves open and `ShapeTable` derives, and again from 1 with that
@@ -21,7 +21,7 @@ from cpcompile.passes.opset import MIN_OPSET
 from cpcompile.passes.shape_rules import infer_symbolic_shapes
 
 SMALL = 1000
-"""Bytes of a constant that inference may want to read: target shapes, axes, pads."""
+"""Largest size in bytes of a constant that inference may need to read: target shapes, axes, pads."""
 
 _log = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ class InferShapes(ir.passes.InPlacePass):
     """Give values the types and shapes that follow from those of the inputs."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Edit `model`; `modified` counts values of which more is known."""
+        """Edit `model`; `modified` counts values about which more is known."""
         return ir.passes.PassResult(model, modified=_infer(model) + complete_shapes(model) > 0)
 
 
@@ -44,7 +44,7 @@ def complete_shapes(model: ir.Model) -> int:
 
 
 def _derive(graph: ir.Graph) -> int:
-    """Shapes that the table derives and that nothing tells yet."""
+    """Add the shapes that the table derives and that are still unknown; returns how many."""
     if opset_of(graph) < MIN_OPSET:
         return 0
     found, table = 0, infer_symbolic_shapes(graph)
@@ -52,7 +52,7 @@ def _derive(graph: ir.Graph) -> int:
         source = node.inputs[0] if node.inputs else None
         for out in node.outputs:
             if out.type is None and source is not None and is_standard(node) and node.op_type == "GroupNormalization":
-                out.type = source.type  # inference says nothing of it
+                out.type = source.type  # inference does not cover it
             if out.shape is None and isinstance(out.type, ir.TensorType) and (shape := table.shape(out)) is not None:
                 out.shape = ir.Shape(axis.dimension for axis in shape)
                 found += 1
@@ -60,10 +60,10 @@ def _derive(graph: ir.Graph) -> int:
 
 
 def _infer(model: ir.Model) -> int:
-    """What onnx.shape_inference says of values of which less is known."""
+    """Add what onnx.shape_inference finds; returns about how many values it knows more."""
     try:
         inferred = ir.from_proto(onnx.shape_inference.infer_shapes(_light_proto(model), data_prop=True))
-    except Exception as error:  # its errors have no common class; without it, shapes are what the model says
+    except Exception as error:  # its errors have no common class; without it, only the given shapes are known
         _log.warning("shapes cannot be inferred: %s", error)
         return 0
     added = 0
@@ -97,20 +97,20 @@ def _values(graph: ir.Graph, *, outermost: bool) -> dict[str, ir.Value]:
 
 
 def _add(value: ir.Value, other: ir.Value) -> bool:
-    """Add to `value` what is known of `other`."""
+    """Add what is known about `other` to `value`; returns whether anything was new."""
     before = value.type, value.shape
     value.type = value.type or other.type
     dims = [_dim(None, new) for new in other.shape] if other.shape is not None else None
     if value.shape is None and dims is not None:
         value.shape = ir.Shape(dims)
     elif value.shape is not None and dims is not None and len(value.shape) == len(dims):
-        named = value.is_graph_output()  # the names of its axes tell them to whoever reads it
+        named = value.is_graph_output()  # callers know its axes by these names
         value.shape = ir.Shape(_dim(own, new, named=named) for own, new in zip(value.shape, dims, strict=True))
     return before != (value.type, value.shape)
 
 
 def _dim(own: int | ir.SymbolicDim | None, new: int | ir.SymbolicDim, *, named: bool = False) -> int | ir.SymbolicDim:
-    """A number tells more than a name, and a name more than nothing; inference says -1 where it is at a loss."""
+    """A number tells more than a name, and a name more than nothing; inference says -1 for an unknown length."""
     new = ir.SymbolicDim(None) if isinstance(new, int) and new < 0 else new
     if own is None or (isinstance(own, ir.SymbolicDim) and own.value is None):
         return new

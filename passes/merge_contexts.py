@@ -1,17 +1,17 @@
-"""One graph for many contexts: `If` on the context, and what contexts share is there once.
+"""One graph for many contexts: an `If` on the context, and what contexts share is stored once.
 
     known = Gather([0, 1, 2, ...], context)          no such context: an error of the engine
-    a     = what all contexts compute alike, before they part
+    a     = what all contexts compute in the same way, before they differ
     b     = If(known < n / 2, If(...), If(...))      one branch per context, a balanced tree
-    y     = what all contexts compute alike, after they have parted
+    y     = what all contexts compute in the same way, after they differed
 
-All weights lie in the outer scope, where every branch reads them, and each is there once. A balanced tree, because
-a chain would ask n / 2 conditions on average, and every level nests the file three messages deeper: protobuf
-readers stop at 100, which are 33 contexts.
+All weights lie in the outer scope, once, where every branch reads them. The tree is balanced because a chain would
+evaluate n / 2 conditions on average, and every level nests the file three messages deeper: protobuf readers stop
+at 100 levels, that is, at 33 contexts.
 
-ONNX Runtime lays weights out anew for its kernels (prepacking), once per node: what n branches read, it would hold n
-times. It does so in the outermost If only, so that two contexts behave unlike three; run with
-`session.disable_prepacking` = "1", and weights stay mapped from their file, once. What every branch would
+ONNX Runtime rearranges weights for its kernels (prepacking), once per node: weights that n branches read would be held
+n times. It does so in the outermost If only, so that two contexts behave differently from three; with
+`session.disable_prepacking` = "1", weights stay mapped from their file, once. What every branch would
 fold for itself, such as a transposed embedding, is outside for the same reason.
 """
 
@@ -46,7 +46,7 @@ def merge_contexts(models: Mapping[str, ir.Model], *, name: str = "context") -> 
 
     The graphs have the same inputs and outputs, and stay as they are; tensors are shared. Initializers of one name and
     content become one and keep the name, so that stored runs are found in the weights file; others, and
-    what lies in a branch, are called `context/name`. A context that there is not is an error at run time.
+    what lies in a branch, are called `context/name`. An unknown context is an error at run time.
     UsageError: fewer than two contexts. CpcompileError: inputs, outputs or opsets differ, or an input
     has a default.
     """
@@ -79,7 +79,7 @@ def merge_contexts(models: Mapping[str, ir.Model], *, name: str = "context") -> 
 
 
 def _require_one_interface(models: Mapping[str, ir.Model], name: str) -> None:
-    """All graphs can be called alike, and none has the input `name` already."""
+    """Raise CpcompileError unless all graphs have the same inputs and outputs, and none an input `name`."""
     first = next(iter(models))
     expected = models[first].graph
     for context, model in models.items():
@@ -103,7 +103,7 @@ def _require_one_interface(models: Mapping[str, ir.Model], name: str) -> None:
 
 
 def _number_of_context(graph: ir.Graph, name: str, contexts: int) -> ir.Value:
-    """The input `name`, looked up so that a number without a context is an error: Gather takes -1 for the last."""
+    """The input `name` after a lookup that makes an unknown number an error: Gather takes -1 for the last."""
     context = ir.Value(name=name, shape=ir.Shape(()), type=ir.TensorType(ir.DataType.INT64))
     graph.inputs.append(context)
     zero, beyond, table = (
@@ -131,7 +131,7 @@ def _constant(graph: ir.Graph, name: str, numbers: npt.ArrayLike) -> ir.Value:
 def _choose(
     graph: ir.Graph, parts: Sequence[Part], known: ir.Value, start: int = 0
 ) -> tuple[list[ir.Node], Sequence[ir.Value]]:
-    """The nodes that run the part with the number `known` of those that count from `start`, and its results."""
+    """The nodes that run the part with the number `known`, and its results; `parts` count from `start`."""
     middle = len(parts) // 2
     name = f"{known.name}.below.{start + middle}"
     less = ir.node("Less", [known, _constant(graph, f"{name}.bound", start + middle)], name=name)
@@ -156,7 +156,7 @@ def _choose(
 
 
 def _common_shape(first: ir.Value, second: ir.Value) -> ir.Shape | None:
-    """What is the same in both shapes."""
+    """The shape with every dimension that is the same in both; the others are unknown."""
     if first.shape is None or second.shape is None or first.shape.rank() != second.shape.rank():
         return None
     return ir.Shape([a if a == b else None for a, b in zip(first.shape, second.shape, strict=True)])

@@ -3,7 +3,7 @@
     x + 0 -> x      x - 0 -> x      0 - x -> -x      Sum(x, 0, y) -> Sum(x, y)      0 W + b -> b
     f(...) = 0 -> a constant        where the shape of a zero is known and something else needs it (Concat, Where, ...)
 
-A sum keeps its shape, or is stretched to it by all that reads it: r + (0 + b) * c -> r + b * c.
+A sum keeps its shape, or all its readers broadcast it to that shape: r + (0 + b) * c -> r + b * c.
 
 What only the removed term needed (a norm, projections, their parameters) goes with it, as does x * 1. The rules of
 the channels (`channel_rules`) say what is zero. Exact for finite values, but for the sign of a zero.
@@ -29,7 +29,7 @@ from cpcompile.passes.shape_inputs import unique_name
 
 SUMS = ("Add", "Sub", "Sum")
 STRETCHING = frozenset((*ELEMENTWISE, *ZERO_AT_ZERO, *NOT_ZERO_AT_ZERO)) - {"PRelu"}
-"""Operators whose result is as large as all operands together; PRelu stretches the slope only."""
+"""Operators that broadcast all operands to one shape; PRelu broadcasts only the slope."""
 
 
 @dataclass
@@ -93,7 +93,7 @@ def _loses_terms(channels: Channels, node: ir.Node) -> bool:
 
 
 def _terms(channels: Channels, node: ir.Node) -> tuple[list[ir.Value | None], list[ir.Value | None]]:
-    """What `node` adds up, and what of that is zero; the product of a Gemm is no value, and called None."""
+    """The terms that `node` adds up, and those that are zero; None stands for the product of a Gemm."""
     if node.op_type != "Gemm":
         terms = [value for value in node.inputs if value is not None]
         return [*terms], [value for value in terms if _is_zero(channels, value)]
@@ -103,7 +103,7 @@ def _terms(channels: Channels, node: ir.Node) -> tuple[list[ir.Value | None], li
 
 
 def _shapes_with(channels: Channels, out: ir.Value, terms: Sequence[ir.Value | None]) -> dict[ir.Value, Shape] | None:
-    """The shapes of the sum `out` and of what is made of it if it adds up only `terms`, where they differ.
+    """The shapes that change, from the sum `out` on, if it adds up only `terms`.
 
     None if something needs the shape that it has.
     """
@@ -134,7 +134,7 @@ def _is_zero(channels: Channels, value: ir.Value) -> bool:
 
 
 def _replace(node: ir.Node, other: ir.Node) -> None:
-    """Let `other` make the result of `node`."""
+    """Replace `node` by `other`, whose result takes over the name."""
     graph, old, new = node.graph, node.outputs[0], other.outputs[0]
     assert graph is not None
     graph.insert_before(node, other)
@@ -145,7 +145,7 @@ def _replace(node: ir.Node, other: ir.Node) -> None:
 
 
 def _make_constants(graph: ir.Graph) -> list[str]:
-    """Store the zeros of known shape that something reads; returns their names, without those that only led to them."""
+    """Make zeros of known shape constants; returns their names, without values that only led to them."""
     channels = find_zeros(graph)
     made = []
     for node in reversed(list(post_order(graph))):

@@ -1,6 +1,7 @@
-"""Remove Gathers that take all that there is, in order: Gather(x, [0, 1, .., n - 1]) -> x where x is n long.
+"""Remove Gathers that select everything in order: Gather(x, [0, 1, .., n - 1]) -> x if x has length n.
 
-Passes that leave a part of something (`PruneExperts`) pick it with a Gather; once channels are cut, only it is left.
+Passes that keep a part of something, such as `PruneExperts`, select it with a Gather; once channels are cut, that
+part is everything.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from cpcompile.passes.operators import is_standard
 
 @dataclass(frozen=True)
 class RemoveWholeGathers(ir.passes.InPlacePass):
-    """Let what is picked from stand in for a Gather that picks everything."""
+    """Replace a Gather that selects everything by its input."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Edit `model`; `modified` counts removed nodes."""

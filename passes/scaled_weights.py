@@ -1,4 +1,4 @@
-"""Scales on an axis of what a contraction reads or makes, as scales of its weights.
+"""Turn scales of what a contraction reads or makes into scales of its weights.
 
 (x * g) @ W  =  x @ (diag(g) W)        READERS: the axis of the weight that is contracted
 (x @ W) * g  =  x @ (W diag(g))        MAKERS: the axis that it makes, and that of the bias
@@ -17,11 +17,11 @@ from cpcompile.passes.nodes import constant_of, int_attribute
 
 Array = npt.NDArray[np.generic]
 Scales = Mapping[ir.Value, Array]
-"""Initializers, each with factors that stretch to its shape."""
+"""Initializers, each with factors that broadcast to its shape."""
 
 
 def _on_axis(weight: ir.Value | None, axis: int, factors: Array, scaled: int) -> Scales | str:
-    """The factors, which lie on axis `scaled` of an activation, for `axis` of `weight`."""
+    """The factors on axis `scaled` of an activation as factors on `axis` of `weight`."""
     rank = _rank(weight)
     if weight is None or axis >= rank or factors.size != factors.shape[scaled]:
         return "the weight has no such axis"
@@ -102,8 +102,8 @@ def _with_bias(node: ir.Node, made: Scales | str, factors: Array, scaled: int) -
 READERS: Mapping[str, Callable[[ir.Node, int, Array], Scales | str]] = MappingProxyType(
     {"MatMul": _read_by_matmul, "Gemm": _read_by_gemm, "Conv": _read_by_conv}
 )
-"""Contractions: operator -> what to scale instead of this input, or why that cannot be."""
+"""Operator -> what to scale instead of an input of the contraction, or why that is not possible."""
 MAKERS: Mapping[str, Callable[[ir.Node, Array], Scales | str]] = MappingProxyType(
     {"MatMul": _made_by_matmul, "Gemm": _made_by_gemm, "Conv": _made_by_conv}
 )
-"""The same for the result."""
+"""Operator -> what to scale instead of the result of the contraction, or why that is not possible."""

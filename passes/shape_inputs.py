@@ -1,6 +1,6 @@
-"""Write the integer inputs of Reshape, Expand, Split, Slice and Gather anew.
+"""Rewrite the integer inputs of Reshape, Expand, Split, Slice and Gather.
 
-Every node gets constants of its own, so that nodes that shared one can part.
+Every node gets constants of its own, because nodes that shared one may now need different ones.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ Piece = int | tuple[ir.Value, int]
 
 
 def plan_target_shape(node: ir.Node, source: Shape, target: Shape, table: ShapeTable) -> list[Piece] | None:
-    """How the shape input of a Reshape or Expand from `source` to `target` can be said; None if it cannot.
+    """How to write the shape input of a Reshape or Expand from `source` to `target`; None if that is not possible.
 
     Known lengths are constants; a dynamic axis is copied in place (Reshape: 0, Expand: 1), inferred
     (-1, once), or read from a value that has it.
@@ -79,7 +79,7 @@ def plan_target_shape(node: ir.Node, source: Shape, target: Shape, table: ShapeT
 
 
 def set_target_shape(node: ir.Node, pieces: Sequence[Piece], table: ShapeTable) -> bool:
-    """Write the shape input of a Reshape or Expand; False if it says that already."""
+    """Write the shape input of a Reshape or Expand; False if it has these pieces already."""
     if all(isinstance(piece, int) for piece in pieces):
         wanted = [piece for piece in pieces if isinstance(piece, int)]
         if table.integers(node.inputs[1]) == wanted:
@@ -87,7 +87,7 @@ def set_target_shape(node: ir.Node, pieces: Sequence[Piece], table: ShapeTable) 
         set_integers(node, 1, wanted)
         node.attributes.pop("allowzero", None)  # a 0 copies the length, which is the default
         return True
-    if _said(node, table) == list(pieces):
+    if _written_pieces(node, table) == list(pieces):
         return False
     parts = []
     for at, piece in enumerate(pieces):
@@ -103,7 +103,7 @@ def set_target_shape(node: ir.Node, pieces: Sequence[Piece], table: ShapeTable) 
     return True
 
 
-def _said(node: ir.Node, table: ShapeTable) -> list[Piece] | None:
+def _written_pieces(node: ir.Node, table: ShapeTable) -> list[Piece] | None:
     """The pieces of a target shape that `set_target_shape` wrote; None for any other."""
     target = node.inputs[1]
     concat = None if target is None else target.producer()
@@ -161,7 +161,7 @@ def _insert(node: ir.Node, new: ir.Node, suffix: str, length: int) -> ir.Value:
 
 
 def unique_name(graph: ir.Graph, name: str) -> str:
-    """`name`, or with a number if an initializer has it already."""
+    """`name`, with a number appended if an initializer has it already."""
     candidate, number = name, 1
     while candidate in graph.initializers:
         candidate, number = f"{name}.{number}", number + 1

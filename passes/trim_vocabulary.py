@@ -1,11 +1,11 @@
-"""Leave only a part of the vocabulary: new token ids in, logits of the new ids out.
+"""Keep only a part of the vocabulary: new token ids in, logits of the new ids out.
 
 Every table that the ids look up, and the logits, get a Gather of the kept entries:
 
     Gather(table, ids)  ->  Gather(Gather(table, kept), ids)      logits  ->  Gather(logits, kept, axis=-1)
 
-Then nothing asks for the other entries, and `EliminateDeadChannels` cuts them: rows of the table, columns of the
-head, its bias. A tied weight is both, and stays one. A Gather of all that is left then goes.
+Nothing needs the other entries then, and `EliminateDeadChannels` cuts them: rows of the table, columns of the
+head, its bias. A tied weight is both table and head, and stays one. A Gather that selects everything goes as well.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from cpcompile.passes.operators import is_standard
 from cpcompile.passes.opset import MinOpsetPass
 
 MARK = "cpcompile.vocabulary"
-"""Property of a trimmed model: a digest of the kept ids, since new ids look like old ones."""
+"""Property of a trimmed model: a digest of the kept ids, because new ids cannot be told from old ones."""
 MOVES = ("Expand", "Flatten", "Gather", "Identity", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze")
-"""Operators that pass on values of their first input as they are."""
+"""Operators that pass on values of their first input unchanged."""
 
 
 @dataclass
@@ -42,7 +42,7 @@ class Trimming(ir.passes.PassResult):
 
 @dataclass(frozen=True)
 class TrimVocabulary(MinOpsetPass):
-    """Keep the tokens `kept` (old ids, ascending) of the vocabulary that `ids` and `logits` speak of.
+    """Keep the tokens `kept` (old ids, ascending) of the vocabulary that `ids` and `logits` refer to.
 
     UsageError if the settings do not fit the model; CpcompileError if an operator needs the vocabulary whole
     (the model is then of no further use: the pass works in place).
@@ -94,7 +94,7 @@ class TrimVocabulary(MinOpsetPass):
 
 
 def renumber_interface(model: ir.Model, trim: TrimVocabulary) -> None:
-    """Let the whole `model` take new ids and give logits of new ids, as what `trim` makes of it: to compare both."""
+    """Make the whole `model` take new ids and give their logits, to compare it with what `trim` makes of it."""
     graph = model.graph
     ids, logits = _named(graph.inputs, trim.ids, "input"), _named(graph.outputs, trim.logits, "output")
     assert ids.dtype is not None

@@ -63,7 +63,7 @@ class Flow:
         return Value(tuple(n for n, _ in lengths), tuple(d for _, d in lengths), (), constant)
 
     def _length(self, dim: int | torch.SymInt) -> tuple[int, bool]:
-        """A length that equals others exactly when the expression does: symbols stand for distinct large primes."""
+        """A length that equals another only if the expressions are equal: symbols stand for different large primes."""
         if isinstance(dim, int):
             return dim, False
         expression = dim.node.expr
@@ -210,7 +210,7 @@ class Flow:
 
 
 _CALL = re.compile(r"@\d+")
-"""What torch.export adds to the path of a module that is called again."""
+"""The suffix that torch.export adds to the path of a module that is called again."""
 
 
 def place(node: fx.Node) -> str:
@@ -228,7 +228,7 @@ def module_path(node: fx.Node) -> str:
 
 
 def _lift(value: Value, rank: int) -> Value:
-    """Leading axes of length 1, as broadcasting adds them."""
+    """Add leading axes of length 1, as broadcasting does."""
     more = rank - value.rank
     return Value(
         (1,) * more + value.shape,

@@ -25,12 +25,12 @@ IntArray = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Consumer:
-    """A module whose input is gated; of experts first the router, then the module that has their weights."""
+    """A module whose input is gated; for experts, first the router, then the module that has their weights."""
 
     module: str
     parameter: str
     axis: int
-    """Of the module's first input; counted from the end, or 1 for channels of a convolution."""
+    """The gated axis of the module's first input: counted from the end, or 1 for channels of a convolution."""
     unit_of_channel: IntArray
 
 
@@ -45,9 +45,9 @@ class Group:
     """Channels of one unit at the first consumer; the last unit may be smaller."""
     consumers: tuple[Consumer, ...]
     parameters: Mapping[str, tuple[IntArray | None, ...]]
-    """Parameter -> per axis the unit of every position, -1 where none; None for an axis that stays whole."""
+    """Parameter -> per axis the unit of every position, or -1; None for an axis that stays whole."""
     fewest: int = 0
-    """A context keeps at least so many units: the experts that the router picks for a token."""
+    """The minimum number of units a context keeps: the experts that the router picks for a token."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Refused:
 
 @dataclass(frozen=True)
 class _Candidate:
-    """Components that end at the same places."""
+    """Components that end in the same contractions."""
 
     contractions: tuple[Contraction, ...]
     roots: tuple[int, ...]
@@ -91,7 +91,7 @@ class Found:
         return numbers
 
     def __add__(self, other: Found) -> Found:
-        """Both; groups in this order."""
+        """The groups of both, in this order."""
         return Found(
             self.groups + other.groups,
             self.refused + other.refused,
@@ -100,7 +100,7 @@ class Found:
         )
 
     def calls(self, groups: Sequence[Group]) -> Counter[tuple[str, str]]:
-        """How often one forward pass reads channels of a group by a consumer: (group, module) -> calls."""
+        """How often one forward pass reads channels of a group: (group, module of the consumer) -> calls."""
         pairs = [(group.name, self._calls[self.groups.index(group)]) for group in groups]
         return Counter({(name, module): count for name, calls in pairs for module, count in calls.items()})
 
@@ -140,7 +140,7 @@ def find_groups(traced: Traced, align: int) -> Found:
 
 
 def _candidates(traced: Traced) -> list[_Candidate]:
-    """Components that run through the same parameter axes and end at the same places, in the order of the graph."""
+    """Components with the same parameter axes that end in the same contractions, in the order of the graph."""
     flow = traced.flow
     touched: dict[int, set[object]] = defaultdict(set)
     ends: dict[int, list[int]] = defaultdict(list)
@@ -164,7 +164,7 @@ def _candidates(traced: Traced) -> list[_Candidate]:
 
 
 def _units(flow: Flow, contraction: Contraction, roots: Sequence[int], align: int) -> tuple[dict[int, int], int, int]:
-    """Component -> unit, the number of units, and the channels of one."""
+    """Component -> unit, the number of units, and the channels of one unit."""
     per_root = _channels(flow, contraction, roots) // len(roots)
     block = max(1, -(-align // per_root))
     unit_of_root = {root: index // block for index, root in enumerate(roots)}
@@ -218,7 +218,7 @@ def _consumer(traced: Traced, contraction: Contraction, unit_of_root: Mapping[in
 
 
 def inputs_of(traced: Traced, node: fx.Node) -> set[fx.Node]:
-    """Activations from outside that the call of the innermost module around `node` reads."""
+    """Activations from outside that the innermost module around `node` reads in this call."""
     stack = list(node.meta["nn_module_stack"])
     inside = {n for n in node.graph.nodes if list(n.meta.get("nn_module_stack") or ())[: len(stack)] == stack}
     read = {source for n in inside for source in n.all_input_nodes} - inside
@@ -227,7 +227,7 @@ def inputs_of(traced: Traced, node: fx.Node) -> set[fx.Node]:
 
 
 def _entry(source: fx.Node, path: str) -> fx.Node | None:
-    """Back from `source` through what module `path` does to the shape of its input."""
+    """Follow `source` back to the input of module `path`, through operators that only change its shape."""
     while source.op == "call_function" and module_path(source) == path:
         before = source.args[0]
         if not isinstance(before, fx.Node) or str(source.target).split(".")[1] not in _SHAPES:
@@ -241,7 +241,7 @@ _SHAPES = ("view", "reshape", "flatten", "contiguous", "clone", "to", "_to_copy"
 
 
 def _cut_of(traced: Traced, unit_of_root: Mapping[int, int]) -> dict[str, tuple[IntArray | None, ...]]:
-    """Parameters that lose positions with the units, per axis the unit of every position."""
+    """Parameters that lose positions with the units -> per axis the unit of every position."""
     coupling = traced.flow.coupling
     unit_of = np.full(coupling.count, -1, dtype=np.int64)
     unit_of[list(unit_of_root)] = list(unit_of_root.values())
@@ -255,7 +255,7 @@ def _cut_of(traced: Traced, unit_of_root: Mapping[int, int]) -> dict[str, tuple[
 
 
 def common_name(cut: Mapping[str, object], consumers: Sequence[Consumer]) -> str:
-    """The module that all parameters of the group belong to; the consumer where that is the whole model."""
+    """The module that all parameters of the group belong to; the consumer if that is the whole model."""
     owners = [name.split(".")[:-1] for name in cut]
     common = []
     for parts in zip(*owners, strict=False):
@@ -266,7 +266,7 @@ def common_name(cut: Mapping[str, object], consumers: Sequence[Consumer]) -> str
 
 
 def _with_own_names(groups: Sequence[Group]) -> tuple[Group, ...]:
-    """Groups of one module are told apart by their consumers."""
+    """Name groups of the same module by their consumers."""
     count = Counter(group.name for group in groups)
     return tuple(replace(g, name=g.consumers[0].module) if count[g.name] > 1 else g for g in groups)
 

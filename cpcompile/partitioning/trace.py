@@ -18,11 +18,11 @@ from cpcompile.partitioning.flow import Flow
 from cpcompile.partitioning.rules import propagate
 
 Forward = Callable[..., Any]
-"""forward(model, *inputs) -> output; how to call a model whose own forward takes or gives other things."""
+"""forward(model, *inputs) -> output: how to call a model whose own forward function has other inputs or outputs."""
 
 
 class Call(nn.Module):
-    """`model` under one signature: forward(*inputs)."""
+    """`model` with one signature, forward(*inputs)."""
 
     def __init__(self, model: nn.Module, forward: Forward | None) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ def _along(ids: ChannelIds, axis: int, rank: int) -> ChannelIds:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Exporters log and warn about packages that nobody asked for."""
+    """Silence exporters, which log and warn about packages that are not needed."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -56,9 +56,9 @@ PASSES: Mapping[str, type[ir.passes.InPlacePass]] = MappingProxyType(
         "strip_metadata": StripMetadata,
     }
 )
-"""What `--passes` can name, in the order in which they are of use."""
+"""The passes that `--passes` accepts, in the order in which they are useful."""
 DEFAULT = ("fold_constants", "clean_up", "canonicalize_shapes", "clean_up", "eliminate_dead_channels", "clean_up")
-"""Without `--passes`: everything that keeps the interface and the parameters' names."""
+"""The passes without `--passes`: those that keep the interface and the names of parameters."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Skipped(ir.passes.PassResult):
 
 @dataclass(frozen=True, kw_only=True)
 class Optimization:
-    """What became of a file."""
+    """The result of `optimize_file`."""
 
     before: Size
     steps: Sequence[Step]
@@ -138,7 +138,7 @@ def optimize_file(
         if check:
             progress("check", 0, None)
             bound = {each.name: each.context for _, each in chosen if isinstance(each, BindContext)}
-            original = _called_alike(source, [each for _, each in chosen], candidate.with_suffix(".original.onnx"))
+            original = _same_interface(source, [each for _, each in chosen], candidate.with_suffix(".original.onnx"))
             comparison = compare_files(original, candidate, inputs=inputs, bound=bound)
         return comparison is None or comparison.verdict != "fail"
 
@@ -180,7 +180,7 @@ SETTINGS: Mapping[Any, tuple[str, Callable[[str], Any]]] = MappingProxyType(
         tuple[int, ...]: ("an .npy file of token ids (one axis of whole numbers)", load_ids),
     }
 )
-"""Type of a setting -> how to call it, and how to read it from a command line."""
+"""Type of a setting -> its description in messages, and how to parse it."""
 
 
 def parse_pass(text: str) -> ir.passes.InPlacePass:
@@ -213,7 +213,7 @@ def settings_of(kind: type[ir.passes.InPlacePass]) -> dict[str, Any]:
 
 
 def prepare(model: ir.Model, source: Path) -> None:
-    """What every pass may assume: no function calls, constants as initializers, shapes as far as they can be told."""
+    """Establish what passes may assume: no function calls, constants as initializers, shapes as far as possible."""
     if model.ir_version < 4:  # every initializer had to be an input: that it is one does not say that it is replaced
         inputs = [value for value in model.graph.inputs if not value.is_initializer()]
         model.graph.inputs.clear()
@@ -230,8 +230,8 @@ def prepare(model: ir.Model, source: Path) -> None:
         apply_pass(each, model, source, type(each).__name__)
 
 
-def _called_alike(source: Path, passes: Sequence[ir.passes.InPlacePass], path: Path) -> Path:
-    """The original for callers of the result: itself, or with the token ids of the result, written to `path`."""
+def _same_interface(source: Path, passes: Sequence[ir.passes.InPlacePass], path: Path) -> Path:
+    """The original with the interface of the result: itself, or a copy at `path` that takes the new token ids."""
     trims = [each for each in passes if isinstance(each, TrimVocabulary)]
     if not trims:
         return source
@@ -252,7 +252,7 @@ def apply_pass(each: ir.passes.PassBase, model: ir.Model, source: Path, name: st
         return Skipped(model, False, str(error))
     except CpcompileError:
         raise
-    except Exception as error:  # whatever a pass stumbles over in a graph that nobody here has seen
+    except Exception as error:  # of any kind: the graph can be anything
         raise CpcompileError(
             f"{source}: the pass {name} failed with {type(error).__name__}: {error}; leave it out of --passes, "
             "and report the model"

@@ -40,5 +40,5 @@ RULES: Mapping[str, Rule] = MappingProxyType(
 
 
 def rule_of(node: ir.Node) -> Rule | None:
-    """The rule of `node`; None for other domains (functions among them) and what is not in the table."""
+    """The rule of `node`; None for other domains (functions included) and for operators without a rule."""
     return RULES.get(node.op_type) if is_standard(node) else None

@@ -1,11 +1,11 @@
-"""Attention and RotaryEmbedding (opset 23): heads go, whole.
+"""Attention and RotaryEmbedding (opset 23): they lose whole heads.
 
     4-D    (batch, heads, sequence, head_dim)
-    3-D    (batch, sequence, heads * head_dim), attributes say how many heads
+    3-D    (batch, sequence, heads * head_dim), with the number of heads as an attribute
 
 A key and value head serves a group of query heads and goes with the last of them; groups that stay have to stay of one
-size. Caches (past and present keys and values, always 4-D) are tied to the key heads: as a rule they are inputs and
-outputs of the model, of a shape that the caller relies on, and then every head stays.
+size. Caches (past and present keys and values, always 4-D) are coupled with the key heads: usually they are inputs and
+outputs of the model, with a shape that the caller relies on, and then every head stays.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _SEQUENCE = "attention works along the sequence"
 
 
 def _heads(channels: Channels, node: ir.Node, value: ir.Value, attribute: str) -> tuple[Cell, int] | None:
-    """The axis that holds the heads of `value`, and how many they are."""
+    """The axis that holds the heads of `value`, and their number."""
     shape = channels.shape(value)
     if shape is None or len(shape) not in (3, 4):
         return None
@@ -75,7 +75,7 @@ def _agree_attention(channels: Channels, node: ir.Node) -> None:
 
 
 def _mask_cells(channels: Channels, masks: Sequence[ir.Value], heads: int) -> list[Cell] | None:
-    """The axis of the mask that holds heads, if there is one; None if that is not known."""
+    """The axis of each mask that holds heads, if it has one; None if that is not known."""
     cells: list[Cell] = []
     for mask in masks:
         shape = channels.shape(mask)
@@ -88,7 +88,7 @@ def _mask_cells(channels: Channels, masks: Sequence[ir.Value], heads: int) -> li
 def _agree_heads(
     channels: Channels, node: ir.Node, queries: tuple[list[Cell], int], keys: tuple[list[Cell], int]
 ) -> None:
-    """A key head goes with its group of queries, and of the groups that stay each loses as many."""
+    """A key head goes with its group of queries, and all groups that stay lose the same number of heads."""
     for cells, number in (queries, keys):
         channels.couple_groups(cells, number, node, "the rest of its head has to stay")
     groups = keys[1]

@@ -45,7 +45,7 @@ def _agree(channels: Channels, node: ir.Node) -> None:
 
 
 def _zeros(channels: Channels, node: ir.Node) -> Sequence[Zeros] | None:
-    """A channel without a bias is zero if it was, with all of its group, or if its scale is."""
+    """A channel with bias 0 is zero if its scale is 0, or if its whole group was zero."""
     value, scale, bias = (value_of(node, index) for index in range(3))
     shape, vectors = channels.shape(value), (channels.shape(scale), channels.shape(bias))
     if shape is None or not shape[1].is_static or any(vector != shape[1:2] for vector in vectors):

@@ -3,9 +3,9 @@
     Conv             weight (groups * b, a, ...)
     ConvTranspose    weight (groups * a, b, ...)
 
-A group goes as a whole if nobody needs what it makes. The groups that stay have to stay of one size: channels on the
-first axis of the weight are told apart by group, so each group may lose others, but as many; the second axis
-stands for the channels of every group, which lose the same.
+A group goes as a whole if nothing needs its results. The groups that stay need the same size: the first axis of the
+weight has its own channels for every group, so each group may lose different ones, but equally many; the second axis
+stands for the channels of every group, and all groups lose the same.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from cpcompile.passes.nodes import int_attribute
 
 @dataclass(frozen=True)
 class _Layout:
-    """The axis that runs along with the first of the weight, and the one that its second stands for."""
+    """The axis coupled with the first axis of the weight (`own`), and the one behind its second axis (`shared`)."""
 
     groups: int
     own: Cell

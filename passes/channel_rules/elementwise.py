@@ -1,4 +1,4 @@
-"""Elementwise operators: axes are aligned from the right, axes of length 1 stretch."""
+"""Elementwise operators: axes are aligned from the right, axes of length 1 broadcast."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cpcompile.passes.operators import NOT_ZERO_AT_ZERO, ZERO_AT_ZERO
 
 
 def _aligned(channels: Channels, node: ir.Node, inputs: Sequence[ir.Value]) -> list[list[Cell]] | None:
-    """Per axis of the output the cells that run along with it; None if shapes are unknown."""
+    """Per axis of the output the cells that are aligned with it; None if shapes are unknown."""
     out = channels.shape(node.outputs[0])
     if out is None:
         return None

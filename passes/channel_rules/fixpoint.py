@@ -18,9 +18,9 @@ from cpcompile.passes.shape_rules import infer_symbolic_shapes
 
 
 def find_zeros(graph: ir.Graph, opaque: frozenset[str] = frozenset()) -> Channels:
-    """Which slices are zero whatever the inputs are; nothing is said of what can be cut.
+    """Which slices are zero whatever the inputs are, without saying what can be cut.
 
-    opaque: names of initializers that are taken for not zero, whatever they hold.
+    opaque: names of initializers that count as not zero, whatever they hold.
     """
     channels = Channels(infer_symbolic_shapes(graph), owners(graph), opaque)
     _propagate_zeros(channels, graph)
@@ -66,7 +66,7 @@ def _count(zeros: Zeros) -> int:
 def find_channels(graph: ir.Graph, zeros: Channels | None = None) -> Channels:
     """The zeros and the greatest set of channels that can be cut together.
 
-    zeros: what `find_zeros` says of the graph as it is, where that has been asked; it goes on from there.
+    zeros: the result of `find_zeros` for the graph as it is, if there is one already.
     """
     channels = zeros or find_zeros(graph)
     nodes = list(post_order(graph))

@@ -1,4 +1,4 @@
-"""Pad: axes without padding run through; a constant around an axis is so many channels of it."""
+"""Pad: axes without padding keep their channels; a constant around an axis adds channels to it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _agree(channels: Channels, node: ir.Node) -> None:
 
 
 def _zeros(channels: Channels, node: ir.Node) -> Sequence[Zeros] | None:
-    """Padding with zeros adds zeros; padding with what is there adds no others."""
+    """Padding with zeros adds zeros; padding with existing elements adds zeros only if all of them are."""
     value, padding = value_of(node, 0), padding_of(channels.table, node)
     shape = channels.shape(value)
     if shape is None or padding is None or any(min(pads) < 0 for pads in padding):

@@ -1,4 +1,4 @@
-"""Matrix products: a contraction can spare what is zero on either side."""
+"""Matrix products: a contraction can drop what is zero on either side."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """QuantizeLinear, y = round(x / scale) + zero_point, and DequantizeLinear, x = (y - zero_point) * scale.
 
 Scale and zero point are one number, one per channel of `axis`, or one per block of `block_size` channels.
-A stored zero that means something else than 0 is the zero point: it is zero only for the DequantizeLinear
-that knows the same zero point.
+A stored element equal to the zero point means 0, but only to a DequantizeLinear that has the same zero point.
 """
 
 from __future__ import annotations

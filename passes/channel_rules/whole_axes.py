@@ -15,7 +15,7 @@ from cpcompile.passes.nodes import int_attribute
 
 
 def _whole_axes(which: Callable[[Channels, ir.Node, int], Sequence[int] | None], why: str) -> AgreeRule:
-    """Axes of the same number run through, but for those that the operator works along."""
+    """Axes keep their position and are coupled, except for those that the operator works along."""
 
     def agree(channels: Channels, node: ir.Node) -> None:
         shape = channels.shape(node.inputs[0])
@@ -40,7 +40,7 @@ def _whole_axes(which: Callable[[Channels, ir.Node, int], Sequence[int] | None],
 
 
 def _zeros_beside(which: Callable[[Channels, ir.Node, int], Sequence[int] | None]) -> ZerosRule:
-    """For operators that make zeros of zeros: what is zero beside the axes that they work along stays zero."""
+    """For operators that map zeros to zeros: zero slices stay zero, except on the axes that they work along."""
 
     def zeros(channels: Channels, node: ir.Node) -> Sequence[Zeros] | None:
         shape, out = channels.shape(node.inputs[0]), channels.shape(node.outputs[0])

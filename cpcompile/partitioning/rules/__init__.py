@@ -1,7 +1,7 @@
 """What every aten operator does with channel ids: one rule per operator, one file per family.
 
-Pointwise operators are known by their tag; the others stand in `RULES`. An operator without a rule keeps the channels
-of everything that it reads. Operators: https://docs.pytorch.org/docs/stable/torch.compiler_ir.html
+Pointwise operators are recognised by their tag, the others are in `RULES`. An operator without a rule keeps the
+channels of everything that it reads. Operators: https://docs.pytorch.org/docs/stable/torch.compiler_ir.html
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from cpcompile.partitioning.rules.rule import Rule, first_value, rules_of
 
 
 def propagate(flow: Flow, node: fx.Node) -> Any:
-    """The values of what `node` gives; None if that is no tensor."""
+    """The values of the results of `node`; None if they are no tensors."""
     example = node.meta.get("val")
     if node.target is operator.getitem:
         values = flow.values.get(node.args[0])  # type: ignore[arg-type]
@@ -70,7 +70,7 @@ def _embedding(flow: Flow, node: fx.Node) -> Value:
 
 
 def _no_channels(flow: Flow, node: fx.Node) -> Value:
-    """The result has nothing to do with the elements that are read."""
+    """The result does not depend on the elements that are read."""
     return flow.plain(node.meta["val"])
 
 

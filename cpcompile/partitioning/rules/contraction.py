@@ -97,7 +97,7 @@ def _convolution(flow: Flow, node: fx.Node) -> Value:
 
 
 def _grouped(flow: Flow, node: fx.Node, x: Value, w: Value, axis: int, groups: int) -> Value:
-    """A group of channels goes in and comes out together; with one channel each, every channel by itself."""
+    """A group of input channels is coupled with its output channels; with one channel per group, each by itself."""
     out = flow.plain(node.meta["val"])
     why = f"{place(node)} mixes the channels of a group"
     w = flow.merge(w, range(1, w.rank), why)
@@ -136,7 +136,7 @@ def _attention(flow: Flow, node: fx.Node) -> Value:
 
 
 def _repeated(value: Value, heads: int) -> Value:
-    """Each key head beside its query heads (axis -3)."""
+    """Repeat each key head for its query heads (axis -3)."""
     times = heads // value.shape[-3]
     shape = (*value.shape[:-3], heads, *value.shape[-2:])
     channel_ids = [f if f.shape[-3] == 1 else f.repeat(times, axis=f.ndim - 3) for f in value.channel_ids]

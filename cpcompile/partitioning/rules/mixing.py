@@ -32,7 +32,7 @@ def _softmax(flow: Flow, node: fx.Node) -> Value:
 
 
 def _along(flow: Flow, node: fx.Node) -> Value:
-    """Order along one axis: cumsum, flip, roll."""
+    """Operators that depend on the order along an axis: cumsum, flip."""
     value = first_value(flow, node)
     given = argument_of(node, 1, "dim", -1)
     axes = [axis_of(value, a) for a in ([given] if isinstance(given, int) else given)]
@@ -40,7 +40,7 @@ def _along(flow: Flow, node: fx.Node) -> Value:
 
 
 def _norm(flow: Flow, node: fx.Node) -> Value:
-    """layer_norm and rms_norm: over the last axes."""
+    """layer_norm and rms_norm normalise over the last axes."""
     value = first_value(flow, node)
     count = len(node.args[1])  # type: ignore[arg-type]
     why = f"{place(node)} is over all of it"
@@ -50,7 +50,7 @@ def _norm(flow: Flow, node: fx.Node) -> Value:
 
 
 def _group_norm(flow: Flow, node: fx.Node) -> Value:
-    """Each group of channels is one."""
+    """The channels of a group are coupled."""
     value, groups = first_value(flow, node), node.args[1]
     why = f"{place(node)} is over the channels of a group"
     for ids in value.channel_ids:
@@ -63,7 +63,7 @@ def _group_norm(flow: Flow, node: fx.Node) -> Value:
 
 
 def _batch_norm(flow: Flow, node: fx.Node) -> Value:
-    """Scale, bias, mean and variance belong to the channels."""
+    """Scale, bias, mean and variance are coupled with the channels."""
     value = first_value(flow, node)
     merged = flow.merge(value, range(2, value.rank), f"{place(node)} is over all positions")
     for argument in node.args[3:5]:  # buffers, which otherwise have no ids: they may be tables

@@ -40,7 +40,7 @@ def _expand(flow: Flow, node: fx.Node) -> Value:
 
 
 def _pick(flow: Flow, value: Value, axis: int, index: slice, why: str) -> Value:
-    """Some positions of an axis; only along one whose ids are known position by position."""
+    """Select positions of an axis, whose ids are merged unless they are known for every position."""
     if any(ids.shape[axis] not in (1, value.shape[axis]) for ids in value.channel_ids) or value.dynamic[axis]:
         value = flow.merge(value, [axis], why)
     taken = [f if f.shape[axis] == 1 else f[(slice(None),) * axis + (index,)] for f in value.channel_ids]
@@ -185,7 +185,7 @@ def _repeat(flow: Flow, node: fx.Node) -> Value:
 
 
 def _pad(flow: Flow, node: fx.Node) -> Value:
-    """Pads from the last axis on; an axis that is padded stays whole."""
+    """Sizes start from the last axis; an axis that is padded stays whole."""
     value = first_value(flow, node)
     sizes: Any = node.args[1]
     padded = [value.rank - 1 - i // 2 for i, size in enumerate(sizes) if size != 0]
