@@ -83,7 +83,7 @@ def divide(total: Sequence[Axis], parts: Sequence[Axis]) -> Axis | None:
 
 
 def broadcast(shapes: Sequence[Shape | None]) -> Shape | None:
-    """Axes of an elementwise result; None where axes cannot be told to fit."""
+    """Axes of an elementwise result; None if axes may differ."""
     known = [shape for shape in shapes if shape is not None]
     if len(known) != len(shapes):
         return None

@@ -82,7 +82,7 @@ class Channels:
     """Nodes to look at again, in the order in which they were found."""
     _seen: set[Cell] = field(default_factory=set)
     settled: bool = False
-    """All operators agree: what none of them looked at stays."""
+    """All operators agree: an axis that none of them considered stays whole."""
 
     def neighbours(self, value: ir.Value) -> list[ir.Node]:
         """Nodes whose rules concern `value`: its producer, its readers, the owner of a subgraph it enters or leaves."""
@@ -94,7 +94,7 @@ class Channels:
         return self.table.shape(value)
 
     def narrow(self, value: ir.Value, shape: Shape) -> None:
-        """From now on `value` has this shape; what was known of its zeros is forgotten."""
+        """Give `value` this shape, and forget what was known about its zeros."""
         self.table.narrow(value, shape)
         self.zeros.pop(value, None)
 
@@ -133,14 +133,14 @@ class Channels:
         self.changed.update(dict.fromkeys(self.neighbours(cell[0])))
 
     def consult(self, node: ir.Node, agree: Callable[[Channels, ir.Node], None]) -> None:
-        """Let a rule shrink what `node` touches; an axis that the rule does not look at stays as it is."""
+        """Let a rule shrink what `node` touches; an axis that the rule does not consider stays whole."""
         self._seen.clear()
         agree(self, node)
         for value in (*node.inputs, *node.outputs):
             if value is not None and (shape := self.shape(value)) is not None:
                 missed = [axis for axis in range(len(shape)) if (value, axis) not in self._seen]
                 if missed:
-                    self.keep(value, node, f"the rule for {node.op_type} does not speak of this axis", axes=missed)
+                    self.keep(value, node, f"the rule for {node.op_type} does not cover this axis", axes=missed)
 
     def couple(self, cells: Iterable[Cell], node: ir.Node, limit: Mask | None = None, why: str = NOT_ZERO) -> None:
         """These axes lose the same channels, and only those that `limit` allows."""
@@ -150,7 +150,7 @@ class Channels:
             return  # axes that agree share their mask
         if len({mask.size for mask in masks}) > 1:
             for value, axis in cells:
-                self.keep(value, node, "the lengths of its axes cannot be told to fit", axes=[axis])
+                self.keep(value, node, "the lengths of its axes may differ", axes=[axis])
             return
         common = np.logical_and.reduce(masks)
         left = common if limit is None else common & limit
@@ -167,7 +167,7 @@ class Channels:
         cells = list(cells)
         if any(self.cut(*cell).size % groups for cell in cells):
             for value, axis in cells:
-                self.keep(value, node, "its groups cannot be told apart", axes=[axis])
+                self.keep(value, node, "its length is not a multiple of its groups", axes=[axis])
             return
         runs = [self.cut(*cell).reshape(groups, -1) for cell in cells]
         common = np.logical_and.reduce([run.all(axis=1) for run in runs])

@@ -33,7 +33,7 @@ class ShapeTable:
         return self.shapes[value]
 
     def narrow(self, value: ir.Value, shape: Shape) -> None:
-        """From now on `value` has this shape, which it stretches where it is read."""
+        """Give `value` this shape, which is broadcast where it is read."""
         self.shapes[value] = shape
         value.shape = ir.Shape(axis.dimension for axis in shape)
 

@@ -52,12 +52,12 @@ def _agree_attention(channels: Channels, node: ir.Node) -> None:
     four = [len(channels.shape(tensor) or ()) == 4 for tensor in (*key_caches, *value_caches, *scores)]
     heads, groups = {h[1] for h in by_query if h}, {h[1] for h in by_key if h}
     if None in (*by_query, *by_key) or {len(ranks), len(heads), len(groups)} != {1} or not all(four):
-        keep_all(channels, node, "its shapes do not tell where its heads are")
+        keep_all(channels, node, "its shapes do not show where its heads are")
         return
     ((number,), (key_number,)) = heads, groups
     per_head = _mask_cells(channels, masks, number)
     if per_head is None or number % key_number:
-        keep_all(channels, node, "heads of its mask are not understood")
+        keep_all(channels, node, "the heads of its mask are unknown")
         return
     query_cells = [*(h[0] for h in by_query if h), *per_head, *((tensor, 1) for tensor in scores)]
     key_cells = [*(h[0] for h in by_key if h), *((cache, 1) for cache in (*key_caches, *value_caches))]
@@ -145,7 +145,7 @@ def _agree_rotary(channels: Channels, node: ir.Node) -> None:
     value, out = value_of(node, 0), node.outputs[0]
     found = _heads(channels, node, value, "num_heads")
     if found is None or channels.shape(out) is None:
-        keep_all(channels, node, "its shapes do not tell where its heads are")
+        keep_all(channels, node, "its shapes do not show where its heads are")
         return
     (_, axis), heads = found
     for tensor in (value, out):

@@ -33,7 +33,7 @@ class _Layout:
 
 
 def _layout(channels: Channels, node: ir.Node) -> _Layout | None:
-    """None if shapes do not tell."""
+    """The layout of `node`; None if its shapes do not show it."""
     value, weight, out = value_of(node, 0), value_of(node, 1), node.outputs[0]
     a, w, b = channels.shape(value), channels.shape(weight), channels.shape(out)
     if a is None or w is None or b is None or len({len(a), len(w), len(b)}) > 1:
@@ -72,9 +72,7 @@ def _agree_conv(channels: Channels, node: ir.Node) -> None:
         if cells is not made:
             channels.couple(cells, node, limit=spared.reshape(-1), why=NOT_ZERO)
     own, shared = (channels.cut(*cell).reshape(groups, -1) for cell in (layout.own, layout.shared))
-    channels.couple(
-        own_cells, node, limit=equal_losses(own, gone).reshape(-1), why="its groups have to stay of one size"
-    )
+    channels.couple(own_cells, node, limit=equal_losses(own, gone).reshape(-1), why="its groups need the same size")
     limit = np.asarray(shared[~gone].all(axis=0))
     channels.couple(
         [(weight, 1)], node, limit=limit, why=NOT_ZERO if groups == 1 else "its groups lose the same channels"

@@ -34,7 +34,7 @@ def _cells(channels: Channels, node: ir.Node) -> tuple[dict[str, list[Cell]], di
         for axis, letter in enumerate(term):
             cells.setdefault(letter, []).append((value, axis))
     if any(len({_length(channels, cell) for cell in own}) > 1 for own in cells.values()):
-        return "an axis of length 1 stretches, or lengths cannot be told to fit"
+        return "an axis of length 1 is broadcast, or lengths may differ"
     results = {letter: axis for axis, letter in enumerate(right)}
     return {letter: own[: -1 if letter in results else None] for letter, own in cells.items()}, results
 

@@ -40,7 +40,7 @@ def _couple_aligned(which: slice) -> AgreeRule:
     def agree(channels: Channels, node: ir.Node) -> None:
         columns = _aligned(channels, node, [value for value in node.inputs[which] if value is not None])
         if columns is None:
-            keep_all(channels, node, "shapes do not tell which channels belong together")
+            keep_all(channels, node, "its shapes do not show which channels belong together")
             return
         for cells in columns:
             channels.couple(cells, node)

@@ -31,7 +31,7 @@ def _agree(channels: Channels, node: ir.Node) -> None:
             channels.couple([(value, axis), (out, axis)], node)
         elif not _is_constant(node) or min(before, after) < 0 or shape[axis].outer:
             for tensor in (value, out):
-                channels.keep(tensor, node, "it pads this axis with more than a constant, or crops it", axes=[axis])
+                channels.keep(tensor, node, "it crops this axis, or pads it with more than a constant", axes=[axis])
         else:
             inside = slice(before, before + shape[axis].n)
             mask, reasons = channels.cut(out, axis).copy(), channels.reasons((out, axis)).copy()

@@ -1,4 +1,4 @@
-"""Operators that join and take parts of an axis, and the one that asks for its length."""
+"""Operators that join or take parts of an axis, and Shape, which reads its length."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def _zeros_split(channels: Channels, node: ir.Node) -> Sequence[Zeros] | None:
 
 
 def _rewrite_concat(channels: Channels, node: ir.Node) -> None:
-    """Leave out the parts of which nothing is left."""
+    """Leave out the parts of which no channel is left."""
     out, parts = node.outputs[0], [value for value in node.inputs if value is not None]
     axis = int_attribute(node, "axis", 0) % len(channels.shape(out) or (0,))
     pieces, cut = _pieces(channels, out, parts, axis), channels.cut(out, axis)
@@ -127,7 +127,7 @@ def _rewrite_split(channels: Channels, node: ir.Node) -> None:
 def _window(channels: Channels, node: ir.Node) -> dict[int, npt.NDArray[np.intp]] | None:
     """Per axis that a Slice cuts the channels that it takes, in their order; None unless bounds are constant.
 
-    Nothing is known of the channels taken from a dynamic axis: there are none.
+    Of a dynamic axis no channels are listed, because nothing is known about them.
     """
     shape = channels.shape(node.inputs[0])
     starts, ends = channels.table.integers(node.inputs[1]), channels.table.integers(node.inputs[2])
@@ -154,7 +154,7 @@ def _agree_slice(channels: Channels, node: ir.Node) -> None:
             for tensor in (value, out):
                 channels.keep(tensor, node, "it takes a part of a dynamic axis", axes=[axis])
         elif taken is not None:
-            # Channels outside of the window are not asked for: they may go.
+            # Nothing needs channels outside the window: they may go.
             mask, reasons = np.ones(length.n, dtype=np.bool_), np.full(length.n, None, dtype=np.object_)
             mask[taken], reasons[taken] = channels.cut(out, axis), channels.reasons((out, axis))
             channels.shrink((value, axis), mask, reasons)
@@ -172,13 +172,13 @@ def _zeros_slice(channels: Channels, node: ir.Node) -> Sequence[Zeros] | None:
     if len(zeros.axes) != len(out):
         return None
     masks = [mask[window[axis]] if axis in window else mask for axis, mask in enumerate(zeros.axes)]
-    # Nothing is known of a part of a dynamic axis.
+    # Nothing is known about part of a dynamic axis.
     masks = [m if m.size == axis.n else np.zeros(axis.n, dtype=np.bool_) for m, axis in zip(masks, out, strict=True)]
     return [Zeros.of(masks, everything=zeros.everything)]
 
 
 def _rewrite_slice(channels: Channels, node: ir.Node) -> None:
-    """Take what is left of each window: by bounds and a step where they can say it, else by a Gather before."""
+    """Take what is left of each window: with bounds and a step if they can express it, else with a Gather in front."""
     value, window = value_of(node, 0), _window(channels, node)
     shape = channels.shape(value)
     if window is None or shape is None or not any(channels.cut(value, axis).any() for axis in window):
@@ -221,10 +221,10 @@ def _agree_gather(channels: Channels, node: ir.Node) -> None:
         for at in range(axis, axis + len(index_shape)):
             channels.keep(out, node, "it picks every index", axes=[at])
     if chosen is None:
-        channels.keep(data, node, "any of its rows may be asked for", axes=[axis])
+        channels.keep(data, node, "any of its rows may be picked", axes=[axis])
         return
     if chosen.ndim == 1:
-        chosen = chosen[~channels.cut(out, axis)]  # an index whose result nobody needs is not asked for
+        chosen = chosen[~channels.cut(out, axis)]  # nothing needs the row of an index whose result is cut
     mask = np.ones(shape[axis].n, dtype=np.bool_)
     mask[chosen] = False
     channels.couple([(data, axis)], node, limit=mask, why="it picks this row")
@@ -273,12 +273,12 @@ def _rewrite_gather(channels: Channels, node: ir.Node) -> None:
 
 
 def _agree_shape(channels: Channels, node: ir.Node) -> None:
-    """Lengths of dynamic axes stay; a static one that is asked for has to stay as well."""
+    """Axes whose length is read have to stay whole, even static ones."""
     shape = channels.shape(node.inputs[0])
     rank = len(shape or ())
     start, end = int_attribute(node, "start", 0), int_attribute(node, "end", rank)
     asked = range(rank)[start:end]
-    channels.keep(node.inputs[0], node, "its length is asked for", axes=asked)
+    channels.keep(node.inputs[0], node, "its length is read", axes=asked)
     for axis in set(range(rank)) - set(asked):
         channels.couple([(value_of(node, 0), axis)], node)  # free to lose what others can spare
     channels.keep(node.outputs[0], node, "it holds lengths")

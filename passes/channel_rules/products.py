@@ -18,7 +18,7 @@ def _agree_matmul(channels: Channels, node: ir.Node) -> None:
     first, second, out = value_of(node, 0), value_of(node, 1), node.outputs[0]
     a, b, c = channels.shape(first), channels.shape(second), channels.shape(out)
     if not a or not b or c is None or a[-1] != b[max(len(b) - 2, 0)]:
-        keep_all(channels, node, "its shapes do not tell what it contracts")
+        keep_all(channels, node, "its shapes do not show what it contracts")
         return
     # A vector has neither rows nor columns of its own, and the result lacks them.
     k, batch_axes = max(len(b) - 2, 0), len(c) - (len(a) > 1) - (len(b) > 1)
@@ -62,7 +62,7 @@ def _agree_gemm(channels: Channels, node: ir.Node) -> None:
     k_second, n = (1, 0) if int_attribute(node, "transB", 0) else (0, 1)
     unknown = a is None or b is None or channels.shape(out) is None or (bias is not None and c is None)
     if a is None or b is None or unknown or a[k] != b[k_second]:
-        keep_all(channels, node, "its shapes do not tell what it contracts")
+        keep_all(channels, node, "its shapes do not show what it contracts")
         return
     channels.couple([(first, m), (out, 0)], node)
     channels.couple([(second, n), (out, 1)], node)

@@ -96,7 +96,7 @@ def _cannot_say(channels: Channels, node: ir.Node, source: Shape, target: Shape)
     """Keeps all channels of a node whose target shape could not be written anew."""
     if plan_target_shape(node, source, target, channels.table) is not None:
         return False
-    keep_all(channels, node, "the lengths of its dynamic axes are nowhere to be read")
+    keep_all(channels, node, "the lengths of its dynamic axes cannot be read from any tensor")
     return True
 
 
@@ -126,7 +126,7 @@ def _agree_unsqueeze(channels: Channels, node: ir.Node) -> None:
     value, out = value_of(node, 0), node.outputs[0]
     pairs = _through(channels, value, out)
     if pairs is None:
-        keep_all(channels, node, "its axes cannot be told to fit")
+        keep_all(channels, node, "its axes cannot be matched")
         return
     for axis, at in pairs:
         channels.couple([(value, axis), (out, at)], node)

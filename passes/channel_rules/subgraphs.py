@@ -93,7 +93,7 @@ def _agree(channels: Channels, node: ir.Node) -> None:
         cells = _aligned(channels, each.members)
         for value, stacked in each.members:
             if cells is None:
-                channels.keep(value, node, "shapes do not tell what goes in and out of its body")
+                channels.keep(value, node, "its shapes do not show how values enter and leave its body")
             elif stacked is not None:
                 channels.keep(value, node, "iterations are stacked along this axis", axes=[stacked])
         for coupled in cells or ():

@@ -77,7 +77,7 @@ def _last_two(_channels: Channels, _node: ir.Node, rank: int) -> Sequence[int]:
 
 
 _OVER_AXIS = "it works along this axis"
-_OTHER_NORM = "a norm over fewer channels is another norm"
+_OTHER_NORM = "a norm over fewer channels gives other values"
 
 
 RULES: Mapping[str, Rule] = MappingProxyType(

@@ -173,7 +173,7 @@ def test_a_reduction_over_no_axes_is_a_copy(graphs):
         ("k = Softmax <axis = -1> (h)", "Softmax", "works along this axis"),
         ("k = LayerNormalization (h, v)", "LayerNormalization", "norm over fewer channels"),
         ("k = CumSum(h, one)", "CumSum", "no rule for CumSum"),
-        ("r = Shape(h) s = Expand(zero, r) t = Cast <to = 1> (s) k = Add(h, t)", "Shape", "length is asked for"),
+        ("r = Shape(h) s = Expand(zero, r) t = Cast <to = 1> (s) k = Add(h, t)", "Shape", "length is read"),
     ],
 )
 def test_refusals_say_which_operator_and_why(graphs, body, operator, reason):

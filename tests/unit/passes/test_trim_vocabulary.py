@@ -178,7 +178,7 @@ REFUSED = [
         f"{LOOKUP} l = Shape(v) y = MatMul(e, v) c = Cast<to = 1>(l) m = ReduceMax(c) logits = Add(y, m)",
         KEPT,
         CpcompileError,
-        "3 of the 6 entries of .* because of Shape .*: its length is asked for",
+        "3 of the 6 entries of .* because of Shape .*: its length is read",
     ),
     ("n = Neg(input_ids) e = Gather(w, n) logits = MatMul(e, v)", KEPT, CpcompileError, "Neg .* reads the token ids"),
     (
