@@ -8,8 +8,8 @@
 
 A channel can be removed when nothing needs it: everything that reads it either goes with it or is a *consumer*, a
 contraction with a weight (linear layer, convolution) whose input is multiplied by the gate. So a group is a set of
-coupled channels that end in consumers only. The residual stream is not one: a
-norm over its channels, or an output of the model, holds it together; it is refused with that reason.
+coupled channels that end in consumers only. The residual stream is no group: a norm over its channels, or an output of
+the model, keeps it whole, and it is refused with that reason.
 
 The rules are cautious: a union too many makes units coarser, never wrong; an operator without a rule keeps all that
 it reads.
