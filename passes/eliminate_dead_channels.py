@@ -94,7 +94,7 @@ class EliminateDeadChannels(MinOpsetPass):
         names = {
             name: kept.get(value, (None,) * len(value.shape or ()))
             for name, value in graph.initializers.items()
-            if value in given  # settings that were written anew have no original
+            if value in given  # rewritten settings have no original
         }
         return Elimination(model, edits > 0, names, _blocked(channels))
 

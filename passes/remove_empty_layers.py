@@ -62,7 +62,7 @@ class RemoveEmptyLayers(MinOpsetPass):
 def remove_zero_terms(graph: ir.Graph, channels: Channels) -> list[str]:
     """Take zero terms from sums where the other terms say the shape; returns the names of their results.
 
-    channels: what `find_zeros` says of `graph`; once something was taken, it is out of date.
+    channels: the result of `find_zeros` for `graph`; it is out of date once a term is removed.
     """
     sums = [(node.outputs[0].name or "", node) for node in post_order(graph) if node.op_type in (*SUMS, "Gemm")]
     return [name for name, node in sums if is_standard(node) and _loses_terms(channels, node)]

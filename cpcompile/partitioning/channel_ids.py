@@ -26,7 +26,7 @@ ChannelIds = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Value:
-    """What is known of one tensor: its shape, its channel ids, and whether it depends on parameters alone.
+    """What is known about one tensor: its shape, its channel ids, and whether it depends on parameters alone.
 
     A dynamic axis has a large prime as its length; ids may repeat along it with any period.
     """

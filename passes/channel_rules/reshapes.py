@@ -93,7 +93,7 @@ def _remaining(channels: Channels, value: ir.Value) -> Shape:
 
 
 def _cannot_say(channels: Channels, node: ir.Node, source: Shape, target: Shape) -> bool:
-    """Keeps all channels of a node whose target shape could not be written anew."""
+    """Keep all channels of a node whose target shape could not be rewritten; returns whether that is so."""
     if plan_target_shape(node, source, target, channels.table) is not None:
         return False
     keep_all(channels, node, "the lengths of its dynamic axes cannot be read from any tensor")
