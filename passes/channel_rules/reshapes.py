@@ -44,7 +44,7 @@ def _agree_reshape(channels: Channels, node: ir.Node) -> None:
     if first is None or second is None or groups is None:
         keep_all(channels, node, "its target shape is unknown")
         return
-    if node.op_type == "Reshape" and _cannot_say(channels, node, first, second):
+    if node.op_type == "Reshape" and _cannot_rewrite(channels, node, first, second):
         return
     for group in groups:
         ours, theirs = _group_grids(first, second, group.first, group.second)
@@ -92,7 +92,7 @@ def _remaining(channels: Channels, value: ir.Value) -> Shape:
     return tuple(Axis(axis.outer, int((~channels.cut(value, i)).sum())) for i, axis in enumerate(shape))
 
 
-def _cannot_say(channels: Channels, node: ir.Node, source: Shape, target: Shape) -> bool:
+def _cannot_rewrite(channels: Channels, node: ir.Node, source: Shape, target: Shape) -> bool:
     """Keep all channels of a node whose target shape could not be rewritten; returns whether that is so."""
     if plan_target_shape(node, source, target, channels.table) is not None:
         return False
@@ -114,7 +114,7 @@ def _agree_expand(channels: Channels, node: ir.Node) -> None:
     if own is None or wide is None:
         keep_all(channels, node, "its target shape is unknown")
         return
-    if _cannot_say(channels, node, own, wide):
+    if _cannot_rewrite(channels, node, own, wide):
         return
     for axis, length in enumerate(own):
         at = axis + len(wide) - len(own)
