@@ -83,6 +83,8 @@ def opt(
         from cpcompile.cli.graph_tables import render_optimization
 
         print_result(render_optimization(result, explain=explain))
+    for reason in result.skipped:
+        click.echo(f"skipped: {reason}", err=True)
     click.echo(f"wrote {out}" if result.bytes_written else f"{out} was not written", err=True)
     sys.exit(VERDICT_EXIT_CODES[result.comparison.verdict if result.comparison is not None else "pass"])
 

@@ -108,8 +108,8 @@ def external_tensors(model: ir.Model) -> Iterator[ir.ExternalTensor]:
     return (tensor for tensor in tensors_of(model) if isinstance(tensor, ir.ExternalTensor))
 
 
-def opset_of(model: ir.Model) -> int:
-    """The version of the standard ONNX operators in `model`; 0 if it uses none."""
+def opset_of(model: ir.Model | ir.Graph) -> int:
+    """The version of the ONNX standard that `model` is written in; 0 if it uses none."""
     return model.opset_imports.get("", model.opset_imports.get("ai.onnx", 0))
 
 

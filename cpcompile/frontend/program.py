@@ -30,12 +30,12 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from cpcompile.core.config import require_context_name
-from cpcompile.core.errors import CpcompileError, UsageError
+from cpcompile.core.errors import UsageError
 from cpcompile.core.selection import Digits, Selection, UnitKind
 from cpcompile.core.types import Array, Feeds
 from cpcompile.files.whole_files import require_file_path, whole_file
+from cpcompile.frontend.capture import export_graph
 from cpcompile.frontend.program_archive import EXAMPLES, FORMAT, RECORD, VERSION, damaged, inspect_program
-from cpcompile.partitioning.onnx_graph import input_names
 from cpcompile.partitioning.partitioned_module import PartitionedModule
 from cpcompile.partitioning.trace import quiet
 
@@ -101,28 +101,15 @@ class Program:
 
     def capture(self, *, opset: int) -> ir.Model:
         """The dynamic graph; inputs, outputs and parameters go by their own names."""
-        with quiet():
-            program = torch.onnx.export(
-                self.exported,
-                (),
-                dynamo=True,
-                optimize=False,
-                verbose=False,
-                opset_version=opset,
-                input_names=[*self.inputs, "context"],
-                output_names=list(self.outputs),
-            )
-        if program is None:
-            raise CpcompileError("torch.onnx.export gave no program; this torch is not supported")
-        captured: ir.Model = program.model
-        for name, value in list(captured.graph.initializers.items()):
-            if name in self.parameters:
-                value.name = self.parameters[name]
-        missing = {n for n, size in self.parameter_sizes().items() if size} - set(captured.graph.initializers)
-        if missing:
-            raise CpcompileError(
-                f"capture lost the parameters {', '.join(sorted(missing))}; this is a defect of cpcompile"
-            )
+        captured = export_graph(
+            self.exported,
+            (),
+            self.parameters,
+            opset=opset,
+            empty=[name for name, size in self.parameter_sizes().items() if not size],
+            input_names=[*self.inputs, "context"],
+            output_names=list(self.outputs),
+        )
         _name_axes(captured.graph, self.axes)
         return captured
 
@@ -188,7 +175,7 @@ def save_program(
         raise UsageError(f"{type(module.model).__name__}: torch.export cannot export it with gates: {error}") from error
     own_names = {id(tensor): name for name, tensor in reversed(list(module.model.named_parameters()))}
     every = dict(module.named_parameters(remove_duplicate=False))
-    names = input_names(module)
+    names = module.input_names()
     record = {
         "format": FORMAT,
         "version": VERSION,

@@ -9,6 +9,7 @@ so the captured graph freezes in the same way.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -18,9 +19,9 @@ from torch import Tensor, nn
 
 from cpcompile.core.errors import UsageError
 from cpcompile.core.selection import BoolArray, Selection, UnitKind, Units
-from cpcompile.partitioning.footprint import Footprint
 from cpcompile.partitioning.gating import Active, GroupGate, add_gates
 from cpcompile.partitioning.groups import Group, Refused
+from cpcompile.partitioning.live_parameters import LiveParameters
 from cpcompile.partitioning.trace import Forward
 
 
@@ -35,7 +36,7 @@ class PartitionedModule(nn.Module):
         contexts: int,
         groups: tuple[Group, ...],
         refused: tuple[Refused, ...],
-        footprint: Footprint,
+        live_parameters: LiveParameters,
         example_inputs: tuple[Tensor, ...],
         dynamic_shapes: tuple[Any, ...] | None,
     ) -> None:
@@ -44,7 +45,7 @@ class PartitionedModule(nn.Module):
         self.contexts = contexts
         self.groups = groups
         self.refused = refused
-        self.footprint = footprint
+        self.live_parameters = live_parameters
         self.example_inputs = example_inputs
         self.dynamic_shapes = dynamic_shapes
         self.gates = nn.ModuleList(GroupGate(contexts, group) for group in groups)
@@ -69,6 +70,12 @@ class PartitionedModule(nn.Module):
             return self.model(*inputs) if self._forward is None else self._forward(self.model, *inputs)
         finally:
             self._active.rows = None
+
+    def input_names(self) -> list[str]:
+        """Names of the inputs except `context`, as in the forward function."""
+        forward = self._forward
+        names = list(inspect.signature(self.model.forward if forward is None else forward).parameters)
+        return names[0 if forward is None else 1 :][: len(self.example_inputs)]
 
     @property
     def calls(self) -> dict[tuple[str, str], int]:
@@ -125,7 +132,7 @@ class PartitionedModule(nn.Module):
 
     def kept_sizes(self, selection: Selection, context: str) -> dict[str, int]:
         """Elements of every parameter of the model, by its own name, that `context` keeps."""
-        return self.footprint.kept(self.alive(selection, context))
+        return self.live_parameters.kept(self.alive(selection, context))
 
     def kept_units(self, selection: Selection, context: str) -> dict[str, tuple[int, ...]]:
         """The units that `context` keeps, by group name; for a mixture of experts, the numbers of the experts."""

@@ -50,7 +50,7 @@ def test_groups_lose_as_many_of_the_channels_they_make() -> None:
     assert_becomes(text, text, made | {"g": gate(0, 6, of=8, axes=1)}, kept)
     result = eliminate(text, made | {"g": gate(0, 6, 7, of=8, axes=1)})
     assert [a.tolist() for a in result.kept["w"] if a is not None] == [left]
-    assert blocked_by(result) == [("v", 1, 1, "Conv", "its groups have to stay of one size")]
+    assert blocked_by(result) == [("v", 1, 1, "Conv", "its groups need the same size")]
 
 
 def test_groups_lose_the_same_channels_of_their_data() -> None:
@@ -94,7 +94,7 @@ def test_a_convolution_of_zeros_is_its_bias(operator: str) -> None:
         **{"g": gate(of=8, axes=1), "b": (2, 8, 1)},
     }
     result = eliminate(text, weights)
-    stuck = "its groups have to stay of one size" if operator == "Conv" else "its groups lose the same channels"
+    stuck = "its groups need the same size" if operator == "Conv" else "its groups lose the same channels"
     assert ("v", 1, 3, operator, stuck) in blocked_by(result)
 
 
