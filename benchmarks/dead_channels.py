@@ -25,10 +25,10 @@ from common import save
 from rich.console import Console
 from rich.table import Table
 
-from cpcompile.core.config import ModelConfig
+from cpcompile.core.config import OPSETS, ModelConfig
 from cpcompile.core.selection import UnitKind
 from cpcompile.files.onnx_file import load_onnx, save_onnx, size_of
-from cpcompile.frontend.capture import OPSETS, capture
+from cpcompile.frontend.capture import capture
 from cpcompile.models.decoder import Decoder
 from cpcompile.passes.bind_context import BindContext
 from cpcompile.pipeline.optimize import optimize_file

@@ -19,6 +19,8 @@ from cpcompile.cli.options import (
 )
 from cpcompile.core.config import (
     LARGEST,
+    OPSETS,
+    BuildConfig,
     ValidateConfig,
 )
 from cpcompile.core.errors import UsageError
@@ -29,7 +31,12 @@ from cpcompile.targets.requests import parse_targets
 @click.argument("model", type=FilePath)
 @click.option("--out", "-o", type=FilePath, help="Bundle to write.  [default: MODEL with .cpc]")
 @click.option("--contexts", help="Comma-separated names; all by default.")
-@click.option("--opset", type=click.Choice(["20", "23"]), default="23", help="ONNX opset of the graphs.")
+@click.option(
+    "--opset",
+    type=click.Choice([str(each) for each in OPSETS]),
+    default=str(BuildConfig.opset),
+    help="ONNX opset of the graphs.",
+)
 @click.option("--standalone", is_flag=True, help="Self-contained models instead of shared weights.")
 @click.option("--merged", is_flag=True, help="Add one engine for all contexts, with the context as an input.")
 @click.option(
@@ -98,34 +105,29 @@ def build(
     """
     from cpcompile.cli.console import stage_progress
     from cpcompile.pipeline.build import build_bundle
-    from cpcompile.pipeline.estimation import Plan
 
-    config = validate_config(
+    config = BuildConfig(
+        contexts=names_in(contexts),
+        opset=int(opset),
+        standalone=standalone,
+        merged=merged,
+        vocabulary_coverage=vocabulary_coverage,
+        targets=targets,
+        precisions=names_in(precisions),
+        profiles=profiles,
+    )
+    validation = validate_config(
         rounds, min_speed_ratio, peers, no_speed=no_speed, no_memory=no_memory, layers=not no_layers
     )
-    added = parse_targets(targets, names_in(precisions), profiles)
+    parse_targets(config.targets, config.precisions, config.profiles)  # refused before anything is measured
     if targets and max_memory is not None:
         raise UsageError(
             "--max-memory knows what engines of the CPU take, not what TensorRT does; leave one of them out"
         )
     out = out or beside(model, ".cpc")
-    plan = Plan(contexts=names_in(contexts), coverage=vocabulary_coverage, standalone=standalone, merged=merged)
-    warn_of_memory(model, max_memory, plan, config)
+    warn_of_memory(model, max_memory, config, validation)
     with stage_progress() as stage:
-        report, bundle = build_bundle(
-            model,
-            out,
-            contexts=plan.contexts,
-            opset=int(opset),
-            standalone=standalone,
-            merged=merged,
-            coverage=vocabulary_coverage,
-            data=data,
-            config=config,
-            progress=stage,
-            repro=repro,
-            added=added,
-        )
+        report, bundle = build_bundle(model, out, config, validation, progress=stage, data=data, repro=repro)
     stays = f"; {out} stays as it was" if out.exists() else ""
     click.echo(f"wrote {bundle}" + (f" (the verdict is fail{stays})" if report.verdict == "fail" else ""), err=True)
     print_report(report, as_json=as_json)
@@ -164,20 +166,19 @@ def estimate(
       cpcompile estimate model.pt --batch 8 --sequence 512   # engines that run other shapes
       cpcompile build model.pt --max-memory 4GB              # and do not start if it takes more
     """
-    from cpcompile.pipeline.estimation import Plan, estimate_build, render_estimate
+    from cpcompile.pipeline.estimation import RunShape, estimate_build, render_estimate
 
-    plan = Plan(
+    config = BuildConfig(
         contexts=names_in(contexts),
-        coverage=vocabulary_coverage,
         standalone=standalone,
         merged=merged,
-        batch=batch,
-        sequence=sequence,
+        vocabulary_coverage=vocabulary_coverage,
     )
-    estimated = estimate_build(model, plan, ValidateConfig(memory=not no_memory))
+    shape = RunShape(batch=batch, sequence=sequence)
+    estimated = estimate_build(model, config, ValidateConfig(memory=not no_memory), shape)
     if as_json:
         click.echo(json.dumps(estimated.to_plain(), indent=1))
         return
     from cpcompile.cli.console import print_result
 
-    print_result(render_estimate(estimated, plan))
+    print_result(render_estimate(estimated, shape))

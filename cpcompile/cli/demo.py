@@ -11,7 +11,7 @@ from rich.text import Text
 
 from cpcompile.bundle.reader import Bundle, open_bundle
 from cpcompile.cli.console import console, stage_progress
-from cpcompile.core.config import TrainConfig, ValidateConfig, preset
+from cpcompile.core.config import BuildConfig, TrainConfig, ValidateConfig, preset
 from cpcompile.pipeline.build import build_bundle
 from cpcompile.report import Report
 from cpcompile.runtime.engine import load_engine
@@ -61,11 +61,8 @@ def run_demo(folder: Path, *, train: Callable[..., None], show: Callable[[Report
         report, built = build_bundle(
             model,
             bundle,
-            contexts=None,
-            opset=23,
-            standalone=False,
-            data=None,
-            config=ValidateConfig(),
+            BuildConfig(),
+            ValidateConfig(),
             progress=stage,
         )
     show(report)

@@ -11,13 +11,13 @@ import click
 
 from cpcompile.cli.sizes import parse_size
 from cpcompile.core.config import (
+    BuildConfig,
     ValidateConfig,
 )
 from cpcompile.core.errors import UsageError
 from cpcompile.core.json_form import to_json
 
 if TYPE_CHECKING:
-    from cpcompile.pipeline.estimation import Plan
     from cpcompile.report import Report
 
 FilePath = click.Path(path_type=Path)
@@ -56,11 +56,11 @@ def validate_config(
     )
 
 
-def warn_of_memory(model: Path, max_memory: int | None, plan: Plan, config: ValidateConfig) -> None:
+def warn_of_memory(model: Path, max_memory: int | None, config: BuildConfig, validation: ValidateConfig) -> None:
     """Refuse what `max_memory` does not allow; warn of what the machine may not have."""
     from cpcompile.pipeline.estimation import check_memory
 
-    warning = check_memory(model, max_memory, plan, config)
+    warning = check_memory(model, max_memory, config, validation)
     if warning is not None:
         click.echo(f"Warning: {warning}", err=True)
 

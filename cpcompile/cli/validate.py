@@ -18,6 +18,7 @@ from cpcompile.cli.options import (
     warn_of_memory,
 )
 from cpcompile.core.config import (
+    BuildConfig,
     ValidateConfig,
 )
 
@@ -67,7 +68,6 @@ def validate(
     """
     from cpcompile.bundle.reader import ROUTER, open_bundle
     from cpcompile.cli.console import stage_progress
-    from cpcompile.pipeline.estimation import Plan
     from cpcompile.pipeline.validate import validate_bundle
     from cpcompile.report import write_report
 
@@ -76,7 +76,7 @@ def validate(
     )
     model = model or model_of(bundle)
     if model.exists():  # if not, validation says so
-        warn_of_memory(model, max_memory, Plan(merged=ROUTER in open_bundle(bundle).components), config)
+        warn_of_memory(model, max_memory, BuildConfig(merged=ROUTER in open_bundle(bundle).components), config)
     with stage_progress() as stage:
         report = validate_bundle(bundle, model, data=data, config=config, progress=stage, repro=repro)
     print_report(report, as_json=as_json)

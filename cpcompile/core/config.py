@@ -15,7 +15,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -27,6 +27,8 @@ T = TypeVar("T")
 CONTEXT_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}")
 RESERVED_NAMES = ("router", "shared_assets", "manifest.json", "report.json", "report.html")
 """What a bundle has beside its contexts."""
+OPSETS = (20, 23)
+"""With opset 23 attention and RMSNorm are single operators; 20 spells them out."""
 LARGEST = 2**31 - 1
 """Of integer settings: what every library below can hold."""
 
@@ -240,6 +242,45 @@ PRETRAINED_TRAIN = TrainConfig(
     snapshot_seconds=300.0,
 )
 """How a pretrained model is partitioned and trained on: no dense phase, small steps, units that are mostly shared."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildConfig:
+    """What a bundle consists of (`cpcompile build`)."""
+
+    contexts: tuple[str, ...] | None = None
+    """The contexts to build; None builds all that the model has."""
+    opset: int = OPSETS[-1]
+    standalone: bool = False
+    """Whether every engine has its weights in its own file instead of sharing one."""
+    merged: bool = False
+    """Whether to add one engine for all contexts, with the context as an input."""
+    vocabulary_coverage: float | None = None
+    """The part of a context's text that its vocabulary covers with the tokens it had; None keeps every token."""
+    targets: tuple[str, ...] = ()
+    """Engines to add for GPUs, as `cpcompile.targets.requests.parse_targets` reads them."""
+    precisions: tuple[str, ...] | None = None
+    """Precisions of the added engines; None is the default of the targets."""
+    profiles: tuple[str, ...] = ()
+    """Ranges of lengths that the added engines take, AXIS=MIN:OPT:MAX."""
+
+    def __post_init__(self) -> None:
+        _require(self.opset in OPSETS, f"build.opset is {self.opset}: it is one of {', '.join(map(str, OPSETS))}")
+        _require(
+            not (self.merged and self.standalone),
+            "--merged is one engine whose weights all contexts share; leave out --standalone",
+        )
+        _require(
+            not self.merged or self.vocabulary_coverage is None,
+            "--merged is one engine for all contexts, which have one vocabulary; leave it whole",
+        )
+
+    def require_compatible(self, contexts: Sequence[str]) -> None:
+        """UsageError if these settings cannot be met for `contexts`, which are those of the model."""
+        _require(
+            not self.merged or len(contexts) > 1,
+            f"--merged joins several contexts, and there is only {contexts[0]}; leave it out",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,20 +15,18 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
+from cpcompile.core.config import OPSETS
 from cpcompile.core.errors import CpcompileError
 from cpcompile.models.language_model import LanguageModel
 from cpcompile.partitioning.trace import quiet
 
-OPSETS = (20, 23)
-"""With opset 23 attention and RMSNorm are single operators; 20 spells them out."""
 
-
-def capture(model: LanguageModel, *, opset: int = 23) -> ir.Model:
+def capture(model: LanguageModel, *, opset: int = OPSETS[-1]) -> ir.Model:
     """The dynamic graph of a gated model; any context, full cost."""
     return _capture(model, {"context": torch.tensor(0)}, opset)
 
 
-def capture_dense(model: LanguageModel, *, opset: int = 23) -> ir.Model:
+def capture_dense(model: LanguageModel, *, opset: int = OPSETS[-1]) -> ir.Model:
     """The graph of an ungated model: what a plain export of the dense baseline gives."""
     return _capture(model, {}, opset)
 

@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from cpcompile.bundle.reader import ROUTER, TOKEN_IDS
 from cpcompile.bundle.writer import BundleWriter
+from cpcompile.core.config import BuildConfig
 from cpcompile.core.types import Progress
 from cpcompile.exporters.onnxruntime_exporter import MERGED, SINGLE, cuda_variant, export_onnxruntime
 from cpcompile.exporters.tensorrt_exporter import export_tensorrt, variant_name
@@ -40,14 +41,12 @@ def export_engines(
     accounts: Mapping[str, Accounting],
     source: Source,
     trimmed: Mapping[str, TrimmedVocabulary],
-    *,
-    shared: bool,
-    merged: bool,
+    config: BuildConfig,
 ) -> dict[str, Any]:
     """Write weights, tokenizers and engines; returns what the bundle records of them."""
     uri: str | None = None
     locations: Mapping[str, Location] = {}
-    if shared:
+    if not config.standalone:
         parameters = next(iter(accounts.values())).total_by_name
         permutations = {n: order for f in frozen.values() for n, order in f.permutations.items()}
         plan = plan_runs(
@@ -78,7 +77,7 @@ def export_engines(
         folder = writer.folder(context, SINGLE)
         artifact = export_onnxruntime(frozen[context].model, folder, weights=weights, locations=locations)
         writer.add_variant(context, artifact, weights=uri)
-    if merged:
+    if config.merged:
         one = merge_contexts({context: frozen[context].model for context in frozen})
         folder = writer.folder(ROUTER, MERGED)
         artifact = export_onnxruntime(one, folder, weights=weights, locations=locations, contexts=tuple(frozen))
@@ -86,7 +85,7 @@ def export_engines(
     return {
         "checkpoint": file_digest(source.path),
         "tokenizers": tokenizers,
-        "shared_weights": shared,
+        "shared_weights": not config.standalone,
         "parameters": {context: _parameters(accounts[context], frozen[context]) for context in frozen},
     }
 

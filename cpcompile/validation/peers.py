@@ -19,14 +19,13 @@ from tempfile import TemporaryDirectory
 import onnx_ir as ir
 
 from cpcompile.bundle.reader import Variant
-from cpcompile.core.config import ValidateConfig
+from cpcompile.core.config import OPSETS, ValidateConfig
 from cpcompile.core.errors import CpcompileError, UsageError
 from cpcompile.frontend.source import Source
 from cpcompile.machine.environment import available_cores
 from cpcompile.validation.reference import Reference, Run
 from cpcompile.validation.runners import Computes, Runner, callable_runner, onnx_runner, openvino_runner
 
-OPSET = 23
 NAMES = ("torch-compile", "onnx-dense", "onnx-dynamic", "openvino")
 
 
@@ -102,12 +101,12 @@ class Peers:
 
     @cached_property
     def _dense_file(self) -> Path | None:
-        graph = self._source.capture_dense(opset=OPSET)
+        graph = self._source.capture_dense(opset=OPSETS[-1])
         return self._save(graph, "dense.onnx") if graph is not None else None
 
     @cached_property
     def _dynamic_file(self) -> Path:
-        return self._save(self._source.capture(opset=OPSET), "dynamic.onnx")
+        return self._save(self._source.capture(opset=OPSETS[-1]), "dynamic.onnx")
 
     def _save(self, graph: ir.Model, name: str) -> Path:
         path = self._folder / name

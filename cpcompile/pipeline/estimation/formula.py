@@ -20,11 +20,11 @@ be put right if its table shows more than 20 %.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cpcompile.core.config import ValidateConfig
+from cpcompile.core.config import BuildConfig, ValidateConfig
 from cpcompile.pipeline.estimation.facts import Facts
 from cpcompile.pipeline.estimation.libraries import Libraries
 from cpcompile.validation.coherence import NEW_TOKENS, PROMPT_TOKENS, PROMPTS
@@ -45,20 +45,19 @@ NOT_COUNTED = ("peers of --peers", "text that --data reads")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What is asked for: settings of a build, as `build_bundle` takes them, and the shape of the engines' runs."""
+class RunShape:
+    """The shape of one run of an engine."""
 
-    contexts: Sequence[str] | None = None
-    coverage: float | None = None
-    standalone: bool = False
-    merged: bool = False
     batch: int = 1
     sequence: int = 128
 
     @property
     def positions(self) -> int:
-        """Of one run."""
+        """Tokens of one run."""
         return self.batch * self.sequence
+
+
+ONE_SEQUENCE = RunShape()
 
 
 @dataclass(frozen=True)
@@ -134,52 +133,54 @@ class Estimate:
         }
 
 
-def estimate(facts: Facts, libraries: Libraries, plan: Plan, config: ValidateConfig) -> Estimate:
-    """The peaks of a build of the model with `facts` as `plan` says, validated as `config` says."""
+def estimate(
+    facts: Facts, libraries: Libraries, config: BuildConfig, validation: ValidateConfig, shape: RunShape = ONE_SEQUENCE
+) -> Estimate:
+    """The peaks of a build of the model with `facts`, of its validation, and of runs of its engines."""
     largest = max(facts.contexts.values(), key=lambda context: context.engine_bytes)
-    engine = max(largest.engine_bytes, facts.union_bytes + largest.head_bytes if plan.merged else 0)
+    engine = max(largest.engine_bytes, facts.union_bytes + largest.head_bytes if config.merged else 0)
     dense = facts.dense_bytes or 0
     trace = TRACE * facts.tensors if facts.model_type is not None else 0
     lasting = {
         "weights": facts.bytes,
         "graphs": trace + GRAPH * facts.tensors,
-        "ordered vocabulary": facts.vocabulary_bytes if plan.coverage is not None else 0,
+        "ordered vocabulary": facts.vocabulary_bytes if config.vocabulary_coverage is not None else 0,
     }
-    written = 2 * largest.kept_bytes if plan.standalone else 0  # the message and its bytes
+    written = 2 * largest.kept_bytes if config.standalone else 0  # the message and its bytes
     building = {"libraries": libraries.build}
     build = (
         _stage("load", building | {"weights": facts.bytes, "graphs": trace}),
         _stage("capture, freeze, export", building | lasting | {"one engine in full": written}),
     )
 
-    in_parity = _results(facts, max(batch * sequence for batch, sequence in config.shapes))
-    generated = PROMPTS * (PROMPT_TOKENS + NEW_TOKENS) if config.coherence else 0
+    in_parity = _results(facts, max(batch * sequence for batch, sequence in validation.shapes))
+    generated = PROMPTS * (PROMPT_TOKENS + NEW_TOKENS) if validation.coherence else 0
     in_quality = _results(facts, max(BATCH * facts.sequence, generated))
     window = 24 * facts.sequence * facts.classes
     here = {"libraries": libraries.validation} | lasting
     in_float64 = {"float64": 2 * facts.bytes, "results": _held(4 * in_parity)}
-    validation = [
+    validating = [
         _stage("validate: parity", here | {"engine": engine} | in_float64),
         _stage("validate: quality", here | {"engine": engine, "dense": dense, "results": _held(in_quality) + window}),
     ]
     engines = {
-        name: _process(libraries.engine + context.engine_bytes, _results(facts, plan.positions, context.classes))
+        name: _process(libraries.engine + context.engine_bytes, _results(facts, shape.positions, context.classes))
         for name, context in facts.contexts.items()
     }
     eager = None
     if facts.result_elements is not None:  # a program is its own peer, and loading it imports what a trace needs
-        eager = _process(libraries.build + facts.bytes, _results(facts, plan.positions))
+        eager = _process(libraries.build + facts.bytes, _results(facts, shape.positions))
     elif facts.dense_bytes is not None:
-        eager = _process(libraries.eager + dense, _results(facts, plan.positions))
-    if config.memory:
+        eager = _process(libraries.eager + dense, _results(facts, shape.positions))
+    if validation.memory:
         beside = max(process.run_peak_rss_bytes for process in (*engines.values(), *([eager] if eager else [])))
-        validation.append(_stage("validate: memory", here | {"dense": dense, BESIDE: beside}))
+        validating.append(_stage("validate: memory", here | {"dense": dense, BESIDE: beside}))
     return Estimate(
         build=build,
-        validation=tuple(validation),
+        validation=tuple(validating),
         engines=engines,
         eager=eager,
-        bundle_bytes=_bundle_bytes(facts, plan),
+        bundle_bytes=_bundle_bytes(facts, config),
         duration=next((words for limit, words in DURATIONS if facts.parameters <= limit), "longer than was tried"),
     )
 
@@ -208,11 +209,11 @@ def _held(results: int) -> int:
     return results + min(4 * results, HEAP)
 
 
-def _bundle_bytes(facts: Facts, plan: Plan) -> int:
+def _bundle_bytes(facts: Facts, config: BuildConfig) -> int:
     """Weights, graphs and tokenizers on disk."""
     each = facts.contexts.values()
-    weights = sum(context.kept_bytes for context in each) if plan.standalone else facts.union_bytes
+    weights = sum(context.kept_bytes for context in each) if config.standalone else facts.union_bytes
     tokenizers = facts.tokenizer_bytes
-    if plan.coverage is not None:
+    if config.vocabulary_coverage is not None:
         tokenizers = sum(facts.tokenizer_bytes * context.classes // facts.classes for context in each)
-    return weights + ENGINE_GRAPH * facts.tensors * (len(facts.contexts) + plan.merged) + tokenizers
+    return weights + ENGINE_GRAPH * facts.tensors * (len(facts.contexts) + config.merged) + tokenizers

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cpcompile.core.config import ModelConfig, ValidateConfig
+from cpcompile.core.config import BuildConfig, ModelConfig, ValidateConfig
 from cpcompile.core.errors import CpcompileError, UsageError
 from cpcompile.core.measured import NotMeasured
 from cpcompile.core.selection import Selection, UnitKind
@@ -50,11 +50,8 @@ def measure_libraries(model_type: str | None) -> Libraries:
         report, _ = build_bundle(
             model,
             Path(folder) / "model.cpc",
-            contexts=None,
-            opset=23,
-            standalone=False,
-            data=None,
-            config=ValidateConfig(speed=False, coherence=False, layers=False),
+            BuildConfig(),
+            ValidateConfig(speed=False, coherence=False, layers=False),
             progress=lambda _stage, _done, _total: None,
         )
     validation = peak_resident_bytes()

@@ -4,31 +4,32 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cpcompile.core.config import ValidateConfig
+from cpcompile.core.config import BuildConfig, ValidateConfig
 from cpcompile.core.errors import UsageError
 from cpcompile.machine.memory import available_memory, resident_bytes
-from cpcompile.pipeline.build import require_compatible
 from cpcompile.pipeline.estimation.facts import Facts, read_facts
-from cpcompile.pipeline.estimation.formula import BESIDE, Estimate, Plan, estimate
+from cpcompile.pipeline.estimation.formula import BESIDE, ONE_SEQUENCE, Estimate, RunShape, estimate
 from cpcompile.pipeline.estimation.libraries import Libraries, measure_libraries
 from cpcompile.report.formats import megabytes
 
 
-def estimate_build(model: Path, plan: Plan, config: ValidateConfig) -> Estimate:
-    """What a build of `model` will take; UsageError for a file or a plan of which nothing can be built."""
-    facts = _planned(model, plan)
-    return estimate(facts, measure_libraries(facts.model_type), plan, config)
+def estimate_build(
+    model: Path, config: BuildConfig, validation: ValidateConfig, shape: RunShape = ONE_SEQUENCE
+) -> Estimate:
+    """What a build of `model` will take; UsageError for a file or settings from which nothing can be built."""
+    facts = _facts(model, config)
+    return estimate(facts, measure_libraries(facts.model_type), config, validation, shape)
 
 
-def check_memory(model: Path, limit: int | None, plan: Plan, config: ValidateConfig) -> str | None:
+def check_memory(model: Path, limit: int | None, config: BuildConfig, validation: ValidateConfig) -> str | None:
     """UsageError if work on `model` needs more than `limit`; else a warning if it may need more than there is.
 
     Without a limit nothing is measured as long as the work fits in any case.
     """
     available = available_memory()
-    if limit is None and (available is None or _bound(_planned(model, plan), plan, config) <= available):
+    if limit is None and (available is None or _bound(_facts(model, config), config, validation) <= available):
         return None
-    estimated = estimate_build(model, plan, config)
+    estimated = estimate_build(model, config, validation)
     if limit is not None:
         require_memory(estimated, limit)
     return memory_warning(estimated, available) if available is not None else None
@@ -47,18 +48,18 @@ def memory_warning(estimated: Estimate, available: int) -> str | None:
     return f"{megabytes(available)} of memory are available, {_needs(estimated, available)}"
 
 
-def _planned(model: Path, plan: Plan) -> Facts:
-    """Facts of `model` for a build as `plan` says."""
-    facts = read_facts(model, contexts=plan.contexts, coverage=plan.coverage)
-    require_compatible(tuple(facts.contexts), standalone=plan.standalone, merged=plan.merged, coverage=plan.coverage)
+def _facts(model: Path, config: BuildConfig) -> Facts:
+    """Facts of `model` for a build as `config` says."""
+    facts = read_facts(model, contexts=config.contexts, coverage=config.vocabulary_coverage)
+    config.require_compatible(tuple(facts.contexts))
     return facts
 
 
-def _bound(facts: Facts, plan: Plan, config: ValidateConfig) -> int:
+def _bound(facts: Facts, config: BuildConfig, validation: ValidateConfig) -> int:
     """More than is needed: libraries never grow to twice what they take once a build is imported."""
     held = resident_bytes()
     libraries = Libraries(build=2 * held, validation=2 * held, engine=held, eager=held)
-    return estimate(facts, libraries, plan, config).largest.peak_rss_bytes
+    return estimate(facts, libraries, config, validation).largest.peak_rss_bytes
 
 
 def _needs(estimated: Estimate, limit: int) -> str:
