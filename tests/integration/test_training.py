@@ -73,7 +73,13 @@ class StopRunError(Exception):
 
 
 @pytest.mark.parametrize(
-    ("branch", "step"), [("parent", 5), ("dense-baseline", 13), ("partition", 19), ("one-mask", 24)]
+    ("branch", "step"),
+    [
+        ("parent", 5),
+        pytest.param("dense-baseline", 13, marks=pytest.mark.slow),
+        ("partition", 19),
+        pytest.param("one-mask", 24, marks=pytest.mark.slow),
+    ],
 )
 def test_an_interrupted_run_resumes_to_the_same_result(
     trained: Path, corpus: Corpus, model_config: ModelConfig, tmp_path: Path, branch: str, step: int
