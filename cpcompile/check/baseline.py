@@ -45,7 +45,7 @@ class Value:
     value: float
     low: float | None = None
     high: float | None = None
-    disturbance: str | None = None
+    interference: str | None = None
     """What else the machine did while it was measured; not part of a baseline."""
 
     def widened(self, other: Value) -> Value:
@@ -85,12 +85,12 @@ class Snapshot:
     def engines(self) -> tuple[Place, ...]:
         return tuple(place for place in self.places if place[1])
 
-    def again(self, place: Place, measured: Measured, disturbance: str | None) -> Snapshot:
+    def again(self, place: Place, measured: Measured, interference: str | None) -> Snapshot:
         """With what was measured again at `place`: new ratios replace the old, peaks widen them."""
         old = self.places[place]
         values = dict(old.values)
         for name, value in measured.values.items():
-            fresh = dataclasses.replace(value, disturbance=disturbance)
+            fresh = dataclasses.replace(value, interference=interference)
             values[name] = values[name].widened(fresh) if criterion_of(name) != "speed_ratio" else fresh
         return dataclasses.replace(self, places={**self.places, place: dataclasses.replace(old, values=values)})
 
@@ -207,7 +207,7 @@ def read_baseline(path: Path) -> Snapshot:
             raise UsageError(f"{path}: baseline version {found!r}, this cpcompile reads {VERSION}; {how}")
         return _snapshot(plain)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise UsageError(f"{path}: is no baseline: it lacks or garbles {error}; {how}") from error
+        raise UsageError(f"{path}: is no baseline: a value is missing or malformed ({error}); {how}") from error
 
 
 def require_same_model(baseline: Snapshot, path: Path, *, architecture: str, contexts: tuple[str, ...]) -> None:

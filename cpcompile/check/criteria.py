@@ -284,9 +284,9 @@ def _judge_value(outcome: Callable[..., Outcome], name: str, before: Value, now:
     verdict: Verdict = "pass" if most <= ROUNDING else "fail" if least > ROUNDING else "inconclusive"
     reason = None
     if verdict == "inconclusive":
-        reason = "the interval is too wide to decide" + (f" ({now.disturbance})" if now.disturbance else "")
-    elif verdict == "fail" and criterion.limit == "speed_ratio" and now.disturbance:
-        verdict, reason = "inconclusive", f"beyond the limit, but while {now.disturbance}"
+        reason = "the interval is too wide to decide" + (f" ({now.interference})" if now.interference else "")
+    elif verdict == "fail" and criterion.limit == "speed_ratio" and now.interference:
+        verdict, reason = "inconclusive", f"beyond the limit, but while {now.interference}"
     finite = all(map(math.isfinite, (change, low, high)))
     return outcome(
         name=name,

@@ -137,7 +137,7 @@ def _require_sound(result: Check) -> None:
     wrong = [outcome for outcome in result.outcomes if outcome.verdict == "fail"]
     if wrong:
         raise CpcompileError(
-            f"{wrong[0].place}: {wrong[0].name} fails ({wrong[0].reason}); the baseline stays as it was: mend the "
+            f"{wrong[0].place}: {wrong[0].name} fails ({wrong[0].reason}); the baseline stays as it was: fix the "
             "bundle first"
         )
 

@@ -25,7 +25,7 @@ __all__ = ["main"]
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 def doctor(as_json: bool) -> None:
-    """Say what is installed here, which targets really work, and the commands that mend the rest.
+    """Say what is installed here, which targets really work, and the commands that fix the rest.
 
     \b
     Examples:

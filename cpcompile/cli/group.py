@@ -57,7 +57,7 @@ def main(debug: bool) -> None:
     cpcompile export model.cpc english -o english.onnx
     cpcompile opt any.onnx -o smaller.onnx --check
     cpcompile compare any.onnx smaller.onnx
-    cpcompile doctor                              # what works here, and what mends the rest
+    cpcompile doctor                              # what works here, and what fixes the rest
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

@@ -91,8 +91,8 @@ def check_bundle(
             only = dataclasses.replace(
                 settings, rounds=rounds, speed="speed_ratio" in missed, memory=missed != {"speed_ratio"}
             )
-            timed, peaks, disturbance = measure_again(bundle, bundle.variant(context, variant), reference, only)
-            now = now.again((context, variant), measured_of(speed=timed, memory=peaks), disturbance)
+            timed, peaks, interference = measure_again(bundle, bundle.variant(context, variant), reference, only)
+            now = now.again((context, variant), measured_of(speed=timed, memory=peaks), interference)
         check = _judged(path, baseline, before, now, config, waived)
     return now, check
 
@@ -165,13 +165,13 @@ def _placement_on_random_inputs(variant: Variant) -> Placement:
         return Placement.without(f"the engine refuses random inputs: {error}")
 
 
-def _file_snapshots(found: FileComparison, disturbance: str | None) -> tuple[Snapshot, Snapshot]:
+def _file_snapshots(found: FileComparison, interference: str | None) -> tuple[Snapshot, Snapshot]:
     """The original and the candidate as a check compares them."""
     now = {}
     for shape in found.speed.timed:
         if bounded := ratio_with_bounds(shape):
             ratio, low, high = bounded
-            now["speed_ratio"] = Value(value=ratio, low=low, high=high, disturbance=disturbance)
+            now["speed_ratio"] = Value(value=ratio, low=low, high=high, interference=interference)
     reason = found.speed.not_measured.get("shapes", NO_SPEED)
     return (
         _file_snapshot(found.original, {"speed_ratio": Value(value=1.0)}, ("pass", None), reason),

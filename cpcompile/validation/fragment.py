@@ -30,7 +30,7 @@ class Fragment:
 
     @cached_property
     def reads(self) -> Mapping[str, ir.Value]:
-        """What comes from outside, also what only the body of an If, Loop or Scan reads; weights included."""
+        """What comes from outside, also what only a subgraph of an If, Loop or Scan reads; weights included."""
         made = {out for node in self.nodes for out in node.outputs}
         read = (value for node in self.nodes for value in _read_by(node) if value not in made)
         return {value.name or "": value for value in read}
@@ -95,9 +95,9 @@ def _read_by(node: ir.Node) -> Iterator[ir.Value]:
     yield from (value for value in node.inputs if value is not None)
     for attribute in node.attributes.values():
         single, several = attribute.type == ir.AttributeType.GRAPH, attribute.type == ir.AttributeType.GRAPHS
-        for body in [attribute.as_graph()] if single else attribute.as_graphs() if several else ():
-            inside = (value for inner in body.all_nodes() for value in inner.inputs if value is not None)
-            yield from (value for value in (*inside, *body.outputs) if value.graph is node.graph)
+        for subgraph in [attribute.as_graph()] if single else attribute.as_graphs() if several else ():
+            inside = (value for inner in subgraph.all_nodes() for value in inner.inputs if value is not None)
+            yield from (value for value in (*inside, *subgraph.outputs) if value.graph is node.graph)
 
 
 def _info(name: str, value: Any) -> onnx.ValueInfoProto:

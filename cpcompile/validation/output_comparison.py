@@ -19,7 +19,7 @@ import onnxruntime as ort
 
 from cpcompile.core.measured import NotMeasured
 from cpcompile.core.types import Array, Feeds
-from cpcompile.validation.difference import Difference
+from cpcompile.validation.array_errors import ArrayErrors
 
 MULTIPLE = 8.0
 ROUNDINGS = 64
@@ -88,7 +88,7 @@ def compare_files(
         return _different(f"the inputs are no longer {', '.join(wanted)}")
 
     worst: dict[str, OutputComparison] = {}
-    differences = {name: Difference() for name in names}
+    differences = {name: ArrayErrors() for name in names}
     runs, refusal = 0, "there are no inputs to try"
     for given, feeds in [*((True, f) for f in inputs), *((False, f) for f in random_inputs(plain, seed))]:
         feeds = {**feeds, **{v.name: _bound_array(v, bound[v.name]) for v in plain.get_inputs() if v.name in bound}}

@@ -27,7 +27,7 @@ import numpy as np
 from cpcompile.core.measured import NotMeasured
 from cpcompile.core.types import Array, Feeds
 from cpcompile.report.results import Parity, Verdict
-from cpcompile.validation.difference import PIECE, Difference, pieces
+from cpcompile.validation.array_errors import PIECE, ArrayErrors, pieces
 from cpcompile.validation.quality import log_softmax
 from cpcompile.validation.reference import Outputs, Run
 
@@ -41,7 +41,7 @@ NO_LOGITS = "the model gives no logits"
 class _Errors:
     """Of one output, over all inputs so far."""
 
-    engine: Difference = field(default_factory=Difference)
+    engine: ArrayErrors = field(default_factory=ArrayErrors)
     eager: float = 0.0
     difference: float = 0.0
 

@@ -87,8 +87,8 @@ def measure_speed(
         _missed(shape, least_ratio, against) for shape, v in zip(shapes, verdicts, strict=True) if v == worst != "pass"
     ]
     noisy = worst == "inconclusive" and "eager" in sides
-    disturbed = f" ({machine.interference})" if noisy and machine.interference else ""
-    return Speed(verdict=worst, reason="; ".join(missed) + disturbed or None, shapes=tuple(shapes), threads=threads)
+    while_busy = f" ({machine.interference})" if noisy and machine.interference else ""
+    return Speed(verdict=worst, reason="; ".join(missed) + while_busy or None, shapes=tuple(shapes), threads=threads)
 
 
 def _judge(times: Mapping[str, FloatArray], least_ratio: float, seed: int) -> Verdict:

@@ -338,12 +338,14 @@ def test_checkpoints_of_other_runs_are_refused(model: Path, bundle: Path, tmp_pa
         ("training", {"perplexity": {"partition": {}}}),
     ],
 )
-def test_a_checkpoint_with_a_garbled_record_is_refused(model: Path, tmp_path: Path, field: str, value: object) -> None:
+def test_a_checkpoint_with_a_malformed_record_is_refused(
+    model: Path, tmp_path: Path, field: str, value: object
+) -> None:
     plain = torch.load(model, weights_only=True)
     torch.save(plain | {field: value}, tmp_path / "model.pt")
     result = run("build", tmp_path / "model.pt", *FAST)
     assert result.exit_code == 2
-    assert "is garbled" in result.output
+    assert "is malformed" in result.output
 
 
 def test_kill_9_during_a_build_leaves_the_old_bundle(bundle: Path, model: Path, tmp_path: Path) -> None:

@@ -56,9 +56,9 @@ def test_a_report_is_taken_whole(tmp_path: Path) -> None:
         (b"\xff\xfe", "is no baseline"),
         (b"[" * 100_000, "is no baseline"),
         (b"[]", "is no baseline"),
-        (b"{}", "lacks or garbles 'baseline_version'"),
+        (b"{}", r"a value is missing or malformed \('baseline_version'\)"),
         (b'{"baseline_version": 2}', "baseline version 2, this cpcompile reads 1"),
-        (b'{"baseline_version": 1}', "lacks or garbles 'model'"),
+        (b'{"baseline_version": 1}', r"a value is missing or malformed \('model'\)"),
     ],
 )
 def test_what_is_no_baseline(tmp_path: Path, content: bytes, complaint: str) -> None:

@@ -36,7 +36,7 @@ def pieces(*arrays: Array) -> Iterator[tuple[npt.NDArray[np.float64], ...]]:
 
 
 @dataclass
-class Difference:
+class ArrayErrors:
     """Running sums in float64."""
 
     max_abs: float = 0.0
