@@ -12,11 +12,9 @@ import click
 
 from cpcompile.cli.options import VERDICT_EXIT_CODES, FilePath, model_of
 from cpcompile.cli.settings import load_toml
-from cpcompile.core.config import (
-    CheckConfig,
-    override,
-)
+from cpcompile.core.config import CheckConfig
 from cpcompile.core.errors import CpcompileError, UsageError
+from cpcompile.core.overrides import override
 
 if TYPE_CHECKING:
     from cpcompile.check.criteria import Check

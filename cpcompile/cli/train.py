@@ -9,17 +9,9 @@ import click
 
 from cpcompile.cli.options import FilePath
 from cpcompile.cli.settings import load_toml
-from cpcompile.core.config import (
-    CONTROLS,
-    PRESETS,
-    PRETRAINED_TRAIN,
-    RECOVERIES,
-    ModelConfig,
-    TrainConfig,
-    override,
-    preset,
-)
+from cpcompile.core.config import CONTROLS, PRESETS, PRETRAINED_TRAIN, RECOVERIES, ModelConfig, TrainConfig, preset
 from cpcompile.core.errors import CpcompileError, UsageError
+from cpcompile.core.overrides import override
 
 
 @click.command(context_settings={"show_default": True})

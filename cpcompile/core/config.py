@@ -10,11 +10,9 @@ each validates itself when it is made and says how to put a wrong value right.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 import types
-import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -39,14 +37,15 @@ CONTROLS = tuple(controls.CONTROLS)
 
 def require_context_name(name: object, where: str) -> None:
     """UsageError unless `name` can be a context's, and so a folder of a bundle."""
-    _require(
+    require(
         isinstance(name, str) and CONTEXT_NAME.fullmatch(name) is not None and name not in RESERVED_NAMES,
         f"{where}: {name!r} cannot name a context; a name has lower-case letters, digits, and . _ - after the first, "
         f"is not longer than 100 and none of {', '.join(RESERVED_NAMES)}; rename it",
     )
 
 
-def _require(condition: bool, message: str) -> None:
+def require(condition: bool, message: str) -> None:
+    """UsageError with `message` unless `condition` holds."""
     if not condition:
         raise UsageError(message)
 
@@ -70,16 +69,16 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name in ("vocabulary", "width", "layers", "heads", "kv_heads", "ffn", "align"):
-            _require(getattr(self, name) >= 1, f"model.{name} is {getattr(self, name)}: it has to be at least 1")
+            require(getattr(self, name) >= 1, f"model.{name} is {getattr(self, name)}: it has to be at least 1")
         for name in ("rope_base", "norm_eps"):
             value = getattr(self, name)
-            _require(0 < value < math.inf, f"model.{name} is {value}: it has to be positive")
-        _require(self.width % self.heads == 0, f"model.width {self.width} is not a multiple of heads {self.heads}")
-        _require(self.head_dim % 2 == 0, f"model: head_dim {self.head_dim} is odd; rotary positions need pairs")
-        _require(
+            require(0 < value < math.inf, f"model.{name} is {value}: it has to be positive")
+        require(self.width % self.heads == 0, f"model.width {self.width} is not a multiple of heads {self.heads}")
+        require(self.head_dim % 2 == 0, f"model: head_dim {self.head_dim} is odd; rotary positions need pairs")
+        require(
             self.heads % self.kv_heads == 0, f"model.heads {self.heads} is not a multiple of kv_heads {self.kv_heads}"
         )
-        _require(self.ffn % self.align == 0, f"model.ffn {self.ffn} is not a multiple of align {self.align}")
+        require(self.ffn % self.align == 0, f"model.ffn {self.ffn} is not a multiple of align {self.align}")
 
     @property
     def head_dim(self) -> int:
@@ -97,11 +96,11 @@ class PretrainedConfig:
     reordered so that partitions lie side by side."""
 
     def __post_init__(self) -> None:
-        _require(isinstance(self.settings, dict), "pretrained.settings: the content of a config.json is needed")
+        require(isinstance(self.settings, dict), "pretrained.settings: the content of a config.json is needed")
         for name in ("model_type", "vocab_size"):
-            _require(name in self.settings, f"pretrained.settings: {name} is missing")
-        _require(type(self.vocabulary) is int and self.vocabulary > 0, "pretrained.settings: vocab_size is no number")
-        _require(type(self.align) is int and self.align >= 1, f"pretrained.align is {self.align}: at least 1 is needed")
+            require(name in self.settings, f"pretrained.settings: {name} is missing")
+        require(type(self.vocabulary) is int and self.vocabulary > 0, "pretrained.settings: vocab_size is no number")
+        require(type(self.align) is int and self.align >= 1, f"pretrained.align is {self.align}: at least 1 is needed")
 
     @property
     def vocabulary(self) -> int:
@@ -183,10 +182,10 @@ class TrainConfig:
             "teacher_top",
             "held_out_tokens",
         ):
-            _require(getattr(self, name) >= 1, f"train.{name} is {getattr(self, name)}: it has to be at least 1")
+            require(getattr(self, name) >= 1, f"train.{name} is {getattr(self, name)}: it has to be at least 1")
         for name in ("learning_rate", "clip", "snapshot_seconds"):
-            _require(getattr(self, name) > 0, f"train.{name} is {getattr(self, name)}: it has to be positive")
-        _require(
+            require(getattr(self, name) > 0, f"train.{name} is {getattr(self, name)}: it has to be positive")
+        require(
             0 < self.held_out_fraction < 1,
             f"train.held_out_fraction is {self.held_out_fraction}: it lies between 0 and 1",
         )
@@ -199,27 +198,27 @@ class TrainConfig:
             "swap_fraction",
             "recalibrate_until",
         ):
-            _require(0 <= getattr(self, name) <= 1, f"train.{name} is {getattr(self, name)}: it lies from 0 to 1")
-        _require(self.seed >= 0, f"train.seed is {self.seed}: it cannot be negative")
-        _require(self.recalibrations >= 0, f"train.recalibrations is {self.recalibrations}: it cannot be negative")
-        _require(self.weight_decay >= 0, f"train.weight_decay is {self.weight_decay}: it cannot be negative")
-        _require(self.steps >= 0, f"train.steps is {self.steps}: it cannot be negative")
-        _require(
+            require(0 <= getattr(self, name) <= 1, f"train.{name} is {getattr(self, name)}: it lies from 0 to 1")
+        require(self.seed >= 0, f"train.seed is {self.seed}: it cannot be negative")
+        require(self.recalibrations >= 0, f"train.recalibrations is {self.recalibrations}: it cannot be negative")
+        require(self.weight_decay >= 0, f"train.weight_decay is {self.weight_decay}: it cannot be negative")
+        require(self.steps >= 0, f"train.steps is {self.steps}: it cannot be negative")
+        require(
             self.steps >= 2 or self.dense_fraction == 0,
             f"train.steps is {self.steps}: one dense step and one partition step are the least",
         )
         for kind, budget in self.budgets.items():
             kinds = ("ffn", "head", "expert")
-            _require(kind in kinds, f"train.budgets: {kind!r} is none of the kinds {', '.join(kinds)}")
-            _require(0 < budget <= 1, f"train.budgets: {kind} = {budget}; a budget is above 0 and at most 1")
-        _require({"ffn", "head"} <= set(self.budgets), "train.budgets: name both ffn and head; 1.0 keeps all")
-        _require(self.core_fractions.keys() == self.budgets.keys(), "train.core_fractions: name the kinds of budgets")
+            require(kind in kinds, f"train.budgets: {kind!r} is none of the kinds {', '.join(kinds)}")
+            require(0 < budget <= 1, f"train.budgets: {kind} = {budget}; a budget is above 0 and at most 1")
+        require({"ffn", "head"} <= set(self.budgets), "train.budgets: name both ffn and head; 1.0 keeps all")
+        require(self.core_fractions.keys() == self.budgets.keys(), "train.core_fractions: name the kinds of budgets")
         for kind, fraction in self.core_fractions.items():
-            _require(0 <= fraction <= 1, f"train.core_fractions: {kind} = {fraction}; it lies from 0 to 1")
-        _require(-1 <= self.specificity <= 1, f"train.specificity is {self.specificity}: it lies from -1 to 1")
-        _require(self.recover in RECOVERIES, f"train.recover: {self.recover!r} is none of {', '.join(RECOVERIES)}")
+            require(0 <= fraction <= 1, f"train.core_fractions: {kind} = {fraction}; it lies from 0 to 1")
+        require(-1 <= self.specificity <= 1, f"train.specificity is {self.specificity}: it lies from -1 to 1")
+        require(self.recover in RECOVERIES, f"train.recover: {self.recover!r} is none of {', '.join(RECOVERIES)}")
         for control in self.controls:
-            _require(control in CONTROLS, f"train.controls: {control!r} is none of {', '.join(CONTROLS)}")
+            require(control in CONTROLS, f"train.controls: {control!r} is none of {', '.join(CONTROLS)}")
 
     @property
     def dense_steps(self) -> int:
@@ -265,19 +264,19 @@ class BuildConfig:
     """Ranges of lengths that the added engines take, AXIS=MIN:OPT:MAX."""
 
     def __post_init__(self) -> None:
-        _require(self.opset in OPSETS, f"build.opset is {self.opset}: it is one of {', '.join(map(str, OPSETS))}")
-        _require(
+        require(self.opset in OPSETS, f"build.opset is {self.opset}: it is one of {', '.join(map(str, OPSETS))}")
+        require(
             not (self.merged and self.standalone),
             "--merged is one engine whose weights all contexts share; leave out --standalone",
         )
-        _require(
+        require(
             not self.merged or self.vocabulary_coverage is None,
             "--merged is one engine for all contexts, which have one vocabulary; leave it whole",
         )
 
     def require_compatible(self, contexts: Sequence[str]) -> None:
         """UsageError if these settings cannot be met for `contexts`, which are those of the model."""
-        _require(
+        require(
             not self.merged or len(contexts) > 1,
             f"--merged joins several contexts, and there is only {contexts[0]}; leave it out",
         )
@@ -311,15 +310,13 @@ class ValidateConfig:
     """Mean perplexity over the contexts may exceed the dense baseline's by this part."""
 
     def __post_init__(self) -> None:
-        _require(self.rounds >= 2, f"validate.rounds is {self.rounds}: an interval needs at least 2")
-        _require(
-            self.min_speed_ratio >= 0, f"validate.min_speed_ratio is {self.min_speed_ratio}: it cannot be negative"
-        )
-        _require(
+        require(self.rounds >= 2, f"validate.rounds is {self.rounds}: an interval needs at least 2")
+        require(self.min_speed_ratio >= 0, f"validate.min_speed_ratio is {self.min_speed_ratio}: it cannot be negative")
+        require(
             self.speed or not self.min_speed_ratio,
             f"validate.min_speed_ratio is {self.min_speed_ratio}, but speed is not to be measured: leave one out",
         )
-        _require(self.threads >= 0, f"validate.threads is {self.threads}: it cannot be negative")
+        require(self.threads >= 0, f"validate.threads is {self.threads}: it cannot be negative")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -364,12 +361,12 @@ class CheckConfig:
     """Times that speed and memory beyond their limits are measured again, each time with twice the rounds."""
 
     def __post_init__(self) -> None:
-        _require(self.rounds >= 2, f"check.rounds is {self.rounds}: an interval needs at least 2")
-        _require(self.attempts >= 0, f"check.attempts is {self.attempts}: it cannot be negative")
+        require(self.rounds >= 2, f"check.rounds is {self.rounds}: an interval needs at least 2")
+        require(self.attempts >= 0, f"check.attempts is {self.attempts}: it cannot be negative")
         for criterion, limits in vars(self).items():
             for name, value in vars(limits).items() if isinstance(limits, MaxIncrease | MaxDecrease) else ():
-                _require(value >= 0, f"check.{criterion}.{name} is {value}: it cannot be negative")
-                _require(
+                require(value >= 0, f"check.{criterion}.{name} is {value}: it cannot be negative")
+                require(
                     name != "max_decrease" or value < 1,
                     f"check.{criterion}.{name} is {value}, which nothing can miss: it is a part of 1, 0.05 is 5 %",
                 )
@@ -380,42 +377,3 @@ def preset(name: str) -> ModelConfig:
     if name not in PRESETS:
         raise UsageError(f"preset {name!r} does not exist; there are {', '.join(PRESETS)}")
     return PRESETS[name]
-
-
-def override(config: T, values: Mapping[str, Any], *, where: str) -> T:
-    """A copy of the dataclass `config` with `values` in place of its own; None leaves a field alone.
-
-    A table replaces those entries that it has.
-    """
-    assert dataclasses.is_dataclass(config) and not isinstance(config, type)
-    hints = typing.get_type_hints(type(config))
-    changes: dict[str, Any] = {}
-    for name, value in values.items():
-        if value is None:
-            continue
-        _require(name in hints, f"{where}: there is no setting {name!r}; there are {', '.join(hints)}")
-        own = getattr(config, name)
-        if dataclasses.is_dataclass(own) and not isinstance(own, type):
-            _require(isinstance(value, Mapping), f"{where}.{name} is {value!r}: a table is needed")
-            changes[name] = override(own, value, where=f"{where}.{name}")
-            continue
-        new = _coerce(value, hints[name], f"{where}.{name}")
-        changes[name] = {**own, **new} if isinstance(new, dict) else new
-    return dataclasses.replace(config, **changes)
-
-
-def _coerce(value: Any, hint: Any, where: str) -> Any:
-    origin = typing.get_origin(hint)
-    if origin is tuple:
-        _require(isinstance(value, list | tuple), f"{where} is {value!r}: a list is needed")
-        return tuple(value)
-    if origin is not None:
-        _require(isinstance(value, Mapping), f"{where} is {value!r}: a table is needed")
-        item = typing.get_args(hint)[1]
-        return {key: _coerce(each, item, f"{where}.{key}") for key, each in value.items()}
-    if type(value) is int:
-        _require(abs(value) <= LARGEST, f"{where}: is beyond {LARGEST:,} in size")
-        value = float(value) if hint is float else value
-    _require(type(value) is hint, f"{where} is {value!r}: {hint.__name__} is needed")
-    _require(hint is not float or math.isfinite(value), f"{where} is {value}: a finite number is needed")
-    return value

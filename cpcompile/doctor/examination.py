@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from cpcompile.core.errors import first_line
+from cpcompile.core.measured import NotMeasured
 from cpcompile.doctor import look
 from cpcompile.doctor.finding import Finding
 from cpcompile.doctor.trials import run_trial
@@ -142,24 +143,23 @@ def _tried(found: Finding, trial: str, *arguments: str) -> Finding:
     if found.state != "ok":
         return found
     result = run_trial(trial, *arguments)
-    if isinstance(result, str):
+    if isinstance(result, NotMeasured):
         again = f"pip install --force-reinstall {found.name}"
-        return Finding(name=found.name, state="broken", version=found.version, detail=result, fix=(again,))
+        return Finding(name=found.name, state="broken", version=found.version, detail=result.reason, fix=(again,))
     return found
 
 
 def _onnxruntime() -> Sequence[Finding]:
     """The findings of the wheel and of each provider."""
     found = look.onnxruntime()
-    wrong = found.detail if found.state == "absent" else None
-    result = run_trial("onnxruntime") if wrong is None else wrong
-    if isinstance(result, str):
+    result = NotMeasured(found.detail) if found.state == "absent" else run_trial("onnxruntime")
+    if isinstance(result, NotMeasured):
         again = found.fix or ("pip install --force-reinstall onnxruntime",)
         broken = Finding(
             name="onnxruntime",
             state="absent" if found.state == "absent" else "broken",
             version=found.version,
-            detail=found.detail if found.state != "ok" else result,
+            detail=found.detail if found.state != "ok" else result.reason,
             fix=again,
         )
         because = "ONNX Runtime is not installed" if found.state == "absent" else "ONNX Runtime does not work"
@@ -180,7 +180,7 @@ def _provider(name: str, reason: str | None) -> Finding:
 def _nvidia() -> tuple[Sequence[Finding], Sequence[Mapping[str, Any]]]:
     """The findings of driver and GPU; the PCI bus shows a card even without a driver."""
     result = run_trial("nvidia")
-    if not isinstance(result, str):
+    if not isinstance(result, NotMeasured):
         names = ", ".join(f"{gpu['name']} (compute capability {gpu['compute_capability']})" for gpu in result["gpus"])
         driver = Finding(name=DRIVER, state="ok", version=result["driver"])
         gpu = Finding(name=GPU, state="ok" if names else "absent", detail=names or NO_GPU)
@@ -188,8 +188,8 @@ def _nvidia() -> tuple[Sequence[Finding], Sequence[Mapping[str, Any]]]:
     if not look.nvidia_here():
         absent = [Finding(name=name, state="absent", detail=NO_GPU) for name in (DRIVER, GPU)]
         return absent, []
-    install = ("pip install nvidia-ml-py",) if NO_NVML in result else ("sudo apt-get install nvidia-driver",)
-    detail = result.removeprefix("ValueError: ")
+    install = ("pip install nvidia-ml-py",) if NO_NVML in result.reason else ("sudo apt-get install nvidia-driver",)
+    detail = result.reason.removeprefix("ValueError: ")
     return [Finding(name=name, state="broken", detail=detail, fix=install) for name in (DRIVER, GPU)], []
 
 

@@ -34,25 +34,25 @@ TWO_NODES = bytes.fromhex(
 """ONNX, opset 20: y = x * x + x for x of shape (2,), float32. As bytes, so that no trial needs the onnx package."""
 
 
-def run_trial(name: str, *arguments: str, seconds: float = SECONDS) -> dict[str, Any] | str:
-    """What the trial prints, or a sentence that says why it printed nothing."""
+def run_trial(name: str, *arguments: str, seconds: float = SECONDS) -> dict[str, Any] | NotMeasured:
+    """What the trial prints, or why it printed nothing."""
     command = (sys.executable, "-P", "-m", __name__, name, *arguments)
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, errors="replace", timeout=seconds, stdin=subprocess.DEVNULL
         )
     except subprocess.TimeoutExpired:
-        return f"gave no answer within {seconds:g} s"
+        return NotMeasured(f"gave no answer within {seconds:g} s")
     except OSError as error:
-        return f"cannot be tried ({error.strerror})"
+        return NotMeasured(f"cannot be tried ({error.strerror})")
     if done.returncode < 0:
-        return f"crashed ({signal.Signals(-done.returncode).name})"
+        return NotMeasured(f"crashed ({signal.Signals(-done.returncode).name})")
     if done.returncode > 0:
-        return (done.stderr.strip() or f"ended with {done.returncode}").rsplit("\n", maxsplit=1)[-1]
+        return NotMeasured((done.stderr.strip() or f"ended with {done.returncode}").rsplit("\n", maxsplit=1)[-1])
     try:
         result: dict[str, Any] = json.loads(done.stdout.strip().rsplit("\n", maxsplit=1)[-1])
     except ValueError:  # a package that exits when it is imported
-        return "ended without an answer"
+        return NotMeasured("ended without an answer")
     return result
 
 

@@ -26,8 +26,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from cpcompile.core.config import ModelConfig, PretrainedConfig, TrainConfig, override, require_context_name
+from cpcompile.core.config import ModelConfig, PretrainedConfig, TrainConfig, require_context_name
 from cpcompile.core.errors import CpcompileError, UsageError
+from cpcompile.core.overrides import override
 from cpcompile.core.selection import Selection
 from cpcompile.files.whole_files import require_regular_file, whole_file
 from cpcompile.models.decoder import Decoder

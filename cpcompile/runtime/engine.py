@@ -22,6 +22,7 @@ import onnxruntime as ort
 
 from cpcompile.bundle.reader import WEIGHTS_OPTION, Bundle, Variant
 from cpcompile.core.errors import CpcompileError, UsageError, first_line
+from cpcompile.core.measured import NotMeasured
 from cpcompile.core.types import Array, Feeds
 
 PLUGINS: Mapping[str, str] = {"NvTensorRTRTXExecutionProvider": "onnxruntime_ep_nv_tensorrt_rtx"}
@@ -128,7 +129,7 @@ def missing_provider(variant: Variant) -> str | None:
     if variant.provider in ort.get_available_providers():
         return None
     devices = plugin_devices(variant.provider)
-    return f"needs {variant.provider}; {devices}" if isinstance(devices, str) else None
+    return f"needs {variant.provider}; {devices}" if isinstance(devices, NotMeasured) else None
 
 
 def _hint(variant: Variant) -> str:
@@ -148,22 +149,21 @@ def _choose_provider(variant: Variant, options: Any) -> list[tuple[str, dict[str
                 ort.preload_dlls()  # CUDA from NVIDIA's packages, which are not on the library path
         return [(name, settings)]
     devices = plugin_devices(name)
-    if isinstance(devices, str):
+    if isinstance(devices, NotMeasured):
         raise CpcompileError(f"{variant.model}: needs {name}; {devices}. {DOCTOR}")
     options.add_provider_for_devices(devices, settings)
     return None
 
 
-def plugin_devices(provider: str) -> list[Any] | str:
+def plugin_devices(provider: str) -> list[Any] | NotMeasured:
     """The devices that a packaged provider finds, or the reason why there are none."""
     if provider not in PLUGINS:
-        return f"this ONNX Runtime {ort.__version__} has {', '.join(ort.get_available_providers())}"
+        return NotMeasured(f"this ONNX Runtime {ort.__version__} has {', '.join(ort.get_available_providers())}")
     try:
         plugin: ModuleType = importlib.import_module(PLUGINS[provider])
         if provider not in {device.ep_name for device in ort.get_ep_devices()}:
             ort.register_execution_provider_library(provider, plugin.get_library_path())
     except Exception as error:  # its libraries may be missing or not match this ONNX Runtime
-        return f"its package {PLUGINS[provider]} cannot be loaded ({first_line(error)})"
-    return [
-        device for device in ort.get_ep_devices() if device.ep_name == provider
-    ] or "it finds no GPU that it supports"
+        return NotMeasured(f"its package {PLUGINS[provider]} cannot be loaded ({first_line(error)})")
+    devices = [device for device in ort.get_ep_devices() if device.ep_name == provider]
+    return devices or NotMeasured("it finds no GPU that it supports")

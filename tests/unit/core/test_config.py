@@ -3,8 +3,9 @@ from pathlib import Path
 import pytest
 
 from cpcompile.cli.settings import load_toml
-from cpcompile.core.config import CheckConfig, ModelConfig, TrainConfig, ValidateConfig, override, preset
+from cpcompile.core.config import CheckConfig, ModelConfig, TrainConfig, ValidateConfig, preset
 from cpcompile.core.errors import UsageError
+from cpcompile.core.overrides import override
 
 
 @pytest.mark.parametrize(

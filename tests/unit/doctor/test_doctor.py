@@ -10,6 +10,7 @@ from typing import Any
 import onnx
 import pytest
 
+from cpcompile.core.measured import NotMeasured
 from cpcompile.doctor import look
 from cpcompile.doctor.examination import TARGETS, examine
 from cpcompile.doctor.trials import TWO_NODES, run_trial
@@ -112,7 +113,7 @@ def test_an_onnxruntime_that_breaks_on_import_ends_in_a_sentence(
     plant(tmp_path, "onnxruntime", source)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(tmp_path), str(ROOT))))
     result = run_trial("onnxruntime")
-    assert isinstance(result, str) and said in result
+    assert isinstance(result, NotMeasured) and said in result.reason
 
 
 def test_without_onnxruntime_the_cpu_target_only_builds(tmp_path: Path) -> None:
@@ -199,7 +200,7 @@ def test_a_plugin_provider_that_cannot_be_loaded_says_why(tmp_path: Path) -> Non
 def test_a_trial_that_hangs_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plant(tmp_path, "tensorrt", "import time; time.sleep(600)")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(tmp_path), str(ROOT))))
-    assert run_trial("tensorrt", "tensorrt", seconds=1) == "gave no answer within 1 s"
+    assert run_trial("tensorrt", "tensorrt", seconds=1) == NotMeasured("gave no answer within 1 s")
 
 
 def test_programs_that_are_missing_or_break(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
