@@ -9,8 +9,8 @@ from typing import Any
 
 import click
 
-import cpcompile
 from cpcompile.core.errors import CpcompileError, printable
+from cpcompile.core.version import __version__
 
 NO_MEMORY = "not enough memory"
 """What torch's RuntimeError says of an allocation that failed."""
@@ -41,7 +41,7 @@ class _Group(click.Group):
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
-@click.version_option(cpcompile.__version__, prog_name="cpcompile")
+@click.version_option(__version__, prog_name="cpcompile")
 @click.option("--debug", is_flag=True, help="Show the traceback of errors.")
 def main(debug: bool) -> None:
     """Train one model for many contexts; compile each context into its own small, proven engine.

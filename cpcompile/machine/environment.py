@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import cpcompile
+from cpcompile.core.version import __version__
 from cpcompile.machine.gpu import gpu_model
 from cpcompile.machine.procfs import first_value
 
@@ -48,7 +48,7 @@ def environment() -> Environment:
         cpu=_cpu_model(),
         cores=available_cores(),
         gpu=gpu_model(),
-        versions={"cpcompile": cpcompile.__version__, "python": platform.python_version(), **versions},
+        versions={"cpcompile": __version__, "python": platform.python_version(), **versions},
     )
 
 

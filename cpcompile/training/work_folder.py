@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import cpcompile
 from cpcompile.core.config import ModelConfig, PretrainedConfig, TrainConfig
 from cpcompile.core.errors import UsageError
+from cpcompile.core.version import __version__
 from cpcompile.files.whole_files import only_process, whole_file
 from cpcompile.text.corpus import Corpus
 
@@ -42,7 +42,7 @@ def run_identity(
                 "data": dict(corpus.digests),
                 "tokenizer": digest_of(corpus.tokenizer),
                 "pretrained": _digest_of_weights(pretrained) if pretrained is not None else None,
-                "versions": {"cpcompile": cpcompile.__version__, "torch": torch.__version__},
+                "versions": {"cpcompile": __version__, "torch": torch.__version__},
                 "threads": torch.get_num_threads(),
             }
         )
