@@ -18,9 +18,9 @@ from cpcompile.report.contents import (
     ModelInfo,
     ParameterCounts,
     Report,
-    make_report,
 )
 from cpcompile.report.difference import Difference, compare_reports
+from cpcompile.report.make import make_report
 from cpcompile.report.page import render_difference_page, render_page
 from cpcompile.report.report_file import read_build, read_report, write_report, write_text
 from cpcompile.report.terminal import controls_table, render_difference, render_report

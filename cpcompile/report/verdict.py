@@ -14,15 +14,13 @@ Mean perplexities are geometric: exp of the mean loss.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 from cpcompile.core.measured import NotMeasured
+from cpcompile.report.contents import BundleSizes, ContextResult
 from cpcompile.report.results import Diagnosis, Verdict
 from cpcompile.report.training_summary import mean_perplexity
 from cpcompile.targets.requests import FLAVOURS
-
-if TYPE_CHECKING:
-    from cpcompile.report.contents import BundleSizes, ContextResult
 
 GRAPH_BYTES = 200_000
 """What an engine may add to the weights: its graph, its part of manifest and tokenizer."""
