@@ -12,7 +12,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeVar, Union
 
-from cpcompile.core.measured import Measurements, NotMeasured
+from cpcompile.core.measured import Measurements, NotMeasured, field_types
 
 T = TypeVar("T")
 NOT_MEASURED = "not_measured"
@@ -67,12 +67,11 @@ def _restore(kind: Any, content: Any, reason: str | None) -> Any:
 
 def _restore_object(kind: Any, content: Any) -> Any:
     _require(isinstance(content, dict), content, kind)
-    hints = typing.get_type_hints(kind)
+    fields = field_types(kind)
     reasons = content[NOT_MEASURED] if issubclass(kind, Measurements) else {}
-    names = [each.name for each in dataclasses.fields(kind)]
-    if unknown := content.keys() - {*names, NOT_MEASURED}:
+    if unknown := content.keys() - {*fields, NOT_MEASURED}:
         raise KeyError(f"{kind.__name__} has no {', '.join(sorted(unknown))}")
-    return kind(**{name: _restore(hints[name], content[name], reasons.get(name)) for name in names})
+    return kind(**{name: _restore(hint, content[name], reasons.get(name)) for name, hint in fields.items()})
 
 
 def _restore_union(arguments: tuple[Any, ...], content: Any, reason: str | None) -> Any:

@@ -38,5 +38,16 @@ class Measurements:
 
 def measurable(kind: type) -> tuple[str, ...]:
     """The fields of the dataclass `kind` that may be `NotMeasured`, in order."""
-    hints = typing.get_type_hints(kind)
-    return tuple(each.name for each in dataclasses.fields(kind) if NotMeasured in typing.get_args(hints[each.name]))
+    return tuple(name for name, hint in field_types(kind).items() if NotMeasured in typing.get_args(hint))
+
+
+_FIELD_TYPES: dict[type, dict[str, Any]] = {}
+
+
+def field_types(kind: type) -> dict[str, Any]:
+    """The fields of the dataclass `kind` in order, with their types; resolved once, which takes long."""
+    assert dataclasses.is_dataclass(kind)
+    if kind not in _FIELD_TYPES:
+        hints = typing.get_type_hints(kind)
+        _FIELD_TYPES[kind] = {each.name: hints[each.name] for each in dataclasses.fields(kind)}
+    return _FIELD_TYPES[kind]

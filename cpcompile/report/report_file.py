@@ -51,11 +51,15 @@ def read_report(path: Path) -> Report:
             f"{file}: has schema version {content['schema_version']!r}, this cpcompile reads {SCHEMA_VERSION}; "
             "write it again with `cpcompile validate`"
         )
-    if wrong := _misfit(content):
-        raise UsageError(
-            f"{file}: does not follow the schema of reports: {wrong}; write it again with `cpcompile validate`"
-        )
-    return from_json(Report, content)
+    wrong = _misfit(content)
+    if wrong is None:
+        try:
+            return from_json(Report, content)
+        except (TypeError, KeyError, ValueError, OverflowError) as error:  # what a schema cannot say
+            wrong = str(error)
+    raise UsageError(
+        f"{file}: does not follow the schema of reports: {wrong}; write it again with `cpcompile validate`"
+    )
 
 
 def read_build(folder: Path) -> BuildResult:

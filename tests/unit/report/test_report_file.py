@@ -7,9 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from cpcompile.core.errors import CpcompileError, UsageError
-from cpcompile.report import read_report, write_report
+from cpcompile.core.json_form import to_json
+from cpcompile.core.measured import NotMeasured
+from cpcompile.report import compare_reports, read_report, write_report
 from tests.unit.report.reports import as_report, complete, report, skipped
 
 
@@ -75,3 +79,43 @@ def test_a_report_that_is_not_there_is_refused_with_the_way_out(tmp_path: Path) 
     (tmp_path / "bytes").write_bytes(b"\xff\xfe")
     with pytest.raises(UsageError, match="is not JSON"):
         read_report(tmp_path / "bytes")
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_report_with_anything_in_any_place_is_read_or_refused(tmp_path: Path, data: st.DataObject) -> None:
+    """What is read can be compared like any other, and is the same when it is written and read again."""
+    content = complete()
+    node: Any = content
+    for _ in range(data.draw(st.integers(0, 7))):
+        keys = list(node) if isinstance(node, dict) else list(range(len(node)))
+        if not (inner := [key for key in keys if isinstance(node[key], dict | list) and node[key]]):
+            break
+        node = node[data.draw(st.sampled_from(inner))]
+    keys = list(node) if isinstance(node, dict) else list(range(len(node)))
+    node[data.draw(st.sampled_from(keys))] = data.draw(json_values)
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps(content), encoding="utf-8")
+    try:
+        found = read_report(path)
+    except UsageError as error:
+        assert str(path) in str(error)
+        return
+    compare_reports(as_report(complete()), found, ("a", "b"))
+    assert as_report(json.loads(json.dumps(to_json(found)))) == found
+
+
+def test_a_reason_comes_back_as_the_value_that_is_not_there() -> None:
+    content = report(skipped())
+    made = as_report(content)
+    parity = made.contexts[0].variants[0].parity
+    assert parity.cosine == NotMeasured("tensorrt [the library] is not installed")
+    assert parity.not_measured == content["contexts"][0]["variants"][0]["parity"]["not_measured"]
+    assert to_json(made) == content
