@@ -92,7 +92,7 @@ def test_the_page_has_every_section_and_what_is_in_the_report() -> None:
         "The partitioned model loses to small-dense",
         "Not measured: it was not asked for",
         "engine, private 100.0 MB",
-        "requests a second, 2 at a time 800 eager 200 times as many 4.00 (3.80–4.10)",
+        "requests per second, 2 at a time 800 eager 200 times as many 4.00 (3.80–4.10)",
         "CPUExecutionProvider 1",
         "text of de 19.00 40.00",
     ):
@@ -102,8 +102,8 @@ def test_the_page_has_every_section_and_what_is_in_the_report() -> None:
 @pytest.mark.parametrize(
     ("verdict", "word"),
     [
-        ("fail", "Something that was measured is out of bounds"),
-        ("inconclusive", "not everything that decides could be measured"),
+        ("fail", "A check failed"),
+        ("inconclusive", "a required check could not be decided"),
     ],
 )
 def test_a_verdict_that_is_no_pass_comes_with_its_reasons(verdict: str, word: str) -> None:

@@ -44,14 +44,14 @@ def edited(change: Callable[[dict[str, Any]], object]) -> str:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "is not JSON, or only a part of it"),
-        (json.dumps(complete())[:3000], "is not JSON, or only a part of it"),
-        ("[" * 100_000, "is not JSON, or only a part of it"),
+        ("", "is not complete JSON"),
+        (json.dumps(complete())[:3000], "is not complete JSON"),
+        ("[" * 100_000, "is not complete JSON"),
         ("[1, 2]", "is not a report of cpcompile; give a bundle or its report.json"),
         ('{"schema_version": "1.0", "components": {}}', "is not a report of cpcompile"),
         (edited(lambda r: r.update(schema_version=7)), "has schema version 7, this cpcompile reads 1"),
         (edited(lambda r: r.pop("verdict")), "'verdict' is a required property"),
-        (edited(lambda r: r["build"].update(seconds=float("nan"))), "NaN is no number"),
+        (edited(lambda r: r["build"].update(seconds=float("nan"))), "NaN is not a number"),
         (edited(lambda r: r["build"].update(seconds=1)).replace('"seconds": 1,', '"seconds": 1e999,'), "1e999 is no"),
         (edited(lambda r: r["bundle"].update(bytes=10**30)), "is too large"),
         (edited(lambda r: r["contexts"].append(r["contexts"][0])), "a context occurs twice"),
