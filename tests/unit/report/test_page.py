@@ -169,7 +169,7 @@ def test_errors_of_layers_are_drawn_where_they_were_measured() -> None:
 
 def test_every_reason_is_there_once_with_what_it_concerns() -> None:
     text = " ".join(Elements(render_page(as_report(complete()))).text.split())
-    gaps = text[text.rindex("What was not run and why") :]
+    gaps = text[text.rindex("What was not measured, and why") :]
     assert gaps.count("there is no dense baseline") == 1
     assert "speed ratio, speed ratio low, speed ratio high · de cpu-fp32, en cpu-fp32" in gaps
     assert "the whole engine (skipped) · de tensorrt-fp16" in gaps
