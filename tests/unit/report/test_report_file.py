@@ -73,5 +73,5 @@ def test_a_report_that_is_not_there_is_refused_with_the_way_out(tmp_path: Path) 
     with pytest.raises(UsageError, match="there is no such file; `cpcompile validate` writes one"):
         read_report(tmp_path)
     (tmp_path / "bytes").write_bytes(b"\xff\xfe")
-    with pytest.raises(UsageError, match="is not JSON"):
+    with pytest.raises(UsageError, match="is not complete JSON"):
         read_report(tmp_path / "bytes")
