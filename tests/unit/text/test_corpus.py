@@ -708,7 +708,7 @@ class TestErrors:
         ("change", "match"),
         [
             ({"vocabulary": 256}, "model.vocabulary is 256: .* at least 257"),
-            ({"held_out_fraction": 0.0}, "train.held_out_fraction is 0.0: it has to be between 0 and 1"),
+            ({"held_out_fraction": 0.0}, "train.held_out_fraction is 0.0: it lies between 0 and 1"),
             ({"held_out_fraction": 1.0}, "train.held_out_fraction is 1.0"),
             ({"sequence": 0}, "train.sequence is 0"),
             ({"seed": -1}, "train.seed is -1"),
