@@ -281,5 +281,5 @@ class Decoder(LanguageModel):
 
 
 def _per_token(row: Tensor) -> Tensor:
-    """(batch, units) -> (batch, 1, units); (units,) as it is."""
+    """(batch, units) -> (batch, 1, units); (units,) stays unchanged."""
     return row.unsqueeze(1) if row.ndim == 2 else row

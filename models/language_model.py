@@ -58,7 +58,7 @@ class LanguageModel(nn.Module):
 
     @abstractmethod
     def gates(self, kind: UnitKind) -> Sequence[Gate]:
-        """The gates of one kind, a layer each and all of the same size."""
+        """The gates of one kind, one per layer and all of the same size."""
 
     @abstractmethod
     def kept(self, selection: Selection, context: str) -> Kept | None:
@@ -70,7 +70,7 @@ class LanguageModel(nn.Module):
 
     @abstractmethod
     def parameter_kind(self, name: str) -> UnitKind | None:
-        """The kind of unit whose removal makes the parameter `name` smaller; None if nothing does."""
+        """The kind of unit whose removal makes the parameter `name` smaller; None if there is none."""
 
     def kept_with_tokens(self, selection: Selection, context: str, tokens: int | None) -> dict[str, int]:
         """`kept_sizes` with `tokens` of the vocabulary left; None for all."""
@@ -82,9 +82,9 @@ class LanguageModel(nn.Module):
 
     @abstractmethod
     def sort_units(self, selection: Selection) -> Selection:
-        """Reorder units so that partitions lie side by side; returns the selection in the new order.
+        """Reorder units so that partitions are contiguous; returns the selection in the new order.
 
-        The function computed stays the same. Weights of one partition are then one run of rows.
+        The function computed stays the same. The weights of one partition are then one run of rows.
         """
 
     def gate_row(self, context: int) -> Tensor | None:

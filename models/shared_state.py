@@ -1,10 +1,10 @@
-"""Models around existing tensors, without weights of their own.
+"""Models built around existing tensors, without weights of their own.
 
     with without_weights():
         model = make()                  parameters have only shape and type
     share_state(model, state)           parameters are the tensors of `state`
 
-A checkpoint is then in memory once, and no random values are drawn only to be overwritten.
+A checkpoint is then in memory only once, and no random values are drawn just to be overwritten.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def _without_memory(_module: nn.Module, _name: str, parameter: nn.Parameter | No
 def share_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Make the tensors of `state` those of `model`: a change in place changes both.
 
-    RuntimeError: names or shapes do not fit. ValueError: a tensor is of another type, which a copy would convert.
+    RuntimeError: names or shapes do not match. ValueError: a tensor is of another type, which a copy would convert.
     """
     for name, own in model.state_dict().items():
         if name in state and (state[name].dtype is not own.dtype or state[name].is_meta):

@@ -1,8 +1,8 @@
-"""What of a report is compared: a snapshot, and the baseline, which is a snapshot in a file.
+"""Snapshot: the parts of a report that a check compares; a baseline is a snapshot in a file.
 
 A place is (context, variant): an engine; ("english", "") is a context, ("", "") the whole bundle. Every place
 has values, and not_measured says why others are missing. Values are named like the criterion that judges
-them (`cpcompile.check.criteria`), with the shape behind it where there are several: speed_ratio[1x128].
+them (`cpcompile.check.criteria`), followed by the shape if there are several: speed_ratio[1x128].
 
 `baseline.schema.json` beside this file is the contract of the file.
 """
@@ -29,34 +29,34 @@ Judged: TypeAlias = Literal["pass", "fail", "inconclusive"]
 BUNDLE: Place = ("", "")
 
 UNKNOWN = "unknown"
-"""The architecture of a bundle whose model was not looked at."""
+"""Architecture of a bundle whose model was not read."""
 VERSION = 1
 SCHEMA = Path(__file__).with_name("baseline.schema.json")
 JUDGED = ("parity", "placement")
-"""What has a verdict of its own."""
+"""Criteria that have a verdict of their own."""
 MEASURED_AGAIN = ("memory", "private_memory", "speed_ratio")
 """Criteria whose values are noisy."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Value:
-    """A number and, where it is noisy, the interval in which it lies."""
+    """A number and, if it is noisy, its interval."""
 
     value: float
     low: float | None = None
     high: float | None = None
     interference: str | None = None
-    """What else the machine did while it was measured; not part of a baseline."""
+    """Other activity of the machine during the measurement; not part of a baseline."""
 
     def widened(self, other: Value) -> Value:
-        """The lower of both, and an interval that holds both: of peaks, where no sample is more right than another."""
+        """The lower value, and an interval that covers both: for peaks, where all samples are equally valid."""
         values = [v for each in (self, other) for v in (each.value, each.low, each.high) if v is not None]
         return Value(value=min(self.value, other.value), low=min(values), high=max(values))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """All that is compared at one place."""
+    """All compared values of one place."""
 
     values: Mapping[str, Value] = field(default_factory=dict)
     verdicts: Mapping[str, tuple[Judged, str | None]] = field(default_factory=dict)
@@ -86,7 +86,7 @@ class Snapshot:
         return tuple(place for place in self.places if place[1])
 
     def again(self, place: Place, measured: Measured, interference: str | None) -> Snapshot:
-        """With what was measured again at `place`: new ratios replace the old, peaks widen them."""
+        """A copy with new measurements at `place`: new ratios replace the old ones, new peaks widen the intervals."""
         old = self.places[place]
         values = dict(old.values)
         for name, value in measured.values.items():
@@ -101,7 +101,7 @@ def criterion_of(name: str) -> str:
 
 
 def snapshot_of(report: Report) -> Snapshot:
-    """What of a report is compared."""
+    """The snapshot of a report."""
     places = {BUNDLE: Measured(values={"bundle_bytes": Value(value=report.bundle.bytes)})}
     for context in report.contexts:
         places[context.name, ""] = Measured(values={"parameters": Value(value=context.parameters.kept)})
@@ -134,7 +134,7 @@ def measured_of(
     placement: Placement | None = None,
     not_run: str | None = None,
 ) -> Measured:
-    """What of one engine is compared. None: nobody looked at that part; not_run: why the engine was not run."""
+    """The compared values of one engine. None: that part was not examined; not_run: why the engine was not run."""
     values: dict[str, Value] = {}
     verdicts: dict[str, tuple[Judged, str | None]] = {}
     missing: dict[str, str] = dict.fromkeys(JUDGED, not_run) if not_run else {}
@@ -185,13 +185,13 @@ def measured_of(
 
 
 def write_baseline(snapshot: Snapshot, path: Path) -> None:
-    """Write `snapshot` to the file `path`, whole or not at all."""
+    """Write `snapshot` to the file `path` atomically."""
     with whole_file(path) as temporary:
         temporary.write_text(json.dumps(_plain(snapshot), indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def read_baseline(path: Path) -> Snapshot:
-    """The baseline in the file `path`; UsageError says how to write one if there is none, or it is none."""
+    """The baseline in the file `path`; UsageError says how to write one if it is missing or invalid."""
     how = f"write it with `cpcompile check BUNDLE --baseline {path} --update-baseline`"
     try:
         plain = json.loads(read_text(path))
@@ -200,20 +200,20 @@ def read_baseline(path: Path) -> Snapshot:
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror}); {how}") from error
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path}: is no baseline ({error}); {how}") from error
+        raise UsageError(f"{path}: is not a baseline ({error}); {how}") from error
     try:
         if plain["baseline_version"] != VERSION:
             found = plain["baseline_version"]
             raise UsageError(f"{path}: baseline version {found!r}, this cpcompile reads {VERSION}; {how}")
         return _snapshot(plain)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise UsageError(f"{path}: is no baseline: a value is missing or malformed ({error}); {how}") from error
+        raise UsageError(f"{path}: is not a baseline: a value is missing or malformed ({error}); {how}") from error
 
 
 def require_same_model(baseline: Snapshot, path: Path, *, architecture: str, contexts: tuple[str, ...]) -> None:
-    """UsageError unless the baseline `path` can be one of this model: its architecture, and some context, are the same.
+    """Raise UsageError unless the baseline `path` shares its architecture and at least one context with this model.
 
-    architecture "" leaves that one out: without the model it is not known.
+    architecture "" skips that comparison: it is not known without the model.
     """
     other_kind = bool(architecture) and baseline.architecture not in (architecture, UNKNOWN)
     if other_kind or not set(contexts) & set(baseline.contexts):
@@ -256,7 +256,7 @@ def _plain(snapshot: Snapshot) -> dict[str, Any]:
 
 
 def _snapshot(plain: Any) -> Snapshot:
-    """KeyError, TypeError or ValueError for whatever `_plain` does not write."""
+    """The inverse of `_plain`; KeyError, TypeError or ValueError for anything else."""
     model = plain["model"]
     places = {
         (_name(place["context"] or ""), _name(place["variant"] or "")): Measured(
@@ -289,7 +289,7 @@ def _text(value: Any) -> str:
 
 
 def _name(value: Any) -> str:
-    """Without what a terminal, a workflow or a file cannot show as it is."""
+    """`value`, or an error if it is not a printable string."""
     if not _text(value).isprintable():
         raise ValueError(f"{value!r}: a name that can be printed is needed")
     return value  # type: ignore[no-any-return]

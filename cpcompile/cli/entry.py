@@ -25,14 +25,15 @@ __all__ = ["main"]
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 def doctor(as_json: bool) -> None:
-    """Say what is installed here, which targets really work, and the commands that fix the rest.
+    """Show what is installed, which targets really work, and the commands that fix the rest.
 
     \b
     Examples:
       cpcompile doctor
       cpcompile doctor --json
 
-    Each target is tried: a session, a Builder. Exit code 0 if engines for the CPU are built and run here, 1 if not.
+    Each target is tried by creating a session or a Builder. The exit code is 0 if CPU engines can be built and run
+    here, 1 if not.
     """
     from cpcompile.doctor.examination import examine
 
@@ -50,9 +51,9 @@ def doctor(as_json: bool) -> None:
 @click.command(context_settings={"show_default": True})
 @click.option("--out", "-o", type=FilePath, default="demo", help="Folder for corpus, checkpoint, bundle and report.")
 def demo(out: Path) -> None:
-    """Train, build and validate on text that every installation has: Python, C++ and English.
+    """Train, build and validate on text already on your machine: Python, C++ and English.
 
-    Takes about ten minutes on two cores and 2 GB of memory. Interrupted, it goes on where it was.
+    The demo takes about ten minutes on two cores and 2 GB of memory. Run it again to resume after an interruption.
 
     \b
     Example:

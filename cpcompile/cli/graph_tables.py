@@ -19,7 +19,7 @@ from cpcompile.validation.output_comparison import Comparison, OutputComparison
 
 
 def render_optimization(result: Optimization, *, explain: bool) -> Group:
-    """What `cpcompile opt` did: size after every pass, outputs compared, zero channels that stayed."""
+    """What `cpcompile opt` did: size after every pass, compared outputs, remaining zero channels."""
     table = Table(box=box.SIMPLE)
     for column in ("pass", "nodes", "parameters", "bytes", "seconds"):
         table.add_column(column, justify="left" if column == "pass" else "right")

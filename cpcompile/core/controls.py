@@ -1,4 +1,4 @@
-"""Controls: branches trained beside the partitioned model, each to show what one part of the method is worth."""
+"""Controls: branches trained along with the partitioned model, each to show what one part of the method is worth."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class Control:
 
     name: str
     meaning: str
-    """As reports explain it."""
+    """Explanation for reports."""
     from_scratch: bool
-    """Trained from scratch, over the whole schedule, and not from the dense parent."""
+    """Whether it is trained from scratch over the whole schedule, instead of from the dense parent."""
     distilled: bool
     selection: Choice
 

@@ -3,7 +3,7 @@
     CpcompileError   1   the work failed (parity missed, disk full, parameters unaccounted for)
     UsageError       2   the input or the settings are wrong; the user can fix them
 
-Exit code 3, the machine was too noisy to decide, is a verdict and no error.
+Exit code 3, for a machine too noisy to decide, is a verdict, not an error.
 
 A message says what was wrong, where (file, layer, context) and what to do.
 """
@@ -24,12 +24,12 @@ class UsageError(CpcompileError):
 
 
 def printable(text: str) -> str:
-    """In one line, with a mark for every character that a terminal or a workflow takes for a command."""
+    """`text` on one line, with a placeholder for characters that a terminal or a workflow may take for commands."""
     return "".join(
         sign if sign.isprintable() else " " if sign.isspace() else "\N{REPLACEMENT CHARACTER}" for sign in text
     )
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of somebody else's library says, for a sentence of ours."""
+    """The first line of an error of another library, for use in our messages."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,4 +1,4 @@
-"""Results as JSON and back: the one place that knows how dataclasses become objects.
+"""Results to JSON and back: the only place that knows how dataclasses become objects.
 
 field with a value    ->  its JSON form; tuples are arrays
 field not measured    ->  null, and `not_measured` of the same object maps the field to the reason
@@ -20,7 +20,7 @@ NO_REASON = "no reason is given"
 
 
 def to_json(value: Any) -> Any:
-    """`value` in plain containers, exactly as they come back from a file."""
+    """`value` in plain containers, exactly as a file would give them back."""
     if isinstance(value, NotMeasured):
         return None
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -34,12 +34,12 @@ def to_json(value: Any) -> Any:
 
 
 def from_json(kind: type[T], content: Any) -> T:
-    """The `kind` that `to_json` made `content` of; TypeError, KeyError or ValueError if that cannot be."""
+    """The `kind` from which `to_json` made `content`; TypeError, KeyError or ValueError if there is none."""
     return typing.cast(T, _restore(kind, content, None))
 
 
 def _restore(kind: Any, content: Any, reason: str | None) -> Any:
-    """reason: why a value is null, where the object around it says so."""
+    """`content` as a `kind`; reason: why it is null, if the enclosing object says so."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (Union, types.UnionType):
         return _restore_union(arguments, content, reason)

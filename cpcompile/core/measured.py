@@ -1,4 +1,4 @@
-"""A value, or why there is none."""
+"""A value, or the reason why there is none."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 
 @dataclass(frozen=True)
 class NotMeasured:
-    """Stands where a value would be, and says why there is none; false, so that `or` gives a default."""
+    """Takes the place of a value and says why there is none; false, so that `or` gives a default."""
 
     reason: str
 
@@ -26,13 +26,13 @@ class Measurements:
 
     @property
     def not_measured(self) -> dict[str, str]:
-        """Field -> why it has no value."""
+        """Field -> the reason why it has no value."""
         values = ((name, getattr(self, name)) for name in measurable(type(self)))
         return {name: value.reason for name, value in values if isinstance(value, NotMeasured)}
 
     @classmethod
     def without(cls, reason: str, /, **known: Any) -> Self:
-        """Nothing was measured, for one `reason`, except for the fields in `known`."""
+        """A result in which nothing was measured, for one `reason`, except the fields in `known`."""
         return cls(**{**dict.fromkeys(measurable(cls), NotMeasured(reason)), **known})
 
 

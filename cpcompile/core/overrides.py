@@ -14,7 +14,7 @@ from cpcompile.core.config import LARGEST, T, require
 def override(config: T, values: Mapping[str, Any], *, where: str) -> T:
     """A copy of the dataclass `config` with `values` in place of its own; None leaves a field alone.
 
-    A table replaces those entries that it has.
+    A table replaces only the entries that it contains.
     """
     assert dataclasses.is_dataclass(config) and not isinstance(config, type)
     hints = typing.get_type_hints(type(config))

@@ -23,7 +23,7 @@ def match_axes(
 ) -> list[AxisGroup] | None:
     """The smallest groups of neighbouring axes that a reshape from `first` to `second` maps to each other.
 
-    size: tells how many elements some axes hold; equal for equal numbers, smaller for fewer elements.
+    size: gives the number of elements of some axes, or a value that compares in the same way.
     Returns None if the shapes do not hold the same number of elements, as far as `size` can tell.
     """
     groups, i, j = [], 0, 0

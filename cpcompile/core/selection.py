@@ -32,7 +32,7 @@ class UnitKind(StrEnum):
     EXPERT = "expert"
     """An expert of a mixture-of-experts layer."""
     LAYER = "layer"
-    """A whole layer in which nothing is left."""
+    """A whole layer with no units left."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,7 @@ class Selection:
                 )
 
     def row(self, context: str) -> dict[UnitKind, BoolArray]:
-        """What `context` keeps: an array (layers, units) per kind."""
+        """The units that `context` keeps: an array (layers, units) per kind."""
         index = self.contexts.index(context)
         return {kind: table[index] for kind, table in self.kept.items()}
 
@@ -90,7 +90,7 @@ class Selection:
         }
 
     def to_plain(self) -> dict[str, object]:
-        """Plain containers: what a checkpoint or a JSON file holds."""
+        """The selection in plain containers, for a checkpoint or a JSON file."""
         return {
             "contexts": list(self.contexts),
             "kept": {str(kind): table.astype(int).tolist() for kind, table in self.kept.items()},

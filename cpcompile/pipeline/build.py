@@ -1,6 +1,6 @@
-"""The way of the data, on one page.
+"""The data flow of a build, on one page.
 
-text per context -> Corpus -> trainer -> Checkpoint             or a Program of one's own, with gates
+text per context -> Corpus -> trainer -> Checkpoint             or your own Program, with gates
 Checkpoint, Program -> capture (once) -> dynamic graph
 dynamic graph x context -> freeze passes -> frozen graph         for every context
 frozen graphs -> shared weights -> exporter -> bundle
@@ -43,7 +43,7 @@ def build_bundle(
     data: Path | None = None,
     repro: Path | None = None,
 ) -> tuple[Report, Path]:
-    """`cpcompile build`: checkpoint or program `model` -> bundle with its report; returns the report and where it is.
+    """Build a bundle with its report from the checkpoint or program `model`; returns the report and the bundle's path.
 
     data: the corpus whose held-out text is used instead of what `model` brings. A bundle that fails its validation does
     not replace an older one: it goes to `out`.failed, and minimal repros of what fails parity to the folder `repro`.
@@ -80,7 +80,7 @@ def build_bundle(
         bundle = writer.seal(name=source.path.stem, metadata=metadata)
         build = stages.result()
         del whole
-        del prepared, frozen  # validation needs the room
+        del prepared, frozen  # validation needs the memory
         with open_peers(validation, source, reference) as peers:
             results = validate(bundle, reference, validation, peers=peers, progress=progress)
         tokens = {context: rows[own.kept] for context, own in trimmed.items()} if rows is not None else {}

@@ -1,10 +1,10 @@
 """`cpcompile check`: measure a bundle or an ONNX file now, and judge it against a baseline (`cpcompile.check`).
 
     bundle + model -> validator -> snapshot ┐
-    bundle alone -> sizes, counts, placement┼ x baseline -> outcomes -> what noise may explain is measured again
+    bundle alone -> sizes, counts, placement┼ x baseline -> outcomes -> values that noise may explain are measured again
     two ONNX files -> compare -> snapshots  ┘
 
-An ONNX file has one place; its baseline is another file, which is measured beside it and is as fast as itself.
+An ONNX file has one place; its baseline is another file, which is measured along with it and has a speed ratio of 1.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def check_bundle(
 ) -> tuple[Snapshot, Check]:
     """Measure the bundle `path` and judge it against `before`, which is in the file `baseline`.
 
-    Without `before` there is nothing to judge: the snapshot is to become the baseline. model: None leaves out what
-    cannot be measured without it; a file that does not exist is the reason why it is not measured.
+    Without `before` there is nothing to judge: the snapshot will become the baseline. model: None skips what cannot be
+    measured without it; a file that does not exist is reported as the reason why it is not measured.
     """
     waived = (() if model else NEEDS_MODEL) + (() if speed else ("speed_ratio",))
     waived += () if memory else ("memory", "private_memory")
@@ -136,7 +136,7 @@ def _judged(
 
 
 def _without_model(bundle: Bundle, reason: str, before: Snapshot | None) -> Snapshot:
-    """What the bundle alone tells: sizes, counts and placement. Of the model it says what the baseline does."""
+    """A snapshot of the bundle alone: sizes, counts and placement. The facts about the model are the baseline's."""
     missing = dict.fromkeys(NEEDS_MODEL, reason)
     places = {BUNDLE: Measured(values={"bundle_bytes": Value(value=bundle.bytes)})}
     for context in bundle.contexts:

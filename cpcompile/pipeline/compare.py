@@ -1,8 +1,8 @@
-"""`cpcompile compare`: two ONNX files, whoever made them: the same function, how large, how fast.
+"""`cpcompile compare`: any two ONNX files: whether they are the same function, how large, how fast.
 
     sizes -> outputs on random and on given inputs (`validation.compare`) -> interleaved timings (`validation.speed`)
 
-The verdict is that of the outputs; sizes and speed are for the reader, unless a least ratio of speeds is demanded.
+The verdict is that of the outputs; sizes and speed are for the reader, unless a minimum speed ratio is required.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ NOT_THE_SAME = "the candidate does not compute the same"
 
 @dataclass(frozen=True, kw_only=True)
 class FileComparison:
-    """Everything about two files. In `speed` the candidate is the engine, and the original stands for eager."""
+    """Everything about two files. In `speed` the candidate is the engine, and the original takes the role of eager."""
 
     original: Size
     candidate: Size
@@ -68,7 +68,7 @@ def compare_models(
 def time_models(
     original: Path, candidate: Path, inputs: Sequence[Feeds], rounds: int, min_speed_ratio: float = 0.0
 ) -> Speed:
-    """Both side by side on the largest of `inputs`, of random ones where there are none."""
+    """Time both side by side on the largest of `inputs`, or of random inputs if there are none."""
     threads = available_cores()
     feeds = max(given_or_random(original, inputs), key=lambda each: sum(array.size for array in each.values()))
     leading = next((array.shape[0] for array in feeds.values() if array.ndim), 1)

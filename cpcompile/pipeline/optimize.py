@@ -56,7 +56,7 @@ PASSES: Mapping[str, type[ir.passes.InPlacePass]] = MappingProxyType(
         "strip_metadata": StripMetadata,
     }
 )
-"""The passes that `--passes` accepts, in the order in which they are useful."""
+"""The passes that `--passes` accepts, in a useful order."""
 DEFAULT = ("fold_constants", "clean_up", "canonicalize_shapes", "clean_up", "eliminate_dead_channels", "clean_up")
 """The passes without `--passes`: those that keep the interface and the names of parameters."""
 
@@ -73,7 +73,7 @@ class Step:
 
 @dataclass
 class Skipped(ir.passes.PassResult):
-    """Result of a pass that left the model as it is because it needs a later opset."""
+    """Result of a pass that left the model unchanged because it needs a later opset."""
 
     reason: str = ""
 
@@ -158,7 +158,7 @@ def load_inputs(path: Path) -> Feeds:
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror or error}); give an .npz file") from error
     except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UsageError(f"{path}: is no .npz of plain arrays ({error}); write it with numpy.savez") from error
+        raise UsageError(f"{path}: is not an .npz file of plain arrays ({error}); write it with numpy.savez") from error
 
 
 def load_ids(path: str) -> tuple[int, ...]:
@@ -214,13 +214,13 @@ def settings_of(kind: type[ir.passes.InPlacePass]) -> dict[str, Any]:
 
 def prepare(model: ir.Model, source: Path) -> None:
     """Establish what passes may assume: no function calls, constants as initializers, shapes as far as possible."""
-    if model.ir_version < 4:  # every initializer had to be an input: that it is one does not say that it is replaced
+    if model.ir_version < 4:  # every initializer had to be an input, which does not mean that it is overridden
         inputs = [value for value in model.graph.inputs if not value.is_initializer()]
         model.graph.inputs.clear()
         model.graph.inputs.extend(inputs)
         model.ir_version = 4
     for graph in (model.graph, *(function.graph for function in model.functions.values())):
-        if "ai.onnx" in graph.opset_imports:  # the long name of the standard, by which nodes do not call it
+        if "ai.onnx" in graph.opset_imports:  # the long name of the standard domain, which nodes do not use
             graph.opset_imports[""] = graph.opset_imports.pop("ai.onnx")
     for each in (
         InlinePass(),
@@ -243,12 +243,12 @@ def _same_interface(source: Path, passes: Sequence[ir.passes.InPlacePass], path:
 
 
 def apply_pass(each: ir.passes.PassBase, model: ir.Model, source: Path, name: str) -> ir.passes.PassResult:
-    """The result of a pass; `Skipped` if the model is in too old an opset for it and is as good without it."""
+    """The result of a pass; `Skipped` if it needs a later opset than the model has and is optional."""
     try:
         return each(model)
     except OpsetError as error:
         if isinstance(each, TrimVocabulary):
-            raise  # the model would not take the token ids that the caller asked for
+            raise  # the model would not take the requested token ids
         return Skipped(model, False, str(error))
     except CpcompileError:
         raise

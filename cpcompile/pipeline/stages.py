@@ -16,7 +16,7 @@ class Stages:
     """Names, times and peak memory of the stages of a build."""
 
     def __init__(self, progress: Progress) -> None:
-        reset_peak()  # a process that has trained before starts from what it holds now
+        reset_peak()  # after training in the same process, count from its current memory
         self._progress = progress
         self._stages: list[BuildStage] = []
 
@@ -37,7 +37,7 @@ class Stages:
         self._progress(name, 1, 1)
 
     def result(self) -> BuildResult:
-        """What the stages so far took."""
+        """Time and memory of the stages so far."""
         private = [stage.peak_private_bytes for stage in self._stages if stage.peak_private_bytes is not None]
         return BuildResult(
             seconds=sum(stage.seconds for stage in self._stages),

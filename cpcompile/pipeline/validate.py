@@ -1,4 +1,4 @@
-"""`cpcompile validate`: measure a bundle anew."""
+"""`cpcompile validate`: measure a bundle again."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def validate_bundle(
     progress: Progress,
     repro: Path | None = None,
 ) -> Report:
-    """`cpcompile validate`: measure the bundle `path` anew; what its build took stands in its report already.
+    """`cpcompile validate`: measure the bundle `path` again; the build result is taken from its report.
 
     Minimal repros of what fails parity go to the folder `repro`.
     """
@@ -73,7 +73,7 @@ def open_with_model(path: Path, model: Path) -> tuple[Bundle, Source]:
 
 
 def trimmed_vocabularies(bundle: Bundle) -> dict[str, TrimmedVocabulary]:
-    """By context, for those that have a vocabulary of their own."""
+    """The vocabularies by context, for the contexts that have their own."""
     return {
         context: TrimmedVocabulary(bundle.tokenizer(context).read_text(encoding="utf-8"), ids)
         for context in bundle.contexts
@@ -82,7 +82,7 @@ def trimmed_vocabularies(bundle: Bundle) -> dict[str, TrimmedVocabulary]:
 
 
 def training_of(source: Source) -> TrainingSummary | None:
-    """What the training of `source` compared; UsageError if its record is malformed, before the work begins."""
+    """The training summary of `source`; UsageError if its record is malformed, before the work begins."""
     if source.training is None:
         return None
     try:
@@ -99,7 +99,7 @@ def report_of(
     config: ValidateConfig,
     training: TrainingSummary | None,
 ) -> Report:
-    """`results` of the engines of `bundle`, and what its build took."""
+    """The report on `bundle` from the `results` of its engines and the result of its build."""
     parameters = bundle.metadata["parameters"]
     return make_report(
         model=ModelInfo(name=bundle.name, architecture=source.architecture, config=dict(source.config)),

@@ -4,7 +4,7 @@ results (of every engine), BuildResult -> contents, with the verdict -> report.j
 report -> terminal -> tables
 report -> page (charts, templates) -> report.html
 two reports -> difference -> tables, a page
-report_file writes report.json with its page, and reads what others wrote
+report_file writes report.json with its page, and reads reports from other sources
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     figure -> SVG -> inline element
 
-Every chart is as wide as a phone, so that its text keeps its size on every screen; pages lay them side by side where
+Every chart is as wide as a phone, so that its text keeps its size on every screen; pages place charts side by side if
 there is room. Text stays text. Colours are those of the page: matplotlib draws with the stand-ins of `INKS`, which
 become CSS variables, so that light and dark mode are one drawing. Ids are made unique on the page.
 """
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDTH = 340
-"""In CSS pixels, as all lengths here."""
+"""Width of a chart in CSS pixels, like all lengths here."""
 ROW, AXIS = 22, 40
 WIDE = 8
 """Ratios that span more than this are drawn on a logarithmic axis."""

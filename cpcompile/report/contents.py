@@ -29,7 +29,7 @@ class ModelInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class BuildStage:
-    """One stage of a build; the peak of resident bytes is since the build began, that of private ones the stage's."""
+    """One stage of a build; resident peaks count from the start of the build, private peaks from that of the stage."""
 
     name: str
     seconds: float
@@ -39,7 +39,7 @@ class BuildStage:
 
 @dataclass(frozen=True, kw_only=True)
 class BuildResult(Measurements):
-    """What a build took."""
+    """Time and memory of a build."""
 
     seconds: float | NotMeasured
     peak_rss_bytes: int | NotMeasured
@@ -49,7 +49,7 @@ class BuildResult(Measurements):
 
 @dataclass(frozen=True, kw_only=True)
 class BundleSizes(Measurements):
-    """The bundle beside the weights of the dense model in its precision."""
+    """Size of the bundle, and of the weights of the dense model in the bundle's precision."""
 
     bytes: int
     dense_bytes: int | NotMeasured

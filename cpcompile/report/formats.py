@@ -1,4 +1,4 @@
-"""How numbers are written for people, in a terminal and on a page alike; a dash stands for what was not measured."""
+"""How numbers are written for people, in a terminal and on a page alike; a dash marks a value that was not measured."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from cpcompile.report.results import LayerError, ShapeSpeed
 
 NOTHING = "–"
 NO_FAILURE = "parity did not fail"
-"""Why there is no first node that differs."""
+"""Reason why there is no first differing node."""
 FACTOR = 9
-"""A change of more than this is written as a factor."""
+"""A relative change of at least this is written as a factor."""
 KINDS: Mapping[str, str] = {
     "ffn": "FFN blocks",
     "head": "attention heads",
@@ -21,7 +21,7 @@ KINDS: Mapping[str, str] = {
     "expert": "experts",
     "layer": "layers",
 }
-"""What the units of a kind are called."""
+"""Names of the units of each kind."""
 
 
 def number(value: float | NotMeasured | None, form: str = ".4g") -> str:
@@ -35,7 +35,7 @@ def count(value: int) -> str:
 
 
 def megabytes(value: float | NotMeasured | None) -> str:
-    """Bytes as MB of 10^6 bytes, few as kB."""
+    """Bytes as MB of 10^6 bytes, small sizes as kB."""
     if not is_known(value):
         return NOTHING
     return f"{value / 1e6:.1f} MB" if value >= 1e6 else f"{value / 1e3:.1f} kB"
@@ -57,7 +57,7 @@ def plain(value: float) -> str:
 
 
 def signed(part: float | NotMeasured | None) -> str:
-    """A relative change: +1.2 %, or from 10 times on 12 ×."""
+    """A relative change: +1.2 %, or 12 × from a factor of 10."""
     if not part:
         return "0 %" if is_known(part) else NOTHING
     if part >= FACTOR:
@@ -66,7 +66,7 @@ def signed(part: float | NotMeasured | None) -> str:
 
 
 def arrow(sides: tuple[str, str]) -> str:
-    """before → after, or the one where they are equal."""
+    """before → after, or just one if they are equal."""
     return sides[0] if sides[0] == sides[1] else " → ".join(sides)
 
 
@@ -100,7 +100,7 @@ def is_known(value: float | NotMeasured | None) -> TypeGuard[float]:
 def gaps(result: object) -> Iterator[tuple[str, str]]:
     """(field, reason) of everything in and below the dataclass `result` that was not measured.
 
-    A verdict that nobody asked for is no gap, nor a divergence where there is none.
+    A verdict that was not requested is not a gap, nor is a divergence where there is none.
     """
     if isinstance(result, Measurements):
         yield from (gap for gap in result.not_measured.items() if gap[0] != "verdict" and gap[1] != NO_FAILURE)

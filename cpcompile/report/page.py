@@ -1,9 +1,9 @@
-"""report.html: the report as one page that needs nothing else, on any screen and on paper.
+"""report.html: the report as one self-contained page, for any screen and for print.
 
-    report -> view (what the template cannot say in a line) -> templates/report.html -> text
+    report -> view (values that the template cannot compute in a line) -> templates/report.html -> text
 
-Names and reasons come from outside: Jinja2 escapes them all, and the page forbids itself scripts and the network. Bars
-and tables are HTML, charts with axes are drawn by `charts`.
+Names and reasons come from outside: Jinja2 escapes them all, and the page's policy forbids scripts and network access.
+Bars and tables are HTML, charts with axes are drawn by `charts`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 TEMPLATES = Path(__file__).with_name("templates")
 OWN_COLOURS = 7
-"""As many contexts get a colour of their own; more than that are told apart by how many keep a unit."""
+"""Up to this many contexts get a colour each; beyond it, colours show how many contexts keep a unit."""
 WIDE_UNITS = 64
 """A map of more units, or of more contexts than have colours, gets the width of the page."""
 NO_LAYER_ERRORS = "it was not asked for"
@@ -55,7 +55,7 @@ class SelectionMap:
     kind: str
     rows: tuple[LayerMap, ...]
     units: int
-    """In the largest layer."""
+    """Units of the largest layer."""
     legend: tuple[tuple[str, str], ...]
     contexts: tuple[str, ...]
     large: bool
@@ -119,7 +119,7 @@ def environment() -> Environment:
 
 
 def key_figures(report: Report) -> list[tuple[str, str, str]]:
-    """(what, figure, against what) in a few words each: what a reader wants to know first."""
+    """(what, figure, against what) in a few words each: the key figures of the report."""
     contexts = report.contexts
     ran = [variant for context in contexts for variant in context.variants if variant.status == "ran"]
     figures = []
@@ -214,7 +214,7 @@ def worst(errors: Sequence[LayerError]) -> list[LayerError]:
 
 
 def selection_map(kind: str, layers: Sequence[LayerSelection]) -> SelectionMap:
-    """What the page draws of the selection of one kind."""
+    """The map that the page draws for the selection of one kind."""
     contexts = list(layers[0].kept) if layers else []
     rows = []
     for layer in layers:
@@ -258,6 +258,6 @@ def _jaccard(pairs: Sequence[tuple[str, str]]) -> float:
 
 
 def _span(values: Sequence[float], form: Any) -> str:
-    """The least and the largest, or one where they read alike."""
+    """The smallest and the largest value, or just one if they look the same."""
     low, high = str(form(min(values))), str(form(max(values)))
     return low if low == high else f"{low.removesuffix(' %')}–{high}"

@@ -1,4 +1,4 @@
-"""Write a report, with its page; read one that somebody else may have written, against the schema."""
+"""Write a report with its page; read a report from any source, validated against the schema."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ LARGEST = 2.0**63
 
 
 def write_report(report: Report, folder: Path) -> Path:
-    """Write `folder`/report.json and report.html beside it, each in one step: a reader sees the old or the new one."""
+    """Write `folder`/report.json and report.html, each atomically: a reader sees the old or the new one."""
     text, page = json.dumps(to_json(report), indent=1, allow_nan=False) + "\n", render_page(report)
     write_text(folder / "report.html", page)
     return write_text(folder / "report.json", text)
 
 
 def write_text(path: Path, text: str) -> Path:
-    """Write `text` to `path` in one step."""
+    """Write `text` to `path` atomically."""
     with whole_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return path
@@ -43,7 +43,7 @@ def read_report(path: Path) -> Report:
     except OSError as error:
         raise UsageError(f"{file}: cannot be read ({error.strerror or error})") from error
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{file}: is not JSON, or only a part of it ({error}); copy or write it again") from error
+        raise UsageError(f"{file}: is not complete JSON ({error}); copy or write it again") from error
     if not isinstance(content, dict) or "schema_version" not in content or "contexts" not in content:
         raise UsageError(f"{file}: is not a report of cpcompile; give a bundle or its report.json")
     if content["schema_version"] != SCHEMA_VERSION:
@@ -63,7 +63,7 @@ def read_report(path: Path) -> Report:
 
 
 def read_build(folder: Path) -> BuildResult:
-    """What the report in the bundle `folder` says of its build, if there is one to be read."""
+    """The build result from the report in the bundle `folder`, if there is a readable one."""
     try:
         return from_json(BuildResult, json.loads(read_text(folder / "report.json"))["build"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
@@ -97,7 +97,7 @@ def _misfit(report: Mapping[str, Any]) -> str | None:
 
 
 def _refuse(text: str) -> float:
-    raise ValueError(f"{text} is no number")
+    raise ValueError(f"{text} is not a number")
 
 
 def _finite(text: str) -> float:

@@ -1,4 +1,4 @@
-"""What was measured of one engine. The validator fills these in, the verdict is judged on them, report.json holds them.
+"""Measurements of one engine. The validator fills them in, the verdict is based on them, report.json contains them.
 
     VariantResult  one engine
         Parity       it computes what the masked eager model of its context computes
@@ -6,8 +6,8 @@
         Memory       peaks of engine and dense baseline, each in a process of its own; Start: until the first answer
         Speed        latency, engine and eager model timed side by side; Throughput: several requests at a time
         Placement    which provider ran which node
-        PeerResult   what else was run beside it
-        Diagnosis    where it leaves the model
+        PeerResult   what else was run for comparison
+        Diagnosis    where it diverges from the model
 
 A field that was not measured holds the reason (`cpcompile.core.measured`).
 """
@@ -74,7 +74,7 @@ class Quality(Measurements):
 
 @dataclass(frozen=True, kw_only=True)
 class Memory(Measurements):
-    """Peak resident bytes, by the kernel, and peak private bytes, of samples, as `cpcompile.machine.memory` says.
+    """Peak resident bytes from the kernel, and peak private bytes from samples, as `cpcompile.machine.memory` says.
 
     `base` is the process with its libraries before anything is loaded.
     """
@@ -107,7 +107,7 @@ class Start(Measurements):
 
 @dataclass(frozen=True, kw_only=True)
 class PeerSpeed:
-    """Latency of what somebody might run instead of the engine; ratio = its p50 / engine p50."""
+    """Latency of an alternative to the engine; ratio = its p50 / engine p50."""
 
     p50_ms: float
     ratio: float
@@ -125,7 +125,7 @@ class ShapeSpeed(Measurements):
     p90_ms: float
     p99_ms: float
     quantiles_ms: tuple[float, ...]
-    """21 of them, from the least to the largest in steps of 5 %: the distribution."""
+    """The distribution: 21 quantiles, from the smallest to the largest in steps of 5 %."""
     eager_p50_ms: float | NotMeasured
     eager_p90_ms: float | NotMeasured
     eager_p99_ms: float | NotMeasured
@@ -143,7 +143,7 @@ class Speed(Measurements):
     """Latency at several shapes, both sides with the same number of threads."""
 
     verdict: Verdict | NotMeasured
-    """Whether every shape reaches the ratio that was demanded."""
+    """Whether every shape reaches the required ratio."""
     reason: str | None = None
     """Why it is not a pass."""
     shapes: tuple[ShapeSpeed, ...] | NotMeasured
@@ -160,7 +160,7 @@ class Throughput(Measurements):
     """Requests of (batch, sequence) per second; ratio = engine / eager, with its 95 % interval."""
 
     workers: int | NotMeasured
-    """Requests under way at a time, each on one thread."""
+    """Concurrent requests, each on one thread."""
     requests_per_second: float | NotMeasured
     """Median over the rounds."""
     eager_requests_per_second: float | NotMeasured
@@ -184,9 +184,9 @@ class Placement(Measurements):
     """Every node that ran, and how many per provider, operator and precision."""
 
     verdict: Literal["pass", "fail"] | NotMeasured
-    """Whether all of it ran where the engine was made for."""
+    """Whether all nodes ran on the provider that the engine was made for."""
     reason: str | None = None
-    """Which node did not."""
+    """The node that did not."""
     nodes: tuple[PlacedNode, ...] | NotMeasured
     providers: Mapping[str, int] | NotMeasured
     operators: Mapping[str, int] | NotMeasured
@@ -226,7 +226,7 @@ class Diagnosis(Measurements):
 
 @dataclass(frozen=True, kw_only=True)
 class PeerResult:
-    """What somebody might run instead of the engine; its latency stands beside the engine's."""
+    """An alternative to the engine; its latency is reported with the engine's."""
 
     name: str
     computes: Literal["context", "dense"]
@@ -239,7 +239,7 @@ class PeerResult:
 
 @dataclass(frozen=True, kw_only=True)
 class VariantResult:
-    """All that is known about one engine. `status`: it was only built, it ran here, or it was skipped."""
+    """All results of one engine. `status`: it was only built, it ran here, or it was skipped."""
 
     name: str
     runtime: str
@@ -257,7 +257,7 @@ class VariantResult:
     placement: Placement
     peers: tuple[PeerResult, ...] = ()
     divergence: Diagnosis | None = None
-    """The first node that differs where parity failed, and errors of layers; None if none of it was asked for."""
+    """The first node that differs where parity failed, and the errors of layers; None if neither was requested."""
 
     @classmethod
     def not_run(

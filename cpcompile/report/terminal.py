@@ -18,7 +18,7 @@ from cpcompile.report.training_summary import PARTITION, TrainingSummary
 
 VERDICT_STYLE = {"pass": "bold green", "fail": "bold red", "inconclusive": "bold yellow"}
 NAMED = 4
-"""Of what a footnote concerns."""
+"""Names that a footnote lists."""
 
 
 def render_report(report: Report) -> RenderableType:
@@ -32,7 +32,7 @@ def render_report(report: Report) -> RenderableType:
 
 
 def contexts_table(report: Report) -> Table:
-    """A row per engine: what it keeps and weighs, and engine against eager model."""
+    """A row per engine: its parameters and size, and the engine against the eager model."""
     title = Text(f"{report.model.name}: engine against eager model")
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 1, 0), pad_edge=False)
     for column in (

@@ -1,4 +1,4 @@
-"""What a training run compared: its branches side by side, the swap matrix, and what both say in sentences."""
+"""The comparisons of a training run: its branches side by side, the swap matrix, and the findings in sentences."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ BRANCH_MEANING: Mapping[str, str] = {
     DENSE: "the dense parent trained on, ungated, for the same tokens and schedule",
 }
 NOISE = 0.002
-"""Relative difference of perplexities that one seed cannot tell from chance."""
+"""Relative difference of perplexities within the noise of a single seed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class SwapMatrix:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSummary:
-    """The branches by name, and what they say."""
+    """The branches by name, and the findings."""
 
     controls: Mapping[str, BranchSummary]
     swap_matrix: SwapMatrix | None
@@ -48,7 +48,7 @@ def mean_perplexity(perplexities: Sequence[float]) -> float:
 
 
 def summarize_training(training: Mapping[str, Any], contexts: Sequence[str]) -> TrainingSummary | None:
-    """The branches of a training run side by side, and what that says; None if the checkpoint records none.
+    """The branches of a training run side by side, and the findings; None if the checkpoint records none.
 
     training: the metadata of a checkpoint, with `perplexity` and optionally `controls` and `swap_matrix`.
     """

@@ -1,10 +1,10 @@
-"""The verdict on what was measured.
+"""The verdict on the measurements.
 
-    fail          an engine misses parity, is slower than was demanded, or has nodes that fell back to
+    fail          an engine misses parity, is slower than required, or has nodes that fell back to
                   another provider; or the mean perplexity over the contexts exceeds the dense
-                  baseline's by more than is allowed; or the bundle's shared
-                  weights make it larger than the dense model, graphs, tokenizer and plans of TensorRT aside
-    inconclusive  something of that could not be measured; an engine that was built and not run here is not judged,
+                  baseline's by more than the limit; or a bundle with shared weights is larger than the dense
+                  model, not counting graphs, tokenizers and TensorRT plans
+    inconclusive  one of these could not be measured; an engine that was built and not run here is not judged,
                   and a context of which no engine ran is inconclusive
     pass          otherwise
 
@@ -89,7 +89,7 @@ def perplexities(contexts: Sequence[ContextResult]) -> dict[str, dict[str, Pair]
 
 
 def measured_pairs(pairs: dict[str, Pair]) -> dict[str, tuple[float, float]]:
-    """Those of which both sides were measured."""
+    """The pairs of which both sides were measured."""
     return {
         context: (own, dense)
         for context, (own, dense) in pairs.items()
@@ -98,7 +98,7 @@ def measured_pairs(pairs: dict[str, Pair]) -> dict[str, tuple[float, float]]:
 
 
 def _divergence_sentence(divergence: Diagnosis | None) -> str:
-    """Where the engine leaves the model, if that was found."""
+    """Where the engine diverges from the model, if that was found."""
     if divergence is None or isinstance(divergence.sentence, NotMeasured):
         return ""
     repro = "" if isinstance(divergence.repro, NotMeasured) else f"; repro in {divergence.repro}"

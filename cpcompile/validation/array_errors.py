@@ -1,4 +1,4 @@
-"""How far an output is from its exact value, over any number of runs: what papers on quantization state.
+"""How far an output is from its exact value, over any number of runs, in the usual measures of quantization papers.
 
 max_abs        max |y - e|
 max_relative   max |y - e| / max |e|
@@ -25,11 +25,11 @@ EQUAL = "it is exactly equal: there is no noise"
 
 
 PIECE = 1 << 18
-"""Elements that are compared at a time: the outputs of a language model are large, and float64 doubles them."""
+"""Number of elements compared at a time: the outputs of a language model are large, and float64 doubles them."""
 
 
 def pieces(*arrays: Array) -> Iterator[tuple[npt.NDArray[np.float64], ...]]:
-    """Their elements in float64, PIECE at a time; arrays of one shape."""
+    """Their elements in float64, PIECE at a time; the arrays have the same shape."""
     flat = [array.ravel() for array in arrays]
     for start in range(0, flat[0].size, PIECE):
         yield tuple(array[start : start + PIECE].astype(np.float64) for array in flat)
@@ -41,7 +41,7 @@ class ArrayErrors:
 
     max_abs: float = 0.0
     largest: float = 0.0
-    """Of the exact values."""
+    """Largest absolute exact value."""
     elements: int = 0
     signal: float = 0.0
     noise: float = 0.0
@@ -49,7 +49,7 @@ class ArrayErrors:
     power: float = 0.0
 
     def add(self, exact: Array, own: Array) -> None:
-        """Take in one run: arrays of one shape, of finite real numbers."""
+        """Add one run: arrays of the same shape with finite real numbers."""
         for e, y in pieces(exact, own):
             error = y - e
             self.max_abs = max(self.max_abs, float(np.abs(error).max()))

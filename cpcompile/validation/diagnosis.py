@@ -1,8 +1,8 @@
-"""Where an engine leaves the model: the first node that differs, where parity fails; the error per layer in any case.
+"""Where an engine diverges from the model: the first differing node if parity fails; the error per layer in any case.
 
 engine against frozen    the same graph, freshly frozen from the model: whatever happened after freezing
 engine against bound     the dynamic graph with the context bound: what freezing itself got wrong; the values that
-                         the context has whole (the residual stream, say) are compared, and name the nodes between;
+                         the context keeps whole (the residual stream, say) are compared, and name the nodes between;
                          where parity passes, their errors show how rounding grows
 """
 
@@ -34,10 +34,10 @@ class Graphs(Protocol):
     """Graphs freshly made from the model, as the engines of a context should compute."""
 
     def frozen(self, context: str, opset: int) -> ir.Model:
-        """Sliced as the engine is."""
+        """The graph sliced like the engine."""
 
     def bound(self, context: str, opset: int) -> ir.Model:
-        """Whole, with the context as a constant."""
+        """The whole graph, with the context as a constant."""
 
 
 def diagnose(
@@ -49,7 +49,7 @@ def diagnose(
     *,
     layers: bool,
 ) -> Results:
-    """`results` by context, those that failed parity with their diagnosis; repros go to `repro`/<context>-<variant>.
+    """`results` by context, with a diagnosis of those that failed parity; repros go to `repro`/<context>-<variant>.
 
     layers: those that passed get the errors of their layers.
     """

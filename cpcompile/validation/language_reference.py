@@ -1,7 +1,7 @@
 """A trained language model as the reference of its engines: held-out text, and its dense baseline.
 
-The engine of a context may have a part of the vocabulary: its inputs and logits then go by its own token ids, and the
-eager model is asked through the id map.
+The engine of a context may have a trimmed vocabulary: its inputs and logits then use its own token ids, and the eager
+model is called through the id map.
 """
 
 from __future__ import annotations
@@ -45,16 +45,16 @@ class _Text:
     ids: IntArray
     windows: IntArray
     token_ids: IntArray | None = None
-    """The id of each of the engine's tokens in the whole vocabulary, where it has a part."""
+    """The id of each of the engine's tokens in the whole vocabulary, if its own is trimmed."""
     ratio: float = 1.0
-    """Tokens for each of the whole vocabulary."""
+    """Tokens per token of the whole vocabulary."""
 
 
 class LanguageReference:
     """The masked eager model of a checkpoint, and its dense baseline.
 
     `held_out` maps a context to token ids (1-D), cut into windows of `sequence` predictions for quality; `trimmed`
-    names the contexts that have a part of the vocabulary.
+    names the contexts with a trimmed vocabulary.
     """
 
     logits: str | None = OUTPUT
@@ -87,13 +87,13 @@ class LanguageReference:
         return self._run(self._single, context)
 
     def exact(self, context: str) -> Run:
-        """Takes twice the model's bytes while the function lives; the dense baseline makes room meanwhile."""
+        """Takes twice the model's bytes while the function lives; the dense baseline is released meanwhile."""
         self.__dict__.pop("_dense_model", None)
         release_memory()
         return self._run(_in_float64(self._single), context)
 
     def dense(self, context: str) -> Run | NotMeasured:
-        """It gives all logits, as whoever runs it would get: choosing from them is not its cost."""
+        """It returns all logits, as for any user: selecting from them is not part of its cost."""
         return (
             self.as_engine(context, eager_run(self._dense_model), all_logits=True)
             if self._dense
@@ -119,7 +119,7 @@ class LanguageReference:
         return self._dense_memory
 
     def inputs(self, context: str) -> Iterator[Feeds]:
-        """Each shape is filled BATCHES_PER_SHAPE times from the start of the text, which repeats one too short."""
+        """Each shape is filled BATCHES_PER_SHAPE times from the start of the text, which is repeated if too short."""
         ids = self._texts[context].ids
         for shape in self._config.shapes if len(ids) else ():
             for filled in np.resize(ids, (BATCHES_PER_SHAPE, *shape)):
@@ -189,7 +189,7 @@ class LanguageReference:
 
 
 def _in_float64(model: LanguageModel) -> LanguageModel:
-    """A copy in float64, without one in float32 on the way.
+    """A copy in float64, without an intermediate one in float32.
 
     Casting takes the rotary frequencies along as they are in float32: both forms and the engine turn by the same
     angles, of which float64 only rounds less.

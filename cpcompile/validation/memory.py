@@ -26,14 +26,14 @@ from cpcompile.machine.subprocesses import in_fresh_process
 from cpcompile.report.results import Memory, Start
 
 if TYPE_CHECKING:
-    from cpcompile.core.types import Feeds  # not at run time: what onnxruntime weighs is not the eager model's
+    from cpcompile.core.types import Feeds  # not at run time: the memory of onnxruntime is not the eager model's
 
 RUNS = 3
 Sides = TypeVar("Sides", "Memory", "Start")
 
 
 def compare_memory(engine: ProcessMemory | NotMeasured, eager: ProcessMemory | NotMeasured) -> Memory:
-    """Put both sides together."""
+    """Combine both sides."""
     return _both(Memory, engine, eager)
 
 

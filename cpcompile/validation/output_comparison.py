@@ -129,13 +129,13 @@ def _different(reason: str) -> Comparison:
 
 
 def given_or_random(path: Path, inputs: Sequence[Feeds]) -> list[Feeds]:
-    """`inputs`, or random ones for the model in `path` that it takes."""
+    """`inputs`, or random ones that the model in `path` accepts."""
     session = _open(path, optimise=False)
     return list(inputs) or list(random_inputs(session))
 
 
 def random_inputs(session: ort.InferenceSession, seed: int = 0) -> Iterator[Feeds]:
-    """Normal numbers, and zeros and ones for integers, which are indices more often than not."""
+    """Normal numbers, and zeros and ones for integers, which usually are indices."""
     rng = np.random.default_rng(seed)
     symbols = list(dict.fromkeys(d for v in session.get_inputs() for d in v.shape if not isinstance(d, int)))
     for row in LENGTHS if symbols else LENGTHS[:1]:
@@ -176,9 +176,9 @@ def _bound_array(value: Any, number: int) -> Array:
 def compare_arrays(
     name: str, expected: Any, noise: Any, got: Any, *, roundings: float = ROUNDINGS, multiple: float = MULTIPLE
 ) -> OutputComparison:
-    """Whether `got` is `expected`, of which `noise` is another and as good a version.
+    """Whether `got` is `expected`, of which `noise` is another, equally valid version.
 
-    What is no array has to be equal, and so have integers. Not a number, infinite: in the same places.
+    Integers and values that are not arrays have to be equal; NaN and infinity have to be in the same places.
     """
     if not isinstance(expected, np.ndarray) or not isinstance(got, np.ndarray):
         same = expected == got

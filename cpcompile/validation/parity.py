@@ -7,13 +7,13 @@ inputs of several shapes:
     engine error b = max |g   - e64|        judged: b <= multiple * a
     difference   d = max |g   - e32|        reported as max_abs_error; d <= a + b
 
-b is the right number to judge: it measures the engine against the exact result on the scale
-of an error that nobody objects to, while d also contains the eager model's own rounding, and would
+b is the number to judge: it measures the engine against the exact result on the scale
+of an accepted error, while d also contains the eager model's own rounding, and would
 be 0 for an engine that repeats it and 2a for one that is just as good. Where float32 happens to be exact, one
 rounding of the output's largest value stands for a. An engine in float16 or bfloat16 may be off by as much more as
 that rounds more coarsely than float32. Of several outputs the one nearest to its tolerance is reported.
 
-Beside them stand the ratios of `difference`, of the same output against float64; the verdict does not use them.
+The ratios of `array_errors` of the same output against float64 are reported as well; the verdict ignores them.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ NO_LOGITS = "the model gives no logits"
 
 @dataclass
 class _Errors:
-    """Of one output, over all inputs so far."""
+    """Errors of one output over all inputs so far."""
 
     engine: ArrayErrors = field(default_factory=ArrayErrors)
     eager: float = 0.0
     difference: float = 0.0
 
     def add(self, single: Array, double: Array, engine: Array) -> None:
-        """Take in one run."""
+        """Add one run."""
         self.engine.add(double, engine)
         for expected, exact, actual in pieces(single, double, engine):
             self.eager = max(self.eager, float(np.abs(expected - exact).max()))
@@ -60,7 +60,7 @@ class _Errors:
 
 @dataclass
 class _Agreement:
-    """Of the logits, over all positions so far."""
+    """Divergence and agreement of the logits over all positions so far."""
 
     positions: int = 0
     divergence: float = 0.0
@@ -68,7 +68,7 @@ class _Agreement:
     among_five: int = 0
 
     def add(self, expected: Array, actual: Array) -> None:
-        """Take in one run, as many positions at a time as make up a PIECE."""
+        """Add one run, PIECE elements at a time."""
         classes = expected.shape[-1]
         rows = max(1, PIECE // max(1, classes))
         flat = [logits.reshape(-1, classes) for logits in (expected, actual)]
@@ -82,7 +82,7 @@ class _Agreement:
             self.positions += len(right)
 
     def numbers(self) -> dict[str, Any]:
-        """The fields of `Parity` that speak of logits."""
+        """The fields of `Parity` that concern logits."""
         names = ("mean_kl", "top1_agreement", "top5_agreement")
         if not self.positions:
             return dict.fromkeys((*names, "tokens"), NotMeasured(NO_LOGITS))

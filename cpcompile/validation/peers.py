@@ -1,11 +1,11 @@
-"""What somebody might run instead of an engine of a bundle, to be timed beside it.
+"""Peers: alternatives to an engine of a bundle, timed along with it.
 
     torch-compile   the dense baseline through torch.compile
     onnx-dense      the dense baseline as one plain export in ONNX Runtime
     onnx-dynamic    the graph of all contexts in ONNX Runtime, with the context as an input: any context, full cost
     openvino        the engine's own graph in OpenVINO
 
-Graphs are made when the first engine asks for them, and are there for all.
+Graphs are made for the first engine that needs them, and shared by all.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Placement: which provider ran which node, and in what precision.
 
-From one profiled run, so it counts what the runtime really executed: after fusion, and after a
-silent fall back of single nodes to another provider. (`get_provider_graph_assignment_info` of
+It is taken from one profiled run, so it counts what the runtime really executed: after fusion, and after a
+silent fallback of single nodes to another provider. (`get_provider_graph_assignment_info` of
 ONNX Runtime 1.32 tells less: it is taken before the extended optimisations, and without types.)
 
 The runtime keeps the arithmetic of shapes on the CPU for good reason; a node there that computes

@@ -1,4 +1,4 @@
-"""An exported program as the reference of its engines: the examples that it brings, at other lengths as well."""
+"""An exported program as the reference of its engines: its examples, at other lengths as well."""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
     loss = -mean log softmax(logits)[next token],   perplexity = exp(loss)
 
-An engine with a part of the vocabulary may need more tokens for the same text: its perplexity is exp(loss * ratio), per
-token of the whole vocabulary, so that both sides speak of the same text.
+An engine with a trimmed vocabulary may need more tokens for the same text: its perplexity is exp(loss * ratio), per
+token of the whole vocabulary, so that both sides refer to the same text.
 
 Log-sum-exp and sums are float64, over the same windows on both sides: every token is predicted
 once, and the first token of a window is only context.
@@ -45,7 +45,7 @@ class Score:
     coherence: float | NotMeasured = NOT_ASKED
     """See `coherence`."""
     ratio: float = 1.0
-    """Tokens of the text for each of the whole vocabulary, per which the perplexity is stated."""
+    """Tokens of the text per token of the whole vocabulary; the perplexity is per the latter."""
 
 
 def cut_windows(ids: npt.NDArray[Any], sequence: int) -> IntArray:
@@ -64,7 +64,7 @@ def cut_windows(ids: npt.NDArray[Any], sequence: int) -> IntArray:
 def measure_score(run: Run, windows: IntArray, *, batch: int = BATCH, ratio: float = 1.0) -> Score:
     """Score `run` on windows (n, length + 1), `batch` of them at a time.
 
-    ratio: tokens that the text has here for each of the whole vocabulary, per which the perplexity is then stated.
+    ratio: tokens of the text here per token of the whole vocabulary; the perplexity is then per the latter.
     """
     loss, right = 0.0, 0
     for start in range(0, len(windows), batch):
@@ -78,7 +78,7 @@ def measure_score(run: Run, windows: IntArray, *, batch: int = BATCH, ratio: flo
 
 
 def compare_quality(engine: Score | NotMeasured, dense: Score | NotMeasured) -> Quality:
-    """Put both sides together."""
+    """Combine both sides."""
     sides: dict[str, Any] = {}
     for prefix, side in (("", engine), ("dense_", dense)):
         for name in ("perplexity", "accuracy", "coherence"):

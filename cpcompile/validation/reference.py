@@ -1,4 +1,4 @@
-"""What engines are compared with: the eager model that they were compiled from, with inputs to compare on."""
+"""References of engines: the eager model that they were compiled from, with inputs to compare on."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cpcompile.machine.memory import ProcessMemory
 from cpcompile.report.results import Quality
 
 Outputs = dict[str, Array]
-"""Everything that a model gives, by name."""
+"""All outputs of a model, by name."""
 Run = Callable[[Feeds], Outputs]
 
 
@@ -30,9 +30,9 @@ class Reference(Protocol):
 
     contexts: tuple[str, ...]
     logits: str | None
-    """The output whose last axis are classes, if any."""
+    """The output whose last axis is the classes, if any."""
     no_inputs: str
-    """Why a context may have nothing to be compared on."""
+    """Why a context may have no inputs for the comparison."""
 
     def masked(self, context: str) -> Run:
         """The eager model with the gates of `context`."""
@@ -62,4 +62,4 @@ class Reference(Protocol):
         """Inputs for timings, the first of them for memory and placement as well."""
 
     def quality(self, context: str, engine: Run | NotMeasured) -> Quality:
-        """What the context's specialisation costs or gains."""
+        """The effect of the context's specialisation on quality."""

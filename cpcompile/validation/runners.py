@@ -1,4 +1,4 @@
-"""Everything that computes a model, behind one protocol: entered it is loaded, left it is freed.
+"""Everything that runs a model, behind one protocol: a context manager that loads and frees it.
 
     with runner.load() as run:
         outputs = run(feeds)
@@ -31,7 +31,7 @@ from cpcompile.runtime.plan import load_plan
 from cpcompile.validation.reference import Outputs, Run
 
 NO_SPINNING_AFTER_RUN: Mapping[str, str] = {"session.force_spinning_stop": "1"}
-"""Session options of ONNX Runtime for an engine that is timed beside another runtime, see `speed`."""
+"""Session options of ONNX Runtime for an engine that is timed along with another runtime, see `speed`."""
 
 Computes = Literal["context", "dense"]
 
@@ -111,7 +111,7 @@ def openvino_runner(name: str, path: Path, *, threads: int, computes: Computes) 
 
 
 def callable_runner(name: str, computes: Computes, make: Callable[[], Run | NotMeasured]) -> Runner:
-    """What `make` gives, or CpcompileError with the reason that it gives instead."""
+    """The result of `make`, or CpcompileError with the reason that it returns instead."""
 
     @contextmanager
     def load() -> Iterator[Run]:

@@ -2,17 +2,17 @@
 
     warm up all -> rounds x { shuffled sides: settle, time one run } -> percentiles, paired bootstrap -> verdict
 
-Interleaving spreads whatever the machine does meanwhile over both sides; the order within a round
-is drawn, so that none is always second. Worker threads outlive a run: ONNX Runtime's pool spins
+Interleaving spreads other activity of the machine over both sides; the order within a round
+is random, so that no side is always second. Worker threads outlive a run: ONNX Runtime's pool spins
 for tens of milliseconds after it (measured: about 40), libgomp's under torch for 4 to 10, each on
 the cores that the other side wants. So engines get `session.force_spinning_stop` (`runners`), which lets
 their threads spin within a run and not after it (an application that runs nothing else between two
 calls would not want that; a comparison does); torch has no such switch, so each side settles first:
 it runs untimed until the other's threads have gone to sleep, which also warms its caches.
 
-Where a least ratio is demanded, the interval has to lie on one side of it: as long as it does not, the rounds
-are doubled up to LARGEST_FACTOR times; what is then still undecided is inconclusive, and the reason says what else
-the machine did.
+If a minimum ratio is required, the interval has to lie on one side of it: until it does, the rounds are doubled, up
+to LARGEST_FACTOR times their number; if it is still undecided the verdict is inconclusive, and the reason says what
+else the machine did.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ FloatArray = npt.NDArray[np.float64]
 SETTLE_SECONDS = 0.02
 STABLE_WITHIN = 0.05
 WARM_UP_RUNS = (10, 60)
-"""At least, at most."""
+"""Smallest and largest value."""
 RESAMPLES = 2000
 LARGEST_FACTOR = 8
-"""The rounds may grow to that many times their number."""
+"""The rounds may grow to this many times their number."""
 NOTHING_DEMANDED = "no least ratio was demanded"
 QUANTILES = 21
 NO_SEQUENCE = "the inputs are not text"
@@ -62,7 +62,7 @@ def measure_speed(
 ) -> Speed:
     """Time `engine`, `eager` (if there is one) and `peers` on all of `inputs`.
 
-    least_ratio: eager p50 / engine p50 that is demanded at every shape; 0 demands nothing. against: what `eager`
+    least_ratio: eager p50 / engine p50 that is required at every shape; 0 means no minimum. against: what `eager`
     is called in the reason.
     """
     sides = {"engine": engine, **({} if isinstance(eager, NotMeasured) else {"eager": eager}), **(peers or {})}
@@ -168,7 +168,7 @@ def _shape_speed(timed: Timed, times: Mapping[str, FloatArray], seed: int, no_ea
 
 
 def _eager_speed(times: Mapping[str, FloatArray], seed: int) -> dict[str, Any]:
-    """The fields of `ShapeSpeed` that speak of the eager model."""
+    """The fields of `ShapeSpeed` that concern the eager model."""
     quantiles = _quantiles_ms(times["eager"])
     ratios = ratio_interval(times["eager"], times["engine"], seed=seed)
     return dict(zip(EAGER_FIELDS, (*_percentiles_ms(times["eager"]), quantiles, *ratios), strict=True))
@@ -195,7 +195,7 @@ def _bound(run: Run, feeds: Feeds) -> Callable[[], object]:
 
 @contextmanager
 def without_garbage_collection() -> Iterator[None]:
-    """A collection that falls into a timed run is not the run's cost."""
+    """Disable garbage collection: a collection during a timed run is not part of its cost."""
     enabled = gc.isenabled()
     gc.collect()
     gc.disable()

@@ -1,9 +1,9 @@
-"""Throughput: requests per second when several are under way, engine against eager model.
+"""Throughput: concurrent requests per second, engine against eager model.
 
     workers = cores, one thread each      rounds x { shuffled sides: all workers run until the time is over } -> rates
 
-This is how a server runs a small model: one request per core scales better than one request on all cores. Both sides
-are one model in memory that all workers share.
+This is how a server runs a small model: one request per core scales better than one request on all cores. On both
+sides all workers share one model in memory.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from cpcompile.report.results import Throughput
 from cpcompile.validation.speed import ratio_interval, without_garbage_collection
 
 SECONDS = 0.25
-"""Of one side in one round, at least."""
+"""Minimum duration of one side in one round."""
 RUNS = 3
-"""Of each worker in one round, at least, as far as the first run tells."""
+"""Minimum runs of each worker in one round, as estimated from the first run."""
 ROUNDS = 7
-"""At most; fewer where a validation has fewer."""
+"""Maximum number of rounds; fewer if the validation has fewer."""
 
 
 def measure_throughput(
@@ -38,7 +38,7 @@ def measure_throughput(
 ) -> Throughput:
     """Load both sides, or the engine alone where there is no `eager`.
 
-    A run must use one thread and must be safe to be called from several.
+    A run must use one thread and must be safe to call from several.
     """
     sides = {"engine": engine} if isinstance(eager, NotMeasured) else {"engine": engine, "eager": eager}
     lengths = {name: max(seconds, RUNS * _second_run(run)) for name, run in sides.items()}

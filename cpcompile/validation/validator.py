@@ -41,7 +41,7 @@ from cpcompile.validation.throughput import ROUNDS, measure_throughput
 
 STAGE = "validate"
 Peers = Callable[[Variant], Sequence[Runner]]
-"""What else is run beside an engine."""
+"""What else is run along with an engine."""
 
 NO_MEMORY = "memory measurements were switched off"
 NO_SPEED = "speed measurements were switched off"
@@ -49,7 +49,7 @@ ONE_PLAN = "a plan runs as a whole on the GPU"
 ON_GPU = "the engine runs on the GPU and the dense model on the CPU, which compares machines"
 
 Processes: TypeAlias = tuple[ProcessMemory | NotMeasured, ProcessMemory | NotMeasured]
-"""What engine and eager dense model took in processes of their own."""
+"""Memory and start of engine and eager dense model, each in its own process."""
 
 
 def validate(
@@ -62,8 +62,8 @@ def validate(
 ) -> Results:
     """By context: parity, quality, memory, speed and placement of every engine in `bundle`; `peers` are timed with it.
 
-    UsageError: a context of the bundle that the reference does not have, a damaged bundle.
-    CpcompileError: an engine that cannot be loaded.
+    UsageError: the bundle is damaged or has a context that the reference does not have.
+    CpcompileError: an engine cannot be loaded.
     """
     foreign = [context for context in bundle.contexts if context not in reference.contexts]
     if foreign:
@@ -127,7 +127,7 @@ def _validate_variant(
         processes: Processes = (failed, _dense_process(reference, context, config, threads))
     else:
         quality = _quality(engine.outputs, reference, context)
-        del engine  # what is timed and measured next should have the machine for itself
+        del engine  # the next measurements should have the machine to themselves
         speed, results = _speed(variant, reference, peers, config, threads)
         throughput = _throughput(variant, reference, config, threads)
         processes = _processes(bundle, variant, reference, threads, config)
@@ -152,7 +152,7 @@ def _validate_variant(
 
 
 def _why_not_here(variant: Variant) -> str | None:
-    """Why an engine for a GPU cannot be run on this machine; None if nothing speaks against it."""
+    """Why an engine for a GPU cannot be run on this machine; None if it can."""
     if variant.plan:
         return why_not_here(variant)
     if variant.provider == CPU_PROVIDER:
@@ -218,7 +218,7 @@ def _speed(
 
 
 def _throughput(variant: Variant, reference: Reference, config: ValidateConfig, workers: int) -> Throughput:
-    """As many requests at a time as there are threads, each on one of them."""
+    """Throughput with one concurrent request per thread."""
     if not config.speed:
         return Throughput.without(NO_SPEED)
     inputs, dense = _timed(variant, reference), _dense(variant, reference)

@@ -15,7 +15,7 @@ from cpcompile.pipeline.estimation import Libraries, estimate, read_facts
 
 FAST = ["--no-speed", "--no-memory"]
 LIBRARIES = Libraries(build=1, validation=1, engine=1, eager=1)
-"""Of no matter: what they take is no part of what is compared here."""
+"""Placeholder: the memory of the libraries is not part of this comparison."""
 
 
 def run(*arguments: object) -> Result:
@@ -83,7 +83,7 @@ def test_what_is_no_size_is_refused(model: Path, size: str) -> None:
     for command in ("build", "validate"):
         target = model if command == "build" else model.with_name("missing.cpc")
         result = run(command, target, "--max-memory", size)
-        assert result.exit_code == 2 and "is no size of memory" in result.stderr, result.output
+        assert result.exit_code == 2 and "is not a memory size" in result.stderr, result.output
     assert files(model) == {"model.pt", "model.dense.pt"}
 
 
@@ -94,7 +94,7 @@ def test_what_is_no_size_is_refused(model: Path, size: str) -> None:
         (["--contexts", ","], "names nothing"),
         (["--merged", "--standalone"], "leave out --standalone"),
         (["--merged", "--contexts", "cpp"], "there is only cpp"),
-        (["--merged", "--vocabulary-coverage", "1"], "leave it whole"),
+        (["--merged", "--vocabulary-coverage", "1"], "leave out --vocabulary-coverage"),
         (["--vocabulary-coverage", "2"], "coverage"),
         (["--vocabulary-coverage", "nan"], "coverage"),
         (["--batch", "0"], "is not in the range"),

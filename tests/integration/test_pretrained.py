@@ -160,7 +160,7 @@ def test_what_is_no_model_is_refused(corpus_folder: Path, tmp_path: Path) -> Non
         (*train, tmp_path / "nowhere"): "there is no such folder; models are read from disk",
         (*train, tmp_path / "empty"): "cannot be read as a Hugging Face model",
         (*train, tmp_path / "two"): "has 2 GGUF files",
-        (*train, tmp_path / "empty", "--preset", "nano"): "brings shape and tokenizer",
+        (*train, tmp_path / "empty", "--preset", "nano"): "sets shape and tokenizer",
         (*train[:-1], "--recover", "least-squares", "--steps", 4, "--preset", "nano"): "are for pretrained models",
     }.items():
         result = run(*arguments)

@@ -1,6 +1,6 @@
 """A check as SARIF 2.1.0 (OASIS): a rule per criterion, a result per outcome.
 
-Results stand at the baseline, which is what lies in the repository; the engine is a logical location.
+Results are located at the baseline, which is the file in the repository; the engine is a logical location.
 """
 
 from __future__ import annotations
@@ -72,6 +72,6 @@ def _result(check: Check, outcome: Outcome, names: list[str]) -> dict[str, Any]:
 
 
 def _uri(path: str) -> str:
-    """Relative where the path is; quoted."""
+    """The path as a quoted URI; relative if the path is."""
     pure = PurePath(path)
     return pure.as_uri() if pure.is_absolute() else quote(pure.as_posix())

@@ -1,4 +1,4 @@
-"""What a build will take, said before it starts.
+"""The memory and size of a build, estimated before it starts.
 
 model.pt, model.pt2 -> facts (weights are not read) ┐
 a build of a model of one layer -> libraries        ┴ formula -> Estimate -> table, JSON, `check_memory`

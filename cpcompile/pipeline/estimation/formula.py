@@ -1,20 +1,20 @@
 """Peak resident memory of a build, stage by stage, from facts about a model and what the libraries take.
 
-With M bytes of weights in T tensors, D of the dense baseline, K of the largest engine (its head twice if it is the
-embedding too), n positions of a run and V logits per position:
+With M bytes of weights in T tensors, D bytes of the dense baseline, K of the largest engine (with its head twice if it
+is tied to the embedding), n positions per run and V logits per position:
 
     load       L + M + P T                          weights are in memory once; P: a pretrained model is traced
     build      L + M + (P + G) T + R                graphs share the weights; R: the vocabulary in a new order
     parity     L'+ M + (P + G) T + R + K + 2M + W(16 n V)     float64; logits in float32, float64 and of the engine
     quality    L'+ M + (P + G) T + R + K + D + W(4 n' V) + 24 s V   windows of s tokens in float64, three arrays
-    measuring  L'+ M + (P + G) T + R + D  here, and beside it the larger of
+    measuring  L'+ M + (P + G) T + R + D  in this process, and next to it the larger of
                engine  E + K + W(4 n V)             eager  A + D + W(4 n V)
 
-L, L', E, A are measured anew each time (`libraries`). W(x) = x + min(4 x, HEAP) is what results of x bytes take with
+L, L', E, A are measured each time (`libraries`). W(x) = x + min(4 x, HEAP) is what results of x bytes take with
 the activations that they are made of: glibc serves arrays below 32 MB from the heap, where holes remain, and maps
 larger ones, which go back at once (mallopt(3), M_MMAP_THRESHOLD). G, P and HEAP were measured, by
-`benchmarks/memory_estimate.py`, on models of 24 to 332 tensors and 0.2 to 135 million parameters: they are what is to
-be put right if its table shows more than 20 %.
+`benchmarks/memory_estimate.py`, on models of 24 to 332 tensors and 0.2 to 135 million parameters: correct
+them if its table shows more than 20 %.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from cpcompile.validation.quality import BATCH
 GRAPH = 450_000
 """G: bytes of graphs per tensor, with all contexts frozen."""
 TRACE = 250_000
-"""P: bytes per tensor of the trace in which groups of a pretrained model are found."""
+"""P: bytes per tensor of the trace that finds the groups of a pretrained model."""
 HEAP = 64_000_000
 """Bytes that activations leave in the heap."""
 BESIDE = "process beside it"
 ENGINE_GRAPH = 1_200
 """Bytes of an engine's file per tensor."""
 DURATIONS = ((30_000_000, "about a minute"), (300_000_000, "minutes"))
-"""Up to so many parameters, on two cores, with validation."""
+"""(parameters up to which it holds, duration on two cores with validation)."""
 NOT_COUNTED = ("peers of --peers", "text that --data reads")
 
 
@@ -66,7 +66,7 @@ class Stage:
 
     name: str
     parts: Mapping[str, int]
-    """By what they are for; those that are not 0."""
+    """Bytes by purpose, without zeros."""
 
     @property
     def peak_rss_bytes(self) -> int:
@@ -79,22 +79,22 @@ class Process:
 
     load_peak_rss_bytes: int
     run_peak_rss_bytes: int
-    """With the batch and sequence that were asked for."""
+    """Peak with the requested batch and sequence."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """What a build is going to take."""
+    """The estimate of a build."""
 
     build: tuple[Stage, ...]
-    """What the report calls the build."""
+    """The stages that the report counts as the build."""
     validation: tuple[Stage, ...]
     engines: Mapping[str, Process]
     eager: Process | None
-    """Of the dense baseline, or of a program; None if there is none."""
+    """Peaks of the dense baseline or the program; None if there is neither."""
     bundle_bytes: int
     duration: str
-    """In words."""
+    """The time of the build, in words."""
 
     @property
     def largest(self) -> Stage:
@@ -103,16 +103,16 @@ class Estimate:
 
     @property
     def build_peak_rss_bytes(self) -> int:
-        """Without validation: what the report calls `build.peak_rss_bytes`."""
+        """The peak without validation: `build.peak_rss_bytes` in the report."""
         return max(stage.peak_rss_bytes for stage in self.build)
 
     @property
     def process_peak_rss_bytes(self) -> int:
-        """Of the process that builds and validates, without those that measure beside it."""
+        """The peak of the process that builds and validates, without the measuring processes."""
         return max(stage.peak_rss_bytes - stage.parts.get(BESIDE, 0) for stage in (*self.build, *self.validation))
 
     def to_plain(self) -> dict[str, Any]:
-        """What `cpcompile estimate --json` prints; the keys stay, names of stages and parts are words for people.
+        """The output of `cpcompile estimate --json`; keys are stable, names of stages and parts are only for display.
 
         peak_rss_bytes, build_peak_rss_bytes, process_peak_rss_bytes
         build[], validation[]     name, peak_rss_bytes, parts{name: bytes}
@@ -168,7 +168,7 @@ def estimate(
         for name, context in facts.contexts.items()
     }
     eager = None
-    if facts.result_elements is not None:  # a program is its own peer, and loading it imports what a trace needs
+    if facts.result_elements is not None:  # a program is its own baseline, and loading it imports what a trace needs
         eager = _process(libraries.build + facts.bytes, _results(facts, shape.positions))
     elif facts.dense_bytes is not None:
         eager = _process(libraries.eager + dense, _results(facts, shape.positions))

@@ -1,4 +1,4 @@
-"""What the libraries take, measured where it is asked for: the smallest build, whose model is next to nothing.
+"""The memory that the libraries take, measured by the smallest build, whose model takes next to nothing.
 
 torch, onnx and what an export imports take many times the weights of a small model, and other versions and systems
 take other amounts, so it is not a constant. The same build measures an engine and an eager model in processes of
@@ -29,7 +29,7 @@ SHAPE = ModelConfig(vocabulary=LEAST_VOCABULARY, width=8, layers=1, heads=1, kv_
 
 @dataclass(frozen=True, kw_only=True)
 class Libraries:
-    """Resident bytes of processes that have done their work on nearly nothing."""
+    """Resident bytes of the processes of the smallest build."""
 
     build: int
     validation: int
@@ -40,7 +40,7 @@ class Libraries:
 def measure_libraries(model_type: str | None) -> Libraries:
     """Build the smallest model in this process, with what a model of transformers of that type imports.
 
-    This process keeps what it imports, which a build in it imports anyway.
+    The imports stay in this process; a build in it needs them anyway.
     """
     if model_type is not None:
         _import_architecture(model_type)
@@ -88,7 +88,7 @@ def _write_smallest(path: Path) -> None:
 
 
 def _import_architecture(model_type: str) -> None:
-    """What a model of that type imports."""
+    """Import the code of a model of that type."""
     transformers = transformers_package()
     try:
         _ = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(transformers.AutoConfig.for_model(model_type))]

@@ -1,4 +1,4 @@
-"""Stop before the work starts, not when the memory is gone."""
+"""Stop before the work starts, instead of when memory runs out."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def estimate_build(
 
 
 def check_memory(model: Path, limit: int | None, config: BuildConfig, validation: ValidateConfig) -> str | None:
-    """UsageError if work on `model` needs more than `limit`; else a warning if it may need more than there is.
+    """Raise UsageError if work on `model` needs more than `limit`; warn if it may need more than is available.
 
-    Without a limit nothing is measured as long as the work fits in any case.
+    Without a limit nothing is measured if the work certainly fits.
     """
     available = available_memory()
     if limit is None and (available is None or _bound(_facts(model, config), config, validation) <= available):
@@ -36,13 +36,13 @@ def check_memory(model: Path, limit: int | None, config: BuildConfig, validation
 
 
 def require_memory(estimated: Estimate, limit: int) -> None:
-    """UsageError if the work needs more than `limit` bytes, which the user gave."""
+    """Raise UsageError if the work needs more than the user's `limit` in bytes."""
     if estimated.largest.peak_rss_bytes > limit:
         raise UsageError(f"--max-memory allows {megabytes(limit)}, {_needs(estimated, limit)}")
 
 
 def memory_warning(estimated: Estimate, available: int) -> str | None:
-    """A sentence if the work may need more than there is; an estimate is no reason to refuse it."""
+    """A warning if the work may need more than is available; an estimate is not a reason to refuse it."""
     if estimated.largest.peak_rss_bytes <= available:
         return None
     return f"{megabytes(available)} of memory are available, {_needs(estimated, available)}"
@@ -56,16 +56,16 @@ def _facts(model: Path, config: BuildConfig) -> Facts:
 
 
 def _bound(facts: Facts, config: BuildConfig, validation: ValidateConfig) -> int:
-    """More than is needed: libraries never grow to twice what they take once a build is imported."""
+    """An upper bound: libraries never grow to twice their size once a build is imported."""
     held = resident_bytes()
     libraries = Libraries(build=2 * held, validation=2 * held, engine=held, eager=held)
     return estimate(facts, libraries, config, validation).largest.peak_rss_bytes
 
 
 def _needs(estimated: Estimate, limit: int) -> str:
-    """What is needed, where, and what would help."""
+    """How much is needed, where, and what would help."""
     largest, alone = estimated.largest, estimated.process_peak_rss_bytes
     needed = f"about {megabytes(largest.peak_rss_bytes)} are needed at the peak ({largest.name})"
     if BESIDE in largest.parts and alone <= limit:
-        return f"{needed}; --no-memory measures no process beside it and needs {megabytes(alone)}"
+        return f"{needed}; --no-memory skips the separate measuring process and needs {megabytes(alone)}"
     return f"{needed}; contexts are built one after the other, so only a smaller model or a larger machine helps"

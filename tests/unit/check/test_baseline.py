@@ -52,10 +52,10 @@ def test_a_report_is_taken_whole(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
-        (b"", "is no baseline"),
-        (b"\xff\xfe", "is no baseline"),
-        (b"[" * 100_000, "is no baseline"),
-        (b"[]", "is no baseline"),
+        (b"", "is not a baseline"),
+        (b"\xff\xfe", "is not a baseline"),
+        (b"[" * 100_000, "is not a baseline"),
+        (b"[]", "is not a baseline"),
         (b"{}", r"a value is missing or malformed \('baseline_version'\)"),
         (b'{"baseline_version": 2}', "baseline version 2, this cpcompile reads 1"),
         (b'{"baseline_version": 1}', r"a value is missing or malformed \('model'\)"),
@@ -123,7 +123,7 @@ def test_a_hostile_baseline_is_refused(edit: Callable[[Any], None], tmp_path: Pa
     plain = json.loads(file.read_text())
     edit(plain)
     file.write_text(json.dumps(plain))
-    with pytest.raises(UsageError, match="base.json: is no baseline"):
+    with pytest.raises(UsageError, match="base.json: is not a baseline"):
         read_baseline(file)
 
 

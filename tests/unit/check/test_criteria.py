@@ -19,7 +19,7 @@ CONFIG = CheckConfig()
 
 
 def outcome(now: Snapshot, name: str, config: CheckConfig = CONFIG, waived: tuple[str, ...] = ()) -> Outcome:
-    """Of the only engine, or of the bundle."""
+    """The outcome for the only engine, or for the bundle."""
     (found,) = [each for each in judge(snapshot(), now, config, waived=waived) if each.name == name]
     return found
 

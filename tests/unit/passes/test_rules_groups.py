@@ -39,7 +39,7 @@ def test_a_group_goes_with_its_data_and_its_weights(operator: str) -> None:
 
 
 def test_groups_lose_as_many_of_the_channels_they_make() -> None:
-    """Of 4 groups of 2 one goes, two lose different channels, the last has none to lose but one of the same number."""
+    """One of 4 groups of 2 is removed, two lose different channels, and the last must lose one for an equal number."""
     text = CONVOLVED.replace("GROUP", "2")
     made = {"a": (8, 3, 1), "f": gate(of=8, axes=1), "w": (8, 4, 1), "c": (8,), "b": (2, 8, 1)}
     left = [1, 2, 3, 4, 5, 7]

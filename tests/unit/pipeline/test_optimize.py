@@ -220,7 +220,7 @@ def test_a_result_that_differs_is_not_written(tmp_path: Path) -> None:
     [
         (["missing.onnx", "-o", "out.onnx"], "missing.onnx: cannot be read"),
         (["in.onnx", "-o", "out.onnx", "--passes", "nope"], "there is no pass 'nope'"),
-        (["in.onnx", "-o", "out.onnx", "--input", "in.onnx"], "is no .npz"),
+        (["in.onnx", "-o", "out.onnx", "--input", "in.onnx"], "is not an .npz"),
         (["in.onnx", "-o", "out.onnx", "--input", "no.npz"], "no.npz: cannot be read"),
         (["in.onnx"], "Missing option '--out'"),
     ],

@@ -57,7 +57,7 @@ SELECTION = {
 
 
 def quantiles(median: float) -> tuple[float, ...]:
-    """Of 0.9 to 1.3 times `median`."""
+    """Quantiles from 0.9 to 1.3 times `median`."""
     return tuple(median * (0.9 + 0.1 * min(i, 10) / 10 + 0.3 * max(i - 10, 0) / 10) for i in range(21))
 
 

@@ -92,7 +92,7 @@ def test_the_page_has_every_section_and_what_is_in_the_report() -> None:
         "The partitioned model loses to small-dense",
         "Not measured: it was not asked for",
         "engine, private 100.0 MB",
-        "requests a second, 2 at a time 800 eager 200 times as many 4.00 (3.80–4.10)",
+        "requests per second, 2 at a time 800 eager 200 times as many 4.00 (3.80–4.10)",
         "CPUExecutionProvider 1",
         "text of de 19.00 40.00",
     ):
@@ -102,8 +102,8 @@ def test_the_page_has_every_section_and_what_is_in_the_report() -> None:
 @pytest.mark.parametrize(
     ("verdict", "word"),
     [
-        ("fail", "Something that was measured is out of bounds"),
-        ("inconclusive", "not everything that decides could be measured"),
+        ("fail", "A check failed"),
+        ("inconclusive", "a required check could not be decided"),
     ],
 )
 def test_a_verdict_that_is_no_pass_comes_with_its_reasons(verdict: str, word: str) -> None:
@@ -169,7 +169,7 @@ def test_errors_of_layers_are_drawn_where_they_were_measured() -> None:
 
 def test_every_reason_is_there_once_with_what_it_concerns() -> None:
     text = " ".join(Elements(render_page(as_report(complete()))).text.split())
-    gaps = text[text.rindex("What was not run and why") :]
+    gaps = text[text.rindex("What was not measured, and why") :]
     assert gaps.count("there is no dense baseline") == 1
     assert "speed ratio, speed ratio low, speed ratio high · de cpu-fp32, en cpu-fp32" in gaps
     assert "the whole engine (skipped) · de tensorrt-fp16" in gaps

@@ -48,14 +48,14 @@ def edited(change: Callable[[dict[str, Any]], object]) -> str:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "is not JSON, or only a part of it"),
-        (json.dumps(complete())[:3000], "is not JSON, or only a part of it"),
-        ("[" * 100_000, "is not JSON, or only a part of it"),
+        ("", "is not complete JSON"),
+        (json.dumps(complete())[:3000], "is not complete JSON"),
+        ("[" * 100_000, "is not complete JSON"),
         ("[1, 2]", "is not a report of cpcompile; give a bundle or its report.json"),
         ('{"schema_version": "1.0", "components": {}}', "is not a report of cpcompile"),
         (edited(lambda r: r.update(schema_version=7)), "has schema version 7, this cpcompile reads 1"),
         (edited(lambda r: r.pop("verdict")), "'verdict' is a required property"),
-        (edited(lambda r: r["build"].update(seconds=float("nan"))), "NaN is no number"),
+        (edited(lambda r: r["build"].update(seconds=float("nan"))), "NaN is not a number"),
         (edited(lambda r: r["build"].update(seconds=1)).replace('"seconds": 1,', '"seconds": 1e999,'), "1e999 is no"),
         (edited(lambda r: r["bundle"].update(bytes=10**30)), "is too large"),
         (edited(lambda r: r["contexts"].append(r["contexts"][0])), "a context occurs twice"),
@@ -77,7 +77,7 @@ def test_a_report_that_is_not_there_is_refused_with_the_way_out(tmp_path: Path) 
     with pytest.raises(UsageError, match="there is no such file; `cpcompile validate` writes one"):
         read_report(tmp_path)
     (tmp_path / "bytes").write_bytes(b"\xff\xfe")
-    with pytest.raises(UsageError, match="is not JSON"):
+    with pytest.raises(UsageError, match="is not complete JSON"):
         read_report(tmp_path / "bytes")
 
 

@@ -46,7 +46,7 @@ def peaks(made: Estimate) -> dict[str, int]:
 
 
 def changes(made: Estimate) -> dict[str, int]:
-    """Of the peaks, against the plain build; those that are not 0."""
+    """Changes of the peaks against the plain build, if not 0."""
     before = peaks(estimated())
     return {name: more for name, peak in peaks(made).items() if (more := peak - before[name])}
 
