@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 DOCS_STAMP := $(VENV)/docs-installed
 
-.PHONY: help test test-gpu lint demo bench docs clean
+.PHONY: help test test-all test-gpu lint demo bench docs clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/'
@@ -16,8 +16,17 @@ $(STAMP): pyproject.toml constraints.txt
 	PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	touch $@
 
+# One worker a core. Engines and eager models are measured with as many threads as there are cores: those that wait
+# must sleep, or they take from the other workers what they need.
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest \
+	-n auto --dist loadfile --no-loadscope-reorder --durations 15
+
 test: lint ## everything that has to hold: lint, types, layers, tests, the wheel
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder --durations 15
+	$(PYTEST) -m "not slow"
+
+test-all: lint ## test, with the tests marked slow, and coverage: its total and the ten worst files
+	$(PYTEST) --cov --cov-report=
+	$(BIN)/coverage report --sort=cover | awk 'NR <= 12 || /^TOTAL/'
 
 test-gpu: $(STAMP) ## what needs an NVIDIA GPU; `cpcompile doctor` says what else it needs
 	$(BIN)/cpcompile doctor

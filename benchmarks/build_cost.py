@@ -2,8 +2,8 @@
 
     python benchmarks/build_cost.py demo/model.pt
 
-Each run in a fresh process, one after the other and repeated; validation is not part of a build's
-stages. The limit for memory is the model's bytes on top of a process that has only imported what it needs.
+Each run is in a fresh process, one after the other and repeated. Validation is not part of the stages of a build.
+Memory is compared with the model's bytes on top of a process that has only imported what it needs.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from rich.console import Console
 from rich.table import Table
 
 from cpcompile.frontend.checkpoint import dense_path, load_checkpoint
+from cpcompile.machine.subprocesses import in_fresh_process
 
 EXPORT = """
 import json, sys, time
 from pathlib import Path
-from cpcompile.capture import capture_dense
-from cpcompile.checkpoint import load_checkpoint
-from cpcompile.measure import peak_resident_bytes
+from cpcompile.frontend.capture import capture_dense
+from cpcompile.frontend.checkpoint import load_checkpoint
+from cpcompile.machine.memory import peak_resident_bytes
 import onnx_ir as ir
 import cpcompile.pipeline.build
 empty = peak_resident_bytes()
@@ -37,6 +38,13 @@ print(json.dumps({"seconds": time.perf_counter() - started, "peak": peak_residen
 """
 
 
+def export(dense: Path) -> dict[str, float]:
+    """Seconds and peak memory of one plain export of the dense model, and the memory of an empty process."""
+    with tempfile.TemporaryDirectory() as folder:
+        result: dict[str, float] = in_fresh_process("-W", "ignore", "-c", EXPORT, str(dense), folder)
+    return result
+
+
 @click.command()
 @click.argument("model", type=click.Path(path_type=Path), default="demo/model.pt")
 @click.option("--runs", default=3)
@@ -45,10 +53,8 @@ def main(model: Path, runs: int) -> None:
     size = sum(tensor.numel() * 4 for tensor in dense.state.values())
     exports, builds = [], []
     for _ in range(runs):
+        exports.append(export(dense_path(model)))
         with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, "-W", "ignore", "-c", EXPORT, str(dense_path(model)), folder]
-            done = subprocess.run(command, check=True, capture_output=True, text=True)
-            exports.append(json.loads(done.stdout.splitlines()[-1]))
             target = str(Path(folder) / "model.cpc")
             command = [sys.executable, "-m", "cpcompile", "build", str(model), "-o", target]
             command += ["--no-speed", "--no-memory", "--json"]
@@ -56,23 +62,23 @@ def main(model: Path, runs: int) -> None:
             builds.append(json.loads(done.stdout))
     stages = {
         stage["name"]: spread(
-            [next(s["seconds"] for s in b["build"]["stages"] if s["name"] == stage["name"]) for b in builds]
+            next(s["seconds"] for s in b["build"]["stages"] if s["name"] == stage["name"]) for b in builds
         )
         for stage in builds[0]["build"]["stages"]
     }
     contexts = len(builds[0]["contexts"])
     empty = exports[0]["empty"]
-    export, build = spread([e["seconds"] for e in exports]), spread([b["build"]["seconds"] for b in builds])
+    exported, built = spread(e["seconds"] for e in exports), spread(b["build"]["seconds"] for b in builds)
     peaks = {"export": exports[0]["peak"], "build": builds[0]["build"]["peak_rss_bytes"], "empty": empty, "model": size}
     table = Table(title=f"{contexts} contexts, dense model {size / 1e6:.1f} MB")
     for column in ("", "seconds (median)", "peak RSS MB", "over the empty process, in model sizes"):
         table.add_column(column)
-    for name, seconds in (("export", export), ("build", build)):
+    for name, seconds in (("export", exported), ("build", built)):
         over = (peaks[name] - empty) / size
         table.add_row(name, f"{seconds['median']:.2f}", f"{peaks[name] / 1e6:.0f}", f"{over:.1f}")
     Console().print(table)
     print("stages:", ", ".join(f"{name} {row['median']:.2f} s" for name, row in stages.items()))
-    save("build_cost", {"export": export, "build": build, "stages": stages, "bytes": peaks, "contexts": contexts})
+    save("build_cost", {"export": exported, "build": built, "stages": stages, "bytes": peaks, "contexts": contexts})
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""How often `cpcompile check` is wrong about a bundle that did not change, on a machine that is busy with other things.
+"""Count false alarms of `cpcompile check` for an unchanged bundle on a machine that is busy with other work.
 
     python benchmarks/check_noise.py model.cpc --model model.pt
 
-A baseline is measured first, while the machine is quiet. Then the same bundle is checked again and again with a busy
-loop on one core. A fail is a false alarm; inconclusive is an honest answer. Each check runs in a fresh process.
+A baseline is measured first, while the machine is quiet. Then the same bundle is checked repeatedly with a busy loop on
+one core. A fail is a false alarm; inconclusive is an honest answer. Each check runs in a fresh process.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def check(bundle: Path, model: Path, baseline: Path, *arguments: str) -> subproc
 @click.option("--model", type=click.Path(path_type=Path, exists=True), required=True)
 @click.option("--repetitions", default=50)
 @click.option("--rounds", default=60)
-@click.option("--busy", default=1, help="Busy loops beside the checks.")
+@click.option("--busy", default=1, help="Number of busy loops during the checks.")
 def main(bundle: Path, model: Path, repetitions: int, rounds: int, busy: int) -> None:
     console, verdicts, alarms = Console(), Counter[str](), []
     inconclusive: Counter[str] = Counter()

@@ -1,10 +1,10 @@
-"""What optimisers leave of a graph in which 75 % of the FFN channels and half of the heads are multiplied by zero.
+"""Compare optimisers on a graph in which 75 % of the FFN channels and half of the heads are multiplied by zero.
 
     python benchmarks/dead_channels.py
 
-A gated decoder of two layers with random weights, its context bound to a constant, in opset 20 (attention spelled
-out) and 23 (attention as one operator). Every tool gets the same file. `expected` is what the selection keeps by
-count; differences are against the file itself in ONNX Runtime without optimisations.
+The graph is a gated decoder of two layers with random weights, its context bound to a constant, in opset 20 (attention
+spelled out) and 23 (attention as one operator). Every tool gets the same file. `expected` is the number of parameters
+that the selection keeps; errors are relative to the file itself in ONNX Runtime without optimisations.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from common import save
 from rich.console import Console
 from rich.table import Table
 
-from cpcompile.core.config import ModelConfig
+from cpcompile.core.config import OPSETS, ModelConfig
 from cpcompile.core.selection import UnitKind
 from cpcompile.files.onnx_file import load_onnx, save_onnx, size_of
-from cpcompile.frontend.capture import OPSETS, capture
+from cpcompile.frontend.capture import capture
 from cpcompile.models.decoder import Decoder
 from cpcompile.passes.bind_context import BindContext
 from cpcompile.pipeline.optimize import optimize_file
@@ -39,7 +39,7 @@ BUDGETS = {UnitKind.FFN: 0.25, UnitKind.HEAD: 0.5}
 
 
 def gated_decoder() -> tuple[Decoder, int]:
-    """A decoder with gates, and how many numbers its first context keeps: parameters and rotary frequencies."""
+    """A gated decoder, and how many numbers its first context keeps: parameters and rotary frequencies."""
     torch.manual_seed(0)
     config = ModelConfig(vocabulary=4096, width=256, layers=2, heads=8, kv_heads=8, ffn=1024, align=32)
     model = Decoder(config, contexts=len(CONTEXTS))
@@ -129,7 +129,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for opset in OPSETS:
             rows = result[f"opset_{opset}"] = compare_tools(opset, model, Path(folder))
-            table = Table(title=f"opset {opset}; expected are {expected:,} numbers")
+            table = Table(title=f"opset {opset}; {expected:,} numbers are expected")
             for column in ("", "nodes", "parameters", "seconds", "max abs error"):
                 table.add_column(column, justify="left" if not column else "right")
             for name, row in rows.items():

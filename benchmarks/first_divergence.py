@@ -1,9 +1,9 @@
-"""Find a planted fault: time and peak memory of the search, next to one plain session of the same engine.
+"""Find a planted fault: time and peak memory of the search, compared with one plain session of the same engine.
 
     cpcompile build demo/model.pt -o demo/model.cpc
     python benchmarks/first_divergence.py demo/model.pt demo/model.cpc
 
-A matrix in the middle of an engine is perturbed by 1e-3 of each weight. The search has two ONNX files, the planted
+A matrix in the middle of an engine is perturbed by 1e-3 of each weight. The search gets two ONNX files, the perturbed
 engine and the graph freshly frozen from the model. Each side runs in a fresh process without torch.
 """
 
@@ -30,7 +30,7 @@ RELATIVE = 1e-3
 SESSION = """
 import json, sys
 import numpy as np, onnxruntime as ort
-from cpcompile.measure import peak_resident_bytes
+from cpcompile.machine.memory import peak_resident_bytes
 options = ort.SessionOptions()
 options.intra_op_num_threads = 1
 session = ort.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
@@ -41,7 +41,7 @@ print(json.dumps({"peak_rss_bytes": peak_resident_bytes()}))
 SEARCH = """
 import json, sys, time
 import numpy as np, onnx_ir as ir
-from cpcompile.measure import peak_resident_bytes, resident_bytes
+from cpcompile.machine.memory import peak_resident_bytes, resident_bytes
 from cpcompile.validation.divergence import find_divergence
 base = resident_bytes()
 engine, reference, feeds = ir.load(sys.argv[1]), ir.load(sys.argv[3]), dict(np.load(sys.argv[2]))
@@ -65,7 +65,7 @@ def write(model: ir.Model, path: Path) -> Path:
 
 
 def plant(engine: ir.Model, pattern: str) -> str:
-    """Perturb the matrix in the middle of those whose names match, all pieces of it; returns its name."""
+    """Perturb all pieces of the middle matrix of those whose names match `pattern`; return its name."""
     names = [re.sub(r"\[\d+\]$", "", name) for name in engine.graph.initializers if re.search(pattern, name)]
     if not names:
         raise click.UsageError(f"no weight of the engine matches {pattern!r}; name another with --tensor")
@@ -82,8 +82,8 @@ def plant(engine: ir.Model, pattern: str) -> str:
 @click.command()
 @click.argument("model", type=click.Path(path_type=Path), default="demo/model.pt")
 @click.argument("bundle", type=click.Path(path_type=Path), default="demo/model.cpc")
-@click.option("--context", help="The first of the bundle by default.")
-@click.option("--tensor", default=r"down(_proj)?\.weight", help="Names of the matrices of which one is perturbed.")
+@click.option("--context", help="By default the first of the bundle.")
+@click.option("--tensor", default=r"down(_proj)?\.weight", help="Pattern of matrix names, one of which is perturbed.")
 @click.option("--sequence", default=128)
 def main(model: Path, bundle: Path, context: str | None, tensor: str, sequence: int) -> None:
     opened, source = open_bundle(bundle), open_source(model)

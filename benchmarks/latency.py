@@ -1,8 +1,8 @@
-"""Latency of a context's engine against what a user would run instead, interleaved in one process.
+"""Latency of a context's engine compared with what a user would run instead, interleaved in one process.
 
     python benchmarks/latency.py demo/model.pt demo/model.cpc
 
-Peers: the eager dense baseline and those of `cpcompile validate --peers all`. The limit is the ratio of
+The peers are the eager dense baseline and those of `cpcompile validate --peers all`. The limit is the ratio of
 multiply-adds in matrix products at batch 1.
 """
 
@@ -28,7 +28,7 @@ from cpcompile.validation.speed import measure_speed
 
 
 def matrix_work(parameters: dict[str, list[int]], which: int) -> int:
-    """Elements of the matrices that every token is multiplied with: [total, kept][which]."""
+    """Elements of the matrices that every token is multiplied by: [total, kept][which]."""
     return sum(sizes[which] for name, sizes in parameters.items() if "norm" not in name)
 
 
@@ -50,7 +50,7 @@ def main(model: Path, bundle: Path, rounds: int) -> None:
             peers={peer.name: loaded.enter_context(peer.load()) for peer in peers(variant)},
         )
     assert speed.shapes is not None
-    table = Table(title=f"p50 in ms of {variant.context}; in brackets: times as fast as that peer")
+    table = Table(title=f"p50 in ms of {variant.context}; in brackets: speedup over that peer")
     for column in ("batch x sequence", "engine", "eager", *speed.shapes[0].peers):
         table.add_column(column, justify="right")
     for shape in speed.shapes:

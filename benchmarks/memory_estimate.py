@@ -1,12 +1,12 @@
-"""`cpcompile estimate` against the measured peak of a build, for the presets and any checkpoints.
+"""Compare `cpcompile estimate` with the measured peak of a build, for the presets and any checkpoints.
 
     python benchmarks/memory_estimate.py                    nano, tiny and small, trained for two steps
-    python benchmarks/memory_estimate.py smollm2.pt         these too; their builds take as long as builds take
+    python benchmarks/memory_estimate.py smollm2.pt         these as well; large models take as long as their builds
 
-Each build runs in a fresh process. Two peaks are compared, the stages that the report calls the build, and the whole
-process with its validation (VmHWM of proc_pid_status(5)). Speed is not measured, and memory not in processes of their
-own, which are not part of the peak; an engine's own peaks are compared with one measurement each. How well a model was
-trained makes no difference to any of this.
+Each build runs in a fresh process. Two peaks are compared: that of the build's stages in the report, and that of the
+whole process with its validation (VmHWM of proc_pid_status(5)). Speed is not measured, nor is memory in separate
+processes, which are not part of the peak; an engine's own peaks are compared with one measurement each. How well a
+model was trained makes no difference.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SHAPE = (1, 128)
 RUN = """
 import json, sys
 from cpcompile.cli import main
-from cpcompile.measure import peak_resident_bytes
+from cpcompile.machine.memory import peak_resident_bytes
 try:
     main(sys.argv[1:])
 except SystemExit as stop:
@@ -76,7 +76,7 @@ print(json.dumps(json.loads(printed.getvalue())))
 
 
 def train(preset: str, folder: Path, corpus: Path) -> Path:
-    """A checkpoint of that shape with its dense baseline."""
+    """Train a checkpoint of `preset` with its dense baseline."""
     model = folder / f"{preset}.pt"
     arguments = ["--preset", preset, "--steps", "2", "--batch", "1", "-o", str(model), "--cache", str(folder / "cache")]
     in_fresh_process("-c", RUN, "train", "--data", str(corpus), *arguments)
@@ -85,7 +85,7 @@ def train(preset: str, folder: Path, corpus: Path) -> Path:
 
 @click.command()
 @click.argument("models", type=click.Path(path_type=Path), nargs=-1)
-@click.option("--presets", default=",".join(PRESETS), help="Comma-separated; those to train and build.")
+@click.option("--presets", default=",".join(PRESETS), help="Comma-separated presets to train and build.")
 @click.option("--threads", default=1)
 def main(models: tuple[Path, ...], presets: str, threads: int) -> None:
     results: dict[str, Any] = {}

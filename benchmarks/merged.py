@@ -1,23 +1,20 @@
-"""One engine for all contexts against one engine per context and the dense model: memory and latency.
+"""Compare one engine for all contexts with one engine per context and the dense model: memory and latency.
 
     cpcompile build demo/model.pt -o demo/merged.cpc --merged
     python benchmarks/merged.py demo/model.pt demo/merged.cpc
 
-Memory: peak RSS of running at 1 x 128, each side in a fresh process. Latency: interleaved in one process.
+Memory is the peak RSS of running at 1 x 128, each side in a fresh process. Latency is interleaved in one process.
 """
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import click
 import numpy as np
 import onnx_ir as ir
-from common import save, settled, spread
+from common import save, spread, time_sides
 from rich.console import Console
 from rich.table import Table
 
@@ -25,8 +22,10 @@ from cpcompile.bundle.reader import Variant, open_bundle
 from cpcompile.frontend.capture import capture_dense
 from cpcompile.frontend.checkpoint import dense_path, load_checkpoint
 from cpcompile.machine.environment import available_cores
+from cpcompile.machine.subprocesses import in_fresh_process
 from cpcompile.runtime.engine import Engine, create_session, session_options
 from cpcompile.validation.runners import NO_SPINNING_AFTER_RUN
+from cpcompile.validation.speed import ratio_interval
 
 SHAPES = ((1, 1), (1, 128), (4, 128))
 BUNDLE_SIDE = """
@@ -34,7 +33,7 @@ import json, sys
 from pathlib import Path
 import numpy as np
 from cpcompile.bundle import open_bundle
-from cpcompile.measure import peak_resident_bytes
+from cpcompile.machine.memory import peak_resident_bytes
 from cpcompile.runtime import Engine, load_engine
 bundle, variant, *contexts = sys.argv[1:]
 opened = open_bundle(Path(bundle))
@@ -51,7 +50,7 @@ print(json.dumps(peak_resident_bytes()))
 FILE_SIDE = """
 import json, sys
 import numpy as np, onnxruntime as ort
-from cpcompile.measure import peak_resident_bytes
+from cpcompile.machine.memory import peak_resident_bytes
 session = ort.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
 for _ in range(3):
     session.run(None, {"input_ids": np.zeros((1, 128), np.int64)})
@@ -60,9 +59,8 @@ print(json.dumps(peak_resident_bytes()))
 
 
 def peak_of(code: str, *arguments: object) -> int:
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return int(json.loads(done.stdout))
+    peak: int = in_fresh_process("-c", code, *map(str, arguments))
+    return peak
 
 
 def open_engine(variant: Variant) -> Engine:
@@ -97,10 +95,12 @@ def main(model: Path, bundle: Path, rounds: int) -> None:
     for batch, sequence in SHAPES:
         ids = generator.integers(0, 512, (batch, sequence))
         sides = {"single": lambda ids=ids: single.run(ids), "merged": lambda ids=ids: merged.run(ids)}
-        row = {name: spread([1000 * s for s in values]) for name, values in settled(sides, rounds).items()}
-        ratio = row["merged"]["median"] / row["single"]["median"]
-        latency[f"{batch}x{sequence}"] = {"milliseconds": row, "ratio": ratio}
-        table.add_row(f"{batch} x {sequence}", *(f"{r['median']:.2f}" for r in row.values()), f"{ratio:.2f}")
+        seconds = time_sides(sides, rounds=rounds)
+        row = {name: spread(1000 * values) for name, values in seconds.items()}
+        ratio, low, high = ratio_interval(seconds["merged"], seconds["single"], seed=0)
+        latency[f"{batch}x{sequence}"] = {"milliseconds": row, "ratio": ratio, "ratio_low": low, "ratio_high": high}
+        medians = (f"{each['median']:.2f}" for each in row.values())
+        table.add_row(f"{batch} x {sequence}", *medians, f"{ratio:.2f} ({low:.2f} to {high:.2f})")
     Console().print(table)
     Console().print(", ".join(f"{name} {peak / 1e6:.1f} MB" for name, peak in peaks.items()))
     save("merged", {"peak_rss_bytes": peaks, "latency": latency, "contexts": list(contexts)})

@@ -1,9 +1,9 @@
-"""Quality of the partitioned model against what it has to beat, over several seeds.
+"""Quality of the partitioned model compared with the dense baseline and the controls, over several seeds.
 
     python benchmarks/partition_quality.py demo/corpus
 
-Every seed draws weights, held-out documents and batches anew and trains the demo's settings with controls; within a
-seed all branches meet the same tokens. Perplexity is the geometric mean over contexts, relative to the dense
+Every seed draws new weights, held-out documents and batches, and trains the settings of the demo with controls. Within
+a seed all branches see the same tokens. Perplexity is the geometric mean over contexts, relative to the dense
 baseline of the same seed. About a quarter of an hour per seed on two cores.
 """
 
@@ -29,7 +29,7 @@ CONTROLS = ("one-mask", "random-per-context", "dense-distilled")
 
 
 def train_once(corpus: Path, seed: int, console: Console) -> dict[str, float]:
-    """Mean held-out perplexity of every branch of one seed."""
+    """The mean held-out perplexity of every branch for one seed."""
 
     def observe(report: StepReport) -> None:
         if report.perplexity:

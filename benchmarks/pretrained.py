@@ -1,9 +1,9 @@
-"""A pretrained model partitioned: no recovery, least squares, a short training; and what its build costs.
+"""Partition a pretrained model: without recovery, with least squares, with a short training; and the cost of its build.
 
     python benchmarks/pretrained.py SmolLM2-135M/ --work build-of-smollm2/
 
-Contexts are Python, C++ and English as every installation has them; FFN budget 50 %, heads 75 %, vocabularies trimmed.
-What is in the work folder already is not done again: an interrupted run goes on. The build is compared with one plain
+The contexts are Python, C++ and English text already on the machine; FFN budget 50 %, heads 75 %, trimmed vocabularies.
+Results in the work folder are reused, so an interrupted run continues. The build is compared with one plain
 `torch.onnx.export` of the dense model in a fresh process; limits: 1.3x its time plus 15 s per context, 3x the
 model's bytes plus 1 GB.
 """
@@ -13,12 +13,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import click
-from build_cost import EXPORT
+from build_cost import export
 from common import save
 from rich.console import Console
 from rich.table import Table
@@ -32,7 +31,7 @@ SETTINGS = "[train]\nheld_out_tokens = 4096\nimportance_sequences = 32\nrecover_
 
 
 def train(folder: Path, work: Path, name: str, *flags: str) -> Path:
-    """The checkpoint `name`, trained unless it is there."""
+    """The checkpoint `name`, trained unless it exists."""
     out = work / f"{name}.pt"
     if not out.exists():
         (work / "settings.toml").write_text(SETTINGS)
@@ -44,7 +43,7 @@ def train(folder: Path, work: Path, name: str, *flags: str) -> Path:
 
 
 def build(model: Path) -> dict[str, Any]:
-    """The report of its bundle."""
+    """Build a bundle of `model` and return its report."""
     command = [sys.executable, "-m", "cpcompile", "build", str(model), "--vocabulary-coverage", "1"]
     command += ["--no-memory", "--rounds", "6", "--json"]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
@@ -52,19 +51,10 @@ def build(model: Path) -> dict[str, Any]:
     return report
 
 
-def export(dense: Path) -> dict[str, float]:
-    """Seconds and peak memory of one plain export of the dense model."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-W", "ignore", "-c", EXPORT, str(dense), folder]
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
-    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return result
-
-
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path, exists=True))
-@click.option("--work", type=click.Path(path_type=Path), default="pretrained-benchmark", help="Folder for everything.")
-@click.option("--steps", default=40, help="Updates of the short training, of the dense baseline as well.")
+@click.option("--work", type=click.Path(path_type=Path), default="pretrained-benchmark", help="Folder for all files.")
+@click.option("--steps", default=40, help="Steps of the short training, and of the dense baseline.")
 def main(folder: Path, work: Path, steps: int) -> None:
     work.mkdir(exist_ok=True)
     if not (work / "corpus").exists():

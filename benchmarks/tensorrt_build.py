@@ -1,16 +1,13 @@
-"""Engines of TensorRT-RTX: their size against the parameters that they keep, and what building them takes.
+"""TensorRT-RTX engines: their size relative to the parameters that they keep, and the cost of building them.
 
     python benchmarks/tensorrt_build.py smollm2.pt
 
-Every context, and the dense baseline as one plain export, each built in a process of its own that does nothing else:
-its peak is that of the build, with the libraries in it. A plan also holds kernels, so small models look worse.
+Every context, and the dense baseline as one plain export, is built in a process of its own, whose peak includes the
+libraries. A plan also contains kernels, so small models look worse.
 """
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -22,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cpcompile.frontend.source import open_source
+from cpcompile.machine.subprocesses import in_fresh_process
 from cpcompile.passes.freeze import freeze, prepare
 from cpcompile.pipeline.write_engines import legal_for_plans
 from cpcompile.targets.requests import PRECISIONS
@@ -31,8 +29,8 @@ import json, sys, time
 from pathlib import Path
 import onnx_ir as ir
 from cpcompile.exporters.tensorrt_exporter import PLAN_FILE, export_tensorrt, require_target
-from cpcompile.measure import peak_resident_bytes
-from cpcompile.targets import parse_target
+from cpcompile.machine.memory import peak_resident_bytes
+from cpcompile.targets.requests import parse_target
 model, target, precision, sequence = Path(sys.argv[1]), parse_target(sys.argv[2]), sys.argv[3], int(sys.argv[4])
 require_target(target)
 empty = peak_resident_bytes()
@@ -87,18 +85,15 @@ def main(model: Path, target: str, precision: str) -> None:
 
 
 def _build(model: ir.Model, target: str, precision: str, sequence: int) -> dict[str, Any]:
-    """Figures of one build; `weights` are the bytes of its graph's tensors."""
+    """The figures of one build; `weights` are the bytes of the tensors in its graph."""
     model = legal_for_plans(model, precision)
     weights = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "in.onnx"
         ir.save(model, path, external_data="in.bin")
         del model
-        command = [sys.executable, "-W", "ignore", "-c", BUILD, str(path), target, precision, str(sequence)]
-        done = subprocess.run(command, check=False, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        arguments = (str(path), target, precision, str(sequence))
+        found: dict[str, Any] = in_fresh_process("-W", "ignore", "-c", BUILD, *arguments)
     return found | {"weights": weights}
 
 

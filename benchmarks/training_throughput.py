@@ -1,4 +1,4 @@
-"""Training throughput: dense steps against masked steps that compute only the kept units.
+"""Training throughput: dense steps compared with masked steps that compute only the kept units.
 
     python benchmarks/training_throughput.py
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import click
 import torch
-from common import interleave, save, spread
+from common import save, spread, time_sides
 from rich.console import Console
 from rich.table import Table
 from torch.nn import functional as F
@@ -21,6 +21,7 @@ from cpcompile.core.selection import UnitKind
 from cpcompile.models.decoder import Decoder
 from cpcompile.training.allocation import allocate_random
 from cpcompile.training.branch import make_optimizer
+from cpcompile.validation.speed import ratio_interval
 
 CONTEXTS = ("a", "b", "c")
 
@@ -55,13 +56,14 @@ def main(preset_name: str, rounds: int) -> None:
         optimizer.zero_grad(set_to_none=True)
 
     optimizers = {model: make_optimizer(model, {}, config) for model in (dense, gated)}
-    seconds = interleave(
+    seconds = time_sides(
         {"dense": lambda: step(dense, optimizers[dense]), "masked": lambda: step(gated, optimizers[gated])},
         rounds=rounds,
+        settle=0,
     )
     tokens = len(CONTEXTS) * config.batch * config.sequence
-    speed = {name: spread([tokens / s for s in values]) for name, values in seconds.items()}
-    ratio = speed["masked"]["median"] / speed["dense"]["median"]
+    speed = {name: spread(tokens / values) for name, values in seconds.items()}
+    ratio, low, high = ratio_interval(seconds["dense"], seconds["masked"], seed=0)
     total = sum(p.numel() for p in dense.parameters() if p.ndim == 2)
     kept_size = sum(n for name, n in gated.kept_sizes(selection, "a").items() if "norm" not in name)
     table = Table(title=f"training throughput, {preset_name}, {tokens} tokens a step")
@@ -70,11 +72,12 @@ def main(preset_name: str, rounds: int) -> None:
     for name, row in speed.items():
         table.add_row(name, f"{row['median']:,.0f}", f"{row['quartile_1']:,.0f} – {row['quartile_3']:,.0f}")
     Console().print(table)
-    print(f"masked / dense: {ratio:.2f}x; limit by parameters in matrix products: {total / kept_size:.2f}x")
-    save(
-        "training_throughput",
-        {"preset": preset_name, "tokens_per_second": speed, "ratio": ratio, "limit": total / kept_size},
+    limit = total / kept_size
+    print(
+        f"masked / dense: {ratio:.2f}x ({low:.2f} to {high:.2f}); limit by parameters in matrix products: {limit:.2f}x"
     )
+    ratios = {"ratio": ratio, "ratio_low": low, "ratio_high": high, "limit": limit}
+    save("training_throughput", {"preset": preset_name, "tokens_per_second": speed, **ratios})
 
 
 if __name__ == "__main__":

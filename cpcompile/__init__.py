@@ -7,21 +7,27 @@ context keeps, and `cpcompile.save_program` writes a program that `cpcompile bui
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+from cpcompile.core.version import __version__
 
+if TYPE_CHECKING:
+    from cpcompile.frontend.program import save_program
+    from cpcompile.partitioning import partition
+    from cpcompile.training.select_units import select_units
 
-API = {
+__all__ = ["__version__", "partition", "save_program", "select_units"]
+
+_MODULES = {
     "partition": "cpcompile.partitioning",
     "save_program": "cpcompile.frontend.program",
     "select_units": "cpcompile.training.select_units",
 }
-"""What stands at the top, and the module that it comes from."""
+"""The module that each public name comes from: torch is imported when the first of them is used."""
 
 
-def __getattr__(name: str) -> Any:
-    """What is in `API` is there without torch being imported before it is used."""
-    if name in API:
-        return getattr(importlib.import_module(API[name]), name)
+def __getattr__(name: str) -> object:
+    """Import what is public when it is first used."""
+    if name in _MODULES:
+        return getattr(importlib.import_module(_MODULES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

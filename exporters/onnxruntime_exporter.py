@@ -1,4 +1,4 @@
-"""ONNX Runtime: a frozen graph -> `cpu-fp32/model.onnx` or `cuda-fp16/model.onnx`, its weights in a file or inside."""
+"""ONNX Runtime: a frozen graph -> `cpu-fp32/model.onnx` or `cuda-fp16/model.onnx`, weights shared or inside."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def export_onnxruntime(
     contexts: tuple[str, ...] = (),
     cuda_precision: str | None = None,
 ) -> Artifact:
-    """Write `model` to `folder`; its initializers refer to `weights`, without which the model is self-contained.
+    """Write `model` to `folder`; its initializers refer to the file `weights`, or are inside if there is none.
 
-    contexts: those that a merged model chooses from by its input. cuda_precision: of an engine for a GPU, which
-    computes in the graph's own types.
+    contexts: those that the input of a merged model selects from. cuda_precision: the precision of an engine for a
+    GPU, which computes in the graph's own types.
     """
     shared = refer_to_weights(model, weights, locations) if weights is not None else 0
     ir.save(model, folder / MODEL_FILE)
@@ -45,5 +45,5 @@ def export_onnxruntime(
 
 
 def cuda_variant(precision: str) -> str:
-    """Device and precision, as every variant is called."""
+    """The name of a CUDA variant: device and precision."""
     return f"cuda-{precision}"

@@ -2,10 +2,10 @@
 
     graph -> ONNX file, its weights beside it -> parser -> network of the graph's own types -> builder -> plan
 
-All three by what they have in common: precision is that of the graph, TF32 is off, shapes are ranges of profiles. One
-plan of TensorRT-RTX holds for all its compute capabilities: kernels are finished on the GPU, and the plan for three
-is 8 bytes larger than that for one. The library is imported when it is needed; what it says comes through one logger
-per process, since only the first counts. (An IErrorRecorder crashes at exit.)
+It uses what the three libraries have in common: the precision is that of the graph, TF32 is off, and shapes are ranges
+of profiles. One TensorRT-RTX plan serves all its compute capabilities: kernels are finished on the GPU, and the plan
+for three is 8 bytes larger than that for one. The library is imported when it is needed, and its messages come through
+one logger per process, since only the first counts. (An IErrorRecorder crashes at exit.)
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ from cpcompile.bundle.artifact import Artifact
 from cpcompile.core.errors import CpcompileError, UsageError
 from cpcompile.files.onnx_file import module_of
 from cpcompile.files.whole_files import cache_folder, file_digest, whole_file
-from cpcompile.targets.plan_info import EngineInfo, Profile, Shapes, TensorInfo
+from cpcompile.targets.plan_info import PlanInfo, Profile, Shapes, TensorInfo
 from cpcompile.targets.requests import TENSORRT, Range, Target
 from cpcompile.targets.tensorrt_library import load_library, logger_of
 
-Progress = Callable[[int, int], None]
-"""Steps done, and in all."""
+StepProgress = Callable[[int, int], None]
+"""A callback with the steps done and the total steps."""
 PLAN_FILE = "engine.plan"
 BATCH = Range(1, 1, 8)
 SEQUENCES = ("sequence", "seq", "sequence_length", "seq_len")
-"""What exporters call the axis of the tokens."""
+"""The names that exporters give to the token axis."""
 PAST = "past"
-"""How the names of inputs begin that hold the cache."""
+"""The prefix of the inputs that hold the cache."""
 LONGEST = 400
-"""Characters of what a library says that a message repeats."""
+"""The most characters of a library's message that an error repeats."""
 
 
 def variant_name(target: Target, precision: str) -> str:
-    """Runtime and precision, as every variant is called."""
+    """The name of a variant: runtime and precision."""
     return f"{target.flavour}-{precision}"
 
 
@@ -55,11 +55,11 @@ def export_tensorrt(
     precision: str,
     ranges: Mapping[str, Range],
     sequence: int | None,
-    progress: Progress = lambda _done, _total: None,
+    progress: StepProgress = lambda _done, _total: None,
 ) -> Artifact:
     """Write the plan of `model` to `folder`; it computes in the graph's own types, which `precision` names.
 
-    ranges: lengths of dynamic axes by name; sequence: tokens that it was trained on, for the axes that are not given.
+    ranges: lengths of dynamic axes by name. sequence: the trained sequence length, for token axes without a range.
     UsageError: no library, an unknown capability or axis. CpcompileError: the library refuses the graph.
     """
     library = require_target(target)
@@ -70,7 +70,7 @@ def export_tensorrt(
         digest = _digest(sorted(Path(scratch).iterdir()))
         modules = {node.name: module_of(node) for node in model.graph.all_nodes() if node.name}
         build_plan(onnx, folder / PLAN_FILE, library, target, profiles, modules=modules, progress=progress)
-    info = EngineInfo(
+    info = PlanInfo(
         flavour=target.flavour,
         version=str(library.__version__),
         capabilities=target.capabilities,
@@ -88,12 +88,12 @@ def export_tensorrt(
         model_file=PLAN_FILE,
         files=(PLAN_FILE,),
         shared_bytes=0,
-        engine=info,
+        plan=info,
     )
 
 
 def require_target(target: Target) -> Any:
-    """The library of `target`; UsageError if it is not there, or does not build for one of the capabilities."""
+    """The library of `target`; UsageError if it is missing, or does not build for one of the capabilities."""
     library = load_library(target.flavour)
     known = library.ComputeCapability.__members__ if target.capabilities else {}
     for name in target.capabilities:
@@ -111,9 +111,9 @@ def build_plan(
     profiles: Sequence[Profile],
     *,
     modules: Mapping[str, str] = {},
-    progress: Progress = lambda _done, _total: None,
+    progress: StepProgress = lambda _done, _total: None,
 ) -> None:
-    """Build the file `onnx` to `plan`, which appears whole or not at all; Ctrl-C ends it at the next step.
+    """Build `plan` from the file `onnx`; it appears whole or not at all, and Ctrl-C stops the build at the next step.
 
     modules: the torch module of each node, for messages.
     """
@@ -122,8 +122,8 @@ def build_plan(
     with log.listening() as messages:
         try:
             builder = library.Builder(log)
-        except Exception as error:  # pybind11 has a class of its own for "returned nullptr"
-            raise say.failure("has no builder here", messages or [str(error)]) from error
+        except Exception as error:  # pybind11 has its own class for "returned nullptr"
+            raise say.failure("cannot create a builder on this machine", messages or [str(error)]) from error
         network = builder.create_network(_typed(library))
         _parse(library, network, onnx, log, say, messages)
         config = builder.create_builder_config()
@@ -144,9 +144,9 @@ def build_plan(
 
 @contextmanager
 def timing_cache(config: Any, path: Path | None) -> Iterator[None]:
-    """What earlier builds have measured of kernels, in `path`, and then what this one has; None where nothing is timed.
+    """Use the kernel timings of earlier builds from `path`, and add those of this one; None if nothing is timed.
 
-    A cache of another version or GPU is one without use; without one the build takes longer, and that is all.
+    The timings of another version or GPU are ignored; without a cache the build only takes longer.
     """
     if path is None:
         yield
@@ -162,7 +162,7 @@ def timing_cache(config: Any, path: Path | None) -> Iterator[None]:
 def profiles_of(model: ir.Model, ranges: Mapping[str, Range], sequence: int | None) -> tuple[Profile, ...]:
     """One profile, or with a cache one for the prompt (no past) and one for the tokens after it (one at a time).
 
-    UsageError: a range of an axis that is not there, or an axis of which no range is known.
+    UsageError: a range for an axis that does not exist, or an axis without a known range.
     """
     axes = {name: None for value in model.graph.inputs for name in _shape(value) if isinstance(name, str)}
     if unknown := sorted(ranges.keys() - axes.keys()):
@@ -220,31 +220,31 @@ def _digest(files: Iterable[Path]) -> str:
 
 
 def _typed(library: Any) -> int:
-    """Strong typing: the only kind in TensorRT 11 and TensorRT-RTX, a flag in 10."""
+    """The flags for strong typing, which is a flag in TensorRT 10 and the only mode of TensorRT 11 and TensorRT-RTX."""
     strong = getattr(library.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     return 0 if strong is None else 1 << int(strong)
 
 
 def _parse(library: Any, network: Any, onnx: Path, log: Any, say: _Speaker, messages: list[str]) -> None:
-    """Read the file into `network`. By its path, since weights beside it cannot be found from bytes."""
+    """Read the file into `network`, by its path because weights beside it cannot be found from bytes."""
     parser = library.OnnxParser(network, log)
     parsed = parser.parse_from_file(str(onnx))
     errors = [parser.get_error(index) for index in range(parser.num_errors)]
     if errors and errors[0].node_operator():
         first = errors[0]
         raise say.failure(f"cannot read {say.place(first.node_operator(), first.node_name())}", [first.desc()])
-    if errors or not parsed or not network.num_outputs:  # of what is no ONNX it may say that it was parsed
-        reasons = [*messages, *(error.desc() for error in errors), "it is damaged, or no ONNX"]
+    if errors or not parsed or not network.num_outputs:  # it may claim to have parsed what is not ONNX
+        reasons = [*messages, *(error.desc() for error in errors), "it is damaged or not ONNX"]
         raise say.failure(f"cannot read {onnx.name}", reasons, way_out="export it again, with its weights beside it")
     for index in range(network.num_layers):
         layer = network.get_layer(index)
         if layer.type == getattr(library.LayerType, "ATTENTION_INPUT", None):
-            layer.__class__ = library.IAttentionInputLayer  # the bindings give every layer as an ILayer
-            layer.attention.decomposable = True  # in float32 there is no fused kernel, and it would be refused
+            layer.__class__ = library.IAttentionInputLayer  # the bindings return every layer as an ILayer
+            layer.attention.decomposable = True  # float32 has no fused kernel and would be refused
 
 
 def _set_capabilities(library: Any, config: Any, target: Target) -> None:
-    if target.capabilities:  # the plain library builds for the GPU that is there, and has no such setting
+    if target.capabilities:  # TensorRT builds for the GPU in the machine and has no such setting
         config.num_compute_capabilities = len(target.capabilities)
     for index, name in enumerate(target.capabilities):
         config.set_compute_capability(library.ComputeCapability.__members__[name.upper()], index)
@@ -258,7 +258,7 @@ def _add_profiles(
         own = builder.create_optimization_profile()
         for tensor in inputs:
             if tensor.is_shape_tensor:
-                reason = f"the values of the input {tensor.name} decide shapes; make it a constant of the model"
+                reason = f"the values of the input {tensor.name} determine shapes; make it a constant of the model"
                 raise say.failure("cannot build the engine", [reason])
             shapes = profile.shapes.get(tensor.name)
             if shapes is None or len(shapes[0]) != len(tensor.shape):
@@ -276,18 +276,18 @@ def _add_profiles(
 
 
 def _run(build: Callable[[], Any], monitor: Any) -> Any:
-    """`build`, which does not hold the interpreter; in a thread, so that Ctrl-C arrives here while it works."""
+    """Run `build`, which releases the interpreter lock, in a thread, so that Ctrl-C arrives here meanwhile."""
     with ThreadPoolExecutor(1, "tensorrt") as pool:
         future = pool.submit(build)
         try:
             return future.result()
         finally:
-            monitor.cancelled = True  # of no effect on a build that has ended
+            monitor.cancelled = True  # has no effect on a build that has ended
 
 
 @dataclass(frozen=True)
 class _Speaker:
-    """Makes one sentence of what a library says."""
+    """Turns the messages of a library into one sentence."""
 
     library: str
     modules: Mapping[str, str]
@@ -309,7 +309,7 @@ class _Speaker:
 
 def _writer(library: Any, file: BinaryIO) -> Any:
     class Writer(library.IStreamWriter):  # type: ignore[misc]
-        """Writes to `file`; an exception must not pass through the library, so it is kept."""
+        """Writes to `file`; keeps an exception, which must not pass through the library."""
 
         def __init__(self) -> None:
             library.IStreamWriter.__init__(self)
@@ -325,9 +325,9 @@ def _writer(library: Any, file: BinaryIO) -> Any:
     return Writer()
 
 
-def _monitor(library: Any, progress: Progress) -> Any:
+def _monitor(library: Any, progress: StepProgress) -> Any:
     class Monitor(library.IProgressMonitor):  # type: ignore[misc]
-        """Reports the steps of the outermost phase, and ends the build once `cancelled` is set."""
+        """Reports the steps of the outermost phase, and stops the build once `cancelled` is set."""
 
         def __init__(self) -> None:
             library.IProgressMonitor.__init__(self)

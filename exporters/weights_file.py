@@ -15,15 +15,13 @@ import onnx_ir as ir
 
 ALIGNMENT = 64
 """Offsets are multiples of a cache line, so that mapped pages can be read in place."""
-
-
 INLINE = 1024
-"""Bytes of tensors that stay in the graph: ONNX Runtime computes shapes with them when it loads."""
+"""Tensors up to this many bytes stay in the graph: ONNX Runtime computes shapes with them when it loads."""
 
 
 @dataclass(frozen=True)
 class Location:
-    """Where a tensor lies in the weights file, in bytes."""
+    """The position of a tensor in the weights file, in bytes."""
 
     offset: int
     length: int
@@ -32,7 +30,7 @@ class Location:
 def write_weights(
     path: Path, tensors: Iterable[tuple[str, Callable[[], npt.NDArray[np.generic]]]]
 ) -> Mapping[str, Location]:
-    """Write named tensors one after the other; each is made only when its turn comes."""
+    """Write named tensors one after the other; each is created only when it is written."""
     locations = {}
     with path.open("wb") as file:
         for name, make in tensors:
@@ -44,7 +42,7 @@ def write_weights(
 
 
 def refer_to_weights(model: ir.Model, weights: Path, locations: Mapping[str, Location]) -> int:
-    """Make the initializers of `model` that are in `weights` refer to it; returns the bytes that it refers to."""
+    """Make the initializers of `model` that are in `weights` refer to it; return the bytes that they cover."""
     total = 0
     for name, value in model.graph.initializers.items():
         if (location := locations.get(name)) is None:

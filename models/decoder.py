@@ -151,8 +151,9 @@ class Decoder(LanguageModel):
     def _initialise(self) -> None:
         """Normal weights of deviation 0.02; projections into the residual stream scaled down with depth."""
         residual = 0.02 / (2 * self.config.layers) ** 0.5
+        gates = self.gate_tables()
         for name, weight in self.named_parameters():
-            if weight.ndim == 2 and not name.endswith("table"):
+            if weight.ndim == 2 and name not in gates:
                 into_residual = name.endswith(("output.weight", "down.weight"))
                 nn.init.normal_(weight, std=residual if into_residual else 0.02)
 
@@ -280,5 +281,5 @@ class Decoder(LanguageModel):
 
 
 def _per_token(row: Tensor) -> Tensor:
-    """(batch, units) -> (batch, 1, units); (units,) as it is."""
+    """(batch, units) -> (batch, 1, units); (units,) stays unchanged."""
     return row.unsqueeze(1) if row.ndim == 2 else row

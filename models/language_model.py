@@ -1,4 +1,4 @@
-"""What trainer, compiler and validator need of a language model whose units are gated per context."""
+"""The interface of a language model whose units are gated per context, for trainer, compiler and validator."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class LanguageModel(nn.Module):
     """Token ids -> logits, with one row of gates per context.
 
     With `contexts=0` a model has no gates: the dense parent and the dense baseline. With `contexts=1` all contexts
-    share their gates: a pruned model. Parameters of gates are named `….table`.
+    share their gates: a pruned model.
     """
 
     config: Config
@@ -58,7 +58,7 @@ class LanguageModel(nn.Module):
 
     @abstractmethod
     def gates(self, kind: UnitKind) -> Sequence[Gate]:
-        """The gates of one kind, a layer each and all of the same size."""
+        """The gates of one kind, one per layer and all of the same size."""
 
     @abstractmethod
     def kept(self, selection: Selection, context: str) -> Kept | None:
@@ -66,14 +66,14 @@ class LanguageModel(nn.Module):
 
     @abstractmethod
     def kept_sizes(self, selection: Selection, context: str) -> dict[str, int]:
-        """Elements of every parameter but the gates that `context` keeps, by name."""
+        """Elements that `context` keeps of every parameter except the gates, by name."""
 
     @abstractmethod
     def parameter_kind(self, name: str) -> UnitKind | None:
-        """The kind of unit whose removal makes the parameter `name` smaller; None if nothing does."""
+        """The kind of unit whose removal makes the parameter `name` smaller; None if there is none."""
 
     def kept_with_tokens(self, selection: Selection, context: str, tokens: int | None) -> dict[str, int]:
-        """`kept_sizes` where `tokens` of the vocabulary are left; None for all."""
+        """`kept_sizes` with `tokens` of the vocabulary left; None for all."""
         sizes = self.kept_sizes(selection, context)
         if tokens is None:
             return sizes
@@ -82,14 +82,18 @@ class LanguageModel(nn.Module):
 
     @abstractmethod
     def sort_units(self, selection: Selection) -> Selection:
-        """Reorder units so that partitions lie side by side; returns the selection in the new order.
+        """Reorder units so that partitions are contiguous; returns the selection in the new order.
 
-        The function computed stays the same. Weights of one partition are then one run of rows.
+        The function computed stays the same. The weights of one partition are then one run of rows.
         """
 
     def gate_row(self, context: int) -> Tensor | None:
         """The `context` input of `forward` for that context, int64 scalar; None without gates."""
         return torch.tensor(context if self.contexts > 1 else 0) if self.contexts else None
+
+    def gate_tables(self) -> dict[str, nn.Parameter]:
+        """The tables of all gates, by parameter name."""
+        return {f"{name}.table": module.table for name, module in self.named_modules() if isinstance(module, Gate)}
 
     def select(self, selection: Selection) -> None:
         """Set every gate to `selection`; gates that stay keep their learned scale."""
@@ -98,8 +102,9 @@ class LanguageModel(nn.Module):
                 gate.select(torch.from_numpy(kept[: self.contexts, layer].copy()))
 
     def parameter_sizes(self) -> dict[str, int]:
-        """Elements of every parameter but the gates, by name."""
-        return {name: p.numel() for name, p in self.named_parameters() if not name.endswith(".table")}
+        """Elements of every parameter except the gates, by name."""
+        gates = self.gate_tables()
+        return {name: p.numel() for name, p in self.named_parameters() if name not in gates}
 
 
 def partition_order(kept: BoolArray) -> npt.NDArray[np.int64]:

@@ -1,10 +1,10 @@
-"""Models around tensors that are there already, with no weights of their own before.
+"""Models built around existing tensors, without weights of their own.
 
     with without_weights():
-        model = make()                  parameters have shape and type alone
+        model = make()                  parameters have only shape and type
     share_state(model, state)           parameters are the tensors of `state`
 
-A checkpoint is in memory once in this way, and nothing is drawn at random to be overwritten.
+A checkpoint is then in memory only once, and no random values are drawn just to be overwritten.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ DRAWING = (Tensor.normal_, Tensor.uniform_, nn.init.normal_, nn.init.uniform_, n
 
 @contextmanager
 def without_weights() -> Iterator[None]:
-    """Parameters made here take no memory (device "meta"); buffers are real, for they are computed and not loaded."""
+    """Make parameters without memory (device "meta"); buffers are real, since they are computed and not loaded."""
     hook = register_module_parameter_registration_hook(_without_memory)  # type: ignore[arg-type]
     try:
         with _NothingDrawn():
@@ -32,7 +32,7 @@ def without_weights() -> Iterator[None]:
 
 
 class _NothingDrawn(TorchFunctionMode):
-    """What has no memory is not filled at random.
+    """Skips the random initialisation of tensors without memory.
 
     torch would trace the drawing, and import 70 MB of torch._dynamo and sympy for it, which would then count as memory
     of the eager model.
@@ -48,19 +48,19 @@ class _NothingDrawn(TorchFunctionMode):
 
 
 def _without_memory(_module: nn.Module, _name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
-    if parameter is None or parameter.is_meta:  # the second place of a parameter that has two holds the same object
+    if parameter is None or parameter.is_meta:  # a parameter with two names is registered twice
         return parameter
     return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
 
 
 def share_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Make the tensors of `state` those of `model`: what changes one in place changes both.
+    """Make the tensors of `state` those of `model`: a change in place changes both.
 
-    RuntimeError: names or shapes do not fit. ValueError: a tensor is of another type, which a copy would convert.
+    RuntimeError: names or shapes do not match. ValueError: a tensor is of another type, which a copy would convert.
     """
     for name, own in model.state_dict().items():
         if name in state and (state[name].dtype is not own.dtype or state[name].is_meta):
             raise ValueError(f"{name} is {state[name].dtype} on {state[name].device}, the model has {own.dtype}")
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    # As parameters: one that has two places is one object there.
+    # As parameters, so that one with two names stays one object.
     model.load_state_dict({n: nn.Parameter(t) if n in parameters else t for n, t in state.items()}, assign=True)

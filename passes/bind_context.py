@@ -14,7 +14,7 @@ from cpcompile.core.errors import CpcompileError, UsageError
 class BindContext(ir.passes.InPlacePass):
     """Replace the graph input `name` (an integer scalar) by the constant `context`.
 
-    Without such an input the graph is left as it is; an input of another form is refused.
+    Without such an input the graph is left as it is; an input that is no integer scalar is an error.
     """
 
     context: int
@@ -38,7 +38,7 @@ class BindContext(ir.passes.InPlacePass):
 
 
 def _require_row(value: ir.Value, context: int) -> None:
-    """Every table that the context picks a row of has to have that row."""
+    """Raise UsageError if a table from which the context picks a row does not have that row."""
     for node, index in value.uses():
         table = node.inputs[0]
         if node.op_type != "Gather" or index != 1 or table is None or table.shape is None:

@@ -1,8 +1,8 @@
-"""Say target shapes directly: [0, 0, 8, 32] instead of a Concat of lengths measured on other tensors.
+"""Write target shapes explicitly: [0, 0, 8, 32] instead of a Concat of lengths measured on other tensors.
 
-The exporter measures lengths wherever it needs them, also of axes whose channels will be cut. Once every
-Reshape and Expand says what it means, and lengths that are known are constants, only
-dynamic axes are still measured, and cutting channels cannot change what a shape means.
+The exporter measures lengths wherever it needs them, even on axes whose channels will be cut. Once every
+Reshape and Expand has an explicit target shape and known lengths are constants, only dynamic axes are still
+measured, and cutting channels cannot change the meaning of a shape.
 """
 
 from __future__ import annotations
@@ -13,22 +13,23 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from cpcompile.passes.shape_inputs import free_name, plan_target_shape, set_target_shape
-from cpcompile.passes.symbolic_shapes import SINCE, ShapeTable, is_standard, opset_of
+from cpcompile.passes.operators import is_standard
+from cpcompile.passes.opset import MinOpsetPass
+from cpcompile.passes.shape_inputs import plan_target_shape, set_target_shape, unique_name
+from cpcompile.passes.shape_rules import infer_symbolic_shapes
+from cpcompile.passes.symbolic_shapes import ShapeTable
 
 MEASURING = ("Shape", "Slice", "Gather", "Concat", "Squeeze", "Unsqueeze", "Reshape", "Cast", "Mul", "Div")
 
 
 @dataclass(frozen=True)
-class CanonicalizeShapes(ir.passes.InPlacePass):
+class CanonicalizeShapes(MinOpsetPass):
     """Make target shapes explicit and known lengths constant."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Edit `model`; `modified` counts rewritten inputs."""
         graph = model.graph
-        if opset_of(graph) < SINCE:
-            return ir.passes.PassResult(model, modified=False)
-        table = ShapeTable(graph)
+        table = infer_symbolic_shapes(graph)
         edits = 0
         for node in graph:
             if not is_standard(node):
@@ -57,7 +58,7 @@ def _make_constant(graph: ir.Graph, value: ir.Value, table: ShapeTable) -> bool:
     if not value.shape.is_static() or math.prod(value.shape.numpy()) != len(numbers):
         return False
     array = np.asarray(numbers, dtype=value.dtype.numpy()).reshape(value.shape.numpy())
-    name = free_name(graph, f"{value.name}.known")
+    name = unique_name(graph, f"{value.name}.known")
     constant = ir.Value(name=name, shape=value.shape, type=value.type, const_value=ir.tensor(array, name=name))
     graph.register_initializer(constant)
     ir.convenience.replace_all_uses_with(value, constant)

@@ -1,12 +1,12 @@
-"""What is known of the channels of every value: which are zero, and which can be cut.
+"""What is known about the channels of every value: which are zero, and which can be cut.
 
-Both are boolean masks, one per axis (over its known factor, see `symbolic_shapes`):
+Both are boolean masks, one per axis (over its known factor, see `axes`):
 
     zero   forward: the slice is zero whatever the inputs are
     cut    greatest fixpoint: starts with everything, and every operator takes away what it cannot
            spare, until all operators agree
 
-A mask that shrinks remembers the operator that was the reason, so that zeros that had to stay can be explained.
+A mask that shrinks remembers the operator responsible, so that a report can say why zeros had to stay.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from cpcompile.passes.symbolic_shapes import Shape, ShapeTable, constant_of, same_product
+from cpcompile.passes.axes import Shape
+from cpcompile.passes.nodes import constant_of
+from cpcompile.passes.symbolic_shapes import ShapeTable
 
 Mask = npt.NDArray[np.bool_]
 NOT_ZERO = "its channels are not zero"
@@ -66,13 +68,13 @@ class Reason:
 
 @dataclass
 class Channels:
-    """The masks of all values of a graph and of the bodies in it, as the rules see and shrink them."""
+    """The masks of all values of a graph and its subgraphs, as the rules see and shrink them."""
 
     table: ShapeTable
     owners: Mapping[ir.Value, ir.Node] = field(default_factory=dict)
-    """Input or output of a body (of an If, Loop, Scan) -> the node that the body belongs to."""
+    """Input or output of a subgraph (of an If, Loop, Scan) -> the node that the subgraph belongs to."""
     opaque: frozenset[str] = frozenset()
-    """Initializers whose values are not looked at."""
+    """Initializers whose values are ignored."""
     zeros: dict[ir.Value, Zeros] = field(default_factory=dict)
     _cut: dict[Cell, Mask] = field(default_factory=dict)
     _reasons: dict[Cell, npt.NDArray[np.object_]] = field(default_factory=dict)
@@ -80,10 +82,10 @@ class Channels:
     """Nodes to look at again, in the order in which they were found."""
     _seen: set[Cell] = field(default_factory=set)
     settled: bool = False
-    """All operators agree: what none of them looked at stays."""
+    """All operators agree: an axis that none of them considered stays whole."""
 
     def neighbours(self, value: ir.Value) -> list[ir.Node]:
-        """Nodes that have a say in `value`: the one that makes it, those that read it, the one whose body it enters."""
+        """Nodes whose rules concern `value`: its producer, its readers, the owner of a subgraph it enters or leaves."""
         producer, owner = value.producer(), self.owners.get(value)
         nodes = [producer, *(use.node for use in value.uses()), owner]
         return [node for node in nodes if node is not None]
@@ -92,12 +94,12 @@ class Channels:
         return self.table.shape(value)
 
     def narrow(self, value: ir.Value, shape: Shape) -> None:
-        """From now on `value` has this shape; what was known of its zeros is forgotten."""
+        """Give `value` this shape, and forget what was known about its zeros."""
         self.table.narrow(value, shape)
         self.zeros.pop(value, None)
 
     def zero(self, value: ir.Value) -> Zeros:
-        """What is known to be zero; nothing where no rule said anything. The shape has to be known."""
+        """The slices of `value` that are known to be zero. Its shape has to be known."""
         if value not in self.zeros:
             shape = self.shape(value)
             assert shape is not None
@@ -131,16 +133,16 @@ class Channels:
         self.changed.update(dict.fromkeys(self.neighbours(cell[0])))
 
     def consult(self, node: ir.Node, agree: Callable[[Channels, ir.Node], None]) -> None:
-        """Let a rule shrink what `node` touches; an axis that the rule does not look at stays as it is."""
+        """Let a rule shrink what `node` touches; an axis that the rule does not consider stays whole."""
         self._seen.clear()
         agree(self, node)
         for value in (*node.inputs, *node.outputs):
             if value is not None and (shape := self.shape(value)) is not None:
                 missed = [axis for axis in range(len(shape)) if (value, axis) not in self._seen]
                 if missed:
-                    self.keep(value, node, f"the rule for {node.op_type} does not speak of this axis", axes=missed)
+                    self.keep(value, node, f"the rule for {node.op_type} does not cover this axis", axes=missed)
 
-    def tie(self, cells: Iterable[Cell], node: ir.Node, limit: Mask | None = None, why: str = NOT_ZERO) -> None:
+    def couple(self, cells: Iterable[Cell], node: ir.Node, limit: Mask | None = None, why: str = NOT_ZERO) -> None:
         """These axes lose the same channels, and only those that `limit` allows."""
         cells = list(cells)
         masks = [self.cut(*cell) for cell in cells]
@@ -148,7 +150,7 @@ class Channels:
             return  # axes that agree share their mask
         if len({mask.size for mask in masks}) > 1:
             for value, axis in cells:
-                self.keep(value, node, "the lengths of its axes cannot be told to fit", axes=[axis])
+                self.keep(value, node, "the lengths of its axes may differ", axes=[axis])
             return
         common = np.logical_and.reduce(masks)
         left = common if limit is None else common & limit
@@ -160,12 +162,12 @@ class Channels:
                 self.shrink(cell, left, reasons)
         self._cut.update(dict.fromkeys(cells, _shared(left)))
 
-    def tie_groups(self, cells: Iterable[Cell], groups: int, node: ir.Node, why: str) -> None:
-        """These axes are `groups` equal runs each, which can only be lost whole and together."""
+    def couple_groups(self, cells: Iterable[Cell], groups: int, node: ir.Node, why: str) -> None:
+        """Each of these axes consists of `groups` equal runs; a run can be lost only as a whole, and on all axes."""
         cells = list(cells)
         if any(self.cut(*cell).size % groups for cell in cells):
             for value, axis in cells:
-                self.keep(value, node, "its groups cannot be told apart", axes=[axis])
+                self.keep(value, node, "its length is not a multiple of its groups", axes=[axis])
             return
         runs = [self.cut(*cell).reshape(groups, -1) for cell in cells]
         common = np.logical_and.reduce([run.all(axis=1) for run in runs])
@@ -203,7 +205,7 @@ class Channels:
 
 @cache
 def uniform(length: int, cut: bool) -> Mask:
-    """The mask of an axis that loses everything or nothing: one for all, so that it is known by its identity."""
+    """The mask of an axis that loses everything or nothing, shared so that it can be compared by identity."""
     mask = np.full(length, cut, dtype=np.bool_)
     mask.setflags(write=False)
     return mask
@@ -214,7 +216,7 @@ def _shared(mask: Mask) -> Mask:
 
 
 def equal_losses(cut: Mask, gone: Mask) -> Mask:
-    """Of `cut` (groups, size) as much as leaves the groups that are not `gone` of one size."""
+    """The part of `cut` (groups, size) that leaves all groups that are not `gone` with the same size."""
     count = cut[~gone].sum(axis=1).min(initial=cut.shape[1])
     return np.asarray(cut & (gone[:, None] | (np.cumsum(cut, axis=1) <= count)))
 
@@ -224,45 +226,8 @@ def reason_of(node: ir.Node, text: str) -> Reason:
     return Reason(node.name or "", node.op_type, text)
 
 
-@dataclass(frozen=True)
-class AxisGroup:
-    """Axes of two shapes that hold the same elements: `first` and `second` are ranges of axes."""
-
-    first: range
-    second: range
-
-
-def match_axes(first: Shape, second: Shape) -> list[AxisGroup] | None:
-    """The smallest groups of neighbouring axes that a Reshape between the shapes maps to each other."""
-    groups, i, j = [], 0, 0
-    while i < len(first) or j < len(second):
-        start_i, start_j = i, j
-        i, j = min(i + 1, len(first)), min(j + 1, len(second))
-        while not same_product(first[start_i:i], second[start_j:j]):
-            # The side with fewer elements takes the next axis; unknown factors decide by trying both.
-            if j < len(second) and (i == len(first) or _smaller(second[start_j:j], first[start_i:i])):
-                j += 1
-            elif i < len(first):
-                i += 1
-            else:
-                return None
-        groups.append(AxisGroup(range(start_i, i), range(start_j, j)))
-    return groups
-
-
-def _smaller(first: Shape, second: Shape) -> bool:
-    """Whether `first` has fewer factors: unknown ones count most."""
-
-    def weight(shape: Shape) -> tuple[int, int]:
-        symbols = sum(not s.isdigit() for axis in shape for s in axis.outer)
-        number = int(np.prod([axis.n * np.prod([int(s) for s in axis.outer if s.isdigit()]) for axis in shape]))
-        return symbols, number
-
-    return weight(first) < weight(second)
-
-
 def grid_shape(axes: Shape) -> tuple[int, ...] | None:
-    """Known factors of a group of axes, if unknown ones stand only before the first known one."""
+    """Known factors of a group of axes; None unless all unknown factors come before the first known one."""
     seen = False
     for axis in axes:
         if axis.outer and (seen or any(s.isdigit() for s in axis.outer)):
@@ -272,7 +237,7 @@ def grid_shape(axes: Shape) -> tuple[int, ...] | None:
 
 
 def to_grid(masks: Sequence[Mask], shape: tuple[int, ...]) -> Mask:
-    """Elements of a group that some axis marks, flattened."""
+    """The elements of a group that are marked along any axis, flattened."""
     grid = np.zeros(shape, dtype=np.bool_)
     for axis, mask in enumerate(masks):
         grid |= mask.reshape([-1 if a == axis else 1 for a in range(len(shape))])
@@ -280,7 +245,7 @@ def to_grid(masks: Sequence[Mask], shape: tuple[int, ...]) -> Mask:
 
 
 def from_grid(grid: Mask, shape: tuple[int, ...]) -> list[Mask]:
-    """Per axis the indices whose whole slab is marked."""
+    """Per axis the indices whose elements are all marked."""
     cube = grid.reshape(shape)
     others = [tuple(a for a in range(len(shape)) if a != axis) for axis in range(len(shape))]
     return [np.asarray(cube.all(axis=other)) for other in others]

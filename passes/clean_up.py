@@ -1,6 +1,6 @@
 """Remove what no longer has an effect: Identity, multiplication by one, unused nodes, initializers and opsets.
 
-Also in the bodies of If, Loop and Scan and in functions.
+It also cleans the subgraphs of If, Loop and Scan, and functions.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedOpsetsPass, TopologicalSortPass
 
-from cpcompile.passes.symbolic_shapes import bodies_of, constant_of, is_standard
+from cpcompile.passes.nodes import constant_of, subgraphs_of
+from cpcompile.passes.operators import is_standard
 
 SMALL = 1 << 16
-"""Constants up to this many elements are looked at for ones."""
+"""Constants with at most this many elements are checked for ones."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class CleanUp(ir.passes.InPlacePass):
     """Remove nodes that copy their input and everything that no output needs."""
 
     protected: frozenset[str] = frozenset()
-    """Initializers whose values are not looked at: a parameter stays a parameter, even if it is all ones."""
+    """Initializers whose values are ignored: a parameter stays a parameter, even if it is all ones."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Edit `model`; `modified` counts removed nodes and initializers, and says whether nodes were sorted."""
@@ -32,16 +33,16 @@ class CleanUp(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, modified=removed > 0 or any(moved))
 
     def _clean(self, graph: ir.Graph) -> int:
-        """Remove from `graph` and the bodies in it; the last nodes first, for the sake of those that only they need."""
+        """Clean `graph` and its subgraphs; last nodes first, so that what only removed nodes need goes as well."""
         removed = 0
         for node in graph:
             if (source := self._copied_input(node)) is not None:
-                stand_in(source, node.outputs[0])
+                replace_value(source, node.outputs[0])
         for node in reversed(graph):
             if any(out.uses() or out.is_graph_output() for out in node.outputs):
-                removed += sum(self._clean(body) for body in bodies_of(node))
+                removed += sum(self._clean(subgraph) for subgraph in subgraphs_of(node))
                 continue
-            for inner in (inner for body in bodies_of(node) for inner in body.all_nodes()):
+            for inner in (inner for subgraph in subgraphs_of(node) for inner in subgraph.all_nodes()):
                 inner.resize_inputs(0)  # what it reads from outside is not read any more
             graph.remove(node, safe=True)
             removed += 1
@@ -79,8 +80,8 @@ def _same_shape(value: ir.Value | None, out: ir.Value) -> bool:
     return bool(value.shape == out.shape)
 
 
-def stand_in(source: ir.Value, out: ir.Value) -> bool:
-    """Let `source` take the place of the equal value `out`; False where it cannot.
+def replace_value(source: ir.Value, out: ir.Value) -> bool:
+    """Replace the value `out` by the equal value `source`; False if that is not possible.
 
     An output of the graph keeps its name; a graph input or an initializer cannot also be an output under
     another name, and a value cannot be an output twice.

@@ -1,8 +1,8 @@
-"""Constants that several operators use, each with its own needs.
+"""Copies of constants that several operators share, one per use.
 
-A vector of scales that two branches share would tie the channels of both to each other. While channels
-are eliminated every use therefore has a copy of its own; afterwards copies that are still equal become
-one again. Only vectors: a matrix is a parameter, and stored once.
+A vector of scales that two branches share would couple the channels of both. While channels are eliminated,
+every use therefore has its own copy; afterwards, copies that are still equal are merged again. This concerns only
+vectors: a matrix is a parameter, and stored once.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
+
+from cpcompile.passes.shape_inputs import unique_name
 
 Copies = list[list[ir.Value]]
 """Groups of initializers with the same content; the first of each is the original."""
@@ -29,7 +31,7 @@ def separate_constants(graphs: Sequence[ir.Graph]) -> Copies:
                 continue
             group = [value]
             for node, index in uses[1:]:
-                name = _free_name(graph, value.name or "")
+                name = unique_name(graph, value.name or "")
                 copy = ir.Value(name=name, shape=value.shape, type=value.type, const_value=value.const_value)
                 graph.register_initializer(copy)
                 node.replace_input_with(index, copy)
@@ -39,7 +41,7 @@ def separate_constants(graphs: Sequence[ir.Graph]) -> Copies:
 
 
 def merge_copies(copies: Copies, kept: Mapping[ir.Value, Axes]) -> None:
-    """Make one again of the copies that lost the same channels."""
+    """Merge the copies that lost the same channels."""
     for group in copies:
         left: list[ir.Value] = []
         for value in group:
@@ -53,7 +55,7 @@ def merge_copies(copies: Copies, kept: Mapping[ir.Value, Axes]) -> None:
                 ir.convenience.replace_all_uses_with(value, twin)
                 graph.initializers.pop(value.name or "")
         if left and left[0] is not group[0] and isinstance(graph := left[0].graph, ir.Graph):
-            # The original is gone: its name goes on with the first copy that is left.
+            # The original is gone: the first copy that is left takes its name.
             graph.initializers.pop(left[0].name or "")
             left[0].name = group[0].name
             graph.register_initializer(left[0])
@@ -72,10 +74,3 @@ def _same_kept(first: Axes | None, second: Axes | None) -> bool:
     return all(
         a is b or (a is not None and b is not None and np.array_equal(a, b)) for a, b in zip(first, second, strict=True)
     )
-
-
-def _free_name(graph: ir.Graph, name: str) -> str:
-    number = 1
-    while f"{name}.{number}" in graph.initializers:
-        number += 1
-    return f"{name}.{number}"

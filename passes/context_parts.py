@@ -1,9 +1,9 @@
-"""The graphs of several contexts, and what moves out of them into one graph because all have it.
+"""Move what the graphs of several contexts have in common into one graph.
 
-inputs           those of the first
+inputs           those of the first context
 initializers     one per name and content
-first nodes      what all compute alike of inputs and weights, before they part
-last nodes       what all compute alike of one value in which they differ
+first nodes      nodes that compute the same from inputs and weights in all contexts
+last nodes       nodes that compute the same from the one value in which the contexts differ
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from cpcompile.passes.symbolic_shapes import RANDOM, is_standard
+from cpcompile.passes.operators import RANDOM, is_standard
 
 PLAIN = frozenset(ir.AttributeType[kind] for kind in ("INT", "INTS", "FLOAT", "FLOATS", "STRING", "STRINGS", "TENSOR"))
-"""Attributes that can be compared by what they hold."""
+"""Types of attributes that can be compared by value."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """What is left of the graph of one context; `outputs` are taken from it, and change as nodes leave it."""
+    """The rest of one context's graph; `outputs` replaces the graph's own outputs and changes as nodes leave."""
 
     context: str
     graph: ir.Graph
@@ -29,7 +29,7 @@ class Part:
 
     @classmethod
     def of(cls, context: str, graph: ir.Graph) -> Part:
-        """The whole `graph`, which loses its outputs to the part."""
+        """The whole `graph`, whose outputs move to the part."""
         outputs = list(graph.outputs)
         graph.outputs.clear()
         return cls(context, graph, outputs)
@@ -40,7 +40,7 @@ class Part:
         self.outputs[:] = [other if out is value else out for out in self.outputs]
 
     def prefix_names(self) -> None:
-        """Names are unique in all scopes."""
+        """Put the context before all names, which makes them unique in all scopes."""
         for node in self.graph.all_nodes():
             node.name = f"{self.context}/{node.name}"
             for out in node.outputs:
@@ -50,7 +50,7 @@ class Part:
                 value.name = f"{self.context}/{value.name}"
 
     def branch(self) -> ir.Graph:
-        """The nodes as a graph without inputs. Every result is made in it, once: others are copied."""
+        """The nodes as a graph without inputs. A result that is not computed in it, or occurs twice, becomes a copy."""
         nodes = list(self.graph)
         self.graph.remove(nodes)
         results: list[ir.Value] = []
@@ -66,7 +66,7 @@ class Part:
 
 
 def share_inputs(graph: ir.Graph, parts: Sequence[Part]) -> None:
-    """The inputs of the first context are those of all."""
+    """Use the inputs of the first context for all."""
     inputs = [list(part.graph.inputs) for part in parts]
     for part in parts:
         part.graph.inputs.clear()
@@ -95,7 +95,7 @@ def share_initializers(graph: ir.Graph, parts: Sequence[Part]) -> None:
 
 
 def _same_tensor(first: ir.TensorProtocol | None, second: ir.TensorProtocol | None) -> bool:
-    """Whether both hold the same; tensors at the same place of a file are not read."""
+    """Whether both tensors are equal; tensors at the same place in a file are not read."""
     if first is None or second is None or first is second:
         return first is second
     if first.dtype != second.dtype or first.shape != second.shape:
@@ -108,12 +108,12 @@ def _same_tensor(first: ir.TensorProtocol | None, second: ir.TensorProtocol | No
 
 
 def _content(tensor: ir.TensorProtocol) -> Hashable:
-    """Strings have no bytes of one length."""
+    """The bytes of a tensor, or the elements of one of strings."""
     return tuple(tensor.numpy().reshape(-1)) if tensor.dtype == ir.DataType.STRING else tensor.tobytes()
 
 
 def share_first_nodes(graph: ir.Graph, parts: Sequence[Part]) -> None:
-    """Move to `graph` what all contexts compute alike of inputs and weights; the results stay in the branches."""
+    """Move to `graph` the nodes that compute the same from inputs and weights; outputs stay in the branches."""
     numbers: dict[Hashable, int] = {}
     computed: list[dict[ir.Node, int]] = []
     for part in parts:
@@ -139,14 +139,14 @@ def share_first_nodes(graph: ir.Graph, parts: Sequence[Part]) -> None:
 
 
 def _operand(value: ir.Value | None, computed: Mapping[ir.Node, int]) -> Hashable:
-    """Equal for operands that are the same in all contexts; None where that is not known."""
+    """A key that is equal for operands that are the same in all contexts; None if that is not known."""
     if value is None or (producer := value.producer()) is None:
         return id(value)
     return (computed[producer], value.index()) if producer in computed else None
 
 
 def _settings(node: ir.Node) -> Hashable:
-    """Operator and attributes; None for a node that these and its inputs do not determine."""
+    """Operator and attributes; None if they and the inputs do not determine the result."""
     if is_standard(node) and node.op_type in RANDOM:
         return None
     if any(attribute.type not in PLAIN for attribute in node.attributes.values()):
@@ -159,9 +159,9 @@ def _settings(node: ir.Node) -> Hashable:
 
 
 def share_last_nodes(parts: Sequence[Part], index: int) -> list[tuple[ir.Node, int]]:
-    """Take off the nodes before output `index` as long as contexts differ in nothing but one value that they read.
+    """Remove the nodes before output `index` as long as contexts differ only in one value that they read.
 
-    Returns those of the first context, from the output backwards, each with the number of that input.
+    Returns those of the first context, from the output backwards, each with the index of that input.
     """
     taken: list[tuple[ir.Node, int]] = []
     while (found := _alike(parts, index)) is not None:
@@ -178,7 +178,7 @@ def share_last_nodes(parts: Sequence[Part], index: int) -> list[tuple[ir.Node, i
 
 
 def _alike(parts: Sequence[Part], index: int) -> tuple[list[ir.Node], int] | None:
-    """The nodes that make output `index`, and the one input in which they differ."""
+    """The nodes that make output `index`, and the index of the one input in which they differ; None otherwise."""
     nodes: list[ir.Node] = []
     for part in parts:
         out = part.outputs[index]

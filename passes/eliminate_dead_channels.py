@@ -1,4 +1,4 @@
-"""Remove channels that are zero and that nothing can tell from absent: the graph gets physically smaller.
+"""Remove channels whose absence makes no difference: the graph gets physically smaller.
 
     1. zero terms   x + 0 -> x, so that branches in which nothing is left disappear
     2. zeros        forward: which slices of every tensor are zero            (rules: zeros)
@@ -7,8 +7,8 @@
     until nothing changes.
 
 Works on any graph with structural zeros. A contraction sum(a_k * b_k) loses the terms in which a or b is zero;
-everything tied to such a channel on its way (the matrix columns that make it, the activations
-that carry it) goes with it. Exact for finite values: 0 * x = 0. Bodies of If, Loop and Scan are part of the graph;
+everything coupled with such a channel (the matrix columns that make it, the activations
+that carry it) goes with it. Exact for finite values: 0 * x = 0. Subgraphs of If, Loop and Scan are part of the graph;
 a call to a function keeps what it touches, so inline functions first.
 """
 
@@ -28,15 +28,16 @@ from cpcompile.passes.channels import Channels, Mask
 from cpcompile.passes.clean_up import CleanUp
 from cpcompile.passes.constant_copies import merge_copies, separate_constants
 from cpcompile.passes.infer_shapes import complete_shapes
+from cpcompile.passes.nodes import post_order
+from cpcompile.passes.opset import MinOpsetPass
 from cpcompile.passes.remove_empty_layers import remove_zero_terms
-from cpcompile.passes.symbolic_shapes import SINCE, nodes_inside_out, opset_of
 
 __all__ = ["Blocked", "EliminateDeadChannels", "Elimination", "KeptChannels", "find_channels"]
 
 Kept = tuple[npt.NDArray[np.intp] | None, ...]
 """Per axis the kept channels of the original tensor; None where the axis is whole."""
 KeptChannels = Mapping[str, Kept]
-"""Initializer of the graph (bodies read them from there, too) -> what is left of it."""
+"""Initializer of the graph (subgraphs read them from there, too) -> what is left of it."""
 
 
 @dataclass(frozen=True)
@@ -60,10 +61,10 @@ class Elimination(ir.passes.PassResult):
 
 
 @dataclass(frozen=True)
-class EliminateDeadChannels(ir.passes.InPlacePass):
+class EliminateDeadChannels(MinOpsetPass):
     """Remove dead channels until none is left that the rules can remove.
 
-    What `clean_up` protects is not looked at: a parameter whose values happen to be zero, such as a new bias, stays.
+    The values of what `clean_up` protects are ignored: a parameter that happens to be zero, such as a new bias, stays.
     """
 
     clean_up: CleanUp = field(default_factory=CleanUp)
@@ -71,10 +72,6 @@ class EliminateDeadChannels(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> Elimination:
         """Edit `model`; `modified` counts removed terms, tensors that got smaller and what was cleaned up."""
         graph = model.graph
-        if (opset := opset_of(graph)) < SINCE:
-            why = f"the model is in opset {opset}, the rules hold from {SINCE} on: convert it first"
-            whole = {name: (None,) * len(v.shape or ()) for name, v in graph.initializers.items()}
-            return Elimination(model, False, whole, (Blocked("", 0, 0, "", "", why),))
         complete_shapes(model)
         edits = int(self.clean_up(model).modified)  # what nothing needs must not keep channels
         copies = separate_constants([graph, *graph.subgraphs()])
@@ -97,13 +94,13 @@ class EliminateDeadChannels(ir.passes.InPlacePass):
         names = {
             name: kept.get(value, (None,) * len(value.shape or ()))
             for name, value in graph.initializers.items()
-            if value in given  # settings that were written anew have no original
+            if value in given  # rewritten settings have no original
         }
         return Elimination(model, edits > 0, names, _blocked(channels))
 
 
 def _rewrite(graph: ir.Graph, channels: Channels) -> tuple[int, dict[ir.Value, Kept]]:
-    """Cut what the masks say.
+    """Cut the channels that the masks mark.
 
     Returns how many values got smaller, and per sliced initializer the kept channels of every axis.
     """
@@ -111,7 +108,7 @@ def _rewrite(graph: ir.Graph, channels: Channels) -> tuple[int, dict[ir.Value, K
     for (value, axis), mask in channels.cells:
         if mask.any():
             cut.setdefault(value, {})[axis] = mask
-    for node in list(nodes_inside_out(graph)):
+    for node in list(post_order(graph)):
         if (rule := rule_of(node)) and any(value in cut for value in (*node.inputs, *node.outputs)):
             rule.rewrite(channels, node)
     sliced = {}

@@ -1,4 +1,4 @@
-"""Reading mixtures of experts in a graph: what TopK chooses among, and what is looked up by its choice.
+"""Recognise mixtures of experts in a graph: what TopK chooses among, and what is looked up by its choice.
 
     logits -> mask (-inf) -> softmax -> TopK -> numbers -> Gather or GatherND (stacked, numbers)
 
@@ -13,25 +13,26 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from cpcompile.passes.symbolic_shapes import constant_of, is_standard, number_of
+from cpcompile.passes.nodes import constant_of, int_attribute
+from cpcompile.passes.operators import is_standard
 
 Mask = npt.NDArray[np.bool_]
 MOVES = ("Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
-"""Operators that pass on the elements of their first input as they are."""
+"""Operators that pass on the elements of their first input unchanged."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What a TopK chooses among: `logits`, of which those that are `masked` are never chosen."""
+    """What a TopK chooses among: `logits`, of which the `masked` ones are never chosen."""
 
     logits: ir.Value
     trail: tuple[ir.Node, ...]
-    """From TopK back to the logits; masks among them."""
+    """The nodes from TopK back to the logits, masks included."""
     masked: Mask
 
     @property
     def count(self) -> int:
-        """The experts there are."""
+        """The number of experts, masked ones included."""
         return self.masked.size
 
 
@@ -39,7 +40,7 @@ def choice_of(topk: ir.Node) -> Choice | None:
     """What `topk` chooses among along the last axis; None if it does something else, or nothing is masked."""
     value = topk.inputs[0]
     count = length_of(value, -1)
-    if value is None or not count or not _along_last(topk, value) or not number_of(topk, "largest", 1):
+    if value is None or not count or not _along_last(topk, value) or not int_attribute(topk, "largest", 1):
         return None
     trail: list[ir.Node] = []
     masked = np.zeros(count, dtype=np.bool_)
@@ -51,7 +52,7 @@ def choice_of(topk: ir.Node) -> Choice | None:
         elif node.op_type not in ("Cast", "Identity", "Softmax") or not _along_last(node, value):
             break
         elif node.op_type == "Softmax" and masked.any():
-            break  # what is masked only after a softmax has its part in it
+            break  # what is masked only after the softmax still contributes to it
         if source is None or length_of(source, -1) != count:
             break
         trail.append(node)
@@ -60,7 +61,7 @@ def choice_of(topk: ir.Node) -> Choice | None:
 
 
 def _mask(node: ir.Node, count: int) -> tuple[ir.Value | None, Mask] | None:
-    """What `node` masks, and which channels; None if it is no mask."""
+    """What `node` masks, and which of its channels; None if it is no mask."""
     arrays = [None if (t := _constant(value)) is None else t.numpy() for value in node.inputs]
     chosen: Mask | None = None
     source = None
@@ -77,7 +78,7 @@ def _mask(node: ir.Node, count: int) -> tuple[ir.Value | None, Mask] | None:
 
 
 def lookups_of(topk: ir.Node, count: int) -> list[ir.Node] | str:
-    """The nodes that look up one of `count` by what `topk` chose; or what else reads the numbers."""
+    """The nodes that look up one of `count` by what `topk` chose; or why others must not read these numbers."""
     lookups, waiting = [], [topk.outputs[1]]
     while waiting:
         numbers = waiting.pop()
@@ -95,17 +96,18 @@ def lookups_of(topk: ir.Node, count: int) -> list[ir.Node] | str:
 
 
 def axis_of(lookup: ir.Node) -> int:
-    """The axis along which a Gather, or GatherND by one number, picks."""
-    return number_of(lookup, "axis", 0) if lookup.op_type == "Gather" else 0
+    """The axis along which a Gather, or a GatherND with one index, picks."""
+    return int_attribute(lookup, "axis", 0) if lookup.op_type == "Gather" else 0
 
 
 def _is_lookup(node: ir.Node) -> bool:
-    by_one = node.op_type == "GatherND" and not number_of(node, "batch_dims", 0) and length_of(node.inputs[1], -1) == 1
-    return node.op_type == "Gather" or by_one
+    if node.op_type == "GatherND":
+        return not int_attribute(node, "batch_dims", 0) and length_of(node.inputs[1], -1) == 1
+    return node.op_type == "Gather"
 
 
 def parameters_of(value: ir.Value | None, count: int, *, contracted: bool = False) -> list[str]:
-    """Initializers with `count` positions along some axis that `value` is, or that one contraction makes it of."""
+    """Initializers with `count` positions along some axis that make up `value`, with at most one contraction."""
     node = None if value is None else value.producer()
     if value is None or node is None:
         dims = () if value is None or value.shape is None or not value.is_initializer() else tuple(value.shape)
@@ -126,7 +128,7 @@ def length_of(value: ir.Value | None, axis: int) -> int | None:
 def _along_last(node: ir.Node, value: ir.Value) -> bool:
     """Whether the operator, if it works along an axis, works along the last one."""
     rank = 0 if value.shape is None else value.shape.rank()
-    return rank > 0 and number_of(node, "axis", -1) % rank == rank - 1
+    return rank > 0 and int_attribute(node, "axis", -1) % rank == rank - 1
 
 
 def _constant(value: ir.Value | None) -> ir.TensorProtocol | None:

@@ -11,7 +11,8 @@ import onnx_ir as ir
 from onnx_ir.passes.common import LiftConstantsToInitializersPass
 from onnxscript.optimizer._constant_folding import FoldConstantsPass
 
-from cpcompile.passes.symbolic_shapes import RANDOM, is_standard, number_of
+from cpcompile.passes.nodes import int_attribute
+from cpcompile.passes.operators import RANDOM, is_standard
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class FoldConstants(ir.passes.InPlacePass):
     """Fold constant expressions and list operators (SplitToSequence), then make every constant an initializer.
 
     An expression over a parameter (a floating-point initializer that is no scalar; exporters write constants
-    as Constant nodes) folds only if it picks one entry of it with Gather, such as the gates of a context: a computed,
+    as Constant nodes) is folded only if it picks one entry with Gather, such as the gates of a context: a computed,
     transposed or reordered copy under a new name would be a parameter that got lost.
     """
 
@@ -62,15 +63,15 @@ def _is_understood(node: ir.Node, opset: int) -> bool:
         split = node.inputs[1]
         counted = split is not None and split.shape is not None and (split.shape.rank() == 1 or split.const_value)
         # With sizes, keepdims is ignored; Split knows a number of outputs from opset 18 on.
-        return bool(counted) and opset >= 18 and number_of(node, "keepdims", 1) == 1
+        return bool(counted) and opset >= 18 and int_attribute(node, "keepdims", 1) == 1
     if is_standard(node) and node.op_type == "ConcatFromSequence":
-        return opset >= 13 or not number_of(node, "new_axis", 0)
+        return opset >= 13 or not int_attribute(node, "new_axis", 0)
     return True
 
 
 @contextmanager
 def _without_defaults(graph: ir.Graph) -> Iterator[None]:
-    """Meanwhile inputs have no default: the caller may replace it, so nothing follows from it."""
+    """Remove the defaults of inputs for a while: the caller may replace them, so they are no constants."""
     defaults = [(value, value.const_value) for value in graph.inputs if value.is_initializer()]
     for value, _ in defaults:
         graph.initializers.pop(value.name or "")

@@ -3,12 +3,12 @@
     (x * g) @ W  =  x @ (diag(g) W)        into the next weight, preferred
     (x @ W) * g  =  x @ (W diag(g))        into the weight before, with its bias
 
-through Reshape and Transpose, as long as the scales can be told to lie on the axis that the weight contracts or makes.
-Only into a weight that nothing else reads, and with the scales as the only change on the way. One multiplication of
-every activation less; products are rounded in another order, so results agree to rounding (about 1e-6 of
-the largest in float32), not to the bit.
+through Reshape and Transpose, as long as the scales are known to lie on the axis that the weight contracts or makes,
+nothing else reads the weight, and nothing else changes values on the way. This saves one multiplication of every
+activation. Products are rounded in another order, so results agree up to rounding (about 1e-6 of the largest value in
+float32), not bit by bit.
 
-For engines of their own and for `opt`: a folded weight is another one in every context, so contexts no longer
+This is for engines that share no weights, and for `opt`: a folded weight differs between contexts, which can no longer
 share it. It keeps its name, and `Folding.folded` says what went into it.
 """
 
@@ -19,15 +19,20 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from cpcompile.passes.channels import match_axes
-from cpcompile.passes.clean_up import stand_in
+from cpcompile.core.reshape import match_axes
+from cpcompile.passes.axes import Axis, size_of
+from cpcompile.passes.clean_up import replace_value
+from cpcompile.passes.nodes import constant_of, permutation
+from cpcompile.passes.operators import is_standard
+from cpcompile.passes.opset import MinOpsetPass
 from cpcompile.passes.scaled_weights import MAKERS, READERS, Array, Scales
-from cpcompile.passes.symbolic_shapes import SINCE, Axis, ShapeTable, constant_of, is_standard, opset_of, permutation
+from cpcompile.passes.shape_rules import infer_symbolic_shapes
+from cpcompile.passes.symbolic_shapes import ShapeTable
 
 
 @dataclass
 class Folding(ir.passes.PassResult):
-    """What became of products by a constant.
+    """The products by a constant that were folded, and those that stay.
 
     `folded`: pairs of a changed initializer and the gate that went into it; `refused`: the products that stay, by
     the name of their result, each with the reason.
@@ -38,16 +43,13 @@ class Folding(ir.passes.PassResult):
 
 
 @dataclass(frozen=True)
-class FoldGates(ir.passes.InPlacePass):
+class FoldGates(MinOpsetPass):
     """Multiply weights by the constant vectors that scale what they read or make."""
 
     def call(self, model: ir.Model) -> Folding:
         """Edit `model`; `modified` counts folded gates."""
         graph = model.graph
-        if (opset := opset_of(graph)) < SINCE:
-            why = f"the model is in opset {opset}, the rules hold from {SINCE} on: convert it first"
-            return Folding(model, False, refused=(("", why),))
-        table = ShapeTable(graph)
+        table = infer_symbolic_shapes(graph)
         folded: list[tuple[str, str]] = []
         refused: dict[str, str] = {}
         before = -1
@@ -65,7 +67,7 @@ class FoldGates(ir.passes.InPlacePass):
                 for weight, factors in scales.items():
                     _scale(weight, factors)
                     folded.append((weight.name or "", gate.name or ""))
-                stand_in(value, node.outputs[0])
+                replace_value(value, node.outputs[0])
                 graph.remove(node, safe=True)
                 if not gate.uses() and not gate.is_graph_output():
                     graph.initializers.pop(gate.name or "")
@@ -73,7 +75,7 @@ class FoldGates(ir.passes.InPlacePass):
 
 
 def _operands(table: ShapeTable, node: ir.Node) -> tuple[ir.Value, ir.Value] | None:
-    """The value and the constant of a product that has the shape of the value; the constant has one axis at most."""
+    """The value and the constant of a product with the shape of the value; the constant has at most one axis."""
     if node.op_type != "Mul" or not is_standard(node):
         return None
     for value, gate in (node.inputs, node.inputs[::-1]):
@@ -91,7 +93,7 @@ def _operands(table: ShapeTable, node: ir.Node) -> tuple[ir.Value, ir.Value] | N
 
 
 def _targets(table: ShapeTable, out: ir.Value, value: ir.Value, gate: ir.Value) -> Scales | str:
-    """What to scale instead of multiplying `value` by `gate`; where that cannot be, why."""
+    """What to scale instead of multiplying `value` by `gate`; or why that is not possible."""
     tensor, shape = constant_of(gate), table.shape(value)
     assert tensor is not None and shape is not None
     factors = tensor.numpy()
@@ -143,7 +145,7 @@ def _moved(table: ShapeTable, node: ir.Node, factors: Array, *, back: bool) -> A
         return factors.transpose(np.argsort(order) if back else order)
     shapes = table.shape(node.inputs[0]), table.shape(node.outputs[0])
     source, target = reversed(shapes) if back else shapes
-    groups = match_axes(source, target) if source is not None and target is not None else None
+    groups = match_axes(source, target, size_of) if source is not None and target is not None else None
     if source is None or target is None or groups is None:
         return None
     wide, result = [1] * len(source), [1] * len(target)

@@ -1,4 +1,4 @@
-"""Infer types and shapes, and only add: what a model says of its values stays.
+"""Infer types and shapes; what the model says about its values is only added to, never changed.
 
     1. onnx.shape_inference on a copy without large weights
     2. what it leaves open and `ShapeTable` derives, and again from 1 with that
@@ -14,10 +14,14 @@ from dataclasses import dataclass
 import onnx
 import onnx_ir as ir
 
-from cpcompile.passes.symbolic_shapes import SINCE, ShapeTable, is_standard, nodes_inside_out, opset_of
+from cpcompile.files.onnx_file import opset_of
+from cpcompile.passes.nodes import post_order
+from cpcompile.passes.operators import is_standard
+from cpcompile.passes.opset import MIN_OPSET
+from cpcompile.passes.shape_rules import infer_symbolic_shapes
 
 SMALL = 1000
-"""Bytes of a constant that inference may want to read: target shapes, axes, pads."""
+"""Largest size in bytes of a constant that inference may need to read: target shapes, axes, pads."""
 
 _log = logging.getLogger(__name__)
 
@@ -27,7 +31,7 @@ class InferShapes(ir.passes.InPlacePass):
     """Give values the types and shapes that follow from those of the inputs."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Edit `model`; `modified` counts values of which more is known."""
+        """Edit `model`; `modified` counts values about which more is known."""
         return ir.passes.PassResult(model, modified=_infer(model) + complete_shapes(model) > 0)
 
 
@@ -40,15 +44,15 @@ def complete_shapes(model: ir.Model) -> int:
 
 
 def _derive(graph: ir.Graph) -> int:
-    """Shapes that the table derives and that nothing tells yet."""
-    if opset_of(graph) < SINCE:
+    """Add the shapes that the table derives and that are still unknown; returns how many."""
+    if opset_of(graph) < MIN_OPSET:
         return 0
-    found, table = 0, ShapeTable(graph)
-    for node in nodes_inside_out(graph):
+    found, table = 0, infer_symbolic_shapes(graph)
+    for node in post_order(graph):
         source = node.inputs[0] if node.inputs else None
         for out in node.outputs:
             if out.type is None and source is not None and is_standard(node) and node.op_type == "GroupNormalization":
-                out.type = source.type  # inference says nothing of it
+                out.type = source.type  # inference does not cover it
             if out.shape is None and isinstance(out.type, ir.TensorType) and (shape := table.shape(out)) is not None:
                 out.shape = ir.Shape(axis.dimension for axis in shape)
                 found += 1
@@ -56,10 +60,10 @@ def _derive(graph: ir.Graph) -> int:
 
 
 def _infer(model: ir.Model) -> int:
-    """What onnx.shape_inference says of values of which less is known."""
+    """Add what onnx.shape_inference finds; returns about how many values it knows more."""
     try:
         inferred = ir.from_proto(onnx.shape_inference.infer_shapes(_light_proto(model), data_prop=True))
-    except Exception as error:  # its errors have no common class; without it, shapes are what the model says
+    except Exception as error:  # its errors have no common class; without it, only the given shapes are known
         _log.warning("shapes cannot be inferred: %s", error)
         return 0
     added = 0
@@ -87,26 +91,26 @@ def _light_proto(model: ir.Model) -> onnx.ModelProto:
 
 
 def _values(graph: ir.Graph, *, outermost: bool) -> dict[str, ir.Value]:
-    """What the nodes of one graph make and a body takes in, by name; the inputs of the model are given."""
+    """Results of nodes and inputs of subgraphs, by name; the types of the model's own inputs are given."""
     made = (out for node in graph for out in node.outputs)
     return {value.name: value for value in (*(() if outermost else graph.inputs), *made) if value.name}
 
 
 def _add(value: ir.Value, other: ir.Value) -> bool:
-    """Add to `value` what is known of `other`."""
+    """Add what is known about `other` to `value`; returns whether anything was new."""
     before = value.type, value.shape
     value.type = value.type or other.type
     dims = [_dim(None, new) for new in other.shape] if other.shape is not None else None
     if value.shape is None and dims is not None:
         value.shape = ir.Shape(dims)
     elif value.shape is not None and dims is not None and len(value.shape) == len(dims):
-        named = value.is_graph_output()  # the names of its axes tell them to whoever reads it
+        named = value.is_graph_output()  # callers know its axes by these names
         value.shape = ir.Shape(_dim(own, new, named=named) for own, new in zip(value.shape, dims, strict=True))
     return before != (value.type, value.shape)
 
 
 def _dim(own: int | ir.SymbolicDim | None, new: int | ir.SymbolicDim, *, named: bool = False) -> int | ir.SymbolicDim:
-    """A number tells more than a name, and a name more than nothing; inference says -1 where it is at a loss."""
+    """A number tells more than a name, and a name more than nothing; inference says -1 for an unknown length."""
     new = ir.SymbolicDim(None) if isinstance(new, int) and new < 0 else new
     if own is None or (isinstance(own, ir.SymbolicDim) and own.value is None):
         return new

@@ -1,10 +1,10 @@
-"""Rewrite what TensorRT's parser or builder refuses, or name it: node, torch module, reason, way out.
+"""Rewrite what TensorRT's parser or builder refuses, or report it with node, torch module, reason and remedy.
 
     present = Concat(past, new)    Attention(q, k, v, mask, past_k, past_v) -> y, present_k, present_v
                                    becomes two Concats and Attention(q, present_k, present_v, mask) -> y
 
-`RULES` is the whole of it, one rule per operator, tried against TensorRT-RTX 1.7. What is left out is up to the
-library, such as attention in float32, which the exporter lets it decompose.
+All rules are in `RULES`, one per operator, tested with TensorRT-RTX 1.7. Everything else is left to the library, such
+as attention in float32, which the exporter lets it decompose.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ import onnx_ir as ir
 
 from cpcompile.core.errors import CpcompileError
 from cpcompile.files.onnx_file import module_of
-from cpcompile.passes.symbolic_shapes import bodies_of, constant_of, number_of
+from cpcompile.passes.nodes import constant_of, int_attribute, subgraphs_of
 
 SPELL_OUT = "build with --opset 20, which spells attention out"
 REPLACE = "replace it in the model"
 FLOATS = ("FLOAT", "FLOAT16", "BFLOAT16", "FLOAT8E4M3FN", "FLOAT4E2M1", "FLOAT8E8M0")
 TYPES = frozenset((*FLOATS, "INT64", "INT32", "INT8", "UINT8", "INT4", "BOOL"))
-"""What its tensors can be."""
+"""The types of tensors that TensorRT supports."""
 SHOWN = 3
-"""Refusals that one error lists."""
+"""The number of refusals that one error lists."""
 MASK, PAST_KEY, PAST_VALUE = 3, 4, 5
 
 
@@ -65,7 +65,7 @@ class LegalizeForTensorRT(ir.passes.InPlacePass):
 
 
 def _judge(node: ir.Node) -> Refusal | int:
-    """What the rule of its operator says of `node`, then what holds for all."""
+    """Apply the rule of the operator, then the check of types that holds for all."""
     rule = RULES.get(node.op_type)
     found = rule(node) if rule is not None else 0
     if isinstance(found, Refusal) or found:
@@ -74,7 +74,7 @@ def _judge(node: ir.Node) -> Refusal | int:
 
 
 def _attention(node: ir.Node) -> Refusal | int:
-    """One output, no cache, no other softmax; a cache is joined in front of it."""
+    """Attention has one output, no cache and the usual softmax; caches are concatenated in front of it."""
     keys, values = node.inputs[1:3]
     past = [_input(node, PAST_KEY), _input(node, PAST_VALUE)]
     present = [out if out is not None and _is_read(out) else None for out in (_output(node, 1), _output(node, 2))]
@@ -82,9 +82,9 @@ def _attention(node: ir.Node) -> Refusal | int:
         return Refusal("Attention cannot give its scores", SPELL_OUT)
     if "softcap" in node.attributes and node.attributes["softcap"].as_float() != 0:
         return Refusal("Attention with softcap is not supported", SPELL_OUT)
-    if (chosen := number_of(node, "softmax_precision", 0)) and (keys is None or chosen != keys.dtype):
+    if (chosen := int_attribute(node, "softmax_precision", 0)) and (keys is None or chosen != keys.dtype):
         return Refusal("the precision of Attention's softmax cannot be chosen", SPELL_OUT)
-    causal = bool(number_of(node, "is_causal", 0))
+    causal = bool(int_attribute(node, "is_causal", 0))
     if _input(node, MASK) is not None and causal:
         return Refusal("Attention takes a mask or is causal, not both", SPELL_OUT)
     if len(node.inputs) > PAST_VALUE + 1:
@@ -107,7 +107,7 @@ def _attention(node: ir.Node) -> Refusal | int:
 
 
 def _join(node: ir.Node, index: int, own: ir.Value | None, old: ir.Value | None, out: ir.Value | None) -> None:
-    """Read the past and the new keys (or values) as one, which also is what the node gave as present ones."""
+    """Concatenate the past and the new keys (or values); the result replaces the present ones that the node gave."""
     assert own is not None and isinstance(node.graph, ir.Graph)
     props = dict(node.metadata_props)
     if old is not None:
@@ -128,7 +128,7 @@ def _join(node: ir.Node, index: int, own: ir.Value | None, old: ir.Value | None,
 
 
 def _rotary(node: ir.Node) -> Refusal | int:
-    """Tables that one sequence has for all of the batch are repeated for each."""
+    """Repeat tables that are given once for the whole batch for every sequence."""
     source, position_ids = node.inputs[0], _input(node, 3)
     tables = [value for value in node.inputs[1:3] if value is not None]
     if position_ids is not None or source is None or source.shape is None or source.shape[0] == 1:
@@ -160,7 +160,7 @@ def _rotary(node: ir.Node) -> Refusal | int:
 
 
 def _quantized(node: ir.Node) -> Refusal | int:
-    """Zero points are 0, and elements signed."""
+    """Zero points have to be 0."""
     zero = _input(node, 2)
     if zero is None:
         return 0
@@ -171,8 +171,8 @@ def _quantized(node: ir.Node) -> Refusal | int:
 
 
 def _nested(node: ir.Node) -> Refusal | int:
-    """No If in an If, unless their shapes are fixed."""
-    inner = any(each.op_type == "If" for body in bodies_of(node) for each in body)
+    """An If inside an If needs results of fixed shape."""
+    inner = any(each.op_type == "If" for subgraph in subgraphs_of(node) for each in subgraph)
     if inner and not all(out.shape is not None and out.shape.is_static() for out in node.outputs):
         return Refusal("If within If fails where shapes are dynamic", "make it one If, or a Where, in the model")
     return 0
@@ -201,7 +201,7 @@ RULES: Mapping[str, Rule] = MappingProxyType(
         ),
     }
 )
-"""Operator -> what holds for it."""
+"""Operator -> its rule."""
 
 
 def _refused_type(value: ir.Value) -> Refusal | None:

@@ -4,9 +4,9 @@
     sensitive   norms, softmax, sums, exp, powers, angles, …   in float32, Casts around them
     the rest    in half precision where every operand is, in float32 otherwise, as torch.autocast promotes
 
-Weights take the type of the node that reads them; inputs and outputs of the graph keep theirs. In float32 stay also
-products of positions (integers above 256 are none in bfloat16), nodes that read a constant beyond the range of the
-type, nodes whose operator does not exist in it, and the bodies of If, Loop and Scan.
+Weights take the type of the node that reads them; inputs and outputs of the graph keep theirs. Also kept in float32:
+products of positions (bfloat16 cannot hold all integers above 256), nodes that read a constant beyond the range of the
+type, nodes whose operator does not exist in it, and the subgraphs of If, Loop and Scan.
 """
 
 from __future__ import annotations
@@ -21,11 +21,13 @@ import onnx_ir as ir
 from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
 from cpcompile.core.errors import CpcompileError
-from cpcompile.passes.symbolic_shapes import bodies_of, constant_of, is_standard, opset_of
+from cpcompile.files.onnx_file import opset_of
+from cpcompile.passes.nodes import constant_of, subgraphs_of
+from cpcompile.passes.operators import is_standard
 
 FLOAT = ir.DataType.FLOAT
 HALVES: Mapping[str, ir.DataType] = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
-"""The types that there are, by the names that variants have for them."""
+"""The supported types, by the names that variants have for them."""
 PRODUCTS = frozenset(("MatMul", "Gemm", "Conv", "ConvTranspose", "Einsum", "Attention"))
 NORMS = (
     *(f"{kind}Normalization" for kind in ("RMS", "Layer", "Group", "Instance", "Batch", "Lp", "MeanVariance")),
@@ -37,18 +39,18 @@ SUMS = (
 )
 SENSITIVE = frozenset((*NORMS, *SUMS, "Softplus", "Exp", "Log", "Pow", "Sqrt", "Reciprocal", "Cos", "Sin", "Tan"))
 FOLLOW_THEIR_SCALE = frozenset({"DequantizeLinear"})
-"""Operators whose output has the type of an input, though the standard names the two apart."""
+"""Operators whose output has the type of an input, although their schema names the two types separately."""
 
 Ports = tuple[Sequence[int], Sequence[int]]
-"""The inputs and the outputs of a node, by index, that are float32 and can change together."""
+"""Indices of the inputs and outputs of a node that are float32 and can change together."""
 
 
 @dataclass(frozen=True)
 class LowerPrecision(ir.passes.InPlacePass):
     """Compute in `precision`, fp16 or bf16, what does not need float32.
 
-    The graph is sorted, and its values have types. The last product too is in half precision: in float32 it makes
-    logits a hundredth better, and a tied embedding three times as large.
+    The graph has to be sorted, and its values need types. The last product is in half precision too: in float32 it
+    would improve logits by a hundredth, and make a tied embedding three times as large.
     """
 
     precision: str
@@ -111,7 +113,7 @@ class LowerPrecision(ir.passes.InPlacePass):
     def _copy(
         self, value: ir.Value, dtype: ir.DataType, reader: ir.Node, copies: dict[tuple[ir.Value, ir.DataType], ir.Value]
     ) -> ir.Value:
-        """`value` in `dtype`: a constant of that type, or a Cast, one for all who read it."""
+        """`value` in `dtype`: a constant of that type, or a Cast; all readers share it."""
         if (value, dtype) in copies:
             return copies[value, dtype]
         graph, tensor = reader.graph, constant_of(value)
@@ -123,7 +125,7 @@ class LowerPrecision(ir.passes.InPlacePass):
         else:
             attributes = [ir.AttrInt64("to", dtype.value)]
             producer = value.producer()
-            origin = reader if reader.metadata_props or producer is None else producer  # of which torch module
+            origin = reader if reader.metadata_props or producer is None else producer  # tells the torch module
             props = dict(origin.metadata_props)
             cast = ir.Node("", "Cast", [value], attributes, outputs=[copied], name=copied.name, metadata_props=props)
             if producer is not None:
@@ -136,7 +138,7 @@ class LowerPrecision(ir.passes.InPlacePass):
     def _restore(
         self, value: ir.Value, lowered: Mapping[ir.Node, Ports], copies: dict[tuple[ir.Value, ir.DataType], ir.Value]
     ) -> None:
-        """Give `value`, which is in half precision now, in float32 to those who read that, and to the caller."""
+        """Cast `value`, now in half precision, to float32 for the nodes that read that, and for the caller."""
         for node, index in tuple(value.uses()):
             wanted = node in lowered and index in lowered[node][0]
             made = copies.get((value, FLOAT))
@@ -157,16 +159,16 @@ class LowerPrecision(ir.passes.InPlacePass):
 
 
 def _ports(node: ir.Node, opset: int, half: ir.DataType) -> Ports | None:
-    """What of `node` is float32 and can be `half` together; None where the node has to stay as it is."""
+    """The float32 inputs and outputs of `node` that can become `half` together; None if the node has to stay."""
     schema = _schema(node.op_type, opset) if is_standard(node) else None
-    if schema is None or bodies_of(node):
+    if schema is None or subgraphs_of(node):
         return None
     types = {constraint.type_param_str: constraint.allowed_type_strs for constraint in schema.type_constraints}
     inputs, outputs, bound = [], [], set()
     for index, value in enumerate(node.inputs):
         parameter = schema.inputs[min(index, len(schema.inputs) - 1)].type_str
         if value is None or not _is_float(value) or parameter not in types:
-            continue  # parameters of a fixed type have none of their own in the table
+            continue  # a parameter of a fixed type has no type constraint
         if f"tensor({half.name.lower()})" not in types[parameter]:
             return None
         inputs.append(index)
@@ -192,7 +194,7 @@ def _is_float(value: ir.Value) -> bool:
 
 
 def _counts(node: ir.Node) -> bool:
-    """Whether `node` makes floating-point numbers of integers: positions and lengths."""
+    """Whether `node` turns integers into floating-point numbers: positions and lengths."""
     source = node.inputs[0] if node.inputs else None
     if node.op_type == "Range":
         return True
@@ -218,7 +220,7 @@ def _converted(tensor: ir.TensorProtocol, dtype: ir.DataType, value: ir.Value) -
 
 
 def _drop_unread(graph: ir.Graph, copies: Mapping[tuple[ir.Value, ir.DataType], ir.Value]) -> None:
-    """Initializers that only their copies stand for now; the copies take their names."""
+    """Remove initializers of which only copies are read; the copies take their names."""
     for (value, _), copied in copies.items():
         if value.is_initializer() and not (value.uses() or value.is_graph_input() or value.is_graph_output()):
             assert value.name is not None

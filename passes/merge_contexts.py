@@ -1,17 +1,17 @@
-"""One graph for many contexts: `If` on the context, and what contexts share is there once.
+"""One graph for many contexts: an `If` on the context, and what contexts share is stored once.
 
     known = Gather([0, 1, 2, ...], context)          no such context: an error of the engine
-    a     = what all contexts compute alike, before they part
+    a     = what all contexts compute in the same way, before they differ
     b     = If(known < n / 2, If(...), If(...))      one branch per context, a balanced tree
-    y     = what all contexts compute alike, after they have parted
+    y     = what all contexts compute in the same way, after they differed
 
-All weights lie in the outer scope, where every branch reads them, and each is there once. A balanced tree, because
-a chain would ask n / 2 conditions on average, and every level nests the file three messages deeper: protobuf
-readers stop at 100, which are 33 contexts.
+All weights lie in the outer scope, once, where every branch reads them. The tree is balanced because a chain would
+evaluate n / 2 conditions on average, and every level nests the file three messages deeper: protobuf readers stop
+at 100 levels, that is, at 33 contexts.
 
-ONNX Runtime lays weights out anew for its kernels (prepacking), once per node: what n branches read, it would hold n
-times. It does so in the outermost If only, so that two contexts behave unlike three; run with
-`session.disable_prepacking` = "1", and weights stay mapped from their file, once. What every branch would
+ONNX Runtime rearranges weights for its kernels (prepacking), once per node: weights that n branches read would be held
+n times. It does so in the outermost If only, so that two contexts behave differently from three; with
+`session.disable_prepacking` = "1", weights stay mapped from their file, once. What every branch would
 fold for itself, such as a transposed embedding, is outside for the same reason.
 """
 
@@ -33,11 +33,11 @@ from cpcompile.passes.context_parts import (
     share_inputs,
     share_last_nodes,
 )
-from cpcompile.passes.symbolic_shapes import opset_of
+from cpcompile.passes.opset import require_opset
 
 CONTEXTS = "contexts"
 """Metadata of the merged model: the names of its contexts, in the order of their numbers, as a JSON list."""
-SINCE_INTEGERS = 9
+MIN_OPSET = 9
 """The first opset in which integers are compared (Less) and chosen (Where)."""
 
 
@@ -46,7 +46,7 @@ def merge_contexts(models: Mapping[str, ir.Model], *, name: str = "context") -> 
 
     The graphs have the same inputs and outputs, and stay as they are; tensors are shared. Initializers of one name and
     content become one and keep the name, so that stored runs are found in the weights file; others, and
-    what lies in a branch, are called `context/name`. A context that there is not is an error at run time.
+    what lies in a branch, are called `context/name`. An unknown context is an error at run time.
     UsageError: fewer than two contexts. CpcompileError: inputs, outputs or opsets differ, or an input
     has a default.
     """
@@ -79,15 +79,14 @@ def merge_contexts(models: Mapping[str, ir.Model], *, name: str = "context") -> 
 
 
 def _require_one_interface(models: Mapping[str, ir.Model], name: str) -> None:
-    """All graphs can be called alike, and none has the input `name` already."""
+    """Raise CpcompileError unless all graphs have the same inputs and outputs, and none an input `name`."""
     first = next(iter(models))
     expected = models[first].graph
     for context, model in models.items():
         graph = model.graph
         if any(value.name == name for value in graph.inputs):
             raise CpcompileError(f"{context}: has an input {name!r} already; freeze it first, or choose another name")
-        if (opset := opset_of(graph)) < SINCE_INTEGERS:
-            raise CpcompileError(f"{context}: is in opset {opset}; a choice needs {SINCE_INTEGERS}: convert it")
+        require_opset(graph, MIN_OPSET, f"{context}: merging contexts")
         if defaults := [value.name for value in graph.inputs if value.is_initializer()]:
             raise CpcompileError(f"{context}: the input {defaults[0]!r} has a default; make it a constant first")
         if model.functions:
@@ -104,7 +103,7 @@ def _require_one_interface(models: Mapping[str, ir.Model], name: str) -> None:
 
 
 def _number_of_context(graph: ir.Graph, name: str, contexts: int) -> ir.Value:
-    """The input `name`, looked up so that a number without a context is an error: Gather takes -1 for the last."""
+    """The input `name` after a lookup that makes an unknown number an error: Gather takes -1 for the last."""
     context = ir.Value(name=name, shape=ir.Shape(()), type=ir.TensorType(ir.DataType.INT64))
     graph.inputs.append(context)
     zero, beyond, table = (
@@ -132,32 +131,32 @@ def _constant(graph: ir.Graph, name: str, numbers: npt.ArrayLike) -> ir.Value:
 def _choose(
     graph: ir.Graph, parts: Sequence[Part], known: ir.Value, start: int = 0
 ) -> tuple[list[ir.Node], Sequence[ir.Value]]:
-    """The nodes that run the part with the number `known` of those that count from `start`, and its results."""
+    """The nodes that run the part with the number `known`, and its results; `parts` count from `start`."""
     middle = len(parts) // 2
     name = f"{known.name}.below.{start + middle}"
     less = ir.node("Less", [known, _constant(graph, f"{name}.bound", start + middle)], name=name)
     less.outputs[0].name = name
-    bodies = []
+    subgraphs = []
     for own, first in ((parts[:middle], start), (parts[middle:], start + middle)):
         if len(own) == 1:
-            bodies.append(own[0].branch())
+            subgraphs.append(own[0].branch())
         else:
             nodes, results = _choose(graph, own, known, first)
-            bodies.append(ir.Graph([], results, nodes=nodes, name=f"from.{first}"))
+            subgraphs.append(ir.Graph([], results, nodes=nodes, name=f"from.{first}"))
     choice = ir.node(
         "If",
         less.outputs,
-        {"then_branch": bodies[0], "else_branch": bodies[1]},
-        num_outputs=len(bodies[0].outputs),
+        {"then_branch": subgraphs[0], "else_branch": subgraphs[1]},
+        num_outputs=len(subgraphs[0].outputs),
         name=f"{name}.if",
     )
-    for index, (out, *made) in enumerate(zip(choice.outputs, bodies[0].outputs, bodies[1].outputs, strict=True)):
+    for index, (out, *made) in enumerate(zip(choice.outputs, subgraphs[0].outputs, subgraphs[1].outputs, strict=True)):
         out.name, out.type, out.shape = f"{name}.output{index}", made[0].type, _common_shape(made[0], made[1])
     return [less, choice], choice.outputs
 
 
 def _common_shape(first: ir.Value, second: ir.Value) -> ir.Shape | None:
-    """What is the same in both shapes."""
+    """The shape with every dimension that is the same in both; the others are unknown."""
     if first.shape is None or second.shape is None or first.shape.rank() != second.shape.rank():
         return None
     return ir.Shape([a if a == b else None for a, b in zip(first.shape, second.shape, strict=True)])

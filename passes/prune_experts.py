@@ -4,13 +4,13 @@
     becomes, where `kept` lists the experts that are not masked,
     Gather(logits, kept) -> softmax -> TopK -> numbers -> Gather(Gather(stacked, kept), numbers)
 
-Then nothing asks for the others: `EliminateDeadChannels` cuts them out of the parameters, and `RemoveWholeGathers`
+Nothing needs the others then: `EliminateDeadChannels` cuts them out of the parameters, and `RemoveWholeGathers`
 removes the Gathers that now take everything. Values stay: exp(-inf) = 0 adds nothing to the softmax, and as TopK picks
 no more experts than are left (else it is an error), it picks a masked one only in place of another whose weight has
 underflowed to 0 as well. `kept` ascends, so that ties are decided as before.
 
 Where as many are left as TopK picks, every token has the same experts, but their weights are still the softmax of
-their logits: their rows of the router stay, and so does TopK, which then only sorts.
+their logits: their rows of the router stay, and so does TopK, which only sorts then.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ import onnx_ir as ir
 from cpcompile.core.errors import UsageError
 from cpcompile.passes.eliminate_dead_channels import Blocked
 from cpcompile.passes.expert_routes import Choice, axis_of, choice_of, lookups_of, parameters_of
-from cpcompile.passes.symbolic_shapes import SINCE, constant_of, is_standard, opset_of
+from cpcompile.passes.nodes import constant_of
+from cpcompile.passes.operators import is_standard
+from cpcompile.passes.opset import MinOpsetPass
 
 
 @dataclass(frozen=True)
@@ -51,13 +53,13 @@ class Pruning(ir.passes.PassResult):
 
 
 @dataclass(frozen=True)
-class PruneExperts(ir.passes.InPlacePass):
+class PruneExperts(MinOpsetPass):
     """Let every TopK choose among the experts that are not masked; UsageError if it picks more than that."""
 
     def call(self, model: ir.Model) -> Pruning:
         """Edit `model`; `modified` counts routers that lost experts."""
         routers, blocked = [], []
-        for node in list(model.graph) if opset_of(model.graph) >= SINCE else ():
+        for node in list(model.graph):
             choice = choice_of(node) if node.op_type == "TopK" and is_standard(node) else None
             if choice is None:
                 continue
@@ -102,7 +104,7 @@ def _prune(topk: ir.Node, choice: Choice, lookups: list[ir.Node], picked: int) -
 
 
 def _again(topk: ir.Node, node: ir.Node, scores: ir.Value, index: ir.Value) -> ir.Value:
-    """What `node` does between logits and `topk`, of the experts in `index`; of a Where nothing is left."""
+    """Repeat `node`, between logits and `topk`, for the experts in `index` only; a Where is left out."""
     if node.op_type == "Where":
         return scores
     inputs, out = [scores], node.outputs[0]
@@ -114,7 +116,7 @@ def _again(topk: ir.Node, node: ir.Node, scores: ir.Value, index: ir.Value) -> i
 
 
 def _pick(before: ir.Node, reader: ir.Node, value: ir.Value, index: ir.Value, axis: int) -> ir.Value:
-    """The positions `index` of an axis of what `reader` reads."""
+    """Pick the positions `index` along an axis of `value`, which `reader` reads."""
     assert value.shape is not None
     name = f"{index.name}.{reader.outputs[0].name}.{value.name}"
     new = ir.node("Gather", [value, index], {"axis": axis % value.shape.rank()}, name=name)
@@ -122,7 +124,7 @@ def _pick(before: ir.Node, reader: ir.Node, value: ir.Value, index: ir.Value, ax
 
 
 def _insert(before: ir.Node, node: ir.Node, like: ir.Value, index: ir.Value, axis: int) -> ir.Value:
-    """Insert `node`, which makes a value that is `like` another but for the length of an axis."""
+    """Insert `node`, whose result has the type and shape of `like` except for the length of `axis`."""
     out, graph = node.outputs[0], before.graph
     assert graph is not None and like.shape is not None and index.shape is not None
     dims = list(like.shape)

@@ -3,7 +3,7 @@
     x + 0 -> x      x - 0 -> x      0 - x -> -x      Sum(x, 0, y) -> Sum(x, y)      0 W + b -> b
     f(...) = 0 -> a constant        where the shape of a zero is known and something else needs it (Concat, Where, ...)
 
-A sum keeps its shape, or is stretched to it by all that reads it: r + (0 + b) * c -> r + b * c.
+A sum keeps its shape, or all its readers broadcast it to that shape: r + (0 + b) * c -> r + b * c.
 
 What only the removed term needed (a norm, projections, their parameters) goes with it, as does x * 1. The rules of
 the channels (`channel_rules`) say what is zero. Exact for finite values, but for the sign of a zero.
@@ -17,26 +17,19 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
+from cpcompile.passes.axes import Shape, broadcast
 from cpcompile.passes.channel_rules.fixpoint import find_zeros
 from cpcompile.passes.channel_rules.products import product_is_zero
 from cpcompile.passes.channels import Channels
-from cpcompile.passes.clean_up import SMALL, CleanUp, stand_in
-from cpcompile.passes.shape_inputs import free_name
-from cpcompile.passes.symbolic_shapes import (
-    ELEMENTWISE,
-    NOT_ZERO_AT_ZERO,
-    SINCE,
-    ZERO_AT_ZERO,
-    Shape,
-    broadcast,
-    is_standard,
-    nodes_inside_out,
-    opset_of,
-)
+from cpcompile.passes.clean_up import SMALL, CleanUp, replace_value
+from cpcompile.passes.nodes import post_order
+from cpcompile.passes.operators import ELEMENTWISE, NOT_ZERO_AT_ZERO, ZERO_AT_ZERO, is_standard
+from cpcompile.passes.opset import MinOpsetPass
+from cpcompile.passes.shape_inputs import unique_name
 
 SUMS = ("Add", "Sub", "Sum")
 STRETCHING = frozenset((*ELEMENTWISE, *ZERO_AT_ZERO, *NOT_ZERO_AT_ZERO)) - {"PRelu"}
-"""Operators whose result is as large as all operands together; PRelu stretches the slope only."""
+"""Operators that broadcast all operands to one shape; PRelu broadcasts only the slope."""
 
 
 @dataclass
@@ -48,7 +41,7 @@ class EmptyLayers(ir.passes.PassResult):
 
 
 @dataclass(frozen=True)
-class RemoveEmptyLayers(ir.passes.InPlacePass):
+class RemoveEmptyLayers(MinOpsetPass):
     """Remove terms that are zero, and what they were computed with, until none is left."""
 
     clean_up: CleanUp = field(default_factory=CleanUp)
@@ -56,8 +49,6 @@ class RemoveEmptyLayers(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> EmptyLayers:
         """Edit `model`; `modified` counts removed terms, new constants and what was cleaned up."""
         graph = model.graph
-        if opset_of(graph) < SINCE:
-            return EmptyLayers(model, modified=False)
         sums: list[str] = []
         modified = self.clean_up(model).modified
         while lost := remove_zero_terms(graph, find_zeros(graph)):
@@ -71,9 +62,9 @@ class RemoveEmptyLayers(ir.passes.InPlacePass):
 def remove_zero_terms(graph: ir.Graph, channels: Channels) -> list[str]:
     """Take zero terms from sums where the other terms say the shape; returns the names of their results.
 
-    channels: what `find_zeros` says of `graph`; once something was taken, it is out of date.
+    channels: the result of `find_zeros` for `graph`; it is out of date once a term is removed.
     """
-    sums = [(node.outputs[0].name or "", node) for node in nodes_inside_out(graph) if node.op_type in (*SUMS, "Gemm")]
+    sums = [(node.outputs[0].name or "", node) for node in post_order(graph) if node.op_type in (*SUMS, "Gemm")]
     return [name for name, node in sums if is_standard(node) and _loses_terms(channels, node)]
 
 
@@ -92,7 +83,7 @@ def _loses_terms(channels: Channels, node: ir.Node) -> bool:
         _replace(node, ir.node("Neg", kept, name=node.name))
     elif len(kept) > 1:
         _replace(node, ir.node("Sum", kept, name=node.name))
-    elif kept[0] is not None and stand_in(kept[0], node.outputs[0]):
+    elif kept[0] is not None and replace_value(kept[0], node.outputs[0]):
         assert node.graph is not None
         node.graph.remove(node, safe=True)
     else:
@@ -102,7 +93,7 @@ def _loses_terms(channels: Channels, node: ir.Node) -> bool:
 
 
 def _terms(channels: Channels, node: ir.Node) -> tuple[list[ir.Value | None], list[ir.Value | None]]:
-    """What `node` adds up, and what of that is zero; the product of a Gemm is no value, and called None."""
+    """The terms that `node` adds up, and those that are zero; None stands for the product of a Gemm."""
     if node.op_type != "Gemm":
         terms = [value for value in node.inputs if value is not None]
         return [*terms], [value for value in terms if _is_zero(channels, value)]
@@ -112,7 +103,7 @@ def _terms(channels: Channels, node: ir.Node) -> tuple[list[ir.Value | None], li
 
 
 def _shapes_with(channels: Channels, out: ir.Value, terms: Sequence[ir.Value | None]) -> dict[ir.Value, Shape] | None:
-    """The shapes of the sum `out` and of what is made of it if it adds up only `terms`, where they differ.
+    """The shapes that change, from the sum `out` on, if it adds up only `terms`.
 
     None if something needs the shape that it has.
     """
@@ -143,7 +134,7 @@ def _is_zero(channels: Channels, value: ir.Value) -> bool:
 
 
 def _replace(node: ir.Node, other: ir.Node) -> None:
-    """Let `other` make the result of `node`."""
+    """Replace `node` by `other`, whose result takes over the name."""
     graph, old, new = node.graph, node.outputs[0], other.outputs[0]
     assert graph is not None
     graph.insert_before(node, other)
@@ -154,10 +145,10 @@ def _replace(node: ir.Node, other: ir.Node) -> None:
 
 
 def _make_constants(graph: ir.Graph) -> list[str]:
-    """Store the zeros of known shape that something reads; returns their names, without those that only led to them."""
+    """Make zeros of known shape constants; returns their names, without values that only led to them."""
     channels = find_zeros(graph)
     made = []
-    for node in reversed(list(nodes_inside_out(graph))):
+    for node in reversed(list(post_order(graph))):
         for out in node.outputs:
             shape = out.shape.numpy() if out.shape is not None and out.shape.is_static() else None
             if shape is None or out.dtype is None or not out.uses() or out.is_graph_output():
@@ -165,7 +156,7 @@ def _make_constants(graph: ir.Graph) -> list[str]:
             small = np.prod(shape, dtype=np.int64) <= SMALL
             if not small or not out.dtype.is_floating_point() or not _is_zero(channels, out):
                 continue
-            name = free_name(graph, f"{out.name}.zero")
+            name = unique_name(graph, f"{out.name}.zero")
             tensor = ir.tensor(np.zeros(shape, dtype=out.dtype.numpy()), dtype=out.dtype, name=name)
             constant = ir.Value(name=name, shape=ir.Shape(shape), type=out.type, const_value=tensor)
             graph.register_initializer(constant)

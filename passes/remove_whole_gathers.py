@@ -1,6 +1,7 @@
-"""Remove Gathers that take all that there is, in order: Gather(x, [0, 1, .., n - 1]) -> x where x is n long.
+"""Remove Gathers that select everything in order: Gather(x, [0, 1, .., n - 1]) -> x if x has length n.
 
-Passes that leave a part of something (`PruneExperts`) pick it with a Gather; once channels are cut, only it is left.
+Passes that keep a part of something, such as `PruneExperts`, select it with a Gather; once channels are cut, that
+part is everything.
 """
 
 from __future__ import annotations
@@ -10,20 +11,21 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from cpcompile.passes.clean_up import stand_in
-from cpcompile.passes.symbolic_shapes import constant_of, is_standard, number_of
+from cpcompile.passes.clean_up import replace_value
+from cpcompile.passes.nodes import constant_of, int_attribute
+from cpcompile.passes.operators import is_standard
 
 
 @dataclass(frozen=True)
 class RemoveWholeGathers(ir.passes.InPlacePass):
-    """Let what is picked from stand in for a Gather that picks everything."""
+    """Replace a Gather that selects everything by its input."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Edit `model`; `modified` counts removed nodes."""
         graph, removed = model.graph, 0
         for node in graph:
             data = node.inputs[0] if _takes_everything(node) else None
-            if data is not None and stand_in(data, node.outputs[0]):
+            if data is not None and replace_value(data, node.outputs[0]):
                 graph.remove(node, safe=True)
                 removed += 1
         return ir.passes.PassResult(model, modified=removed > 0)
@@ -36,5 +38,5 @@ def _takes_everything(node: ir.Node) -> bool:
     picked = None if index is None else constant_of(index)
     if data is None or data.shape is None or picked is None or picked.shape.rank() != 1:
         return False
-    everything = data.shape[number_of(node, "axis", 0)] == picked.size
+    everything = data.shape[int_attribute(node, "axis", 0)] == picked.size
     return everything and np.array_equal(picked.numpy(), np.arange(picked.size))

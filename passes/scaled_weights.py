@@ -1,4 +1,4 @@
-"""Scales on an axis of what a contraction reads or makes, as scales of its weights.
+"""Turn scales of what a contraction reads or makes into scales of its weights.
 
 (x * g) @ W  =  x @ (diag(g) W)        READERS: the axis of the weight that is contracted
 (x @ W) * g  =  x @ (W diag(g))        MAKERS: the axis that it makes, and that of the bias
@@ -13,15 +13,15 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from cpcompile.passes.symbolic_shapes import constant_of, number_of
+from cpcompile.passes.nodes import constant_of, int_attribute
 
 Array = npt.NDArray[np.generic]
 Scales = Mapping[ir.Value, Array]
-"""Initializers, each with factors that stretch to its shape."""
+"""Initializers, each with factors that broadcast to its shape."""
 
 
 def _on_axis(weight: ir.Value | None, axis: int, factors: Array, scaled: int) -> Scales | str:
-    """The factors, which lie on axis `scaled` of an activation, for `axis` of `weight`."""
+    """The factors on axis `scaled` of an activation as factors on `axis` of `weight`."""
     rank = _rank(weight)
     if weight is None or axis >= rank or factors.size != factors.shape[scaled]:
         return "the weight has no such axis"
@@ -52,13 +52,13 @@ def _read_by_gemm(node: ir.Node, index: int, factors: Array) -> Scales | str:
     """alpha * A' B' + beta * C, transposed by transA and transB."""
     if index == 2:
         return "Gemm adds it"
-    contracted = [0 if number_of(node, "transA", 0) else 1, 1 if number_of(node, "transB", 0) else 0]
+    contracted = [0 if int_attribute(node, "transA", 0) else 1, 1 if int_attribute(node, "transB", 0) else 0]
     return _on_axis(node.inputs[1 - index], contracted[1 - index], factors, contracted[index])
 
 
 def _read_by_conv(node: ir.Node, index: int, factors: Array) -> Scales | str:
     """Kernels (out channels, channels / group, ...): those of a group read the channels of their group."""
-    kernels, groups = node.inputs[1], number_of(node, "group", 1)
+    kernels, groups = node.inputs[1], int_attribute(node, "group", 1)
     if index != 0 or kernels is None:
         return "Conv does not read it as data"
     if groups == 1 or factors.size == 1:
@@ -80,7 +80,7 @@ def _made_by_matmul(node: ir.Node, factors: Array) -> Scales | str:
 
 
 def _made_by_gemm(node: ir.Node, factors: Array) -> Scales | str:
-    made = _on_axis(node.inputs[1], 0 if number_of(node, "transB", 0) else 1, factors, 1)
+    made = _on_axis(node.inputs[1], 0 if int_attribute(node, "transB", 0) else 1, factors, 1)
     return _with_bias(node, made, factors, 1)
 
 
@@ -102,8 +102,8 @@ def _with_bias(node: ir.Node, made: Scales | str, factors: Array, scaled: int) -
 READERS: Mapping[str, Callable[[ir.Node, int, Array], Scales | str]] = MappingProxyType(
     {"MatMul": _read_by_matmul, "Gemm": _read_by_gemm, "Conv": _read_by_conv}
 )
-"""Contractions: operator -> what to scale instead of this input, or why that cannot be."""
+"""Operator -> what to scale instead of an input of the contraction, or why that is not possible."""
 MAKERS: Mapping[str, Callable[[ir.Node, Array], Scales | str]] = MappingProxyType(
     {"MatMul": _made_by_matmul, "Gemm": _made_by_gemm, "Conv": _made_by_conv}
 )
-"""The same for the result."""
+"""Operator -> what to scale instead of the result of the contraction, or why that is not possible."""

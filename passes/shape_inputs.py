@@ -1,6 +1,6 @@
-"""Write the integer inputs of Reshape, Expand, Split, Slice and Gather anew.
+"""Rewrite the integer inputs of Reshape, Expand, Split, Slice and Gather.
 
-Every node gets constants of its own, so that nodes that shared one can part.
+Every node gets constants of its own, because nodes that shared one may now need different ones.
 """
 
 from __future__ import annotations
@@ -12,7 +12,10 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from cpcompile.passes.symbolic_shapes import Axis, Shape, ShapeTable, number_of, opset_of
+from cpcompile.files.onnx_file import opset_of
+from cpcompile.passes.axes import Axis, Shape
+from cpcompile.passes.nodes import int_attribute
+from cpcompile.passes.symbolic_shapes import ShapeTable
 
 ZERO = Axis((), 0)
 
@@ -47,7 +50,7 @@ Piece = int | tuple[ir.Value, int]
 
 
 def plan_target_shape(node: ir.Node, source: Shape, target: Shape, table: ShapeTable) -> list[Piece] | None:
-    """How the shape input of a Reshape or Expand from `source` to `target` can be said; None if it cannot.
+    """How to write the shape input of a Reshape or Expand from `source` to `target`; None if that is not possible.
 
     Known lengths are constants; a dynamic axis is copied in place (Reshape: 0, Expand: 1), inferred
     (-1, once), or read from a value that has it.
@@ -76,7 +79,7 @@ def plan_target_shape(node: ir.Node, source: Shape, target: Shape, table: ShapeT
 
 
 def set_target_shape(node: ir.Node, pieces: Sequence[Piece], table: ShapeTable) -> bool:
-    """Write the shape input of a Reshape or Expand; False if it says that already."""
+    """Write the shape input of a Reshape or Expand; False if it has these pieces already."""
     if all(isinstance(piece, int) for piece in pieces):
         wanted = [piece for piece in pieces if isinstance(piece, int)]
         if table.integers(node.inputs[1]) == wanted:
@@ -84,7 +87,7 @@ def set_target_shape(node: ir.Node, pieces: Sequence[Piece], table: ShapeTable) 
         set_integers(node, 1, wanted)
         node.attributes.pop("allowzero", None)  # a 0 copies the length, which is the default
         return True
-    if _said(node, table) == list(pieces):
+    if _written_pieces(node, table) == list(pieces):
         return False
     parts = []
     for at, piece in enumerate(pieces):
@@ -100,7 +103,7 @@ def set_target_shape(node: ir.Node, pieces: Sequence[Piece], table: ShapeTable) 
     return True
 
 
-def _said(node: ir.Node, table: ShapeTable) -> list[Piece] | None:
+def _written_pieces(node: ir.Node, table: ShapeTable) -> list[Piece] | None:
     """The pieces of a target shape that `set_target_shape` wrote; None for any other."""
     target = node.inputs[1]
     concat = None if target is None else target.producer()
@@ -113,8 +116,8 @@ def _said(node: ir.Node, table: ShapeTable) -> list[Piece] | None:
         if number is not None and len(number) == 1:
             pieces.append(number[0])
         elif shape is not None and shape.op_type == "Shape" and shape.inputs[0] is not None:
-            start = number_of(shape, "start", 0)
-            if number_of(shape, "end", -1) != start + 1:
+            start = int_attribute(shape, "start", 0)
+            if int_attribute(shape, "end", -1) != start + 1:
                 return None
             pieces.append((shape.inputs[0], start))
         else:
@@ -136,7 +139,7 @@ def _find_axis(node: ir.Node, axis: Axis, source: Shape, table: ShapeTable) -> t
 def _constant(node: ir.Node, suffix: str, array: npt.NDArray[Any]) -> ir.Value:
     graph = node.graph
     assert isinstance(graph, ir.Graph)
-    name = free_name(graph, f"{node.outputs[0].name}.{suffix}")
+    name = unique_name(graph, f"{node.outputs[0].name}.{suffix}")
     value = ir.Value(
         name=name,
         shape=ir.Shape(array.shape),
@@ -157,8 +160,8 @@ def _insert(node: ir.Node, new: ir.Node, suffix: str, length: int) -> ir.Value:
     return out
 
 
-def free_name(graph: ir.Graph, name: str) -> str:
-    """`name`, or with a number if an initializer has it already."""
+def unique_name(graph: ir.Graph, name: str) -> str:
+    """`name`, with a number appended if an initializer has it already."""
     candidate, number = name, 1
     while candidate in graph.initializers:
         candidate, number = f"{name}.{number}", number + 1

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from cpcompile.passes.clean_up import stand_in
+from cpcompile.passes.clean_up import replace_value
 
 KeptChannels = Mapping[str, tuple[npt.NDArray[np.intp] | None, ...]]
 """Parameter name -> per axis the kept indices; None where the axis is whole."""
@@ -71,13 +71,13 @@ class ShareWeights(ir.passes.InPlacePass):
     plan: Plan
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Edit `model`; `modified` says whether a parameter was taken apart."""
+        """Edit `model`; `modified` says whether a parameter was split into runs."""
         split = 0
         for name, value in list(model.graph.initializers.items()):
             runs = [run for run in self.plan.get(name, ()) if self.context in run.contexts]
             if not runs or runs[0].of == 1:
                 continue
-            _take_apart(model.graph, value, runs)
+            _split_into_runs(model.graph, value, runs)
             split += 1
         return ir.passes.PassResult(model, modified=split > 0)
 
@@ -122,7 +122,7 @@ def _same(a: npt.NDArray[np.intp] | None, b: npt.NDArray[np.intp] | None) -> boo
     return (a is None and b is None) or (a is not None and b is not None and np.array_equal(a, b))
 
 
-def _take_apart(graph: ir.Graph, value: ir.Value, runs: Sequence[Run]) -> None:
+def _split_into_runs(graph: ir.Graph, value: ir.Value, runs: Sequence[Run]) -> None:
     """Replace the parameter `value` by its runs in every node that reads it."""
     tensor = value.const_value
     assert tensor is not None and value.name is not None
@@ -159,7 +159,7 @@ def _take_apart(graph: ir.Graph, value: ir.Value, runs: Sequence[Run]) -> None:
 
 
 def _piece(tensor: ir.TensorProtocol, name: str, axis: int, start: int, size: int) -> ir.LazyTensor:
-    """`size` positions of `tensor` from `start` on; cut when read: in a bundle, the weights file has it."""
+    """`size` positions of `tensor` from `start` on, cut only when read: in a bundle, the weights file has them."""
 
     def cut() -> ir.TensorProtocol:
         return ir.Tensor(tensor.numpy().take(range(start, start + size), axis=axis), name=name)
@@ -232,9 +232,9 @@ def _insert_before(
 
 
 def _replace(node: ir.Node, value: ir.Value) -> None:
-    """Let `value` take the place of the only output of `node`, and its name: a value keeps it when it is made anew."""
+    """Replace the only output of `node` by `value`, which takes over its name."""
     assert node.graph is not None
     name = node.outputs[0].name
-    stand_in(value, node.outputs[0])
+    replace_value(value, node.outputs[0])
     node.graph.remove(node, safe=True)
     value.name = name

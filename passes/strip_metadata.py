@@ -1,4 +1,4 @@
-"""Drop what the exporter notes down for debugging, but for the module that a node came from."""
+"""Drop the exporter's notes for debugging, except for the module that a node came from."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cpcompile.files.onnx_file import MODULE, module_of
 
 @dataclass(frozen=True)
 class StripMetadata(ir.passes.InPlacePass):
-    """Keep one short property per node: stack traces of the machine that exported a model belong to nobody else."""
+    """Keep one short property per node: a model should not carry stack traces of the machine that exported it."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Edit `model`; `modified` counts dropped properties and descriptions."""

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
-from cpcompile.passes.symbolic_shapes import constant_of, is_standard, permutation
+from cpcompile.passes.nodes import constant_of, permutation
+from cpcompile.passes.operators import is_standard
 
 
 @dataclass

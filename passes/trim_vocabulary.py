@@ -1,11 +1,11 @@
-"""Leave only a part of the vocabulary: new token ids in, logits of the new ids out.
+"""Keep only a part of the vocabulary: new token ids in, logits of the new ids out.
 
 Every table that the ids look up, and the logits, get a Gather of the kept entries:
 
     Gather(table, ids)  ->  Gather(Gather(table, kept), ids)      logits  ->  Gather(logits, kept, axis=-1)
 
-Then nothing asks for the other entries, and `EliminateDeadChannels` cuts them: rows of the table, columns of the
-head, its bias. A tied weight is both, and stays one. A Gather of all that is left then goes.
+Nothing needs the other entries then, and `EliminateDeadChannels` cuts them: rows of the table, columns of the
+head, its bias. A tied weight is both table and head, and stays one. A Gather that selects everything goes as well.
 """
 
 from __future__ import annotations
@@ -21,14 +21,16 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from cpcompile.core.errors import CpcompileError, UsageError
-from cpcompile.passes.clean_up import CleanUp, stand_in
+from cpcompile.passes.clean_up import CleanUp, replace_value
 from cpcompile.passes.eliminate_dead_channels import EliminateDeadChannels, Elimination, KeptChannels, find_channels
-from cpcompile.passes.symbolic_shapes import SINCE, constant_of, is_standard, number_of, opset_of
+from cpcompile.passes.nodes import constant_of, int_attribute
+from cpcompile.passes.operators import is_standard
+from cpcompile.passes.opset import MinOpsetPass
 
 MARK = "cpcompile.vocabulary"
-"""Property of a trimmed model: a digest of the kept ids, since new ids look like old ones."""
+"""Property of a trimmed model: a digest of the kept ids, because new ids cannot be told from old ones."""
 MOVES = ("Expand", "Flatten", "Gather", "Identity", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze")
-"""Operators that pass on values of their first input as they are."""
+"""Operators that pass on values of their first input unchanged."""
 
 
 @dataclass
@@ -39,8 +41,8 @@ class Trimming(ir.passes.PassResult):
 
 
 @dataclass(frozen=True)
-class TrimVocabulary(ir.passes.InPlacePass):
-    """Keep the tokens `kept` (old ids, ascending) of the vocabulary that `ids` and `logits` speak of.
+class TrimVocabulary(MinOpsetPass):
+    """Keep the tokens `kept` (old ids, ascending) of the vocabulary that `ids` and `logits` refer to.
 
     UsageError if the settings do not fit the model; CpcompileError if an operator needs the vocabulary whole
     (the model is then of no further use: the pass works in place).
@@ -61,8 +63,6 @@ class TrimVocabulary(ir.passes.InPlacePass):
         digest = hashlib.sha256(index.tobytes()).hexdigest()
         if model.metadata_props.get(MARK, digest) != digest:
             raise UsageError("the model is trimmed to another vocabulary already; start from the whole model")
-        if (opset := opset_of(graph)) < SINCE:
-            raise CpcompileError(f"the model is in opset {opset}, the rules hold from {SINCE} on; convert it first")
         logits = _named(graph.outputs, self.logits, "output")
         lookups = _find_lookups(graph, _named(graph.inputs, self.ids, "input"))
         tables = list(dict.fromkeys(table for node in lookups if (table := node.inputs[0]) is not None))
@@ -94,7 +94,7 @@ class TrimVocabulary(ir.passes.InPlacePass):
 
 
 def renumber_interface(model: ir.Model, trim: TrimVocabulary) -> None:
-    """Let the whole `model` take new ids and give logits of new ids, as what `trim` makes of it: to compare both."""
+    """Make the whole `model` take new ids and give their logits, to compare it with what `trim` makes of it."""
     graph = model.graph
     ids, logits = _named(graph.inputs, trim.ids, "input"), _named(graph.outputs, trim.logits, "output")
     assert ids.dtype is not None
@@ -137,8 +137,8 @@ def _find_lookups(graph: ir.Graph, ids: ir.Value) -> list[ir.Node]:
     while todo:
         for node, at in todo.pop().uses():
             known = node.graph is graph and is_standard(node)
-            cast = node.op_type == "Cast" and number_of(node, "to", 0) in (ir.DataType.INT32, ir.DataType.INT64)
-            if known and node.op_type == "Gather" and at == 1 and number_of(node, "axis", 0) == 0:
+            cast = node.op_type == "Cast" and int_attribute(node, "to", 0) in (ir.DataType.INT32, ir.DataType.INT64)
+            if known and node.op_type == "Gather" and at == 1 and int_attribute(node, "axis", 0) == 0:
                 lookups.append(node)
             elif known and at == 0 and (cast or node.op_type in MOVES):
                 todo.append(node.outputs[0])
@@ -186,7 +186,7 @@ def _pick(data: ir.Value, kept: ir.Value, axis: int) -> ir.Node:
 
 def _drop_pick(graph: ir.Graph, node: ir.Node) -> None:
     """Remove a Gather that takes everything in order; an error says what keeps the rest."""
-    data, index, axis = node.inputs[0], node.inputs[1], number_of(node, "axis", 0)
+    data, index, axis = node.inputs[0], node.inputs[1], int_attribute(node, "axis", 0)
     assert data is not None and data.shape is not None and index is not None
     picked, length = constant_of(index), data.shape[axis]
     assert picked is not None and isinstance(length, int)
@@ -198,5 +198,5 @@ def _drop_pick(graph: ir.Graph, node: ir.Node) -> None:
             f"{spare.size} of the {length} entries of {data.name!r} cannot be trimmed because of {why}; "
             "give the logits before that operator, or leave the vocabulary whole"
         )
-    stand_in(data, node.outputs[0])
+    replace_value(data, node.outputs[0])
     graph.remove(node, safe=True)

@@ -1,4 +1,4 @@
-"""Bundles as somebody would change them who knows how they are sealed."""
+"""Change bundles as somebody would who knows how they are sealed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cpcompile.files.whole_files import file_digest
 
 
 def reseal(bundle: Path, edit: Callable[[dict[str, Any]], object] = lambda manifest: None) -> None:
-    """`edit` the manifest; then every digest fits again."""
+    """`edit` the manifest, then make every digest fit again."""
     manifest = json.loads((bundle / "manifest.json").read_text())
     files = manifest["additional_metadata"]["cpcompile"]["files"]
     files.update({name: file_digest(bundle / name) for name in files if (bundle / name).is_file()})

@@ -1,9 +1,16 @@
-"""What several test modules share: real text of this installation, and a nano model trained on it."""
+"""What several test modules share: real text of this installation, and a nano model trained on it.
 
+A model is trained once in a run, whichever worker of xdist needs it first; the others read its files.
+"""
+
+import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 from cpcompile.core.config import ModelConfig, TrainConfig, preset
 from cpcompile.text.corpus import Corpus, load_corpus
@@ -21,6 +28,29 @@ TRAIN = TrainConfig(
     snapshot_seconds=1e-6,
     controls=("one-mask", "small-dense"),
 )
+
+
+Once = Callable[[str, Callable[[Path], object]], Path]
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
+    """once(name, make): the folder that `make(folder)` fills, made by one worker of the run; nobody may change it."""
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    shared.mkdir(exist_ok=True)
+
+    def get(name: str, make: Callable[[Path], object]) -> Path:
+        folder, made = shared / name, shared / f"{name}.made"
+        with FileLock(shared / f"{name}.lock"):
+            if not made.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # of a worker that failed
+                folder.mkdir()
+                make(folder)
+                made.touch()
+        return folder
+
+    return get
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -58,10 +88,8 @@ def model_config(corpus: Corpus) -> ModelConfig:
 
 
 @pytest.fixture(scope="session")
-def trained(corpus: Corpus, model_config: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(corpus: Corpus, model_config: ModelConfig, once: Once) -> Path:
     """model.pt of a whole run with two controls; model.dense.pt lies beside it."""
     from cpcompile.training.trainer import train
 
-    path = tmp_path_factory.mktemp("trained") / "model.pt"
-    train(corpus, model_config, TRAIN, path)
-    return path
+    return once("trained", lambda folder: train(corpus, model_config, TRAIN, folder / "model.pt")) / "model.pt"

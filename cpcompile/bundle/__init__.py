@@ -1,4 +1,4 @@
-"""The bundle `model.cpc/`: written whole, and checked before it is used; without torch and onnxruntime."""
+"""The bundle `model.cpc/`: written whole, checked before it is used, and read without torch or onnxruntime."""
 
 from cpcompile.bundle.reader import Bundle, Variant, open_bundle
 

@@ -1,4 +1,4 @@
-"""The manifest of a bundle: what may stand in it, and how its files are checked before they are used."""
+"""The manifest of a bundle: what it may contain, and the checks of the files that it lists."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BUNDLE_VERSION = 3
 MANIFEST = "manifest.json"
 REPORTS = ("report.json", "report.html")
 SESSION_OPTIONS = frozenset({"session.disable_prepacking"})
-"""What a bundle may set for ONNX Runtime besides its weights: others load libraries and write files."""
+"""Session options that a bundle may set besides its weights; others load libraries or write files."""
 PROVIDER_OPTIONS: Mapping[str, frozenset[str]] = {
     "CUDAExecutionProvider": frozenset({"use_tf32", "prefer_nhwc", "enable_cuda_graph", "cudnn_conv_algo_search"}),
     "TensorrtExecutionProvider": frozenset(
@@ -30,41 +30,41 @@ PROVIDER_OPTIONS: Mapping[str, frozenset[str]] = {
         | {f"nv_profile_{which}_shapes" for which in ("min", "opt", "max")}
     ),
 }
-"""What a bundle may set for an execution provider, for the same reason. Devices and caches are the machine's."""
+"""Provider options that a bundle may set, for the same reason; devices and caches belong to the machine."""
 MAX_JSON = 1 << 26
-"""Bytes of a manifest or component: one of a thousand contexts has less than a megabyte."""
+"""The largest manifest or component in bytes; a thousand contexts need less than a megabyte."""
 
 
 def require(value: Any, kind: type[T], what: str) -> T:
-    """`value`, which is exactly of that type; TypeError says `what` it is otherwise."""
+    """Return `value` if its type is exactly `kind`; TypeError names `what` otherwise."""
     if type(value) is not kind:
         raise TypeError(f"{what} (a {type(value).__name__} instead of {kind.__name__})")
     return value
 
 
 def require_name(name: str, what: str) -> None:
-    """ValueError if `name` cannot be the name of a context or variant."""
+    """ValueError unless `name` can be the name of a context or variant."""
     if not CONTEXT_NAME.fullmatch(name):
-        raise ValueError(f"{what} {name!r} is no name")
+        raise ValueError(f"{what} {name!r} is not a valid name")
 
 
 def inside(root: Path, name: str) -> Path:
-    """`root/name`, refused if it leaves `root` by its text or through a link."""
+    """`root/name`; UsageError if it leaves `root`, by its text or through a link."""
     pure = PurePosixPath(name)
     path = root / pure
     try:
         outside = not path.resolve().is_relative_to(root.resolve())
-    except (OSError, RuntimeError, ValueError) as error:  # too long, a loop of links, a character no path has
-        raise UsageError(f"{root}: {name[:100]!r} is no path; build the bundle again") from error
+    except (OSError, RuntimeError, ValueError) as error:  # too long, a loop of links, an invalid character
+        raise UsageError(f"{root}: {name[:100]!r} is not a valid path; build the bundle again") from error
     if pure.is_absolute() or ".." in pure.parts or outside:
-        raise UsageError(f"{root}: the path {name!r} leaves the bundle; it is refused. Build the bundle again")
+        raise UsageError(f"{root}: the path {name!r} leaves the bundle, so it is refused; build the bundle again")
     return path
 
 
 def verify_file(path: Path, digest: str) -> None:
     """UsageError if the file `path` is missing or does not have that SHA-256."""
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for, a device has no end
+        if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe could block, a device may be endless
             raise UsageError(f"{path}: is not a regular file; build the bundle again or copy it whole")
         actual = file_digest(path)
     except FileNotFoundError as error:
@@ -78,14 +78,14 @@ def verify_file(path: Path, digest: str) -> None:
 
 
 def manifest_digest(manifest: Mapping[str, Any]) -> str:
-    """Digest of the manifest without this digest itself."""
+    """The digest of the manifest, computed without this digest."""
     plain = json.loads(json.dumps(manifest))
     plain["additional_metadata"]["cpcompile"].pop("manifest_digest", None)
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 def read_json(path: Path) -> Any:
-    """The JSON in `path`, which is small, repeats no key and has finite numbers; UsageError says what is wrong."""
+    """The JSON in `path`; UsageError unless it is small, repeats no key and has only finite numbers."""
     try:
         if (size := path.stat().st_size) > MAX_JSON:
             raise ValueError(f"{size:,} bytes, more than {MAX_JSON:,}")
@@ -96,11 +96,11 @@ def read_json(path: Path) -> Any:
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A parser may take the first of two equal keys, another the last: there must be one."""
+    """Refuse repeated keys: one parser may take the first, another the last."""
     if len(content := dict(pairs)) != len(pairs):
-        raise ValueError("a key is there twice")
+        raise ValueError("a key appears twice")
     return content
 
 
 def _refuse_constant(text: str) -> None:
-    raise ValueError(f"{text} is no JSON")
+    raise ValueError(f"{text} is not valid JSON")

@@ -1,18 +1,18 @@
-"""The bundle `model.cpc/`: an ONNX Runtime model package (schema 1.0), components = contexts.
+"""Open a bundle `model.cpc/`: an ONNX Runtime model package (schema 1.0), components = contexts.
 
     manifest.json                       components, and under additional_metadata.cpcompile the digest of every file
     <context>/component.json            variants = runtime + precision
     <context>/<variant>/model.onnx      graph; its weights are slices of one shared file
-    <context>/<variant>/engine.plan     of TensorRT, with its own weights; executor_info.tensorrt says what runs it
-    router/cpu-fp32-merged/model.onnx   all contexts in one graph, which has the context as an input
+    <context>/<variant>/engine.plan     a TensorRT plan with its own weights; executor_info.tensorrt says what runs it
+    router/cpu-fp32-merged/model.onnx   all contexts in one graph, with the context as an input
     shared_assets/sha256-<hex>/         weights.bin; tokenizer.json, and token_ids.npy where it was trimmed
-    report.json                         what validation found (outside of the digests)
+    report.json                         the results of validation (not covered by the digests)
 
-Reading needs neither torch nor onnxruntime. Everything is checked before it is used: the
-manifest against its own digest, each file against the manifest, each path against the root, and what an engine makes
-its runtime open against both. Digests show damage, not who wrote the bundle: one that was sealed anew can ask for any
-amount of time and memory, but for no file outside, no library and no output. Nobody may change it while it is in use.
-The format: microsoft/onnxruntime, model_package/README.md.
+Reading needs neither torch nor onnxruntime. Everything is checked before it is used: the manifest against its own
+digest, each file against the manifest, each path against the root, and the files that an engine makes its runtime open
+against both. Digests reveal damage, not the author: a bundle sealed by a stranger can take any amount of time and
+memory, but it cannot open a file outside of it, load a library or write a file. It must not change while it is in use.
+Source of the format: microsoft/onnxruntime, model_package/README.md.
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ from cpcompile.bundle.manifest import (
 )
 from cpcompile.core.errors import UsageError
 from cpcompile.files.external_data import references_of
-from cpcompile.targets.plan_info import EngineInfo
+from cpcompile.targets.plan_info import PlanInfo
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 
 TOKEN_IDS = "token_ids.npy"
-"""Beside the tokenizer.json of a context whose vocabulary was trimmed: see `Bundle.token_ids`."""
+"""The file beside tokenizer.json where the vocabulary of a context was trimmed; see `Bundle.token_ids`."""
 ROUTER = "router"
 """The component of engines that serve several contexts."""
 PLAN = "tensorrt"
-"""The executor of plans, as `executor_info` calls it."""
+"""The key of plans in `executor_info`."""
 WEIGHTS_OPTION = "session.model_external_initializers_file_folder_path"
 
 
@@ -64,29 +64,29 @@ class Variant:
     runtime: str
     precision: str
     provider: str
-    """Execution provider of ONNX Runtime; empty for a plan of TensorRT."""
+    """Execution provider of ONNX Runtime; empty for a TensorRT plan."""
     model: Path
     weights: Path | None
-    """Folder of the shared weights."""
+    """The folder of the shared weights."""
     session_options: Mapping[str, str]
     provider_options: Mapping[str, str]
     feeds: Mapping[str, int]
-    """Inputs that choose the context, of an engine that serves several."""
+    """The inputs that select the context, where the engine serves several."""
     bytes: int
-    """Of its own files and of its share of the weights."""
-    engine: EngineInfo | None = None
-    """Of a plan of TensorRT: what it was built by and for."""
+    """The bytes of its own files and of its share of the weights."""
+    plan: PlanInfo | None = None
+    """What a TensorRT plan was built by and for; None if the engine is an ONNX graph."""
 
     def graph(self) -> ir.Model:
-        """Its graph, whose weights stay in their file; the files have been verified. UsageError for a plan."""
-        from cpcompile.files.onnx_file import load_onnx  # an application that runs engines does without onnx_ir
+        """The graph of a verified engine, whose weights stay in their file; UsageError for a plan."""
+        from cpcompile.files.onnx_file import load_onnx  # running engines does not need onnx_ir
 
-        if self.engine is not None:
-            raise UsageError(f"{self.model}: is a plan of {self.runtime}, no ONNX graph; choose another variant")
+        if self.plan:
+            raise UsageError(f"{self.model}: is a plan of {self.runtime}, not an ONNX graph; choose another variant")
         return load_onnx(self.model, data=self.weights)
 
     def standalone(self) -> ir.Model:
-        """Its graph with all weights inside."""
+        """The graph with all weights inside."""
         import onnx_ir as ir
 
         return ir.external_data.load_to_model(self.graph())
@@ -94,17 +94,17 @@ class Variant:
 
 @dataclass(frozen=True, kw_only=True)
 class Bundle:
-    """An opened bundle: the manifest is checked, the files are checked by `verify` before they are loaded."""
+    """An opened bundle: its manifest has been checked; `verify` checks its files before they are loaded."""
 
     root: Path
     name: str
     contexts: tuple[str, ...]
     metadata: Mapping[str, Any]
-    """What the build recorded: context indices, parameter accounting, source checkpoint, digests."""
+    """Records of the build: context indices, parameter accounting, source checkpoint, digests."""
     components: Mapping[str, Mapping[str, Any]]
 
     def tokenizer(self, context: str) -> Path:
-        """The tokenizer.json of `context`, verified; UsageError if the bundle's model reads no text."""
+        """The verified tokenizer.json of `context`; UsageError if the model does not read text."""
         if context not in self.metadata["tokenizers"]:
             raise UsageError(f"{self.root}: has no tokenizer of {context!r}; it was built from a program")
         path = self._asset(self.metadata["tokenizers"][context]) / "tokenizer.json"
@@ -112,28 +112,28 @@ class Bundle:
         return path
 
     def token_ids(self, context: str) -> npt.NDArray[np.int64] | None:
-        """The id that each token of `context` has in the whole vocabulary; None where the context has it whole."""
+        """The id of each token of `context` in the full vocabulary; None if the vocabulary was not trimmed."""
         if context not in self.metadata["tokenizers"]:
             return None
         path = self._asset(self.metadata["tokenizers"][context]) / TOKEN_IDS
         if path.relative_to(self.root).as_posix() not in self.metadata["files"]:
             return None
         self.verify(path)
-        try:  # mapped: a shape of more than the file holds is refused, not allocated
+        try:  # mapping refuses a shape larger than the file instead of allocating it
             ids: npt.NDArray[Any] = np.array(np.lib.format.open_memmap(path, mode="r"))
         except Exception as error:  # the header is parsed as Python
             raise UsageError(f"{path}: cannot be read ({error}); build the bundle again") from error
         if ids.ndim != 1 or ids.dtype.kind not in "iu" or (ids.size and not 0 <= ids.min() <= ids.max() < 1 << 31):
-            raise UsageError(f"{path}: holds {ids.dtype} of shape {ids.shape}, no token ids; build the bundle again")
+            raise UsageError(f"{path}: holds {ids.dtype} of shape {ids.shape}, not token ids; build the bundle again")
         return ids.astype(np.int64)
 
     @property
     def bytes(self) -> int:
-        """Of all files but the reports."""
+        """The bytes of all files except the reports."""
         return sum(p.stat().st_size for p in self.root.rglob("*") if p.is_file() and p.name not in REPORTS)
 
     def variants(self, context: str) -> tuple[Variant, ...]:
-        """The engines of `context`; UsageError lists the contexts there are."""
+        """The engines of `context`; UsageError lists the contexts that exist."""
         if context not in self.contexts:
             raise UsageError(f"{self.root}: has no context {context!r}; it has {', '.join(self.contexts)}")
         own = [self._variant(context, context, name) for name in self.components[context]["variants"]]
@@ -142,7 +142,7 @@ class Bundle:
         return (*own, *(self._variant(context, ROUTER, name) for name in served))
 
     def variant(self, context: str, name: str) -> Variant:
-        """One engine; UsageError lists what there is."""
+        """One engine of `context`; UsageError lists the variants that exist."""
         variants = {variant.name: variant for variant in self.variants(context)}
         if name not in variants:
             raise UsageError(f"{self.root}: {context} has no variant {name!r}; it has {', '.join(variants)}")
@@ -168,34 +168,34 @@ class Bundle:
                 self._verify_references(variant)
 
     def verify_engine(self, variant: Variant) -> None:
-        """Check all files that loading `variant` opens: its model, its weights, and that it refers to no others."""
+        """Check the files that loading `variant` opens, its model and weights, and that it refers to no others."""
         self.verify(variant.model, *([variant.weights] if variant.weights else []))
         self._verify_references(variant)
 
     def _verify_references(self, variant: Variant) -> None:
-        """Every tensor outside of the model lies in a file of its weights that the manifest lists, and within it."""
-        if variant.engine is not None:
+        """Check that every external tensor lies within a file of its weights that the manifest lists."""
+        if variant.plan:
             return  # a plan is one file
         folder = None if variant.weights is None else variant.weights.relative_to(self.root).as_posix()
         for reference in references_of(variant.model):
             name = f"{folder}/{reference.location}"
             if folder is None or name not in self.metadata["files"]:
                 raise UsageError(
-                    f"{variant.model}: a tensor lies in {reference.location!r}, which is no file of its weights; "
-                    "it is refused. Build the bundle again"
+                    f"{variant.model}: a tensor lies in {reference.location!r}, which is not a file of its weights, "
+                    "so it is refused; build the bundle again"
                 )
-            there = inside(self.root, name).stat().st_size
-            if (end := reference.offset + (reference.length or 0)) > there:
+            size = inside(self.root, name).stat().st_size
+            if (end := reference.offset + (reference.length or 0)) > size:
                 raise UsageError(
                     f"{variant.model}: a tensor needs the bytes up to {end:,} of {reference.location}, which has "
-                    f"{there:,}; build the bundle again"
+                    f"{size:,}; build the bundle again"
                 )
 
     def _variant(self, context: str, component: str, name: str) -> Variant:
         body = self.components[component]["variants"][name]
         own, info = body["executor_info"]["cpcompile"], body["executor_info"]
-        engine = EngineInfo.from_plain(info[PLAN]) if PLAN in info else None
-        executor = info[PLAN] if engine is not None else info["ort"]
+        plan = PlanInfo.from_plain(info[PLAN]) if PLAN in info else None
+        executor = info[PLAN] if plan else info["ort"]
         options = dict(executor.get("session_options", {}))
         weights = options.pop(WEIGHTS_OPTION, None)
         folder = f"{component}/{body.get('variant_directory', name)}"
@@ -205,14 +205,14 @@ class Bundle:
             name=name,
             runtime=own["runtime"],
             precision=own["precision"],
-            provider=body["ep"] if engine is None else "",
+            provider="" if plan else body["ep"],
             model=inside(self.root, f"{folder}/{require(executor['model_file'], str, 'model_file')}"),
             weights=self._asset(weights) if weights else None,
             session_options=options,
             provider_options=dict(executor.get("provider_options", {})),
             feeds={"context": contexts.index(context)} if contexts else {},
             bytes=own["bytes"],
-            engine=engine,
+            plan=plan,
         )
 
     def _asset(self, uri: str) -> Path:
@@ -249,12 +249,12 @@ def open_bundle(path: Path) -> Bundle:
         )
         _require_readable(bundle)
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
-        raise UsageError(f"{path / MANIFEST}: lacks or garbles {error}; build the bundle again") from error
+        raise UsageError(f"{path / MANIFEST}: is incomplete or malformed ({error}); build the bundle again") from error
     return bundle
 
 
 def _require_readable(bundle: Bundle) -> None:
-    """Everything that is read later has the form that `seal` gives it; TypeError, KeyError or ValueError otherwise."""
+    """Check that everything read later has the form that `seal` writes; TypeError, KeyError or ValueError if not."""
     metadata = bundle.metadata
     require(metadata["shared_weights"], bool, "shared_weights")
     tokenizers = require(metadata["tokenizers"], dict, "tokenizers")
@@ -272,12 +272,12 @@ def _require_readable(bundle: Bundle) -> None:
         for kind, removed in require(parameters["removed_by_kind"], dict, "removed_by_kind").items():
             require(removed, int, f"removed {kind} of {context}")
         if not require(bundle.components[context]["variants"], dict, f"variants of {context}"):
-            raise ValueError(f"variants of {context}: there are none")
+            raise ValueError(f"{context} has no variants")
         for variant in bundle.variants(context):
             require_name(variant.name, f"variant of {context}")
             if require(variant.bytes, int, f"bytes of {variant.name}") < 0:
                 raise ValueError(f"bytes of {variant.name}: {variant.bytes}")
-            suffix = ".onnx" if variant.engine is None else ".plan"
+            suffix = ".plan" if variant.plan else ".onnx"
             if variant.model.suffix != suffix:
                 raise ValueError(f"model_file of {variant.name}: {variant.model.name!r} is not named {suffix}")
             for field in (variant.name, variant.runtime, variant.precision, variant.provider):

@@ -1,4 +1,4 @@
-"""Write a bundle into a temporary folder, and put it in place as a whole."""
+"""Write a bundle into a temporary folder, then put it in place in one step."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from cpcompile.files.whole_files import NO_ROOM, file_digest, remove_leftovers, 
 
 
 class BundleWriter:
-    """Collects a bundle in a temporary folder beside `target` and renames it when complete.
+    """Collects a bundle in a temporary folder beside `target` and renames it when it is complete.
 
-    `seal` makes it a bundle, `commit` moves it; one that failed its validation to `<target>.failed`. Until then the
-    old bundle is untouched; leaving the block without `commit` removes the new one.
+    `seal` makes it a bundle and `commit` moves it into place, or to `<target>.failed` if its validation failed. Until
+    then the old bundle is untouched; leaving the `with` block without `commit` removes the new one.
     """
 
     def __init__(self, target: Path) -> None:
@@ -58,23 +58,23 @@ class BundleWriter:
             ) from error
 
     def folder(self, context: str, variant: str) -> Path:
-        """Where the files of a variant go."""
+        """The folder for the files of a variant, which is created."""
         folder = self.root / context / variant
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
     def stage(self, name: str) -> Path:
-        """An empty folder in which an asset can be prepared."""
+        """Create an empty folder in which an asset can be prepared."""
         folder = self.root / f".{name}"
         folder.mkdir()
         return folder
 
     def add_asset(self, folder: Path) -> str:
-        """Move `folder` (inside of this bundle) to its content address and return its URI."""
+        """Move `folder`, which is inside this bundle, to its content address and return its URI."""
         uri = asset_uri(folder)
         target = self.asset(uri)
         target.parent.mkdir(exist_ok=True)
-        if target.exists():  # of another context, byte by byte the same
+        if target.exists():  # the identical asset of another context
             shutil.rmtree(folder)
         else:
             folder.rename(target)
@@ -85,20 +85,20 @@ class BundleWriter:
         return self.root / "shared_assets" / uri.replace(":", "-")
 
     def add_variant(self, context: str, artifact: Artifact, *, weights: str | None) -> None:
-        """Enter the engine `artifact` of `context`, whose files lie in `folder(context, artifact.variant)`."""
+        """Record the engine `artifact` of `context`; its files are in `folder(context, artifact.variant)`."""
         folder = self.folder(context, artifact.variant)
         own = sum((folder / name).stat().st_size for name in artifact.files)
         options = dict(artifact.session_options) | ({WEIGHTS_OPTION: weights} if weights else {})
         component = self._components.setdefault(context, {"component_name": context, "variants": {}})
         executor: dict[str, Any] = {"model_file": artifact.model_file}
-        if artifact.engine is None:
+        if artifact.plan:
+            provided = {}  # ONNX Runtime skips a variant without a provider
+            executors: dict[str, Any] = {PLAN: executor | artifact.plan.to_plain()}
+        else:
             provided = {"ep": artifact.provider, "device": artifact.device}
             executor |= {"session_options": options}
             executor |= {"provider_options": dict(artifact.provider_options)} if artifact.provider_options else {}
-            executors: dict[str, Any] = {"ort": executor}
-        else:
-            provided = {}  # without a provider, ONNX Runtime passes the variant over
-            executors = {PLAN: executor | artifact.engine.to_plain()}
+            executors = {"ort": executor}
         component["variants"][artifact.variant] = {
             "variant_directory": artifact.variant,
             **provided,
@@ -114,7 +114,7 @@ class BundleWriter:
         }
 
     def seal(self, *, name: str, metadata: Mapping[str, Any]) -> Bundle:
-        """Write component and manifest files; the bundle can be opened where it lies."""
+        """Write the component and manifest files and open the bundle, still in the temporary folder."""
         for context, component in self._components.items():
             _write_json(self.root / context / "component.json", component)
         files = {
@@ -134,14 +134,14 @@ class BundleWriter:
         return open_bundle(self.root)
 
     def commit(self, *, failed: bool = False) -> Path:
-        """Put the sealed bundle in its place; returns where it is."""
+        """Move the sealed bundle into place and return its path."""
         target = self.failed if failed else self.target
         _put_in_place(self.root, target)
         return target
 
 
 def asset_uri(folder: Path) -> str:
-    """The canonical URI of a shared asset: the digest over the digests and names of its files."""
+    """The canonical URI of a shared asset: a digest of the digests and names of its files."""
     lines = [
         f"{file_digest(path)}  {path.relative_to(folder).as_posix()}\n"
         for path in sorted(folder.rglob("*"), key=lambda p: p.relative_to(folder).as_posix())
@@ -155,7 +155,7 @@ def _write_json(path: Path, content: object) -> None:
 
 
 def _require_replaceable(target: Path) -> None:
-    """Nothing is at `target`, or an empty folder, or a bundle of any version with nothing else in its folder."""
+    """UsageError unless `target` is missing, an empty folder, or a bundle of any version without foreign files."""
     if not os.path.lexists(target):
         return
     refusal = f"{target}: exists and is not a bundle; choose another output or remove it"
@@ -174,13 +174,11 @@ def _require_replaceable(target: Path) -> None:
         raise UsageError(refusal) from error
     foreign = sorted(there - ours - {MANIFEST, *REPORTS})
     if foreign:
-        raise UsageError(
-            f"{target}: {foreign[0]} lies there and is no part of the bundle; take it away, or choose another output"
-        )
+        raise UsageError(f"{target}: {foreign[0]} is not part of the bundle; move it away or choose another output")
 
 
 def _put_in_place(folder: Path, target: Path) -> None:
-    """Make `folder` the `target`; where the system can, old and new change places in one step."""
+    """Rename `folder` to `target`, exchanging it with an old one in one step where the system can."""
     if not target.exists():
         folder.rename(target)
         return
@@ -194,7 +192,7 @@ def _put_in_place(folder: Path, target: Path) -> None:
 
 
 def _exchange(first: Path, second: Path) -> bool:
-    """Linux: renameat2 with RENAME_EXCHANGE."""
+    """Exchange two paths atomically (Linux: renameat2 with RENAME_EXCHANGE); False where that is not possible."""
     with suppress(OSError, AttributeError):
         at_cwd, rename_exchange = -100, 2
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2

@@ -1,8 +1,8 @@
-"""What of a report is compared: a snapshot, and the baseline, which is a snapshot in a file.
+"""Snapshot: the parts of a report that a check compares; a baseline is a snapshot in a file.
 
 A place is (context, variant): an engine; ("english", "") is a context, ("", "") the whole bundle. Every place
 has values, and not_measured says why others are missing. Values are named like the criterion that judges
-them (`cpcompile.check.criteria`), with the shape behind it where there are several: speed_ratio[1x128].
+them (`cpcompile.check.criteria`), followed by the shape if there are several: speed_ratio[1x128].
 
 `baseline.schema.json` beside this file is the contract of the file.
 """
@@ -18,41 +18,45 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from cpcompile.core.errors import UsageError
+from cpcompile.core.json_form import to_json
+from cpcompile.core.measured import NotMeasured
 from cpcompile.files.whole_files import read_text, whole_file
+from cpcompile.report.contents import Report
+from cpcompile.report.results import Memory, Parity, Placement, Quality, ShapeSpeed, Speed, ratio_with_bounds
 
 Place: TypeAlias = tuple[str, str]
 Judged: TypeAlias = Literal["pass", "fail", "inconclusive"]
 BUNDLE: Place = ("", "")
 
 UNKNOWN = "unknown"
-"""The architecture of a bundle whose model was not looked at."""
+"""Architecture of a bundle whose model was not read."""
 VERSION = 1
 SCHEMA = Path(__file__).with_name("baseline.schema.json")
 JUDGED = ("parity", "placement")
-"""What has a verdict of its own."""
+"""Criteria that have a verdict of their own."""
 MEASURED_AGAIN = ("memory", "private_memory", "speed_ratio")
 """Criteria whose values are noisy."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Value:
-    """A number and, where it is noisy, the interval in which it lies."""
+    """A number and, if it is noisy, its interval."""
 
     value: float
     low: float | None = None
     high: float | None = None
-    disturbance: str | None = None
-    """What else the machine did while it was measured; not part of a baseline."""
+    interference: str | None = None
+    """Other activity of the machine during the measurement; not part of a baseline."""
 
     def widened(self, other: Value) -> Value:
-        """The lower of both, and an interval that holds both: of peaks, where no sample is more right than another."""
+        """The lower value, and an interval that covers both: for peaks, where all samples are equally valid."""
         values = [v for each in (self, other) for v in (each.value, each.low, each.high) if v is not None]
         return Value(value=min(self.value, other.value), low=min(values), high=max(values))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """All that is compared at one place."""
+    """All compared values of one place."""
 
     values: Mapping[str, Value] = field(default_factory=dict)
     verdicts: Mapping[str, tuple[Judged, str | None]] = field(default_factory=dict)
@@ -81,12 +85,12 @@ class Snapshot:
     def engines(self) -> tuple[Place, ...]:
         return tuple(place for place in self.places if place[1])
 
-    def again(self, place: Place, measured: Measured, disturbance: str | None) -> Snapshot:
-        """With what was measured again at `place`: new ratios replace the old, peaks widen them."""
+    def again(self, place: Place, measured: Measured, interference: str | None) -> Snapshot:
+        """A copy with new measurements at `place`: new ratios replace the old ones, new peaks widen the intervals."""
         old = self.places[place]
         values = dict(old.values)
         for name, value in measured.values.items():
-            fresh = dataclasses.replace(value, disturbance=disturbance)
+            fresh = dataclasses.replace(value, interference=interference)
             values[name] = values[name].widened(fresh) if criterion_of(name) != "speed_ratio" else fresh
         return dataclasses.replace(self, places={**self.places, place: dataclasses.replace(old, values=values)})
 
@@ -96,71 +100,98 @@ def criterion_of(name: str) -> str:
     return name.partition("[")[0]
 
 
-def snapshot_of(report: Mapping[str, Any]) -> Snapshot:
-    """What of a report (`cpcompile.report`) is compared."""
-    places = {BUNDLE: Measured(values={"bundle_bytes": Value(value=report["bundle"]["bytes"])})}
-    for context in report["contexts"]:
-        name = context["name"]
-        places[name, ""] = Measured(values={"parameters": Value(value=context["parameters"]["kept"])})
-        for variant in context["variants"]:
-            places[name, variant["name"]] = measured_of(variant)
-    model = report["model"]
+def snapshot_of(report: Report) -> Snapshot:
+    """The snapshot of a report."""
+    places = {BUNDLE: Measured(values={"bundle_bytes": Value(value=report.bundle.bytes)})}
+    for context in report.contexts:
+        places[context.name, ""] = Measured(values={"parameters": Value(value=context.parameters.kept)})
+        for variant in context.variants:
+            places[context.name, variant.name] = measured_of(
+                size=NotMeasured(variant.reason or "its size is unknown") if variant.bytes is None else variant.bytes,
+                parity=variant.parity,
+                quality=variant.quality,
+                memory=variant.memory,
+                speed=variant.speed,
+                placement=variant.placement,
+                not_run=variant.reason if variant.status != "ran" else None,
+            )
     return Snapshot(
-        model=model["name"],
-        architecture=model["architecture"],
-        config=model["config"],
-        environment=report["environment"],
+        model=report.model.name,
+        architecture=report.model.architecture,
+        config=report.model.config,
+        environment=to_json(report.environment),
         places=places,
     )
 
 
-def measured_of(variant: Mapping[str, Any]) -> Measured:
-    """What of one engine in a report is compared; parts of it may be missing."""
+def measured_of(
+    *,
+    size: int | NotMeasured | None = None,
+    parity: Parity | None = None,
+    quality: Quality | None = None,
+    memory: Memory | None = None,
+    speed: Speed | None = None,
+    placement: Placement | None = None,
+    not_run: str | None = None,
+) -> Measured:
+    """The compared values of one engine. None: that part was not examined; not_run: why the engine was not run."""
     values: dict[str, Value] = {}
     verdicts: dict[str, tuple[Judged, str | None]] = {}
-    missing: dict[str, str] = {}
-    _take(values, missing, variant, bytes="bytes")
-    if variant.get("status", "ran") != "ran":
-        missing.update(dict.fromkeys(JUDGED, variant["reason"]))
-    for name in set(JUDGED) - missing.keys():
-        if (verdict := variant.get(name, {}).get("verdict")) is not None:
-            verdicts[name] = (verdict, variant[name]["reason"])
-        elif name in variant:
-            missing[name] = variant[name]["not_measured"].get("verdict", "it was not judged")
-    parity = variant.get("parity", {})
-    if parity.get("tolerance"):
-        values["parity_error"] = Value(value=parity["max_abs_error_float64"] / parity["tolerance"])
-    elif parity:
-        missing["parity_error"] = parity["reason"] or "every error is allowed"
-    _take(values, missing, variant.get("quality", {}), perplexity="perplexity", accuracy="accuracy")
-    memory = variant.get("memory", {})
-    _take(values, missing, memory, memory="run_peak_rss_bytes", private_memory="run_peak_private_bytes")
-    speed = variant.get("speed", {})
-    for shape in speed.get("shapes") or ():
-        where = f"speed_ratio[{_shape(shape)}]"
-        if shape["ratio"] is None:
-            missing[where] = shape["not_measured"]["ratio"]
+    missing: dict[str, str] = dict.fromkeys(JUDGED, not_run) if not_run else {}
+
+    def take(name: str, value: float | NotMeasured) -> None:
+        if isinstance(value, NotMeasured):
+            missing[name] = value.reason
         else:
-            values[where] = Value(value=shape["ratio"], low=shape["ratio_low"], high=shape["ratio_high"])
-    if speed and not speed["shapes"]:
-        missing["speed_ratio"] = speed["not_measured"]["shapes"]
-    placement = variant.get("placement", {})
-    counts = {name: dict(placement[name]) for name in ("operators", "providers", "precisions") if placement.get(name)}
-    if "operators" in counts:
-        values["nodes"] = Value(value=sum(counts["operators"].values()))
-    elif placement:
-        missing["nodes"] = placement["not_measured"]["operators"]
+            values[name] = Value(value=value)
+
+    if size is not None:
+        take("bytes", size)
+    for name, part in (("parity", parity), ("placement", placement)) if not not_run else ():
+        if part is None:
+            continue
+        if isinstance(part.verdict, NotMeasured):
+            missing[name] = part.verdict.reason
+        else:
+            verdicts[name] = (part.verdict, part.reason)
+    if parity is not None:
+        if parity.tolerance and not isinstance(parity.max_abs_error_float64, NotMeasured):
+            values["parity_error"] = Value(value=parity.max_abs_error_float64 / parity.tolerance)
+        else:
+            missing["parity_error"] = parity.reason or "every error is allowed"
+    if quality is not None:
+        take("perplexity", quality.perplexity)
+        take("accuracy", quality.accuracy)
+    if memory is not None:
+        take("memory", memory.run_peak_rss_bytes)
+        take("private_memory", memory.run_peak_private_bytes)
+    if speed is not None and isinstance(speed.shapes, NotMeasured):
+        missing["speed_ratio"] = speed.shapes.reason
+    elif speed is not None:
+        for shape in speed.timed:
+            where, bounded = f"speed_ratio[{_shape(shape)}]", ratio_with_bounds(shape)
+            if isinstance(bounded, NotMeasured):
+                missing[where] = bounded.reason
+            else:
+                ratio, low, high = bounded
+                values[where] = Value(value=ratio, low=low, high=high)
+    counts: dict[str, Mapping[str, int]] = {}
+    if placement is not None:
+        found = {name: getattr(placement, name) for name in ("operators", "providers", "precisions")}
+        counts = {name: dict(own) for name, own in found.items() if own}
+        operators = placement.operators
+        take("nodes", operators if isinstance(operators, NotMeasured) else sum(operators.values()))
     return Measured(values=values, verdicts=verdicts, counts=counts, not_measured=missing)
 
 
 def write_baseline(snapshot: Snapshot, path: Path) -> None:
-    """Write `snapshot` to the file `path`, whole or not at all."""
+    """Write `snapshot` to the file `path` atomically."""
     with whole_file(path) as temporary:
         temporary.write_text(json.dumps(_plain(snapshot), indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def read_baseline(path: Path) -> Snapshot:
-    """The baseline in the file `path`; UsageError says how to write one if there is none, or it is none."""
+    """The baseline in the file `path`; UsageError says how to write one if it is missing or invalid."""
     how = f"write it with `cpcompile check BUNDLE --baseline {path} --update-baseline`"
     try:
         plain = json.loads(read_text(path))
@@ -169,20 +200,20 @@ def read_baseline(path: Path) -> Snapshot:
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror}); {how}") from error
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path}: is no baseline ({error}); {how}") from error
+        raise UsageError(f"{path}: is not a baseline ({error}); {how}") from error
     try:
         if plain["baseline_version"] != VERSION:
             found = plain["baseline_version"]
             raise UsageError(f"{path}: baseline version {found!r}, this cpcompile reads {VERSION}; {how}")
         return _snapshot(plain)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise UsageError(f"{path}: is no baseline: it lacks or garbles {error}; {how}") from error
+        raise UsageError(f"{path}: is not a baseline: a value is missing or malformed ({error}); {how}") from error
 
 
 def require_same_model(baseline: Snapshot, path: Path, *, architecture: str, contexts: tuple[str, ...]) -> None:
-    """UsageError unless the baseline `path` can be one of this model: its architecture, and some context, are the same.
+    """Raise UsageError unless the baseline `path` shares its architecture and at least one context with this model.
 
-    architecture "" leaves that one out: without the model it is not known.
+    architecture "" skips that comparison: it is not known without the model.
     """
     other_kind = bool(architecture) and baseline.architecture not in (architecture, UNKNOWN)
     if other_kind or not set(contexts) & set(baseline.contexts):
@@ -194,17 +225,8 @@ def require_same_model(baseline: Snapshot, path: Path, *, architecture: str, con
         )
 
 
-def _take(values: dict[str, Value], missing: dict[str, str], node: Mapping[str, Any], **names: str) -> None:
-    """Field of `node` by criterion, into `values` or with its reason into `missing`; not there at all: neither."""
-    for criterion, key in names.items():
-        if (value := node.get(key)) is not None:
-            values[criterion] = Value(value=value)
-        elif key in node:
-            missing[criterion] = node.get("not_measured", {}).get(key) or node.get("reason") or "it is null"
-
-
-def _shape(shape: Mapping[str, Any]) -> str:
-    return f"{shape['batch']}x{shape['sequence']}" if shape["sequence"] else f"batch {shape['batch']}"
+def _shape(shape: ShapeSpeed) -> str:
+    return f"{shape.batch}x{shape.sequence}" if shape.sequence else f"batch {shape.batch}"
 
 
 def _plain(snapshot: Snapshot) -> dict[str, Any]:
@@ -234,7 +256,7 @@ def _plain(snapshot: Snapshot) -> dict[str, Any]:
 
 
 def _snapshot(plain: Any) -> Snapshot:
-    """KeyError, TypeError or ValueError for whatever `_plain` does not write."""
+    """The inverse of `_plain`; KeyError, TypeError or ValueError for anything else."""
     model = plain["model"]
     places = {
         (_name(place["context"] or ""), _name(place["variant"] or "")): Measured(
@@ -267,7 +289,7 @@ def _text(value: Any) -> str:
 
 
 def _name(value: Any) -> str:
-    """Without what a terminal, a workflow or a file cannot show as it is."""
+    """`value`, or an error if it is not a printable string."""
     if not _text(value).isprintable():
         raise ValueError(f"{value!r}: a name that can be printed is needed")
     return value  # type: ignore[no-any-return]

@@ -27,19 +27,19 @@ from cpcompile.core.config import CheckConfig, MaxIncrease
 from cpcompile.core.errors import printable
 
 Verdict: TypeAlias = Literal["pass", "fail", "inconclusive", "not measured", "skipped", "new"]
-"""not measured: the baseline has it, and it could not be measured now; skipped: that was asked for, or the baseline has
-no parity of the engine either."""
+"""not measured: the baseline has the value, but it could not be measured now; skipped: on request, or because the
+baseline has no parity of the engine either."""
 UNDECIDED = frozenset({"inconclusive", "not measured"})
 SCHEMA_VERSION = 1
 ROUNDING = 1e-9
-"""Of limits and changes in binary."""
+"""Slack for the binary rounding of limits and changes."""
 WIDEST = 700.0
-"""Of an interval, as a logarithm: what a float still holds."""
+"""Largest half-width of an interval, as a logarithm, whose exponential a float can hold."""
 
 
 @dataclass(frozen=True)
 class Criterion:
-    """What is compared. `limit` names its setting in `CheckConfig`; None where there is nothing to set."""
+    """A compared quantity. `limit` names its setting in `CheckConfig`; None if there is nothing to set."""
 
     meaning: str
     limit: str | None = None
@@ -72,18 +72,18 @@ class Outcome:
     """One criterion at one place."""
 
     name: str
-    """Of the criterion, with the shape where there are several."""
+    """Name of the criterion, followed by the shape if there are several."""
     context: str | None
     variant: str | None
     verdict: Verdict
     baseline: float | str | None = None
     now: float | str | None = None
     change: float | None = None
-    """now / baseline - 1, of accuracy now - baseline; None where that is no number."""
+    """now / baseline - 1, for accuracy now - baseline; None if that is not a number."""
     change_low: float | None = None
     change_high: float | None = None
     allowed: float | None = None
-    """The change that is allowed, with its sign."""
+    """The allowed change, with its sign."""
     reason: str | None = None
     """Why it is neither a pass nor a plain miss of the limit."""
 
@@ -93,12 +93,12 @@ class Outcome:
 
     @property
     def place(self) -> str:
-        """`english cpu-fp32`; `bundle` for the whole."""
+        """`english cpu-fp32`; `bundle` for the whole bundle."""
         return " ".join(part for part in (self.context, self.variant) if part) or "bundle"
 
     @property
     def sentence(self) -> str:
-        """What was found, in one line."""
+        """The finding, in one line."""
         if self.baseline is None and self.now is None:
             return self.reason or CRITERIA[self.criterion].meaning
         unit = CRITERIA[self.criterion].unit
@@ -115,9 +115,9 @@ class Check:
     """The result of a check; true if it passes."""
 
     subject: str
-    """The path of what was checked."""
+    """Path of the bundle or file that was checked."""
     baseline: str
-    """The path of what it was compared with."""
+    """Path of the baseline."""
     environment: Mapping[str, Any]
     outcomes: tuple[Outcome, ...]
     notes: tuple[str, ...] = ()
@@ -144,9 +144,9 @@ class Check:
 
 
 def judge(before: Snapshot, now: Snapshot, config: CheckConfig, *, waived: Container[str] = ()) -> tuple[Outcome, ...]:
-    """Everything in `now` against the baseline `before`.
+    """Judge everything in `now` against the baseline `before`.
 
-    waived: criteria that may be left unmeasured.
+    waived: criteria that may stay unmeasured.
     """
     outcomes: list[Outcome] = []
     for place in dict.fromkeys((*before.places, *now.places)):
@@ -155,7 +155,7 @@ def judge(before: Snapshot, now: Snapshot, config: CheckConfig, *, waived: Conta
 
 
 def differences(before: Snapshot, now: Snapshot) -> tuple[str, ...]:
-    """What else differs and may explain an outcome."""
+    """Other differences, which may explain an outcome."""
     notes = []
     for what, old, new in (
         ("the model's setting", before.config, now.config),
@@ -169,7 +169,7 @@ def differences(before: Snapshot, now: Snapshot) -> tuple[str, ...]:
 
 
 def doubtful(outcomes: tuple[Outcome, ...], criteria: Container[str]) -> dict[Place, set[str]]:
-    """What of `criteria` missed its limit or is undecided, by place: worth measuring again."""
+    """Those of `criteria` that missed their limit or are undecided, by place: worth measuring again."""
     found: dict[Place, set[str]] = {}
     for outcome in outcomes:
         if outcome.criterion in criteria and outcome.verdict in ("fail", "inconclusive"):
@@ -178,7 +178,7 @@ def doubtful(outcomes: tuple[Outcome, ...], criteria: Container[str]) -> dict[Pl
 
 
 def expected(before: Snapshot) -> Iterator[tuple[Place, str]]:
-    """The place and the name of every outcome that a check against `before` can have, but for what is new."""
+    """The place and the name of every outcome that a check against `before` can have, except new ones."""
     for place, measured in before.places.items():
         if place[1]:
             yield place, "present"
@@ -187,7 +187,7 @@ def expected(before: Snapshot) -> Iterator[tuple[Place, str]]:
 
 
 def left_out(snapshot: Snapshot) -> dict[str, str]:
-    """Criteria that a baseline of `snapshot` holds nothing on, and why not: no check will judge them."""
+    """Criteria missing from a baseline of `snapshot`, and why: no check will judge them."""
     held = {criterion_of(name) for each in snapshot.places.values() for name in (*each.values, *each.verdicts)}
     reasons: dict[str, str] = {}
     for each in snapshot.places.values():
@@ -212,7 +212,7 @@ def show(value: float | str | None, unit: str) -> str:
 
 
 def show_change(outcome: Outcome) -> str:
-    """+1.2 %, with its interval where it is one."""
+    """+1.2 %, with its interval if it has one."""
     if outcome.change is None:
         return ""
     text = percent(outcome.change)
@@ -249,7 +249,9 @@ def _judge_place(
             yield outcome(name=name, verdict=verdict, baseline=old, now=verdict, reason=why)
         else:
             yield _unmeasured(outcome, name, old, now, waived)
-    if "parity" in now.not_measured and "parity" not in before.verdicts:  # as in the baseline, and no pass either
+    if (
+        "parity" in now.not_measured and "parity" not in before.verdicts
+    ):  # missing as in the baseline, but still not a pass
         yield outcome(name="parity", verdict="skipped", reason=now.not_measured["parity"])
     for name in dict.fromkeys((*before.values, *now.values)):
         if criterion_of(name) not in CRITERIA:
@@ -284,9 +286,9 @@ def _judge_value(outcome: Callable[..., Outcome], name: str, before: Value, now:
     verdict: Verdict = "pass" if most <= ROUNDING else "fail" if least > ROUNDING else "inconclusive"
     reason = None
     if verdict == "inconclusive":
-        reason = "the interval is too wide to decide" + (f" ({now.disturbance})" if now.disturbance else "")
-    elif verdict == "fail" and criterion.limit == "speed_ratio" and now.disturbance:
-        verdict, reason = "inconclusive", f"beyond the limit, but while {now.disturbance}"
+        reason = "the interval is too wide to decide" + (f" ({now.interference})" if now.interference else "")
+    elif verdict == "fail" and criterion.limit == "speed_ratio" and now.interference:
+        verdict, reason = "inconclusive", f"beyond the limit, but while {now.interference}"
     finite = all(map(math.isfinite, (change, low, high)))
     return outcome(
         name=name,
@@ -333,7 +335,7 @@ def _placed_elsewhere(before: Measured, now: Measured) -> str | None:
 
 
 def _more_operators(before: Measured, now: Measured) -> str | None:
-    """Which operators there are more of."""
+    """The operators whose number grew."""
     old, new = before.counts.get("operators"), now.counts.get("operators")
     if old is None or new is None:
         return None

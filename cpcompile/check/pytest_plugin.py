@@ -3,8 +3,8 @@
     model.cpc::english::cpu-fp32::perplexity
 
 Tests are collected from the baseline alone. The first that runs starts `cpcompile check` in a process of its own, and
-all others read what it found: one measurement for a run, also where pytest-xdist runs tests in several processes, which
-share a folder and its lock. inconclusive and not measured are skipped tests with the reason.
+all others read its result: there is one measurement per run, even if pytest-xdist runs tests in several processes,
+which share a folder and its lock. inconclusive and not measured become skipped tests with the reason.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ import pytest
 OPTIONS = ("baseline", "model", "data", "config")
 FOLDER = "cpcompile_folder"
 FILE_TESTS = ("parity", "nodes", "parameters", "bytes", "speed_ratio")
-"""Of an ONNX file, which has no baseline to collect from."""
+"""Tests of an ONNX file, which has no baseline to collect them from."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """The flags of `cpcompile check`, under names that nobody else has."""
+    """Add the flags of `cpcompile check`, under names that conflict with no other plugin."""
     group = parser.getgroup("cpcompile", "check a bundle against its baseline")
     group.addoption("--cpcompile", metavar="BUNDLE", type=Path, help="Bundle or ONNX file to check.")
     for name in OPTIONS:
@@ -39,7 +39,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Take part only where a bundle is named."""
+    """Register the plugin only if a bundle is given."""
     if config.getoption("cpcompile") is not None:
         if config.getoption("cpcompile_baseline") is None:
             raise pytest.UsageError("--cpcompile needs --cpcompile-baseline")
@@ -47,11 +47,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 class CheckFailedError(Exception):
-    """What a test of a check shows instead of a traceback."""
+    """A failed check, which a test shows without a traceback."""
 
 
 class _Plugin:
-    """Of one run of pytest, or of one of its workers, which use the folder of the run."""
+    """The check of one pytest run, or of one of its workers, which use the folder of the run."""
 
     def __init__(self, config: pytest.Config) -> None:
         worker = getattr(config, "workerinput", None)
@@ -67,7 +67,7 @@ class _Plugin:
         if self._own:
             shutil.rmtree(self.folder, ignore_errors=True)
 
-    @pytest.hookimpl(tryfirst=True)  # before those that choose among the tests
+    @pytest.hookimpl(tryfirst=True)  # before the plugins that select tests
     def pytest_collection_modifyitems(
         self, session: pytest.Session, config: pytest.Config, items: list[pytest.Item]
     ) -> None:
@@ -126,12 +126,12 @@ class _Criterion(pytest.Item):
 
 
 def _outcomes(config: pytest.Config) -> dict[tuple[str, str, str], dict[str, Any]]:
-    """What the check of this run found, by key; CheckFailedError if it could not be done."""
+    """The outcomes of the check of this run, by key; CheckFailedError if it could not run."""
     from cpcompile.files.whole_files import only_process
 
     plugin: Any = config.pluginmanager.get_plugin("cpcompile-check")
     result, trouble = plugin.folder / "check.json", plugin.folder / "trouble.txt"
-    with only_process(plugin.folder / "lock", None):
+    with only_process(plugin.folder / "lock"):
         if not result.exists() and not trouble.exists():
             command, environment = _command(config, result), _environment()
             done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
@@ -154,5 +154,5 @@ def _command(config: pytest.Config, result: Path) -> list[str]:
 
 
 def _environment() -> dict[str, str]:
-    """Without what would make the check speak to GitHub: pytest does."""
+    """The environment without GitHub's variables: pytest reports to GitHub, not the check."""
     return {name: value for name, value in os.environ.items() if not name.startswith("GITHUB_")}

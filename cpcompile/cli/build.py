@@ -19,6 +19,8 @@ from cpcompile.cli.options import (
 )
 from cpcompile.core.config import (
     LARGEST,
+    OPSETS,
+    BuildConfig,
     ValidateConfig,
 )
 from cpcompile.core.errors import UsageError
@@ -28,31 +30,45 @@ from cpcompile.targets.requests import parse_targets
 @click.command(context_settings={"show_default": True})
 @click.argument("model", type=FilePath)
 @click.option("--out", "-o", type=FilePath, help="Bundle to write.  [default: MODEL with .cpc]")
-@click.option("--contexts", help="Comma-separated names; all by default.")
-@click.option("--opset", type=click.Choice(["20", "23"]), default="23", help="ONNX opset of the graphs.")
+@click.option("--contexts", help="Comma-separated names.  [default: all]")
+@click.option(
+    "--opset",
+    type=click.Choice([str(each) for each in OPSETS]),
+    default=str(BuildConfig.opset),
+    help="ONNX opset of the graphs.",
+)
 @click.option("--standalone", is_flag=True, help="Self-contained models instead of shared weights.")
 @click.option("--merged", is_flag=True, help="Add one engine for all contexts, with the context as an input.")
 @click.option(
     "--vocabulary-coverage",
     type=float,
     metavar="PART",
-    help="Trim each context's vocabulary to the tokens that make up this part of its text (0.999, say).",
+    help="Trim each context's vocabulary to the tokens that make up this part of its text (such as 0.999).",
 )
 @click.option(
     "--target", "targets", multiple=True, help="Add engines: tensorrt, tensorrt-rtx[=sm86,sm120], cuda; repeatable."
 )
-@click.option("--precision", "precisions", metavar="NAMES", help="Of them: fp32, fp16, bf16.  [default: fp16]")
 @click.option(
-    "--profile", "profiles", multiple=True, metavar="AXIS=MIN:OPT:MAX", help="Lengths that they take; repeatable."
+    "--precision",
+    "precisions",
+    metavar="NAMES",
+    help="Precisions of the added engines: fp32, fp16, bf16.  [default: fp16]",
 )
-@click.option("--data", type=FilePath, help="Corpus whose held-out text replaces the checkpoint's.")
+@click.option(
+    "--profile",
+    "profiles",
+    multiple=True,
+    metavar="AXIS=MIN:OPT:MAX",
+    help="Axis lengths that the added engines accept; repeatable.",
+)
+@click.option("--data", type=FilePath, help="Corpus whose held-out text replaces that of the checkpoint.")
 @click.option("--rounds", default=ValidateConfig.rounds, help="Interleaved timing rounds per shape.")
-@click.option("--min-speed-ratio", default=0.0, help="Times as fast as eager dense that engines have to be.")
-@click.option("--peers", metavar="NAMES", help="What to time beside the engines: see `validate --help`, or 'all'.")
-@click.option("--no-speed", is_flag=True, help="Leave the timings out.")
-@click.option("--no-memory", is_flag=True, help="Leave the memory measurements out.")
-@click.option("--no-layers", is_flag=True, help="Leave the errors of single layers out.")
-@click.option("--repro", type=FilePath, metavar="DIR", help="On a parity failure: folder for a minimal repro.")
+@click.option("--min-speed-ratio", default=0.0, help="Minimum speedup over the eager dense model.")
+@click.option("--peers", metavar="NAMES", help="Peers to time with the engines, or 'all'; see `validate --help`.")
+@click.option("--no-speed", is_flag=True, help="Skip the timings.")
+@click.option("--no-memory", is_flag=True, help="Skip the memory measurements.")
+@click.option("--no-layers", is_flag=True, help="Skip the errors of single layers.")
+@click.option("--repro", type=FilePath, metavar="DIR", help="Folder for a minimal repro if parity fails.")
 @max_memory_option
 @click.option("--json", "as_json", is_flag=True, help="Print report.json instead of tables.")
 def build(
@@ -77,70 +93,63 @@ def build(
     max_memory: int | None,
     as_json: bool,
 ) -> None:
-    """Compile every context of MODEL into an engine of its own, and prove it against the eager model.
+    """Compile every context of MODEL into an engine of its own, and validate it against the eager model.
 
     \b
     Examples:
       cpcompile build model.pt
       cpcompile build model.pt -o model.cpc --contexts english,python
       cpcompile build model.pt --merged               # for a server of many contexts
-      cpcompile build model.pt --max-memory 4GB       # or stop before it starts
-      cpcompile build model.pt --vocabulary-coverage 1  # only the tokens that a context's text needs
+      cpcompile build model.pt --max-memory 4GB       # refuse to start above 4 GB
+      cpcompile build model.pt --vocabulary-coverage 1  # only the tokens that occur in a context's text
       cpcompile build model.pt --json > report.json
-      cpcompile build model.pt --peers all            # time torch.compile and others too, see validate --help
-      cpcompile build model.pt2                       # a module of your own, see `cpcompile.save_program`
+      cpcompile build model.pt --peers all            # also time torch.compile and others, see validate --help
+      cpcompile build model.pt2                       # your own module, see `cpcompile.save_program`
 
     \b
-    Engines for GPUs beside those of the CPU; TensorRT-RTX and CUDA build without one:
+    GPU engines are added alongside the CPU engines; TensorRT-RTX and CUDA engines can be built without a GPU:
       cpcompile build model.pt --target tensorrt-rtx --precision fp16,bf16
       cpcompile build model.pt --target cuda          # ONNX Runtime on a GPU: cuda-fp16
       cpcompile build model.pt --target tensorrt-rtx=sm89 --profile batch=1:1:4 --profile sequence=1:128:1024
     """
     from cpcompile.cli.console import stage_progress
     from cpcompile.pipeline.build import build_bundle
-    from cpcompile.pipeline.estimation import Plan
 
-    config = validate_config(
+    config = BuildConfig(
+        contexts=names_in(contexts),
+        opset=int(opset),
+        standalone=standalone,
+        merged=merged,
+        vocabulary_coverage=vocabulary_coverage,
+        targets=targets,
+        precisions=names_in(precisions),
+        profiles=profiles,
+    )
+    validation = validate_config(
         rounds, min_speed_ratio, peers, no_speed=no_speed, no_memory=no_memory, layers=not no_layers
     )
-    added = parse_targets(targets, names_in(precisions), profiles)
+    parse_targets(config.targets, config.precisions, config.profiles)  # refused before anything is measured
     if targets and max_memory is not None:
-        raise UsageError(
-            "--max-memory knows what engines of the CPU take, not what TensorRT does; leave one of them out"
-        )
+        raise UsageError("--max-memory covers CPU engines only, not the engines of --target; leave one of them out")
     out = out or beside(model, ".cpc")
-    plan = Plan(contexts=names_in(contexts), coverage=vocabulary_coverage, standalone=standalone, merged=merged)
-    warn_of_memory(model, max_memory, plan, config)
+    warn_of_memory(model, max_memory, config, validation)
     with stage_progress() as stage:
-        report, bundle = build_bundle(
-            model,
-            out,
-            contexts=plan.contexts,
-            opset=int(opset),
-            standalone=standalone,
-            merged=merged,
-            coverage=vocabulary_coverage,
-            data=data,
-            config=config,
-            progress=stage,
-            repro=repro,
-            added=added,
-        )
-    stays = f"; {out} stays as it was" if out.exists() else ""
-    click.echo(f"wrote {bundle}" + (f" (the verdict is fail{stays})" if report["verdict"] == "fail" else ""), err=True)
+        report, bundle = build_bundle(model, out, config, validation, progress=stage, data=data, repro=repro)
+    stays = f"; {out} is unchanged" if out.exists() else ""
+    click.echo(f"wrote {bundle}" + (f" (the verdict is fail{stays})" if report.verdict == "fail" else ""), err=True)
     print_report(report, as_json=as_json)
     exit_with(report)
 
 
 @click.command(context_settings={"show_default": True})
 @click.argument("model", type=FilePath)
-@click.option("--contexts", help="Comma-separated names; all by default.")
-@click.option("--standalone", is_flag=True, help="Of a build with --standalone.")
-@click.option("--merged", is_flag=True, help="Of a build with --merged.")
-@click.option("--vocabulary-coverage", type=float, metavar="PART", help="Of a build with --vocabulary-coverage.")
-@click.option("--no-memory", is_flag=True, help="Of a build with --no-memory.")
-@click.option("--batch", type=click.IntRange(1, LARGEST), default=1, help="Sequences of a run of the engines.")
-@click.option("--sequence", type=click.IntRange(1, LARGEST), default=128, help="Tokens of each.")
+@click.option("--contexts", help="Comma-separated names.  [default: all]")
+@click.option("--standalone", is_flag=True, help="Estimate a build with --standalone.")
+@click.option("--merged", is_flag=True, help="Estimate a build with --merged.")
+@click.option("--vocabulary-coverage", type=float, metavar="PART", help="Estimate a build with --vocabulary-coverage.")
+@click.option("--no-memory", is_flag=True, help="Estimate a build with --no-memory.")
+@click.option("--batch", type=click.IntRange(1, LARGEST), default=1, help="Sequences per engine run.")
+@click.option("--sequence", type=click.IntRange(1, LARGEST), default=128, help="Tokens per sequence.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 def estimate(
     model: Path,
@@ -153,31 +162,30 @@ def estimate(
     sequence: int,
     as_json: bool,
 ) -> None:
-    """Say what a build of MODEL is going to take: peak memory per stage, engines, size of the bundle.
+    """Estimate a build of MODEL: peak memory of each stage and engine, and the size of the bundle.
 
-    The weights of MODEL are not read; what the libraries take is measured here, by building a model of one layer.
+    The weights of MODEL are not read. The memory that the libraries take is measured by building a one-layer model.
 
     \b
     Examples:
       cpcompile estimate model.pt
       cpcompile estimate model.pt --vocabulary-coverage 1 --json
-      cpcompile estimate model.pt --batch 8 --sequence 512   # engines that run other shapes
-      cpcompile build model.pt --max-memory 4GB              # and do not start if it takes more
+      cpcompile estimate model.pt --batch 8 --sequence 512   # engines that run larger shapes
+      cpcompile build model.pt --max-memory 4GB              # refuse to start above 4 GB
     """
-    from cpcompile.pipeline.estimation import Plan, estimate_build, render_estimate
+    from cpcompile.pipeline.estimation import RunShape, estimate_build, render_estimate
 
-    plan = Plan(
+    config = BuildConfig(
         contexts=names_in(contexts),
-        coverage=vocabulary_coverage,
         standalone=standalone,
         merged=merged,
-        batch=batch,
-        sequence=sequence,
+        vocabulary_coverage=vocabulary_coverage,
     )
-    estimated = estimate_build(model, plan, ValidateConfig(memory=not no_memory))
+    shape = RunShape(batch=batch, sequence=sequence)
+    estimated = estimate_build(model, config, ValidateConfig(memory=not no_memory), shape)
     if as_json:
         click.echo(json.dumps(estimated.to_plain(), indent=1))
         return
     from cpcompile.cli.console import print_result
 
-    print_result(render_estimate(estimated, plan))
+    print_result(render_estimate(estimated, shape))

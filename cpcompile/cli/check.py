@@ -12,11 +12,9 @@ import click
 
 from cpcompile.cli.options import VERDICT_EXIT_CODES, FilePath, model_of
 from cpcompile.cli.settings import load_toml
-from cpcompile.core.config import (
-    CheckConfig,
-    override,
-)
+from cpcompile.core.config import CheckConfig
 from cpcompile.core.errors import CpcompileError, UsageError
+from cpcompile.core.overrides import override
 
 if TYPE_CHECKING:
     from cpcompile.check.criteria import Check
@@ -25,15 +23,18 @@ if TYPE_CHECKING:
 @click.command(context_settings={"show_default": True})
 @click.argument("subject", type=FilePath, metavar="BUNDLE")
 @click.option(
-    "--baseline", type=FilePath, required=True, help="What --update-baseline wrote; of an .onnx, an older .onnx."
+    "--baseline",
+    type=FilePath,
+    required=True,
+    help="File written by --update-baseline; for an .onnx file, an older one.",
 )
-@click.option("--model", type=FilePath, help="What it was built from.  [default: BUNDLE with .pt or .pt2]")
+@click.option("--model", type=FilePath, help="Model that BUNDLE was built from.  [default: BUNDLE with .pt or .pt2]")
 @click.option("--without-model", is_flag=True, help="Check sizes, counts and placement only.")
-@click.option("--data", type=FilePath, help="Corpus whose held-out text replaces the checkpoint's.")
+@click.option("--data", type=FilePath, help="Corpus whose held-out text replaces that of the checkpoint.")
 @click.option("--config", type=FilePath, help="TOML file with the table [check].  [default: cpcompile.toml, if any]")
 @click.option("--rounds", type=int, help=f"Interleaved timing rounds per shape.  [default: {CheckConfig.rounds}]")
-@click.option("--no-speed", is_flag=True, help="Leave the timings out.")
-@click.option("--no-memory", is_flag=True, help="Leave the memory measurements out.")
+@click.option("--no-speed", is_flag=True, help="Skip the timings.")
+@click.option("--no-memory", is_flag=True, help="Skip the memory measurements.")
 @click.option("--update-baseline", is_flag=True, help="Write the baseline instead of comparing with it.")
 @click.option(
     "--format",
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     multiple=True,
     default=["table"],
     metavar="NAME[=FILE]",
-    help="table, json, junit, sarif or github, to standard output or a file; may be repeated.",
+    help="table, json, junit, sarif or github, to standard output or a file; repeatable.",
 )
 def check(
     subject: Path,
@@ -66,8 +67,8 @@ def check(
       cpcompile check model.cpc --baseline base.json --without-model
       cpcompile check new.onnx --baseline old.onnx
 
-    Speed is that of the engine as a multiple of the dense model's, both timed now. What misses its limit on a noisy
-    value is measured again; it fails when its interval lies wholly beyond the limit. Exit codes: 0 pass, 1 fail,
+    Speed is the speedup over the dense model, with both timed now. A noisy value that misses its limit is measured
+    again; it fails if its whole interval lies beyond the limit. Exit codes: 0 pass, 1 fail,
     2 usage, 3 inconclusive.
     """
     from cpcompile.check.baseline import read_baseline, write_baseline
@@ -133,17 +134,17 @@ def _by_value(values: Mapping[str, str]) -> dict[str, list[str]]:
 
 
 def _require_sound(result: Check) -> None:
-    """A baseline is what later checks hold on to."""
+    """Refuse to write a baseline from a bundle that fails."""
     wrong = [outcome for outcome in result.outcomes if outcome.verdict == "fail"]
     if wrong:
         raise CpcompileError(
-            f"{wrong[0].place}: {wrong[0].name} fails ({wrong[0].reason}); the baseline stays as it was: mend the "
+            f"{wrong[0].place}: {wrong[0].name} fails ({wrong[0].reason}); the baseline is unchanged: fix the "
             "bundle first"
         )
 
 
 def _print_check(result: Check, targets: Sequence[tuple[str, Path | None]]) -> None:
-    """In the formats that were asked for, and for GitHub where it runs this."""
+    """Print the result in the requested formats, and for GitHub when it runs there."""
     from cpcompile.check.formats import TABLE, TEXTS, summary
     from cpcompile.check.formats.table import render_check
     from cpcompile.cli.console import print_result
@@ -165,5 +166,5 @@ def _print_check(result: Check, targets: Sequence[tuple[str, Path | None]]) -> N
         try:
             with Path(step).open("a", encoding="utf-8", errors="replace") as stream:
                 stream.write(summary(result))
-        except OSError as error:  # the verdict stands
+        except OSError as error:  # the verdict is not affected
             click.echo(f"Warning: GITHUB_STEP_SUMMARY={step}: no summary was written ({error.strerror})", err=True)

@@ -1,4 +1,4 @@
-"""What the commands show while they work: progress with ETA on a terminal, plain lines elsewhere."""
+"""Progress of the commands: bars with an ETA on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from cpcompile.core import types
 from cpcompile.training.branch import StepReport
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
-"""Progress and messages go to standard error, a record per line however long; results go to standard output."""
+"""Progress and messages go to standard error, one record per line however long; results go to standard output."""
 
 WIDTH = 120
-"""Columns of tables where no terminal says how many it has: in a log or a file."""
+"""Columns of tables in a log or a file, where there is no terminal width to use."""
 
 
 def print_result(result: RenderableType, file: TextIO | None = None) -> None:
@@ -62,7 +62,7 @@ def stage_progress() -> Iterator[types.Progress]:
 
 
 class TrainProgress:
-    """Observer of a training run: the whole run and the present branch, loss, tokens/s and held-out perplexity."""
+    """Observer of a training run: the whole run and the current branch, loss, tokens/s and held-out perplexity."""
 
     def __init__(self, planned: Mapping[str, int]) -> None:
         self._planned = planned

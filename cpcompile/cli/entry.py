@@ -19,38 +19,41 @@ from cpcompile.cli.options import FilePath, exit_with, print_report
 from cpcompile.cli.train import run_training, train
 from cpcompile.cli.validate import report, validate
 
+__all__ = ["main"]
+
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 def doctor(as_json: bool) -> None:
-    """Say what is installed here, which targets really work, and the commands that mend the rest.
+    """Show what is installed, which targets really work, and the commands that fix the rest.
 
     \b
     Examples:
       cpcompile doctor
       cpcompile doctor --json
 
-    Each target is tried: a session, a Builder. Exit code 0 if engines for the CPU are built and run here, 1 if not.
+    Each target is tried by creating a session or a Builder. The exit code is 0 if CPU engines can be built and run
+    here, 1 if not.
     """
-    from cpcompile.doctor.diagnosis import diagnose
+    from cpcompile.doctor.examination import examine
 
-    diagnosis = diagnose()
+    examination = examine()
     if as_json:
-        click.echo(json.dumps(diagnosis.as_json(), indent=1))
+        click.echo(json.dumps(examination.as_json(), indent=1))
     else:
         from cpcompile.cli.console import print_result
-        from cpcompile.doctor.table import render_diagnosis
+        from cpcompile.doctor.table import render_examination
 
-        print_result(render_diagnosis(diagnosis))
-    sys.exit(0 if diagnosis.healthy else 1)
+        print_result(render_examination(examination))
+    sys.exit(0 if examination.healthy else 1)
 
 
 @click.command(context_settings={"show_default": True})
 @click.option("--out", "-o", type=FilePath, default="demo", help="Folder for corpus, checkpoint, bundle and report.")
 def demo(out: Path) -> None:
-    """Train, build and validate on text that every installation has: Python, C++ and English.
+    """Train, build and validate on text already on your machine: Python, C++ and English.
 
-    Takes about ten minutes on two cores and 2 GB of memory. Interrupted, it goes on where it was.
+    The demo takes about ten minutes on two cores and 2 GB of memory. Run it again to resume after an interruption.
 
     \b
     Example:

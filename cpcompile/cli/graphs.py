@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ from cpcompile.cli.options import VERDICT_EXIT_CODES, FilePath, names_in
 from cpcompile.core.config import (
     ValidateConfig,
 )
+from cpcompile.core.json_form import to_json
 
 
 @click.command(context_settings={"show_default": True})
@@ -21,7 +21,7 @@ from cpcompile.core.config import (
 @click.option("--out", "-o", type=FilePath, help="ONNX file to write.  [default: CONTEXT.onnx]")
 @click.option("--variant", default="cpu-fp32", help="Engine to export.")
 def export(bundle: Path, context: str, out: Path | None, variant: str) -> None:
-    """Write one self-contained .onnx of CONTEXT.
+    """Write the engine of CONTEXT as one self-contained .onnx file.
 
     \b
     Example:
@@ -39,9 +39,11 @@ def export(bundle: Path, context: str, out: Path | None, variant: str) -> None:
 @click.option("--out", "-o", type=FilePath, required=True, help="ONNX file to write.")
 @click.option("--passes", "names", metavar="NAMES", help="Comma-separated, in order; see `cpcompile passes`.")
 @click.option("--check", is_flag=True, help="Compare the outputs; write nothing if they differ.")
-@click.option("--input", "inputs", type=FilePath, multiple=True, help="An .npz with inputs by name, for --check.")
-@click.option("--explain", is_flag=True, help="List zero channels that had to stay, with node and reason.")
-@click.option("--dump", type=FilePath, help="Folder for the graph after each pass.")
+@click.option(
+    "--input", "inputs", type=FilePath, multiple=True, help="An .npz with inputs by name, for --check; repeatable."
+)
+@click.option("--explain", is_flag=True, help="List zero channels that could not be removed, with node and reason.")
+@click.option("--dump", type=FilePath, help="Folder that receives the graph after each pass.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 def opt(
     model: Path,
@@ -61,11 +63,10 @@ def opt(
       cpcompile opt model.onnx -o small.onnx --passes fold_constants,eliminate_dead_channels --explain
       cpcompile opt all.onnx -o one.onnx --passes bind_context:context=2,fold_constants,eliminate_dead_channels
 
-    Without --passes: what keeps inputs, outputs and the names of parameters, in the order that is best.
+    Without --passes, the passes that keep inputs, outputs and parameter names run in the recommended order.
     """
     from cpcompile.cli.console import stage_progress
     from cpcompile.pipeline.optimize import DEFAULT, load_inputs, optimize_file
-    from cpcompile.report import render_optimization
 
     with stage_progress() as stage:
         result = optimize_file(
@@ -77,13 +78,15 @@ def opt(
             dump=dump,
             progress=stage,
         )
-    plain = dataclasses.asdict(result)
     if as_json:
-        click.echo(json.dumps(plain, indent=1))
+        click.echo(json.dumps(to_json(result), indent=1))
     else:
         from cpcompile.cli.console import print_result
+        from cpcompile.cli.graph_tables import render_optimization
 
-        print_result(render_optimization(plain, explain=explain))
+        print_result(render_optimization(result, explain=explain))
+    for reason in result.skipped:
+        click.echo(f"skipped: {reason}", err=True)
     click.echo(f"wrote {out}" if result.bytes_written else f"{out} was not written", err=True)
     sys.exit(VERDICT_EXIT_CODES[result.comparison.verdict if result.comparison is not None else "pass"])
 
@@ -91,10 +94,10 @@ def opt(
 @click.command(context_settings={"show_default": True})
 @click.argument("original", type=FilePath)
 @click.argument("candidate", type=FilePath)
-@click.option("--input", "inputs", type=FilePath, multiple=True, help="An .npz with inputs by name; may be repeated.")
+@click.option("--input", "inputs", type=FilePath, multiple=True, help="An .npz with inputs by name; repeatable.")
 @click.option("--rounds", default=ValidateConfig.rounds, help="Interleaved timing rounds.")
-@click.option("--min-speed-ratio", default=0.0, help="Times as fast as ORIGINAL that CANDIDATE has to be.")
-@click.option("--no-speed", is_flag=True, help="Leave the timings out.")
+@click.option("--min-speed-ratio", default=0.0, help="Minimum speedup of CANDIDATE over ORIGINAL.")
+@click.option("--no-speed", is_flag=True, help="Skip the timings.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 def compare(
     original: Path,
@@ -105,15 +108,15 @@ def compare(
     no_speed: bool,
     as_json: bool,
 ) -> None:
-    """Compare two ONNX files: the same outputs, how large, how fast; whoever made them.
+    """Compare the outputs, sizes and speed of any two ONNX files.
 
     \b
     Examples:
       cpcompile compare model.onnx smaller.onnx
       cpcompile compare model.onnx smaller.onnx --input batch.npz --min-speed-ratio 1.5
 
-    Both run in ONNX Runtime on the CPU, on random inputs and on those given. The tolerance is measured: a multiple of
-    what the runtime's own optimisations change in ORIGINAL.
+    Both run in ONNX Runtime on the CPU, on random inputs and on those given. The tolerance is a multiple of the
+    difference that the runtime's own optimisations make to ORIGINAL.
     """
     from cpcompile.cli.console import stage_progress
     from cpcompile.pipeline.compare import compare_models
@@ -129,14 +132,13 @@ def compare(
             min_speed_ratio=checked.min_speed_ratio,
             progress=stage,
         )
-    plain = dataclasses.asdict(result) | {"verdict": result.verdict}
     if as_json:
-        click.echo(json.dumps(plain, indent=1))
+        click.echo(json.dumps(to_json(result) | {"verdict": result.verdict}, indent=1))
     else:
         from cpcompile.cli.console import print_result
-        from cpcompile.report import render_file_comparison
+        from cpcompile.cli.graph_tables import render_file_comparison
 
-        print_result(render_file_comparison(plain))
+        print_result(render_file_comparison(result))
     sys.exit(VERDICT_EXIT_CODES[result.verdict])
 
 

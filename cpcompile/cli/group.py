@@ -9,11 +9,11 @@ from typing import Any
 
 import click
 
-import cpcompile
 from cpcompile.core.errors import CpcompileError, printable
+from cpcompile.core.version import __version__
 
 NO_MEMORY = "not enough memory"
-"""What torch's RuntimeError says of an allocation that failed."""
+"""Part of the message of torch's RuntimeError when an allocation fails."""
 
 
 class _Group(click.Group):
@@ -28,7 +28,7 @@ class _Group(click.Group):
             click.echo(f"Error: {printable(str(error))}", err=True)
             ctx.exit(error.exit_code)
         except OSError as error:
-            if ctx.params.get("debug") or error.errno == errno.EPIPE:  # click ends quietly when nobody reads on
+            if ctx.params.get("debug") or error.errno == errno.EPIPE:  # click ends quietly when the reader is gone
                 raise
             where = f"{error.filename}: " if error.filename is not None else ""
             click.echo(f"Error: {where}{error.strerror or error}", err=True)
@@ -41,15 +41,15 @@ class _Group(click.Group):
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
-@click.version_option(cpcompile.__version__, prog_name="cpcompile")
+@click.version_option(__version__, prog_name="cpcompile")
 @click.option("--debug", is_flag=True, help="Show the traceback of errors.")
 def main(debug: bool) -> None:
-    """Train one model for many contexts; compile each context into its own small, proven engine.
+    """Train one model for many contexts; compile each context into its own small, validated engine.
 
     \b
-    cpcompile demo                                # everything below on text that you already have
+    cpcompile demo                                # the whole workflow on text already on your machine
     cpcompile train --data corpus/ --out model.pt
-    cpcompile estimate model.pt                   # memory and size, before the work starts
+    cpcompile estimate model.pt                   # memory and size of a build, before it starts
     cpcompile build model.pt -o model.cpc
     cpcompile validate model.cpc --model model.pt
     cpcompile report before.json model.cpc        # what changed
@@ -57,7 +57,7 @@ def main(debug: bool) -> None:
     cpcompile export model.cpc english -o english.onnx
     cpcompile opt any.onnx -o smaller.onnx --check
     cpcompile compare any.onnx smaller.onnx
-    cpcompile doctor                              # what works here, and what mends the rest
+    cpcompile doctor                              # what works here, and the commands that fix the rest
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

@@ -1,4 +1,4 @@
-"""What several commands share: option types, the names in an option, verdicts as exit codes."""
+"""Shared by several commands: option types, the names in an option, verdicts as exit codes."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ import click
 
 from cpcompile.cli.sizes import parse_size
 from cpcompile.core.config import (
+    BuildConfig,
     ValidateConfig,
 )
 from cpcompile.core.errors import UsageError
+from cpcompile.core.json_form import to_json
 
 if TYPE_CHECKING:
-    from cpcompile.pipeline.estimation import Plan
     from cpcompile.report import Report
 
 FilePath = click.Path(path_type=Path)
@@ -25,18 +26,18 @@ max_memory_option = click.option(
     "--max-memory",
     metavar="SIZE",
     callback=lambda _context, _option, text: None if text is None else parse_size(text),
-    help="Do not start if more is needed (2GB, 1500MiB); see `estimate`.",
+    help="Refuse to start if the build needs more memory than this (2GB, 1500MiB); see `estimate`.",
 )
 
 
 def beside(path: Path, suffix: str) -> Path:
-    """`path` with another suffix; also of `.`, which has no name."""
+    """`path` with another suffix; this also works for `.`, which has no name."""
     path = path if path.name else path.absolute()
     return path.with_name(f"{path.stem}{suffix}") if path.name else path
 
 
 def model_of(bundle: Path) -> Path:
-    """The model beside `bundle`; the .pt file if there is neither."""
+    """The model next to `bundle`; the .pt path if there is neither."""
     program = beside(bundle, ".pt2")
     return program if program.exists() and not beside(bundle, ".pt").exists() else beside(bundle, ".pt")
 
@@ -55,11 +56,11 @@ def validate_config(
     )
 
 
-def warn_of_memory(model: Path, max_memory: int | None, plan: Plan, config: ValidateConfig) -> None:
-    """Refuse what `max_memory` does not allow; warn of what the machine may not have."""
+def warn_of_memory(model: Path, max_memory: int | None, config: BuildConfig, validation: ValidateConfig) -> None:
+    """Refuse work that needs more than `max_memory`; warn if the machine may not have enough."""
     from cpcompile.pipeline.estimation import check_memory
 
-    warning = check_memory(model, max_memory, plan, config)
+    warning = check_memory(model, max_memory, config, validation)
     if warning is not None:
         click.echo(f"Warning: {warning}", err=True)
 
@@ -75,9 +76,9 @@ def names_in(text: str | None) -> tuple[str, ...] | None:
 
 
 def print_report(report: Report, *, as_json: bool = False) -> None:
-    """Tables, or the content of report.json."""
+    """Print tables, or the content of report.json."""
     if as_json:
-        click.echo(json.dumps(report, indent=1))
+        click.echo(json.dumps(to_json(report), indent=1))
         return
     from cpcompile.cli.console import print_result
     from cpcompile.report import render_report
@@ -87,4 +88,4 @@ def print_report(report: Report, *, as_json: bool = False) -> None:
 
 def exit_with(report: Report) -> None:
     """End with the exit code of the verdict."""
-    sys.exit(VERDICT_EXIT_CODES[report["verdict"]])
+    sys.exit(VERDICT_EXIT_CODES[report.verdict])

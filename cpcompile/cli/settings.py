@@ -10,7 +10,7 @@ from cpcompile.core.errors import UsageError
 from cpcompile.files.whole_files import read_text
 
 TABLES = ("model", "train", "check")
-"""What a TOML file may have; a command reads those that concern it."""
+"""The tables of a TOML file; each command reads those that it uses."""
 _TABLE_NAMES = ", ".join(f"[{name}]" for name in TABLES)
 
 
@@ -24,7 +24,7 @@ def load_toml(path: Path) -> dict[str, dict[str, Any]]:
         raise UsageError(f"{path}: is not valid TOML: {error}") from error
     for name, table in tables.items():
         if not isinstance(table, dict):
-            raise UsageError(f"{path}: {name!r} stands outside of a table; use {_TABLE_NAMES}")
+            raise UsageError(f"{path}: {name!r} is outside of a table; use {_TABLE_NAMES}")
         if name not in TABLES:
             raise UsageError(f"{path}: there is no table [{name}]; there are {_TABLE_NAMES}")
     return tables

@@ -11,14 +11,14 @@ SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,18})?)\s*(?:([kmgt])(i?)b?|b)?", re.ASCII
 
 
 def parse_size(text: str) -> int:
-    """Whole bytes, at least one; UsageError says how a size is written.
+    """Parse a size into whole bytes, at least one; UsageError says how to write one.
 
-    GB (or G) is 10^9, GiB (or Gi) 2^30, a number alone counts bytes.
+    GB (or G) is 10^9, GiB (or Gi) is 2^30, and a bare number is bytes.
     """
     match = SIZE.fullmatch(text.strip())
     size = round(Fraction(match[1]) * _unit(match[2], binary=bool(match[3]))) if match else 0
     if not size:
-        raise UsageError(f"{text[:40]!r} is no size of memory; write it like 800MB, 1.5GB or 2GiB")
+        raise UsageError(f"{text[:40]!r} is not a memory size; write it like 800MB, 1.5GB or 2GiB")
     return size
 
 

@@ -9,38 +9,32 @@ import click
 
 from cpcompile.cli.options import FilePath
 from cpcompile.cli.settings import load_toml
-from cpcompile.core.config import (
-    CONTROLS,
-    PRESETS,
-    PRETRAINED_TRAIN,
-    RECOVERIES,
-    ModelConfig,
-    TrainConfig,
-    override,
-    preset,
-)
+from cpcompile.core.config import CONTROLS, PRESETS, PRETRAINED_TRAIN, RECOVERIES, ModelConfig, TrainConfig, preset
 from cpcompile.core.errors import CpcompileError, UsageError
+from cpcompile.core.overrides import override
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--data", type=FilePath, required=True, help="Folder with a sub-folder or a file per context.")
+@click.option("--data", type=FilePath, required=True, help="Folder with a subfolder or a file per context.")
 @click.option("--out", "-o", type=FilePath, default="model.pt", help="Checkpoint to write.")
-@click.option("--config", type=FilePath, help="TOML file with the tables [model] and [train]; flags win.")
+@click.option("--config", type=FilePath, help="TOML file with the tables [model] and [train]; flags override it.")
 @click.option("--preset", "preset_name", type=click.Choice(list(PRESETS)), help="Model shape.  [default: tiny]")
 @click.option("--from-pretrained", type=FilePath, metavar="DIR", help="Folder of a Hugging Face model, or its GGUF.")
-@click.option("--steps", type=int, help=f"Updates of the whole schedule.  [default: {TrainConfig.steps}]")
+@click.option("--steps", type=int, help=f"Optimizer steps of the whole schedule.  [default: {TrainConfig.steps}]")
 @click.option("--batch", type=int, help=f"Sequences per context and step.  [default: {TrainConfig.batch}]")
 @click.option("--sequence", type=int, help=f"Tokens per sequence.  [default: {TrainConfig.sequence}]")
-@click.option("--learning-rate", type=float, help=f"Peak of the schedule.  [default: {TrainConfig.learning_rate}]")
-@click.option("--seed", type=int, help=f"Two runs with one seed are equal.  [default: {TrainConfig.seed}]")
+@click.option("--learning-rate", type=float, help=f"Peak learning rate.  [default: {TrainConfig.learning_rate}]")
+@click.option("--seed", type=int, help=f"Runs with the same seed give the same result.  [default: {TrainConfig.seed}]")
 @click.option("--ffn-budget", type=float, help="Part of the FFN blocks that a context keeps.  [default: 0.25]")
 @click.option("--head-budget", type=float, help="Part of the heads that a context keeps.  [default: 0.5]")
-@click.option("--recover", type=click.Choice(RECOVERIES), help="Re-fit a pretrained model after the cut.")
+@click.option(
+    "--recover", type=click.Choice(RECOVERIES), help="How to refit a pretrained model after units are removed."
+)
 @click.option("--controls", default="", metavar="NAMES", help=f"Comma-separated, or 'all': {', '.join(CONTROLS)}.")
 @click.option("--tokenizer", type=FilePath, help="A tokenizer.json instead of one trained on the data.")
 @click.option("--text-field", default="text", help="Field of the records in .jsonl and .parquet.")
-@click.option("--cache", type=FilePath, help="Folder for token ids.  [default: ~/.cache/cpcompile]")
-@click.option("--resume", is_flag=True, help="Go on with an interrupted run.")
+@click.option("--cache", type=FilePath, help="Folder that caches token ids.  [default: ~/.cache/cpcompile]")
+@click.option("--resume", is_flag=True, help="Resume an interrupted run.")
 @click.option("--no-held-out", is_flag=True, help="Leave the held-out sample out of the checkpoint.")
 def train(
     data: Path,
@@ -58,7 +52,7 @@ def train(
     head_budget: float | None,
     **flags: Any,
 ) -> None:
-    """Train a partitioned model, its dense baseline, and the controls that you ask for.
+    """Train a partitioned model, its dense baseline, and the requested controls.
 
     \b
     Examples:
@@ -67,11 +61,11 @@ def train(
       cpcompile train --data corpus/ --out model.pt --resume
       cpcompile train --data corpus/ --from-pretrained SmolLM2-135M/ --recover least-squares --steps 0
 
-    DATA has one entry per context: a sub-folder of text files, or a .txt, .jsonl, .jsonl.gz or .parquet file.
+    DATA has one entry per context: a subfolder of text files, or a .txt, .jsonl, .jsonl.gz or .parquet file.
     """
     tables = load_toml(config) if config else {}
     if from_pretrained and (preset_name or tokenizer or tables.get("model")):
-        raise UsageError("--from-pretrained brings shape and tokenizer: leave --preset, [model] and --tokenizer out")
+        raise UsageError("--from-pretrained sets shape and tokenizer; leave out --preset, [model] and --tokenizer")
     shape = override(preset(preset_name or "tiny"), tables.get("model", {}), where=f"{config}: model")
     train_config = PRETRAINED_TRAIN if from_pretrained else TrainConfig()
     train_config = override(train_config, tables.get("train", {}), where=f"{config}: train")
@@ -107,11 +101,11 @@ def run_training(
     resume: bool,
     held_out: bool,
 ) -> None:
-    """Corpus, training with progress, and a closing summary."""
+    """Read the corpus, train with progress, and print a summary."""
     from cpcompile.cli.console import TrainProgress, console, print_result, stage_progress
     from cpcompile.frontend.checkpoint import dense_path
     from cpcompile.pipeline.train import train_from_data
-    from cpcompile.report import controls_table, training_summary
+    from cpcompile.report import controls_table, summarize_training
     from cpcompile.training.trainer import planned_steps, work_path
 
     try:
@@ -130,7 +124,7 @@ def run_training(
                 observer=progress,
             )
     except KeyboardInterrupt:
-        kept = "; go on with the same command and --resume" if work_path(out).exists() else ""
+        kept = "; resume with the same command and --resume" if work_path(out).exists() else ""
         raise CpcompileError(f"interrupted{kept}") from None
-    print_result(controls_table(training_summary(checkpoint.training, checkpoint.contexts)))
+    print_result(controls_table(summarize_training(checkpoint.training, checkpoint.contexts)))
     console.print(f"wrote {out} and {dense_path(out)}, its dense baseline")

@@ -18,21 +18,22 @@ from cpcompile.cli.options import (
     warn_of_memory,
 )
 from cpcompile.core.config import (
+    BuildConfig,
     ValidateConfig,
 )
 
 
 @click.command(context_settings={"show_default": True})
 @click.argument("bundle", type=FilePath)
-@click.option("--model", type=FilePath, help="What it was built from.  [default: BUNDLE with .pt or .pt2]")
-@click.option("--data", type=FilePath, help="Corpus whose held-out text replaces the checkpoint's.")
+@click.option("--model", type=FilePath, help="Model that BUNDLE was built from.  [default: BUNDLE with .pt or .pt2]")
+@click.option("--data", type=FilePath, help="Corpus whose held-out text replaces that of the checkpoint.")
 @click.option("--rounds", default=ValidateConfig.rounds, help="Interleaved timing rounds per shape.")
-@click.option("--min-speed-ratio", default=0.0, help="Times as fast as eager dense that engines have to be.")
-@click.option("--peers", metavar="NAMES", help="What to time beside the engines: see `validate --help`, or 'all'.")
-@click.option("--no-speed", is_flag=True, help="Leave the timings out.")
-@click.option("--no-memory", is_flag=True, help="Leave the memory measurements out.")
-@click.option("--no-layers", is_flag=True, help="Leave the errors of single layers out.")
-@click.option("--repro", type=FilePath, metavar="DIR", help="On a parity failure: folder for a minimal repro.")
+@click.option("--min-speed-ratio", default=0.0, help="Minimum speedup over the eager dense model.")
+@click.option("--peers", metavar="NAMES", help="Peers to time with the engines, or 'all'; see `validate --help`.")
+@click.option("--no-speed", is_flag=True, help="Skip the timings.")
+@click.option("--no-memory", is_flag=True, help="Skip the memory measurements.")
+@click.option("--no-layers", is_flag=True, help="Skip the errors of single layers.")
+@click.option("--repro", type=FilePath, metavar="DIR", help="Folder for a minimal repro if parity fails.")
 @max_memory_option
 @click.option("--json", "as_json", is_flag=True, help="Print report.json instead of tables.")
 def validate(
@@ -55,19 +56,18 @@ def validate(
     Examples:
       cpcompile validate model.cpc
       cpcompile validate model.cpc --model model.pt --data corpus/ --json
-      cpcompile validate model.cpc --repro repro/     # an engine is wrong: which node, and how to see it
+      cpcompile validate model.cpc --repro repro/     # if an engine is wrong: which node, and a repro
       cpcompile validate model.cpc --min-speed-ratio 2 --peers all
 
     \b
     Peers:
       torch-compile  the dense baseline through torch.compile
       onnx-dense     the dense baseline as one plain export in ONNX Runtime
-      onnx-dynamic   the graph of all contexts, with the context as an input
+      onnx-dynamic   the graph of all contexts in ONNX Runtime, with the context as an input
       openvino       the engine's own graph in OpenVINO
     """
     from cpcompile.bundle.reader import ROUTER, open_bundle
     from cpcompile.cli.console import stage_progress
-    from cpcompile.pipeline.estimation import Plan
     from cpcompile.pipeline.validate import validate_bundle
     from cpcompile.report import write_report
 
@@ -76,12 +76,12 @@ def validate(
     )
     model = model or model_of(bundle)
     if model.exists():  # if not, validation says so
-        warn_of_memory(model, max_memory, Plan(merged=ROUTER in open_bundle(bundle).components), config)
+        warn_of_memory(model, max_memory, BuildConfig(merged=ROUTER in open_bundle(bundle).components), config)
     with stage_progress() as stage:
         report = validate_bundle(bundle, model, data=data, config=config, progress=stage, repro=repro)
     print_report(report, as_json=as_json)
     if no_speed or no_memory or no_layers:
-        click.echo(f"{bundle / 'report.json'} stays as it was: not everything was measured now", err=True)
+        click.echo(f"{bundle / 'report.json'} is unchanged: not everything was measured this time", err=True)
     else:
         write_report(report, bundle)
     exit_with(report)
@@ -93,7 +93,7 @@ def validate(
 @click.option("--out", "-o", type=FilePath, help="Page to write (.html).")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 def report(before: Path, after: Path | None, out: Path | None, as_json: bool) -> None:
-    """Show a report again, or what changed from REPORT to OTHER; each is a bundle or its report.json.
+    """Show a report, or compare two reports, ignoring noise; each is a bundle or its report.json.
 
     \b
     Examples:
@@ -101,7 +101,7 @@ def report(before: Path, after: Path | None, out: Path | None, as_json: bool) ->
       cpcompile report before.json after.json
       cpcompile report before.json model.cpc -o difference.html
 
-    The exit code is 0 whatever the verdict.
+    The exit code is 0 for every verdict.
     """
     from cpcompile.files.whole_files import require_file_path
     from cpcompile.report import (

@@ -1,1 +1,1 @@
-"""What every room uses: configuration, errors, selections, common types."""
+"""Used by all packages: configuration, errors, selections, common types."""

@@ -1,7 +1,7 @@
-"""Every setting and its default, once.
+"""Every setting with its default.
 
 The command line, the TOML file and the library all fill the same keyword-only dataclasses;
-each validates itself when it is made and says how to put a wrong value right.
+each validates itself on construction and says how to correct a wrong value.
 
     preset -> ModelConfig
     TOML [model], [train] < flags -> TrainConfig
@@ -10,47 +10,42 @@ each validates itself when it is made and says how to put a wrong value right.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 import types
-import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from cpcompile.core import controls
 from cpcompile.core.errors import UsageError
 
 T = TypeVar("T")
 
 CONTEXT_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}")
 RESERVED_NAMES = ("router", "shared_assets", "manifest.json", "report.json", "report.html")
-"""What a bundle has beside its contexts."""
+"""Files and folders of a bundle that are not contexts."""
+OPSETS = (20, 23)
+"""With opset 23 attention and RMSNorm are single operators; 20 spells them out."""
 LARGEST = 2**31 - 1
-"""Of integer settings: what every library below can hold."""
+"""Largest integer setting that all libraries support."""
 
 RECOVERIES = ("none", "least-squares")
-CONTROLS = (
-    "one-mask",
-    "importance-only",
-    "random-one",
-    "random-per-context",
-    "small-dense",
-    "small-dense-distilled",
-    "dense-distilled",
-)
+CONTROLS = tuple(controls.CONTROLS)
+"""Names of the controls, which `cpcompile.core.controls` explains."""
 
 
 def require_context_name(name: object, where: str) -> None:
-    """UsageError unless `name` can be a context's, and so a folder of a bundle."""
-    _require(
+    """Raise UsageError unless `name` can be the name of a context, and so of a folder in a bundle."""
+    require(
         isinstance(name, str) and CONTEXT_NAME.fullmatch(name) is not None and name not in RESERVED_NAMES,
         f"{where}: {name!r} cannot name a context; a name has lower-case letters, digits, and . _ - after the first, "
-        f"is not longer than 100 and none of {', '.join(RESERVED_NAMES)}; rename it",
+        f"at most 100 characters, and is none of {', '.join(RESERVED_NAMES)}; rename it",
     )
 
 
-def _require(condition: bool, message: str) -> None:
+def require(condition: bool, message: str) -> None:
+    """UsageError with `message` unless `condition` holds."""
     if not condition:
         raise UsageError(message)
 
@@ -74,16 +69,16 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name in ("vocabulary", "width", "layers", "heads", "kv_heads", "ffn", "align"):
-            _require(getattr(self, name) >= 1, f"model.{name} is {getattr(self, name)}: it has to be at least 1")
+            require(getattr(self, name) >= 1, f"model.{name} is {getattr(self, name)}: it has to be at least 1")
         for name in ("rope_base", "norm_eps"):
             value = getattr(self, name)
-            _require(0 < value < math.inf, f"model.{name} is {value}: it has to be positive")
-        _require(self.width % self.heads == 0, f"model.width {self.width} is not a multiple of heads {self.heads}")
-        _require(self.head_dim % 2 == 0, f"model: head_dim {self.head_dim} is odd; rotary positions need pairs")
-        _require(
+            require(0 < value < math.inf, f"model.{name} is {value}: it has to be positive")
+        require(self.width % self.heads == 0, f"model.width {self.width} is not a multiple of heads {self.heads}")
+        require(self.head_dim % 2 == 0, f"model: head_dim {self.head_dim} is odd; rotary positions need pairs")
+        require(
             self.heads % self.kv_heads == 0, f"model.heads {self.heads} is not a multiple of kv_heads {self.kv_heads}"
         )
-        _require(self.ffn % self.align == 0, f"model.ffn {self.ffn} is not a multiple of align {self.align}")
+        require(self.ffn % self.align == 0, f"model.ffn {self.ffn} is not a multiple of align {self.align}")
 
     @property
     def head_dim(self) -> int:
@@ -97,15 +92,18 @@ class PretrainedConfig:
     settings: Mapping[str, Any]
     """Its config.json."""
     align: int = 1
-    """Channels of one FFN unit. Single ones: neighbours of a pretrained model have nothing in common, and units are
-    reordered so that partitions lie side by side."""
+    """Channels of one FFN unit: 1, because neighbouring channels of a pretrained model have nothing in common; units
+    are reordered so that partitions are contiguous."""
 
     def __post_init__(self) -> None:
-        _require(isinstance(self.settings, dict), "pretrained.settings: the content of a config.json is needed")
+        require(isinstance(self.settings, dict), "pretrained.settings: the content of a config.json is needed")
         for name in ("model_type", "vocab_size"):
-            _require(name in self.settings, f"pretrained.settings: {name} is missing")
-        _require(type(self.vocabulary) is int and self.vocabulary > 0, "pretrained.settings: vocab_size is no number")
-        _require(type(self.align) is int and self.align >= 1, f"pretrained.align is {self.align}: at least 1 is needed")
+            require(name in self.settings, f"pretrained.settings: {name} is missing")
+        require(
+            type(self.vocabulary) is int and self.vocabulary > 0,
+            "pretrained.settings: vocab_size is not a positive integer",
+        )
+        require(type(self.align) is int and self.align >= 1, f"pretrained.align is {self.align}: at least 1 is needed")
 
     @property
     def vocabulary(self) -> int:
@@ -134,8 +132,8 @@ class TrainConfig:
     steps: int = 1000
     """Updates of the whole schedule: dense phase and partition phase together."""
     dense_fraction: float = 0.25
-    """Part of `steps` that trains the dense parent; there all branches part. 0 for a pretrained one. Early, because
-    masked steps are cheaper and specialisation takes training: at one half the demo's model loses 3.7 %, at a
+    """Part of `steps` that trains the dense parent, from which all branches start; 0 for a pretrained one. It is small
+    because masked steps are cheaper and specialisation takes training: at one half the demo's model loses 3.7 %, at a
     quarter nothing."""
     learning_rate: float = 2e-3
     warmup_fraction: float = 0.05
@@ -144,37 +142,37 @@ class TrainConfig:
     clip: float = 1.0
     """Gradient norm above which gradients are scaled down."""
     budgets: Mapping[str, float] = field(default_factory=lambda: {"ffn": 0.25, "head": 0.5})
-    """Fraction of the units of a kind that each context keeps; kinds that a model does not have say nothing."""
+    """Fraction of the units of a kind that each context keeps; kinds absent from the model are ignored."""
     core_fractions: Mapping[str, float] = field(default_factory=lambda: {"ffn": 0.5, "head": 0.5})
-    """Part of the budget of a kind that all contexts share. The shorter the training, the more: each context
-    trains its own units alone."""
+    """Part of the budget of a kind that all contexts share. Shorter training calls for more sharing, because each
+    context trains its own units alone."""
     specificity: float = 0.5
-    """How much a context prefers units that the others need less: 0 is importance alone, -1 one choice for all. Above 0
-    own units are disjoint, which is best where they are trained; without training, sharing is best."""
+    """How much a context prefers units that the others need less: 0 uses importance alone, -1 makes one choice for all.
+    Above 0 the contexts' own units are disjoint, best if they are trained; without training, sharing is best."""
     floor: float = 0.5
     """Every layer keeps at least this part of an even share of the budget."""
     importance_sequences: int = 32
-    """Sequences per context that importance is measured on."""
+    """Sequences per context on which importance is measured."""
     distill: float = 0.5
-    """Weight of the KL divergence to the dense baseline; the cross-entropy weighs the rest."""
+    """Weight of the KL divergence to the dense baseline; the cross-entropy has the remaining weight."""
     teacher_top: int = 32
-    """Logits per token that are cached of the dense baseline."""
+    """Logits of the dense baseline that are cached per token."""
     recalibrations: int = 4
-    """Times that units are swapped during the partition phase."""
+    """How often units are swapped during the partition phase."""
     swap_fraction: float = 0.1
     """Part of a context's own units that the first recalibration may swap; it decays to 0."""
     recalibrate_until: float = 0.65
-    """Part of the partition phase after which the selection stays as it is."""
+    """Part of the partition phase after which the selection no longer changes."""
     held_out_fraction: float = 0.05
     """Part of the documents that is never trained on."""
     held_out_tokens: int = 16384
     """Held-out tokens per context for evaluation, and in the checkpoint."""
     recover: str = "none"
-    """What makes up for removed units before training: see RECOVERIES."""
+    """How removed units are compensated for before training: see RECOVERIES."""
     recover_sequences: int = 64
-    """Sequences per context that least squares are fitted on."""
+    """Sequences per context for the least-squares fit."""
     snapshot_seconds: float = 30.0
-    """How much work an interruption may cost."""
+    """Seconds of work that an interruption may cost."""
     controls: tuple[str, ...] = ()
     """Extra branches to train and compare with; see CONTROLS."""
 
@@ -187,12 +185,12 @@ class TrainConfig:
             "teacher_top",
             "held_out_tokens",
         ):
-            _require(getattr(self, name) >= 1, f"train.{name} is {getattr(self, name)}: it has to be at least 1")
+            require(getattr(self, name) >= 1, f"train.{name} is {getattr(self, name)}: it has to be at least 1")
         for name in ("learning_rate", "clip", "snapshot_seconds"):
-            _require(getattr(self, name) > 0, f"train.{name} is {getattr(self, name)}: it has to be positive")
-        _require(
+            require(getattr(self, name) > 0, f"train.{name} is {getattr(self, name)}: it has to be positive")
+        require(
             0 < self.held_out_fraction < 1,
-            f"train.held_out_fraction is {self.held_out_fraction}: it lies between 0 and 1",
+            f"train.held_out_fraction is {self.held_out_fraction}: it has to be between 0 and 1",
         )
         for name in (
             "dense_fraction",
@@ -203,27 +201,30 @@ class TrainConfig:
             "swap_fraction",
             "recalibrate_until",
         ):
-            _require(0 <= getattr(self, name) <= 1, f"train.{name} is {getattr(self, name)}: it lies from 0 to 1")
-        _require(self.seed >= 0, f"train.seed is {self.seed}: it cannot be negative")
-        _require(self.recalibrations >= 0, f"train.recalibrations is {self.recalibrations}: it cannot be negative")
-        _require(self.weight_decay >= 0, f"train.weight_decay is {self.weight_decay}: it cannot be negative")
-        _require(self.steps >= 0, f"train.steps is {self.steps}: it cannot be negative")
-        _require(
+            require(0 <= getattr(self, name) <= 1, f"train.{name} is {getattr(self, name)}: it has to be from 0 to 1")
+        require(self.seed >= 0, f"train.seed is {self.seed}: it cannot be negative")
+        require(self.recalibrations >= 0, f"train.recalibrations is {self.recalibrations}: it cannot be negative")
+        require(self.weight_decay >= 0, f"train.weight_decay is {self.weight_decay}: it cannot be negative")
+        require(self.steps >= 0, f"train.steps is {self.steps}: it cannot be negative")
+        require(
             self.steps >= 2 or self.dense_fraction == 0,
-            f"train.steps is {self.steps}: one dense step and one partition step are the least",
+            f"train.steps is {self.steps}: at least one dense step and one partition step are needed",
         )
         for kind, budget in self.budgets.items():
             kinds = ("ffn", "head", "expert")
-            _require(kind in kinds, f"train.budgets: {kind!r} is none of the kinds {', '.join(kinds)}")
-            _require(0 < budget <= 1, f"train.budgets: {kind} = {budget}; a budget is above 0 and at most 1")
-        _require({"ffn", "head"} <= set(self.budgets), "train.budgets: name both ffn and head; 1.0 keeps all")
-        _require(self.core_fractions.keys() == self.budgets.keys(), "train.core_fractions: name the kinds of budgets")
+            require(kind in kinds, f"train.budgets: {kind!r} is none of the kinds {', '.join(kinds)}")
+            require(0 < budget <= 1, f"train.budgets: {kind} = {budget}; a budget is above 0 and at most 1")
+        require({"ffn", "head"} <= set(self.budgets), "train.budgets: name both ffn and head; 1.0 keeps all")
+        require(
+            self.core_fractions.keys() == self.budgets.keys(),
+            "train.core_fractions: name the same kinds as train.budgets",
+        )
         for kind, fraction in self.core_fractions.items():
-            _require(0 <= fraction <= 1, f"train.core_fractions: {kind} = {fraction}; it lies from 0 to 1")
-        _require(-1 <= self.specificity <= 1, f"train.specificity is {self.specificity}: it lies from -1 to 1")
-        _require(self.recover in RECOVERIES, f"train.recover: {self.recover!r} is none of {', '.join(RECOVERIES)}")
+            require(0 <= fraction <= 1, f"train.core_fractions: {kind} = {fraction}; it has to be from 0 to 1")
+        require(-1 <= self.specificity <= 1, f"train.specificity is {self.specificity}: it has to be from -1 to 1")
+        require(self.recover in RECOVERIES, f"train.recover: {self.recover!r} is none of {', '.join(RECOVERIES)}")
         for control in self.controls:
-            _require(control in CONTROLS, f"train.controls: {control!r} is none of {', '.join(CONTROLS)}")
+            require(control in CONTROLS, f"train.controls: {control!r} is none of {', '.join(CONTROLS)}")
 
     @property
     def dense_steps(self) -> int:
@@ -245,7 +246,46 @@ PRETRAINED_TRAIN = TrainConfig(
     recalibrations=0,
     snapshot_seconds=300.0,
 )
-"""How a pretrained model is partitioned and trained on: no dense phase, small steps, units that are mostly shared."""
+"""How a pretrained model is partitioned and trained further: no dense phase, small steps, mostly shared units."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildConfig:
+    """Contents of a bundle (`cpcompile build`)."""
+
+    contexts: tuple[str, ...] | None = None
+    """The contexts to build; None builds all that the model has."""
+    opset: int = OPSETS[-1]
+    standalone: bool = False
+    """Whether every engine has its weights in its own file instead of sharing one."""
+    merged: bool = False
+    """Whether to add one engine for all contexts, with the context as an input."""
+    vocabulary_coverage: float | None = None
+    """The part of a context's text that the kept tokens of its vocabulary cover; None keeps every token."""
+    targets: tuple[str, ...] = ()
+    """Engines to add for GPUs, as `cpcompile.targets.requests.parse_targets` reads them."""
+    precisions: tuple[str, ...] | None = None
+    """Precisions of the added engines; None is the default of the targets."""
+    profiles: tuple[str, ...] = ()
+    """Ranges of axis lengths that the added engines accept, AXIS=MIN:OPT:MAX."""
+
+    def __post_init__(self) -> None:
+        require(self.opset in OPSETS, f"build.opset is {self.opset}: it has to be one of {', '.join(map(str, OPSETS))}")
+        require(
+            not (self.merged and self.standalone),
+            "--merged is one engine whose weights all contexts share; leave out --standalone",
+        )
+        require(
+            not self.merged or self.vocabulary_coverage is None,
+            "--merged is one engine for all contexts, which share one vocabulary; leave out --vocabulary-coverage",
+        )
+
+    def require_compatible(self, contexts: Sequence[str]) -> None:
+        """Raise UsageError if these settings do not fit the `contexts` of the model."""
+        require(
+            not self.merged or len(contexts) > 1,
+            f"--merged joins several contexts, but there is only {contexts[0]}; leave it out",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,7 +293,7 @@ class ValidateConfig:
     """How a bundle is compared with the eager model (`cpcompile.validation`)."""
 
     tolerance_multiple: float = 8.0
-    """Engine error allowed, as a multiple of the eager model's own float32 error against float64."""
+    """Allowed engine error, as a multiple of the eager model's own float32 error against float64."""
     shapes: tuple[tuple[int, int], ...] = ((1, 1), (1, 16), (1, 128), (4, 32))
     """(batch, sequence) of the parity checks."""
     speed_shapes: tuple[tuple[int, int], ...] = ((1, 128), (1, 1), (4, 128))
@@ -263,40 +303,38 @@ class ValidateConfig:
     threads: int = 0
     """Threads of engine and eager model; 0 takes all cores."""
     peers: tuple[str, ...] = ()
-    """What else is timed beside the engines (`cpcompile.validation.peers.NAMES`)."""
+    """Peers that are timed along with the engines (`cpcompile.validation.peers.NAMES`)."""
     memory: bool = True
     speed: bool = True
     coherence: bool = True
-    """Whether text is generated to see that it stays with its subject."""
+    """Whether text is generated to measure whether it stays on topic."""
     layers: bool = True
-    """Whether the errors of single layers are measured where parity passes; where it fails they are in any case."""
+    """Whether the errors of single layers are measured if parity passes; if it fails they always are."""
     min_speed_ratio: float = 0.0
-    """Times as fast as the eager dense model that every engine has to be at every shape; 0 demands nothing."""
+    """Minimum speedup of every engine over the eager dense model at every shape; 0 means no minimum."""
     max_perplexity_increase: float = 0.01
-    """Mean perplexity over the contexts may exceed the dense baseline's by this part."""
+    """Part by which the mean perplexity over the contexts may exceed that of the dense baseline."""
 
     def __post_init__(self) -> None:
-        _require(self.rounds >= 2, f"validate.rounds is {self.rounds}: an interval needs at least 2")
-        _require(
-            self.min_speed_ratio >= 0, f"validate.min_speed_ratio is {self.min_speed_ratio}: it cannot be negative"
-        )
-        _require(
+        require(self.rounds >= 2, f"validate.rounds is {self.rounds}: an interval needs at least 2")
+        require(self.min_speed_ratio >= 0, f"validate.min_speed_ratio is {self.min_speed_ratio}: it cannot be negative")
+        require(
             self.speed or not self.min_speed_ratio,
-            f"validate.min_speed_ratio is {self.min_speed_ratio}, but speed is not to be measured: leave one out",
+            f"validate.min_speed_ratio is {self.min_speed_ratio}, but speed is not measured: leave one of them out",
         )
-        _require(self.threads >= 0, f"validate.threads is {self.threads}: it cannot be negative")
+        require(self.threads >= 0, f"validate.threads is {self.threads}: it cannot be negative")
 
 
 @dataclass(frozen=True, kw_only=True)
 class MaxIncrease:
-    """By how much a value may exceed its baseline."""
+    """Largest allowed increase over the baseline."""
 
     max_increase: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class MaxDecrease:
-    """By how much a value may fall short of its baseline."""
+    """Largest allowed decrease from the baseline."""
 
     max_decrease: float
 
@@ -305,82 +343,43 @@ class MaxDecrease:
 class CheckConfig:
     """How a bundle is compared with its baseline (`cpcompile.check`).
 
-    Limits are parts of the baseline's value (0.01 is 1 %), except where a field says otherwise.
+    Limits are relative to the baseline's value (0.01 is 1 %) unless a field says otherwise.
     """
 
     parity_error: MaxIncrease = MaxIncrease(max_increase=3.0)
-    """Of the error against the eager model, within what parity allows: other processors round differently."""
+    """Increase of the error against the eager model, within the tolerance of parity: processors round differently."""
     perplexity: MaxIncrease = MaxIncrease(max_increase=0.01)
     accuracy: MaxDecrease = MaxDecrease(max_decrease=0.01)
-    """In parts of all tokens: from 0.40 down to 0.39."""
+    """Absolute decrease, such as from 0.40 to 0.39."""
     bundle_bytes: MaxIncrease = MaxIncrease(max_increase=0.01)
     bytes: MaxIncrease = MaxIncrease(max_increase=0.01)
-    """Of one engine, with its share of the weights; of an ONNX file."""
+    """Size of one engine with its share of the weights, or of an ONNX file."""
     parameters: MaxIncrease = MaxIncrease(max_increase=0.0)
     nodes: MaxIncrease = MaxIncrease(max_increase=0.1)
-    """That ran, after the runtime's own fusions; of an ONNX file, that it holds."""
+    """Nodes that ran, after the runtime's own fusions; for an ONNX file, nodes that it contains."""
     memory: MaxIncrease = MaxIncrease(max_increase=0.1)
-    """Peak while running, resident and private."""
+    """Peak resident and private memory while running."""
     speed_ratio: MaxDecrease = MaxDecrease(max_decrease=0.1)
-    """Of how many times as fast as the dense model the engine is, both timed in one run."""
+    """Speedup of the engine over the dense model, both timed in one run."""
     rounds: int = 60
     """Interleaved timing rounds per shape; a baseline is measured with twice as many."""
     attempts: int = 2
-    """Times that speed and memory beyond their limits are measured again, each time with twice the rounds."""
+    """How often speed and memory beyond their limits are measured again, each time with twice the rounds."""
 
     def __post_init__(self) -> None:
-        _require(self.rounds >= 2, f"check.rounds is {self.rounds}: an interval needs at least 2")
-        _require(self.attempts >= 0, f"check.attempts is {self.attempts}: it cannot be negative")
+        require(self.rounds >= 2, f"check.rounds is {self.rounds}: an interval needs at least 2")
+        require(self.attempts >= 0, f"check.attempts is {self.attempts}: it cannot be negative")
         for criterion, limits in vars(self).items():
             for name, value in vars(limits).items() if isinstance(limits, MaxIncrease | MaxDecrease) else ():
-                _require(value >= 0, f"check.{criterion}.{name} is {value}: it cannot be negative")
-                _require(
+                require(value >= 0, f"check.{criterion}.{name} is {value}: it cannot be negative")
+                require(
                     name != "max_decrease" or value < 1,
-                    f"check.{criterion}.{name} is {value}, which nothing can miss: it is a part of 1, 0.05 is 5 %",
+                    f"check.{criterion}.{name} is {value}, so nothing can fail: it has to be below 1; 0.05 is 5 %",
                 )
 
 
 def preset(name: str) -> ModelConfig:
-    """The model configuration called `name`; UsageError lists the names there are."""
+    """The model configuration called `name`; UsageError lists the names that exist."""
     if name not in PRESETS:
         raise UsageError(f"preset {name!r} does not exist; there are {', '.join(PRESETS)}")
     return PRESETS[name]
-
-
-def override(config: T, values: Mapping[str, Any], *, where: str) -> T:
-    """A copy of the dataclass `config` with `values` in place of its own; None leaves a field alone.
-
-    A table replaces those entries that it has.
-    """
-    assert dataclasses.is_dataclass(config) and not isinstance(config, type)
-    hints = typing.get_type_hints(type(config))
-    changes: dict[str, Any] = {}
-    for name, value in values.items():
-        if value is None:
-            continue
-        _require(name in hints, f"{where}: there is no setting {name!r}; there are {', '.join(hints)}")
-        own = getattr(config, name)
-        if dataclasses.is_dataclass(own) and not isinstance(own, type):
-            _require(isinstance(value, Mapping), f"{where}.{name} is {value!r}: a table is needed")
-            changes[name] = override(own, value, where=f"{where}.{name}")
-            continue
-        new = _coerce(value, hints[name], f"{where}.{name}")
-        changes[name] = {**own, **new} if isinstance(new, dict) else new
-    return dataclasses.replace(config, **changes)
-
-
-def _coerce(value: Any, hint: Any, where: str) -> Any:
-    origin = typing.get_origin(hint)
-    if origin is tuple:
-        _require(isinstance(value, list | tuple), f"{where} is {value!r}: a list is needed")
-        return tuple(value)
-    if origin is not None:
-        _require(isinstance(value, Mapping), f"{where} is {value!r}: a table is needed")
-        item = typing.get_args(hint)[1]
-        return {key: _coerce(each, item, f"{where}.{key}") for key, each in value.items()}
-    if type(value) is int:
-        _require(abs(value) <= LARGEST, f"{where}: is beyond {LARGEST:,} in size")
-        value = float(value) if hint is float else value
-    _require(type(value) is hint, f"{where} is {value!r}: {hint.__name__} is needed")
-    _require(hint is not float or math.isfinite(value), f"{where} is {value}: a finite number is needed")
-    return value

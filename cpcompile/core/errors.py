@@ -1,8 +1,9 @@
 """Every error that cpcompile raises on purpose, and the exit code each maps to.
 
     CpcompileError   1   the work failed (parity missed, disk full, parameters unaccounted for)
-    UsageError       2   the input or the settings are wrong; the user can put it right
-    InconclusiveError 3  the machine was too noisy to decide
+    UsageError       2   the input or the settings are wrong; the user can fix them
+
+Exit code 3, for a machine too noisy to decide, is a verdict, not an error.
 
 A message says what was wrong, where (file, layer, context) and what to do.
 """
@@ -22,19 +23,13 @@ class UsageError(CpcompileError):
     exit_code = 2
 
 
-class InconclusiveError(CpcompileError):
-    """The measurements are too noisy to decide."""
-
-    exit_code = 3
-
-
 def printable(text: str) -> str:
-    """In one line, with a mark for every character that a terminal or a workflow takes for a command."""
+    """`text` on one line, with a placeholder for characters that a terminal or a workflow may take for commands."""
     return "".join(
         sign if sign.isprintable() else " " if sign.isspace() else "\N{REPLACEMENT CHARACTER}" for sign in text
     )
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of somebody else's library says, for a sentence of ours."""
+    """The first line of an error of another library, for use in our messages."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -7,7 +7,7 @@ contexts x units per layer and kind; the units that the same set of contexts kee
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -21,7 +21,7 @@ Digits = dict[str, list[dict[str, Any]]]
 
 
 class UnitKind(StrEnum):
-    """What one unit of a kind is."""
+    """The kinds of units."""
 
     FFN = "ffn"
     """A block of `align` hidden channels of a feed-forward network."""
@@ -32,7 +32,7 @@ class UnitKind(StrEnum):
     EXPERT = "expert"
     """An expert of a mixture-of-experts layer."""
     LAYER = "layer"
-    """A whole layer in which nothing is left."""
+    """A whole layer with no units left."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,36 +65,14 @@ class Selection:
                 )
 
     def row(self, context: str) -> dict[UnitKind, BoolArray]:
-        """What `context` keeps: an array (layers, units) per kind."""
+        """The units that `context` keeps: an array (layers, units) per kind."""
         index = self.contexts.index(context)
         return {kind: table[index] for kind, table in self.kept.items()}
 
-    def core(self, kind: UnitKind) -> BoolArray:
-        """The units of `kind` that every context keeps, shape (layers, units)."""
-        return np.asarray(self.kept[kind].all(axis=0))
-
-    def union(self, kind: UnitKind) -> BoolArray:
-        """The units of `kind` that some context keeps, shape (layers, units)."""
-        return np.asarray(self.kept[kind].any(axis=0))
-
-    def kept_fraction(self, kind: UnitKind) -> dict[str, float]:
-        """Per context, the fraction of the units of `kind` that it keeps."""
-        table = self.kept[kind]
-        return {c: float(table[i].mean()) for i, c in enumerate(self.contexts)}
-
-    def overlap(self, kind: UnitKind) -> npt.NDArray[np.float64]:
-        """Jaccard overlap between the contexts' units, shape (contexts, contexts)."""
-        flat = self.kept[kind].reshape(len(self.contexts), -1).astype(np.float64)
-        shared = flat @ flat.T
-        sizes = flat.sum(axis=1)
-        either = sizes[:, None] + sizes[None, :] - shared
-        overlap: npt.NDArray[np.float64] = np.divide(shared, either, out=np.ones_like(shared), where=either > 0)
-        return overlap
-
     def digits(self, layers: Mapping[UnitKind, Sequence[tuple[str, int]]]) -> Digits:
-        """The table as text, for people and reports; `layers` gives name and number of units of every layer of a kind.
+        """The table as text, for people and reports; `layers` gives the name and number of units of every layer.
 
-        A table may be wider than a layer has units.
+        A table may have more columns than a layer has units.
         """
         return {
             str(kind): [
@@ -111,12 +89,8 @@ class Selection:
             if kind in layers
         }
 
-    def __iter__(self) -> Iterator[tuple[str, dict[UnitKind, BoolArray]]]:
-        for context in self.contexts:
-            yield context, self.row(context)
-
     def to_plain(self) -> dict[str, object]:
-        """Plain containers: what a checkpoint or a JSON file holds."""
+        """The selection in plain containers, for a checkpoint or a JSON file."""
         return {
             "contexts": list(self.contexts),
             "kept": {str(kind): table.astype(int).tolist() for kind, table in self.kept.items()},

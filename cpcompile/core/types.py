@@ -1,4 +1,4 @@
-"""Types that every room uses."""
+"""Types that all packages use."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import numpy.typing as npt
 
 Progress = Callable[[str, int, int | None], None]
-"""What a long work calls: stage, units done, units in all (None where that is unknown)."""
+"""Called by long-running work with the stage, the units done and their total (None if unknown)."""
 Array = npt.NDArray[Any]
 Feeds = Mapping[str, Array]
 """Inputs of a model by name."""

@@ -1,4 +1,4 @@
-"""What was found of one thing: a package, a program, a driver."""
+"""A finding: the state of one package, program or driver."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ State = Literal["ok", "absent", "broken"]
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """`broken`: it is there and does not work."""
+    """The state of one thing; `broken` means that it is present but does not work."""
 
     name: str
     state: State
     version: str | None = None
     detail: str = ""
-    """What it has, or what is wrong with it."""
+    """What it provides, or what is wrong with it."""
     fix: tuple[str, ...] = ()
-    """Commands, in order; none where there is nothing to do."""
+    """Commands that fix it, in order; empty if there is nothing to do."""

@@ -1,4 +1,4 @@
-"""What files and metadata tell, without importing anything: packages, torch's CUDA, programs, headers, cards."""
+"""Findings from files and metadata, without importing anything: packages, torch's CUDA, programs, headers, cards."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cpcompile.doctor.finding import Finding
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 ONNXRUNTIME_WHEELS = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-directml", "onnxruntime-openvino")
-"""Each holds the module onnxruntime."""
+"""The wheels that contain the module onnxruntime."""
 HEADER = "onnxruntime_cxx_api.h"
 INCLUDES = ("onnxruntime", "onnxruntime/core/session", "")
 PCI = Path("/sys/bus/pci/devices")
@@ -26,16 +26,16 @@ NVIDIA_DRIVER = Path("/proc/driver/nvidia")
 NVIDIA, DISPLAY = "0x10de", "0x03"
 """Vendor and class of a PCI device. Source: pci.ids."""
 SECONDS = 5
-"""That a program may take to say its version."""
+"""How long a program may take to print its version."""
 
 
 def python() -> Finding:
-    """The interpreter that runs this."""
+    """The running interpreter."""
     return Finding(name="python", state="ok", version=platform.python_version(), detail=platform.platform())
 
 
 def package(distribution: str, module: str, *, extra: str | None = None) -> Finding:
-    """A package by its metadata, and whether its module is there; `extra` of ours brings it."""
+    """A package by its metadata and its module; `extra` is the extra of cpcompile that installs it."""
     install = f"pip install 'cpcompile[{extra}]'" if extra else "pip install cpcompile"
     again = f"pip install --force-reinstall --no-deps {distribution}"
     there = importlib.util.find_spec(module) is not None
@@ -44,7 +44,7 @@ def package(distribution: str, module: str, *, extra: str | None = None) -> Find
     except importlib.metadata.PackageNotFoundError:
         if not there:
             return Finding(name=distribution, state="absent", detail="not installed", fix=(install,))
-        wrong = f"the module {module} is there without its metadata"
+        wrong = f"the module {module} is present without its metadata"
         return Finding(name=distribution, state="broken", detail=wrong, fix=(again,))
     if not version or not there:
         wrong = "its metadata has no version" if there else f"half installed: there is no module {module}"
@@ -53,13 +53,13 @@ def package(distribution: str, module: str, *, extra: str | None = None) -> Find
 
 
 def onnxruntime() -> Finding:
-    """The wheel that holds the module; two of them overwrite each other's files."""
+    """The wheel that contains the module; two of them overwrite each other's files."""
     installed = [wheel for wheel in ONNXRUNTIME_WHEELS if _has(wheel)]
     if len(installed) > 1:
         return Finding(
             name="onnxruntime",
             state="broken",
-            detail=f"{' and '.join(installed)} are installed; they hold the same module and break each other",
+            detail=f"{' and '.join(installed)} are installed; they hold the same module and conflict",
             fix=(f"pip uninstall -y {' '.join(installed)}", "pip install 'cpcompile[cpu]'  # or 'cpcompile[gpu]'"),
         )
     found = package(installed[0] if installed else "onnxruntime", "onnxruntime", extra="cpu")
@@ -68,7 +68,7 @@ def onnxruntime() -> Finding:
 
 
 def torch() -> Finding:
-    """Whether it was built for CUDA stands in its version.py; importing it would take seconds."""
+    """The torch package; version.py says whether it was built for CUDA, and importing it would take seconds."""
     found = package("torch", "torch")
     if found.state != "ok":
         return found
@@ -77,7 +77,7 @@ def torch() -> Finding:
 
 
 def torch_cuda() -> Finding:
-    """A torch that was built for CUDA: what runs TensorRT's engines keeps their buffers there."""
+    """A torch that was built for CUDA, which holds the buffers of TensorRT's engines."""
     cuda = _torch_cuda() if package("torch", "torch").state == "ok" else None
     if cuda:
         return Finding(name="torch-cuda", state="ok", version=cuda)
@@ -86,7 +86,7 @@ def torch_cuda() -> Finding:
 
 
 def program(name: str, *names: str, package: str) -> Finding:
-    """The first of `names` that is on the path, and what it says its version is; `package` is Debian's."""
+    """The first of `names` that is on PATH, with the version that it prints; `package` is its Debian package."""
     path = next(filter(None, map(shutil.which, names or (name,))), None)
     install = f"sudo apt-get install {package}"
     if path is None:
@@ -102,7 +102,7 @@ def program(name: str, *names: str, package: str) -> Finding:
 
 
 def onnxruntime_headers() -> Finding:
-    """The C++ headers of ONNX Runtime, which its wheels have not."""
+    """The C++ headers of ONNX Runtime, which its wheels do not contain."""
     roots = [*os.environ.get("CPATH", "").split(os.pathsep), "/usr/include", "/usr/local/include"]
     for folder in (Path(root, inner) for root in roots if root for inner in INCLUDES):
         if (folder / HEADER).is_file():
@@ -124,7 +124,7 @@ def nvidia_cards() -> list[str]:
 
 
 def nvidia_here() -> bool:
-    """Whether there is a card of NVIDIA or its driver (without PCI: in a container, on an embedded board)."""
+    """Whether there is an NVIDIA card, or its driver (containers and embedded boards may not show a PCI bus)."""
     return bool(nvidia_cards()) or NVIDIA_DRIVER.exists()
 
 

@@ -1,4 +1,4 @@
-"""A diagnosis for a terminal: targets first, then what was found, then the commands that mend something."""
+"""An examination for the terminal: the targets, then the findings, then the commands that fix what is broken."""
 
 from __future__ import annotations
 
@@ -7,29 +7,31 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from cpcompile.doctor.diagnosis import Diagnosis
+from cpcompile.doctor.examination import Examination
 
 STYLES = {"works": "green", "builds": "yellow", "runs": "yellow", "no": "red"}
 STYLES |= {"ok": "green", "absent": "dim", "broken": "bold red"}
 
 
-def render_diagnosis(diagnosis: Diagnosis) -> RenderableType:
-    """Two tables; commands under the names of what they mend, each once."""
-    targets = Table("target", "here", "why not more", box=box.SIMPLE)
-    for target in diagnosis.targets:
+def render_examination(examination: Examination) -> RenderableType:
+    """Two tables, then each list of commands once, under the names of what it fixes."""
+    targets = Table("target", "here", "limitation", box=box.SIMPLE)
+    for target in examination.targets:
         here = Text(target.status, style=STYLES[target.status])
         targets.add_row(Text(target.name), here, Text(target.reason))
     findings = Table("what", "state", "version", "detail", box=box.SIMPLE)
-    for finding in diagnosis.findings:
+    for finding in examination.findings:
         state = Text(finding.state, style=STYLES[finding.state])
         findings.add_row(Text(finding.name), state, Text(finding.version or ""), Text(finding.detail))
-    broken = [finding for finding in diagnosis.findings if finding.state == "broken"]
-    mended: dict[tuple[str, ...], list[str]] = {}
-    for name, fix in [(each.name, each.fix) for each in broken] + [(each.name, each.fix) for each in diagnosis.targets]:
+    broken = [finding for finding in examination.findings if finding.state == "broken"]
+    fixes: dict[tuple[str, ...], list[str]] = {}
+    for name, fix in [(each.name, each.fix) for each in broken] + [
+        (each.name, each.fix) for each in examination.targets
+    ]:
         if fix:
-            mended.setdefault(fix, []).append(name)
+            fixes.setdefault(fix, []).append(name)
     commands = Text()
-    for fix, names in mended.items():
+    for fix, names in fixes.items():
         commands.append(f"{', '.join(dict.fromkeys(names))}:\n", style="bold")
         commands.append("".join(f"  {command}\n" for command in fix))
-    return Group(targets, findings, commands) if mended else Group(targets, findings)
+    return Group(targets, findings, commands) if fixes else Group(targets, findings)

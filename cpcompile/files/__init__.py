@@ -1,1 +1,1 @@
-"""Files: whole or not at all, ONNX files, their external data."""
+"""Files that are written whole or not at all, ONNX files, and their external data."""

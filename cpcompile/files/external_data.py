@@ -1,9 +1,9 @@
-"""Which bytes of other files an ONNX model refers to, read from protobuf's wire format, so without onnx.
+"""Find the bytes of other files that an ONNX model refers to, from protobuf's wire format, so without onnx.
 
-An engine must not be handed to a runtime before it is known which files it makes that runtime open. Only the
-messages that lead to tensors are entered; all else, weights first, is skipped and never read. Stricter than protobuf
-where that is simpler: groups, which ONNX has none of, are refused. What a parser may merge (a message given twice)
-is visited twice, so no reference escapes. Sources: protobuf.dev, Encoding; onnx.proto; ONNX, docs/ExternalData.md.
+The files that an engine makes its runtime open must be known before the runtime gets it. Only the messages that lead
+to tensors are entered; everything else, above all the weights, is skipped and never read. It is stricter than protobuf
+where that is simpler: groups, which ONNX does not use, are refused. What a parser may merge (a message given twice)
+is visited twice, so no reference is missed. Sources: protobuf.dev, Encoding; onnx.proto; ONNX, docs/ExternalData.md.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from cpcompile.core.errors import UsageError
 
 MAX_DEPTH = 100
-"""Messages within messages, as in protobuf's own parsers."""
+"""The deepest nesting of messages, as in protobuf's own parsers."""
 
 # Message -> field number -> message. `Tensor.13` holds the references.
 MESSAGES = {
@@ -35,7 +35,7 @@ KEY, VALUE = 1, 2
 
 @dataclass(frozen=True)
 class Reference:
-    """A part of another file, of which a tensor is made; None where the model leaves it open."""
+    """The part of another file that holds a tensor; `length` is None where the model does not give it."""
 
     location: str
     offset: int
@@ -43,7 +43,7 @@ class Reference:
 
 
 def references_of(model: Path) -> tuple[Reference, ...]:
-    """Every reference in the file `model`, in order; UsageError if it is not protobuf or a reference has no form."""
+    """Every reference in the file `model`, in order; UsageError if it is not protobuf or a reference is malformed."""
     try:
         with model.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return tuple(
@@ -53,12 +53,12 @@ def references_of(model: Path) -> tuple[Reference, ...]:
             )
     except OSError as error:
         raise UsageError(f"{model}: cannot be read ({error.strerror}); build the bundle again") from error
-    except ValueError as error:  # also of mmap: the file is empty
+    except ValueError as error:  # mmap raises it for an empty file
         raise UsageError(f"{model}: is not a valid ONNX model ({error}); build the bundle again") from error
 
 
 def _tensors(data: mmap.mmap, start: int, end: int, message: str, depth: int) -> Iterator[tuple[int, int]]:
-    """Where the tensors within a message lie."""
+    """Start and end of the tensors within a message."""
     if depth > MAX_DEPTH:
         raise ValueError(f"messages are nested more than {MAX_DEPTH} deep")
     if message == "Tensor":
@@ -74,13 +74,13 @@ def _reference(entries: list[tuple[str, str]]) -> Reference:
     if len(given) != len(entries):
         raise ValueError("a tensor has two locations")
     if not given.get("location"):
-        raise ValueError("a tensor lies in another file that is not named")
+        raise ValueError("a tensor is in another file that is not named")
     if wrong := [
         key for key in ("offset", "length") if not (text := given.get(key, "0")).isascii() or not text.isdigit()
     ]:
         raise ValueError(f"the {wrong[0]} of a tensor is {given[wrong[0]][:40]!r}")
     if max(len(given.get(key, "")) for key in ("offset", "length")) > 20:
-        raise ValueError("a tensor lies beyond 64 bits")
+        raise ValueError("the offset or length of a tensor exceeds 64 bits")
     return Reference(
         given["location"], int(given.get("offset", 0)), int(given["length"]) if "length" in given else None
     )
@@ -95,7 +95,7 @@ def _entry(data: mmap.mmap, start: int, end: int) -> tuple[str, str]:
 
 
 def _fields(data: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """Number, start and end of the length-delimited fields of a message."""
+    """Number, start and end of each length-delimited field of a message."""
     while start < end:
         tag, start = _varint(data, start, end)
         number, wire = tag >> 3, tag & 7

@@ -1,6 +1,6 @@
-"""ONNX files: any file that somebody gives is read with care, any file that we write appears whole or not at all.
+"""ONNX files: a given file is validated when it is read, and a new file appears whole or not at all.
 
-Weights stay where they are: tensors of external data are mapped, and read when they are used. Source: ONNX,
+Weights stay where they are: external tensors are mapped, and read when they are used. Source: ONNX,
 docs/ExternalData.md.
 """
 
@@ -13,51 +13,52 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from cpcompile.core.errors import CpcompileError, UsageError
+from cpcompile.core.errors import CpcompileError, UsageError, first_line
 
 PROTOBUF_LIMIT = 2**31 - 1
-"""Bytes that one protobuf file can hold; weights of larger models lie beside it."""
+"""Bytes that one protobuf file can hold; the weights of larger models are in a file beside it."""
 ROOM_FOR_THE_GRAPH = 1 << 27
 MODULE = "namespace"
-"""The property of a node in which torch notes its module path: `: Decoder/layers.0: Layer/…`."""
+"""The node property in which torch records the module path: `: Decoder/layers.0: Layer/…`."""
 NO_MODULE = "_empty_nn_module_stack"
-"""How the name begins that torch writes where there is no module."""
+"""The prefix of the name that torch writes where there is no module."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """How large a model is."""
+    """The size of a model."""
 
     nodes: int
     parameters: int
-    """Elements of all floating-point tensors of more than one element."""
+    """Elements of all floating-point tensors with more than one element."""
     bytes: int
-    """Of all tensors."""
+    """Bytes of all tensors."""
 
 
 def load_onnx(path: Path, *, data: Path | None = None) -> ir.Model:
-    """The model in `path`; UsageError if it is no model, or its external data is missing, too short or elsewhere.
+    """The model in `path`; UsageError if it is not a model, or its external data is missing, too short or elsewhere.
 
-    data: the folder of the external data, where it is not that of the model.
+    data: the folder of the external data, if it is not that of the model.
     """
     try:
         model = ir.load(path)
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror}); give the path of an .onnx file") from error
-    except Exception as error:  # a parser meets whatever bytes there are
+    except Exception as error:  # the parser may raise anything on arbitrary bytes
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
-        first = (str(cause).strip() or type(cause).__name__).splitlines()[0]
         if isinstance(cause, NotImplementedError):
-            raise UsageError(f"{path}: holds what cannot be read ({first}); export the model without it") from error
-        raise UsageError(f"{path}: is not a valid ONNX model ({first}); export it again") from error
+            raise UsageError(
+                f"{path}: contains something that cannot be read ({first_line(cause)}); export the model without it"
+            ) from error
+        raise UsageError(f"{path}: is not a valid ONNX model ({first_line(cause)}); export it again") from error
     if not model.ir_version or not (len(model.graph) or model.graph.outputs):
         raise UsageError(f"{path}: holds no graph; give an .onnx file")
     for value in (value for node in model.graph.all_nodes() for value in node.inputs):
         if value is not None and value.producer() is None and not (value.is_graph_input() or value.is_initializer()):
             raise UsageError(
-                f"{path}: nothing makes {value.name!r}, which a node reads; sparse initializers have to be stored dense"
+                f"{path}: nothing produces {value.name!r}, which a node reads; store sparse initializers as dense ones"
             )
     for tensor in external_tensors(model):
         if data is not None:
@@ -67,9 +68,9 @@ def load_onnx(path: Path, *, data: Path | None = None) -> ir.Model:
 
 
 def save_onnx(model: ir.Model, path: Path, accept: Callable[[Path], bool] = lambda _: True) -> int:
-    """Write `model`, with its weights beside it in `<name>.data` if they do not fit; returns the bytes written.
+    """Write `model`, with its weights beside it in `<name>.data` if they do not fit; return the bytes written.
 
-    An older file stays as it is until the new one is complete and `accept` has said yes to it; 0 if it says no.
+    An older file is kept until the new one is complete and `accept` returns True for it; return 0 if it is rejected.
     """
     weights = sum(tensor.nbytes for tensor in tensors_of(model))
     beside = f"{path.name}.data" if weights > PROTOBUF_LIMIT - ROOM_FOR_THE_GRAPH else None
@@ -83,7 +84,7 @@ def save_onnx(model: ir.Model, path: Path, accept: Callable[[Path], bool] = lamb
             written = sum(file.stat().st_size for file in files)
             if not accept(Path(folder) / path.name):
                 return 0
-            for file in files:  # the graph last: what it refers to is there before it
+            for file in files:  # the graph last, after the file it refers to
                 file.replace(path.parent / file.name)
     except OSError as error:
         raise CpcompileError(f"{path}: cannot be written ({error.strerror}); choose another --out") from error
@@ -91,7 +92,7 @@ def save_onnx(model: ir.Model, path: Path, accept: Callable[[Path], bool] = lamb
 
 
 def tensors_of(model: ir.Model) -> Iterator[ir.TensorProtocol]:
-    """All tensors of the model: initializers of every graph, and constants."""
+    """All tensors of the model: the initializers of every graph and the constants."""
     for graph in model.graphs():
         for value in graph.initializers.values():
             if value.const_value is not None:
@@ -103,11 +104,11 @@ def tensors_of(model: ir.Model) -> Iterator[ir.TensorProtocol]:
 
 
 def external_tensors(model: ir.Model) -> Iterator[ir.ExternalTensor]:
-    """The tensors whose data lies in other files."""
+    """The tensors whose data is in other files."""
     return (tensor for tensor in tensors_of(model) if isinstance(tensor, ir.ExternalTensor))
 
 
-def opset_of(model: ir.Model) -> int:
+def opset_of(model: ir.Model | ir.Graph) -> int:
     """The version of the ONNX standard that `model` is written in; 0 if it uses none."""
     return model.opset_imports.get("", model.opset_imports.get("ai.onnx", 0))
 
@@ -115,7 +116,7 @@ def opset_of(model: ir.Model) -> int:
 def module_of(node: ir.Node) -> str:
     """`: pkg.Decoder/layers.0: pkg.Layer/layers.0.ffn: pkg.FeedForward/linear: aten.linear` -> `layers.0.ffn`.
 
-    A property that is a path already stays as it is; without one, and for the whole model, it is empty.
+    A property that is already a path is returned unchanged; without one, and for the whole model, the path is empty.
     """
     namespace = node.metadata_props.get(MODULE, "")
     if ":" not in namespace:
@@ -125,7 +126,7 @@ def module_of(node: ir.Node) -> str:
 
 
 def _map_data(model: ir.Model) -> None:
-    """Make tensors of other files tensors of this model, still mapped: only a file of its own has them inside."""
+    """Replace external tensors by mapped tensors of this model, so that they are stored inside its file."""
     for graph in model.graphs():
         for value in graph.initializers.values():
             if isinstance(tensor := value.const_value, ir.ExternalTensor):
@@ -133,22 +134,22 @@ def _map_data(model: ir.Model) -> None:
 
 
 def _require_data(path: Path, tensor: ir.ExternalTensor, folder: Path) -> None:
-    """The data of `tensor` lies in `folder` and is long enough."""
+    """UsageError unless the data of `tensor` is in `folder` and long enough."""
     data = Path(tensor.path)
     if not data.resolve().is_relative_to(folder.resolve()):
-        raise UsageError(f"{path}: the tensor {tensor.name} refers to {data}, outside of {folder}: refused")
+        raise UsageError(f"{path}: the tensor {tensor.name} refers to {data}, outside of {folder}; it is refused")
     if not data.is_file():
         raise UsageError(f"{path}: the weights file {data} of the tensor {tensor.name} is missing; put it back")
     end = (tensor.offset or 0) + (tensor.length if tensor.length is not None else tensor.nbytes)
     if (tensor.offset or 0) < 0 or end > data.stat().st_size or end - (tensor.offset or 0) < tensor.nbytes:
         raise UsageError(
             f"{path}: the tensor {tensor.name} needs the bytes up to {end:,} of {data}, "
-            f"which has {data.stat().st_size:,}: the file is truncated or another one; copy it again"
+            f"which has {data.stat().st_size:,}: the file is truncated or a different one; copy it again"
         )
 
 
 def size_of(model: ir.Model) -> Size:
-    """Nodes of all graphs, and what the tensors hold."""
+    """The nodes of all graphs, and the elements and bytes of all tensors."""
     tensors = list(tensors_of(model))
     return Size(
         nodes=sum(1 for graph in model.graphs() for _ in graph),

@@ -1,7 +1,7 @@
-"""Files that others rely on: written whole or not at all, over nothing that is not ours, by one process at a time.
+"""Files that are written whole or not at all, overwrite nothing of other kinds, and belong to one process at a time.
 
-A file grows under a hidden name beside its target that carries the process id, and is renamed when complete; what
-a killed process left is removed by the next one.
+A file grows under a hidden name beside its target that contains the process id, and is renamed when it is complete.
+The next process removes what a killed one left behind.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import secrets
 import shutil
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -22,23 +22,23 @@ from cpcompile.core.errors import CpcompileError, UsageError
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 MOST_TEXT = 1 << 28
-"""Bytes of a file of settings or numbers; a report of a hundred engines has a few million."""
+"""The largest text file in bytes; a report of a hundred engines has a few million."""
 
 
 def require_file_path(path: Path, suffix: str | None = None) -> Path:
-    """`path` without links, where a file can be put: nothing is there, or a regular file (that ends in `suffix`)."""
+    """`path` without links; UsageError unless it is free, or a regular file (whose name ends in `suffix`)."""
     if not path.name or path.is_dir():
         raise UsageError(f"{path}: is a folder; give the path of a file")
     target = Path(os.path.realpath(path))
     if os.path.lexists(target) and not target.is_file():
         raise UsageError(f"{path}: is not a regular file; choose another output")
     if suffix and target.exists() and target.suffix != suffix:
-        raise UsageError(f"{path}: exists and is not named {suffix}, so it stays; choose another output or remove it")
+        raise UsageError(f"{path}: exists and is not named {suffix}, so it is kept; choose another output or remove it")
     return target
 
 
 def require_regular_file(path: Path, expected: str) -> None:
-    """UsageError for a folder, a pipe or a device; a missing file is left to who opens it."""
+    """UsageError for a folder, a pipe or a device; a missing file is left to the code that opens it."""
     if path.exists() and not path.is_file():
         kind = "a folder" if path.is_dir() else "not a regular file"
         raise UsageError(f"{path}: is {kind}; {expected}")
@@ -46,7 +46,7 @@ def require_regular_file(path: Path, expected: str) -> None:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A new empty file to write to, which takes the place of `path` when the block ends without an error.
+    """Yield a new empty file, which replaces `path` when the block ends without an error.
 
     UsageError: `path` is a folder, a device or the like. CpcompileError: it cannot be written.
     """
@@ -55,11 +55,11 @@ def whole_file(path: Path) -> Iterator[Path]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(target)
-        # New, whatever lies there, with the permissions that the user's umask gives.
+        # Always a new file, with the permissions that the user's umask gives.
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         yield temporary
         with temporary.open("rb") as file:
-            os.fsync(file.fileno())  # a file renamed before its bytes are on the disk can be empty after a power cut
+            os.fsync(file.fileno())  # otherwise the renamed file can be empty after a power cut
         temporary.replace(target)
     except OSError as error:
         raise CpcompileError(
@@ -71,7 +71,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def read_text(path: Path) -> str:
-    """The text of a regular file of sensible size; OSError for what would be waited for, or has no end."""
+    """The text of a regular file of limited size; OSError for a pipe, a device or a larger file."""
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
         raise OSError(errno.EINVAL, "it is not a regular file", str(path))
@@ -81,22 +81,24 @@ def read_text(path: Path) -> str:
 
 
 def cache_folder() -> Path:
-    """What can be made again, by the XDG base directory specification, which ignores a relative path."""
+    """The folder of cached files, by the XDG base directory specification, which ignores a relative path."""
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
     return (base if base.is_absolute() else Path.home() / ".cache") / "cpcompile"
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of the content, in hex."""
+    """The SHA-256 of the content in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
-def only_process(lock: Path, message: str | None) -> Iterator[None]:
-    """Hold the file `lock`; UsageError with `message` while another process does, or wait for it without one.
+def only_process(
+    lock: Path, message: str | None = None, *, on_wait: Callable[[], object] = lambda: None
+) -> Iterator[None]:
+    """Hold the file `lock`. While another process does, raise UsageError with `message`; without one, wait for it.
 
-    It goes with the process.
+    on_wait is called once before waiting. The lock ends with the process: a killed one does not hold it.
     """
     lock.parent.mkdir(parents=True, exist_ok=True)
     with lock.open("wb") as file:
@@ -104,19 +106,22 @@ def only_process(lock: Path, message: str | None) -> Iterator[None]:
             import fcntl
 
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | (0 if message is None else fcntl.LOCK_NB))
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise UsageError(message or "") from None
+                if message is not None:
+                    raise UsageError(message) from None
+                on_wait()
+                fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def temporary_path(target: Path) -> Path:
-    """Where what shall be at `target` can grow: a hidden name beside it that says whose it is."""
+    """A hidden path beside `target` to build it at, whose name contains the process id."""
     return target.with_name(f"{_prefix(target)}{os.getpid()}-{secrets.token_hex(4)}")
 
 
 def remove_leftovers(target: Path) -> None:
-    """What killed processes left of `target`; where the process lives, it is at work."""
+    """Remove unfinished builds of `target`, except those of running processes."""
     prefix = _prefix(target)
     for path in target.parent.glob(f"{glob.escape(prefix)}*"):
         process = path.name.removeprefix(prefix).split("-")[0]

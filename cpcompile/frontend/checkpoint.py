@@ -26,8 +26,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from cpcompile.core.config import ModelConfig, PretrainedConfig, TrainConfig, override, require_context_name
+from cpcompile.core.config import ModelConfig, PretrainedConfig, TrainConfig, require_context_name
 from cpcompile.core.errors import CpcompileError, UsageError
+from cpcompile.core.overrides import override
 from cpcompile.core.selection import Selection
 from cpcompile.files.whole_files import require_regular_file, whole_file
 from cpcompile.models.decoder import Decoder
@@ -85,7 +86,7 @@ def make_model(
             decoder = Decoder(config, contexts=contexts)
         share_state(decoder, state)
         return decoder
-    # Late: what only foreign models need would weigh in the memory of our own, which is measured and compared.
+    # Imported late: the memory of our own models is measured, and should not include what only pretrained ones need.
     from cpcompile.partitioning.pretrained import PretrainedDecoder
 
     return PretrainedDecoder(config, contexts=contexts, state=state)
@@ -105,7 +106,7 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
             "selection": checkpoint.selection.to_plain() if checkpoint.selection else None,
             "contexts": list(checkpoint.contexts),
             "tokenizer": checkpoint.tokenizer,
-            # Through JSON: subclasses of str and float, which other packages hand out, would not load again.
+            # Through JSON: other packages return subclasses of str and float, which would not load again.
             "training": json.loads(json.dumps(dict(checkpoint.training))),
             "held_out": {
                 context: torch.from_numpy(np.array(ids, dtype=np.int32)) for context, ids in checkpoint.held_out.items()
@@ -119,7 +120,7 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
 def load_checkpoint(path: Path, *, mapped: bool = False) -> Checkpoint:
     """Read `path`; UsageError says what is wrong with it and what to do.
 
-    mapped: weights stay in the file, whose pages take memory as they are read; for a look at what is there.
+    mapped: the weights stay in the file, whose pages take memory only as they are read; enough to inspect it.
     """
     checkpoint = read_checkpoint(path, mapped=mapped)
     with _sentences(path):
@@ -128,7 +129,7 @@ def load_checkpoint(path: Path, *, mapped: bool = False) -> Checkpoint:
 
 
 def read_checkpoint(path: Path, *, mapped: bool = False) -> Checkpoint:
-    """`load_checkpoint` without a look at whether the model fits, for which it has to be made."""
+    """Like `load_checkpoint`, but without making the model to check that it fits."""
     plain = load_plain(path, mapped=mapped)
     if not isinstance(plain, dict) or plain.get("format") != FORMAT:
         raise UsageError(
@@ -159,7 +160,7 @@ def read_checkpoint(path: Path, *, mapped: bool = False) -> Checkpoint:
 
 @contextmanager
 def _sentences(path: Path) -> Iterator[None]:
-    """What is wrong with the content of `path` as a UsageError that names it."""
+    """Turn errors in the content of `path` into a UsageError that names it."""
     try:
         yield
     except UsageError as error:
@@ -169,7 +170,7 @@ def _sentences(path: Path) -> Iterator[None]:
 
 
 def _require_consistent(checkpoint: Checkpoint) -> None:
-    """What is read later has the forms and ranges that training gives it; ValueError or UsageError otherwise."""
+    """ValueError or UsageError unless everything has the forms and ranges that training gives it."""
     contexts, config, training = checkpoint.contexts, checkpoint.config, checkpoint.training
     for context in contexts:
         require_context_name(context, "contexts")
@@ -191,7 +192,7 @@ def _require_consistent(checkpoint: Checkpoint) -> None:
 
 
 def _require_fitting_model(checkpoint: Checkpoint) -> None:
-    """A model can be made of these settings and parameters, and has the units that are selected; else ValueError."""
+    """ValueError unless the settings and parameters make a model that has the selected units."""
     config = checkpoint.config
     if isinstance(config, ModelConfig) and config.layers > len(checkpoint.state):
         raise ValueError(f"{config.layers} layers and {len(checkpoint.state)} parameters")
@@ -220,8 +221,8 @@ def load_plain(path: Path, *, mapped: bool = False) -> Any:
     require_regular_file(path, "a checkpoint is a file such as model.pt")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about pickles of other writers, which are refused just below
-            # Only archives can be mapped; of anything else torch would say that alone, and not what is wrong with it.
+            warnings.simplefilter("ignore")  # about pickles from other writers, which are refused below
+            # Only archives can be mapped; for anything else torch would report only that, and not what is wrong.
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and zipfile.is_zipfile(path))
     except FileNotFoundError as error:
         raise UsageError(f"{path}: there is no such file; `cpcompile train` writes one") from error
@@ -241,5 +242,5 @@ def load_plain(path: Path, *, mapped: bool = False) -> Any:
 
 
 def dense_path(out: Path) -> Path:
-    """Where the dense baseline of the checkpoint `out` lies: model.pt -> model.dense.pt."""
+    """The path of the dense baseline of the checkpoint `out`: model.pt -> model.dense.pt."""
     return out.with_name(f"{out.stem}.dense{out.suffix}")

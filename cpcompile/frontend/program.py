@@ -1,11 +1,11 @@
-"""`model.pt2`: a `torch.export` program with gates, and beside it what a build needs to know of them.
+"""`model.pt2`: a `torch.export` program with gates, and the record that a build needs of them.
 
     save_program(partitioned, selection, Path("model.pt2"), examples={"de": [...], "fr": [...]})
     program = load_program(Path("model.pt2"))
 
 The archive is what `torch.export.save` writes, with two more files: `cpcompile.json` (contexts, names, what each
 context keeps) and `examples.npz.base64` (real inputs per context). Loading runs none of the code that such an archive
-can bring along: torch.export.load itself unpickles and evaluates expressions, so what it would read is looked at first.
+can contain: torch.export.load itself unpickles and evaluates expressions, so the archive is inspected first.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from cpcompile.core.config import require_context_name
-from cpcompile.core.errors import CpcompileError, UsageError
+from cpcompile.core.errors import UsageError
 from cpcompile.core.selection import Digits, Selection, UnitKind
 from cpcompile.core.types import Array, Feeds
 from cpcompile.files.whole_files import require_file_path, whole_file
+from cpcompile.frontend.capture import export_graph
 from cpcompile.frontend.program_archive import EXAMPLES, FORMAT, RECORD, VERSION, damaged, inspect_program
-from cpcompile.partitioning.onnx_graph import input_names
 from cpcompile.partitioning.partitioned_module import PartitionedModule
 from cpcompile.partitioning.trace import quiet
 
@@ -47,27 +47,27 @@ class Program:
     exported: ExportedProgram
     contexts: tuple[str, ...]
     inputs: tuple[str, ...]
-    """Names of the inputs but `context`, in order."""
+    """Names of the inputs except `context`, in order."""
     outputs: tuple[str, ...]
     axes: Mapping[str, Mapping[int, str]]
-    """Names of the axes of any length, by input."""
+    """Names of the dynamic axes, by input."""
     parameters: Mapping[str, str]
-    """The model's own name of every parameter of the program; of a tied one the first."""
+    """The model's own name of every parameter of the program; a tied parameter has its first name."""
     kept: Mapping[str, Mapping[str, int]]
-    """Elements of every parameter that a context keeps."""
+    """context -> parameter -> elements that the context keeps."""
     kinds: Mapping[str, UnitKind]
     """The kind of unit whose removal makes a parameter smaller."""
     examples: Mapping[str, tuple[Feeds, ...]]
     selection: Digits | None
-    """`Selection.digits`, a layer per group; None where the file does not say."""
+    """`Selection.digits`, one layer per group; None if the file has none."""
 
     def parameter_sizes(self) -> dict[str, int]:
-        """Elements of every parameter but the gates, by name."""
+        """Elements of every parameter except the gates, by name."""
         return {own: self.exported.state_dict[name].numel() for name, own in self.parameters.items()}
 
     @cached_property
     def lengths(self) -> dict[str, tuple[int, int]]:
-        """Shortest and longest length of the axes of each name; of those alone that depend on no other."""
+        """Shortest and longest length of every named axis whose length does not depend on another."""
         found = {}
         nodes = {node.name: node for node in self.exported.graph.nodes if node.op == "placeholder"}
         for name, user in zip(self.inputs, self.exported.graph_signature.user_inputs, strict=False):
@@ -84,7 +84,7 @@ class Program:
     ) -> Callable[[Feeds], dict[str, Array]]:
         """The program with the gates of `context` as a function of numpy arrays.
 
-        In float32 or float64; `compiled` by torch.compile.
+        It computes in float32, or in float64 if `double`; `compiled` runs it through torch.compile.
         """
         module: Callable[..., Any] = self._double if double else self._compiled if compiled else self._single
         index = torch.tensor(self.contexts.index(context))
@@ -101,28 +101,15 @@ class Program:
 
     def capture(self, *, opset: int) -> ir.Model:
         """The dynamic graph; inputs, outputs and parameters go by their own names."""
-        with quiet():
-            program = torch.onnx.export(
-                self.exported,
-                (),
-                dynamo=True,
-                optimize=False,
-                verbose=False,
-                opset_version=opset,
-                input_names=[*self.inputs, "context"],
-                output_names=list(self.outputs),
-            )
-        if program is None:
-            raise CpcompileError("torch.onnx.export gave no program; this torch is not supported")
-        captured: ir.Model = program.model
-        for name, value in list(captured.graph.initializers.items()):
-            if name in self.parameters:
-                value.name = self.parameters[name]
-        missing = {n for n, size in self.parameter_sizes().items() if size} - set(captured.graph.initializers)
-        if missing:
-            raise CpcompileError(
-                f"capture lost the parameters {', '.join(sorted(missing))}; this is a defect of cpcompile"
-            )
+        captured = export_graph(
+            self.exported,
+            (),
+            self.parameters,
+            opset=opset,
+            empty=[name for name, size in self.parameter_sizes().items() if not size],
+            input_names=[*self.inputs, "context"],
+            output_names=list(self.outputs),
+        )
         _name_axes(captured.graph, self.axes)
         return captured
 
@@ -136,10 +123,10 @@ class Program:
 
     @cached_property
     def _double(self) -> fx.GraphModule:
-        """All of its float32 is float64, what the graph itself casts to as well."""
+        """The program in float64, including the casts to float32 inside the graph."""
         with quiet():
             module = copy.deepcopy(self._single).double()
-        for part in module.modules():  # what runs without autocast, say, is a graph of its own
+        for part in module.modules():  # regions without autocast, for example, are graphs of their own
             for name, value in list(part.__dict__.items()):
                 if isinstance(value, Tensor) and value.dtype is torch.float32:
                     setattr(part, name, value.double())
@@ -160,7 +147,7 @@ def save_program(
 ) -> None:
     """Set the gates of `module` to `selection` and write it as a program that `cpcompile build` takes.
 
-    examples: per context real inputs of the model, on which engines will be compared with it; its own by default.
+    examples: real inputs per context, on which engines are compared with the model; by default its example inputs.
     UsageError: contexts that do not fit, a model that cannot be exported, a path that is not a .pt2 file.
     """
     target = require_file_path(path, ".pt2")
@@ -184,11 +171,11 @@ def save_program(
                 dynamic_shapes=None if dynamic is None else {"inputs": dynamic, "context": None},
                 strict=False,
             )
-    except Exception as error:  # of any kind: torch.export runs the model's own code
+    except Exception as error:  # any kind of error: torch.export runs the model's own code
         raise UsageError(f"{type(module.model).__name__}: torch.export cannot export it with gates: {error}") from error
     own_names = {id(tensor): name for name, tensor in reversed(list(module.model.named_parameters()))}
     every = dict(module.named_parameters(remove_duplicate=False))
-    names = input_names(module)
+    names = module.input_names()
     record = {
         "format": FORMAT,
         "version": VERSION,
@@ -223,7 +210,7 @@ def load_program(path: Path) -> Program:
         with path.open("rb") as file, quiet():
             exported = torch.export.load(file)
         exported._guards_code = []  # Python, which a decomposition would execute
-    except Exception as error:  # of any kind, from the depths of a deserialiser
+    except Exception as error:  # any kind of error, from the depths of a deserialiser
         raise damaged(path, error) from error
     try:
         program = Program(
@@ -240,12 +227,12 @@ def load_program(path: Path) -> Program:
         )
         _require_consistent(program)
     except (KeyError, TypeError, ValueError, AttributeError, UsageError) as error:
-        raise UsageError(f"{path}: {RECORD} in it is garbled ({error}); save it again") from error
+        raise UsageError(f"{path}: {RECORD} in it is malformed ({error}); save it again") from error
     return program
 
 
 def _require_consistent(program: Program) -> None:
-    """What is read later has the form that `save_program` gives it; ValueError or TypeError otherwise."""
+    """ValueError or TypeError unless the record has the form that `save_program` gives it."""
     for context in program.contexts:
         require_context_name(context, "contexts")
     if not program.contexts or len(set(program.contexts)) < len(program.contexts):
@@ -268,7 +255,7 @@ def _require_consistent(program: Program) -> None:
 
 
 def _output_names(program: ExportedProgram) -> list[str]:
-    """Keys of a dict, else output, or output_0, output_1 …"""
+    """The keys of a dict, otherwise output, or output_0, output_1, …"""
     spec = program.call_spec.out_spec
     count = len(program.graph_signature.user_outputs)
     if spec is not None and spec.type is dict and spec.num_children == count:
@@ -285,7 +272,7 @@ def _axis_names(inputs: Sequence[str], dynamic: tuple[Any, ...] | None) -> dict[
 
 
 def _name_axes(graph: ir.Graph, axes: Mapping[str, Mapping[int, str]]) -> None:
-    """Give the symbols of the export the names that the user gave them."""
+    """Rename the symbols of the export to the user's names."""
     renamed: dict[str, str] = {}
     for value in graph.inputs:
         for axis, label in axes.get(value.name or "", {}).items():

@@ -1,4 +1,4 @@
-"""The archive of an exported program: nothing in it is run before it was inspected."""
+"""The archive of an exported program: nothing in it runs before it has been inspected."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from cpcompile.files.whole_files import require_regular_file
 
 FORMAT, VERSION = "cpcompile-program", 1
 RECORD, EXAMPLES = "cpcompile.json", "examples.npz.base64"
-"""The archive takes text alone."""
+"""The archive accepts only text, hence base64."""
 OPERATORS = re.compile(r"(torch\.ops\.(aten|higher_order)\.\w+(\.\w+)?|_operator\.\w+|math\.\w+|torch\.sym_\w+)")
-"""What a node may call: no functions of Python, which would be called as they are named."""
+"""What a node may call. Other names would be looked up and called as Python functions."""
 EXPRESSION = re.compile(r"([\w\s+\-*/%(),<>=!&|~]|'\w+')*")
-"""Sizes as sympy writes them: without dots and brackets there is nothing to reach for in an evaluation."""
+"""Sizes as sympy writes them: without dots and brackets, evaluating one cannot reach anything else."""
 FUNCTIONS = frozenset(
     re.findall(
         r"\w+",
@@ -36,20 +36,20 @@ FUNCTIONS = frozenset(
         """,
     )
 )
-"""What such a size may call."""
+"""The functions that a size may call."""
 READS_FILES = "torch.ops.aten.from_file"
 MEMBER = re.compile(
     r"models/model\.json|data/weights/(weight_\d+|model_weights_config\.json)|data/sample_inputs/model\.pt"
     r"|data/constants/(tensor_\d+|model_constants_config\.json)|extra/.+|\.data/[a-z_]+|archive_[a-z]+|byteorder|version",
     re.ASCII,
 )
-"""What may be in the archive: torch.export.load runs others, like data/aotinductor/, and ignores the case of names."""
+"""The members that are allowed: torch.export.load runs others, such as data/aotinductor/, and ignores case."""
 TENSOR = re.compile(r"(weight|tensor)_\d+", re.ASCII)
-"""Files that hold the bytes of a tensor; others are unpickled."""
+"""Files with the bytes of a tensor; others are unpickled."""
 
 
 def inspect_program(path: Path) -> tuple[dict[str, Any], dict[str, tuple[Feeds, ...]]]:
-    """Our own files of the archive, after a look at what torch.export.load would run."""
+    """Our own files of the archive, after checking what torch.export.load would run."""
     require_regular_file(path, "a program is a file such as model.pt2")
     try:
         archive = _open_archive(path)
@@ -95,7 +95,7 @@ def inspect_program(path: Path) -> tuple[dict[str, Any], dict[str, tuple[Feeds, 
 
 
 def _open_archive(path: Path) -> torch._C.PyTorchFileReader:
-    """Torch's own reader, after a look at what it does not check; there must be one way to read the archive."""
+    """Torch's own reader, after the checks that it does not make: every reader must see the same archive."""
     with zipfile.ZipFile(path) as archive:
         there = sorted((entry.filename.partition("/")[2], entry.file_size) for entry in archive.infolist())
         if sum(size for _, size in there) > path.stat().st_size:
@@ -110,7 +110,7 @@ def _open_archive(path: Path) -> torch._C.PyTorchFileReader:
 
 
 def _require_harmless_graph(path: Path, node: Any) -> None:
-    """No operator but those of ATen, no expression that is more than arithmetic, no container that is imported."""
+    """Refuse operators other than those of ATen, expressions beyond arithmetic, and containers that are imported."""
     waiting = [node]
     while waiting:
         node = waiting.pop()
@@ -132,7 +132,7 @@ def _require_harmless_graph(path: Path, node: Any) -> None:
 
 
 def _is_arithmetic(text: str) -> bool:
-    """Words, numbers and calls of FUNCTIONS by their names: `(exec)('x')` is none."""
+    """Whether `text` has only words, numbers and calls of FUNCTIONS by name: `(exec)('x')` does not."""
     calls = set(re.findall(r"([\w)']+)\s*\(", text))
     return EXPRESSION.fullmatch(text) is not None and calls <= FUNCTIONS
 
@@ -140,7 +140,7 @@ def _is_arithmetic(text: str) -> bool:
 def _require_plain(path: Path, name: str, content: bytes) -> None:
     try:
         torch.load(io.BytesIO(content), weights_only=True)
-    except Exception as error:  # of many kinds, all of which say that it is not plain
+    except Exception as error:  # many kinds of error, all of which mean that it is not plain
         raise _refused(path, name) from error
 
 
@@ -152,13 +152,13 @@ def _refused(path: Path, what: str) -> UsageError:
 
 
 def damaged(path: Path, error: Exception) -> UsageError:
-    """What is raised when `error` stopped the reading of `path`."""
+    """The error to raise when `error` stopped the reading of `path`."""
     reason = (str(error) or type(error).__name__).split("\n", maxsplit=1)[0]
     return UsageError(f"{path}: is not a torch.export program or is damaged ({reason}); copy or save it again")
 
 
 def _examples(arrays: Mapping[str, Array]) -> dict[str, tuple[Feeds, ...]]:
-    """From `context/number/input` -> array."""
+    """The examples of every context, from arrays named `context/number/input`."""
     found: dict[str, dict[int, dict[str, Array]]] = {}
     for key, array in arrays.items():
         context, number, name = key.split("/", maxsplit=2)

@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 from cpcompile.core.config import PretrainedConfig, TrainConfig
 from cpcompile.core.errors import UsageError
+from cpcompile.core.measured import NotMeasured
 from cpcompile.core.selection import Digits, Selection, UnitKind
 from cpcompile.core.types import Progress
 from cpcompile.frontend.capture import capture, capture_dense
@@ -47,8 +48,8 @@ class Source(ABC):
     """What the checkpoint records of its training; None where nothing is recorded."""
     tokenizer: str | None = None
     """The text of tokenizer.json."""
-    selection: Digits | str
-    """`Selection.digits`, or why it is unknown."""
+    selection: Digits | NotMeasured
+    """`Selection.digits`."""
     has_text: bool
     """Whether its quality is measured as perplexity."""
 
@@ -202,7 +203,7 @@ class ProgramSource(Source):
         self.program: Program = load_program(path)
         self.contexts = self.program.contexts
         self.config = {}
-        unknown = "the program was saved without its selection; save it again"
+        unknown = NotMeasured("the program was saved without its selection; save it again")
         self.selection = unknown if self.program.selection is None else self.program.selection
         self.dense_bytes = sum(self.parameter_sizes().values()) * FLOAT32_BYTES
 

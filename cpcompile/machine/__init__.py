@@ -1,1 +1,1 @@
-"""What this machine is and has: memory, GPUs, noise, versions, and measurements in a fresh process."""
+"""The machine: memory, GPUs, interference, versions, and measurements in a fresh process."""

@@ -1,14 +1,15 @@
-"""What a measurement was taken on: processor, cores, GPU, versions."""
+"""The environment of a measurement: processor, cores, GPU, versions."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import os
 import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import cpcompile
+from cpcompile.core.version import __version__
 from cpcompile.machine.gpu import gpu_model
 from cpcompile.machine.procfs import first_value
 
@@ -18,25 +19,37 @@ PACKAGES = {
     "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
     "numpy": ("numpy",),
 }
-"""Versions that a report names, and the distributions that provide them."""
+"""The packages whose versions a report names, with the distributions that provide them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Environment:
+    """A machine, and the versions of what matters there."""
+
+    cpu: str
+    cores: int
+    gpu: str | None
+    """The first NVIDIA GPU; None if there is none."""
+    versions: Mapping[str, str | None]
+    """By package; None for one that is not installed."""
 
 
 def available_cores() -> int:
-    """The cores that this process may use."""
+    """The number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
-def environment() -> dict[str, Any]:
-    """The machine and the versions, as a report states them. Nothing is imported to find a version."""
+def environment() -> Environment:
+    """The machine and the versions, as a report states them; no package is imported to find its version."""
     versions: dict[str, str | None] = {name: _version(distributions) for name, distributions in PACKAGES.items()}
-    return {
-        "cpu": _cpu_model(),
-        "cores": available_cores(),
-        "gpu": gpu_model(),
-        "versions": {"cpcompile": cpcompile.__version__, "python": platform.python_version(), **versions},
-    }
+    return Environment(
+        cpu=_cpu_model(),
+        cores=available_cores(),
+        gpu=gpu_model(),
+        versions={"cpcompile": __version__, "python": platform.python_version(), **versions},
+    )
 
 
 def _version(distributions: tuple[str, ...]) -> str | None:

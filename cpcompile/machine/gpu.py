@@ -1,4 +1,4 @@
-"""NVIDIA GPUs, as their management library (NVML) describes them."""
+"""NVIDIA GPUs and their memory, as the driver and its management library (NVML) describe them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from cpcompile.core.measured import NotMeasured
 from cpcompile.machine.procfs import first_value
 
 NO_GPU = "no NVIDIA GPU"
@@ -18,19 +19,19 @@ class Gpu:
 
     name: str
     compute_capability: str
-    """Such as `8.9`."""
+    """For example `8.9`."""
     memory_bytes: int
 
 
-def nvidia_gpus() -> tuple[str, tuple[Gpu, ...]] | str:
-    """The driver's version and the GPUs in its order, or why they are not known.
+def nvidia_gpus() -> tuple[str, tuple[Gpu, ...]] | NotMeasured:
+    """The driver's version and the GPUs in its order, or the reason why they are unknown.
 
     Source: NVML API reference, nvmlSystemGetDriverVersion, nvmlDeviceGetCudaComputeCapability.
     """
     try:
         import pynvml
     except ImportError:
-        return NO_NVML
+        return NotMeasured(NO_NVML)
     try:
         pynvml.nvmlInit()
         devices = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
@@ -44,31 +45,31 @@ def nvidia_gpus() -> tuple[str, tuple[Gpu, ...]] | str:
         )
         return pynvml.nvmlSystemGetDriverVersion(), gpus
     except pynvml.NVMLError as error:
-        return f"NVML: {error}"
+        return NotMeasured(f"NVML: {error}")
 
 
-def video_memory() -> int | str:
-    """Bytes that this process holds on NVIDIA GPUs, or why that is not known.
+def video_memory() -> int | NotMeasured:
+    """Bytes that this process holds on NVIDIA GPUs, or the reason why they are unknown.
 
-    Runtimes keep what they once allocated there until they are closed, so that this is also the peak.
+    Runtimes keep their allocations there until they are closed, so this is also the peak.
     Source: NVML API reference, nvmlDeviceGetComputeRunningProcesses.
     """
     if gpu_model() is None:
-        return NO_GPU
+        return NotMeasured(NO_GPU)
     try:
         import pynvml
     except ImportError:
-        return NO_NVML
+        return NotMeasured(NO_NVML)
     try:
         pynvml.nvmlInit()
         devices = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
         every = [process for device in devices for process in pynvml.nvmlDeviceGetComputeRunningProcesses(device)]
     except pynvml.NVMLError as error:
-        return f"NVML: {error}"
+        return NotMeasured(f"NVML: {error}")
     own: list[int | None] = [process.usedGpuMemory for process in every if process.pid == os.getpid()]
     known = [size for size in own if size is not None]
-    if len(known) < len(own) or (every and not own):  # in a container process ids are others than NVML's
-        return "NVML does not tell which memory is this process's"
+    if len(known) < len(own) or (every and not own):  # process ids in a container differ from NVML's
+        return NotMeasured("NVML does not say which memory belongs to this process")
     return sum(known)
 
 

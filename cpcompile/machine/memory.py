@@ -1,18 +1,18 @@
-"""What a process holds in memory, and what machine it runs on.
+"""The memory of a process while it loads and runs a model, and what the machine has left.
 
     fresh interpreter -> base RSS -> [reset peak] load -> peak -> [reset peak] run -> peak -> one line of JSON
 
-Each side of a comparison gets a process of its own: allocators keep what they once had, so a
-second measurement in one process measures the first one too. The peak is VmHWM of
-/proc/self/status (proc_pid_status(5)), which belongs to the address space and begins anew with
+Each side of a comparison gets a process of its own: allocators keep freed memory, so a second
+measurement in the same process would include the first. The peak is VmHWM of
+/proc/self/status (proc_pid_status(5)), which belongs to the address space and starts afresh with
 exec. ru_maxrss of getrusage(2) does not: Linux carries it over exec, so that a small child of a
-large process would report its parent's peak. It serves only where there is no /proc.
+large process would report its parent's peak. It is used only where there is no /proc.
 
-Resident pages of files, such as libraries and mapped weights, are there once for all processes, and the
-system may drop them; private memory is what is left: RssAnon, the pages without a file behind them, what was
+Resident pages of files, such as libraries and mapped weights, are shared by all processes, and the
+system may drop them. Private memory is the rest: RssAnon, the pages without a file behind them, which were
 allocated or written. It is resident - shared of /proc/self/statm, which is quick to read. (Private_Clean of
-smaps_rollup also counts pages of files that nobody else happens to map, and takes 10 ms to sum up.) The kernel keeps no
-peak of it: a thread looks every 5 ms, which takes 3 % of a core, and does not see a peak that is shorter.
+smaps_rollup also counts pages of files that no other process happens to map, and takes 10 ms to sum up.) The kernel
+keeps no peak of it: a thread samples it every 5 ms, which takes 3 % of a core and misses shorter peaks.
 """
 
 from __future__ import annotations
@@ -29,14 +29,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from cpcompile.core.measured import Measurements, NotMeasured
 from cpcompile.machine.gpu import video_memory
 from cpcompile.machine.procfs import first_bytes, status_bytes
 
 T = TypeVar("T")
 
 SAMPLE_SECONDS = 0.005
-"""Between two looks at private memory."""
-NO_PRIVATE = "this system does not tell private memory apart (there is no /proc/self/statm)"
+"""Time between two samples of private memory."""
+NO_PRIVATE = "this system does not report private memory (there is no /proc/self/statm)"
 STATM = Path("/proc/self/statm")
 CLEAR_REFS = Path("/proc/self/clear_refs")
 MEMINFO = Path("/proc/meminfo")
@@ -44,33 +45,33 @@ GROUP, GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProcessMemory:
-    """Resident bytes of one process, and what its start took."""
+class ProcessMemory(Measurements):
+    """Resident bytes of one process, and how long it took to start."""
 
     base_rss_bytes: int
     """The interpreter and its libraries, before anything is loaded."""
     load_peak_rss_bytes: int
     run_peak_rss_bytes: int
-    """While running. Where the peak cannot be reset (no /proc/self/clear_refs) it contains that of loading."""
-    base_private_bytes: int | None = None
-    """Before anything is loaded. None where the system does not tell (NO_PRIVATE)."""
-    load_peak_private_bytes: int | None = None
-    """Of samples."""
-    run_peak_private_bytes: int | None = None
-    vram_bytes: int | None = None
-    """On the GPUs, after running. None where it cannot be told (`video_memory` says why)."""
-    load_ms: float | None = None
-    first_run_ms: float | None = None
+    """The peak while running; it includes that of loading where it cannot be reset (no /proc/self/clear_refs)."""
+    base_private_bytes: int | NotMeasured
+    """Before anything is loaded."""
+    load_peak_private_bytes: int | NotMeasured
+    """The largest sample."""
+    run_peak_private_bytes: int | NotMeasured
+    vram_bytes: int | NotMeasured
+    """Memory on the GPUs after running."""
+    load_ms: float
+    first_run_ms: float
     """Its files are in the page cache; libraries are imported before."""
 
 
 def resident_bytes() -> int:
-    """Resident bytes of this process now; without /proc the peak, which is not smaller."""
+    """Resident bytes of this process now; without /proc its peak, an upper bound."""
     return status_bytes("VmRSS") or peak_resident_bytes()
 
 
 def peak_resident_bytes() -> int:
-    """The most that was resident since this process began, or since `reset_peak`."""
+    """Peak resident bytes since this process started, or since `reset_peak`."""
     peak = status_bytes("VmHWM")
     if peak is not None:
         return peak
@@ -81,7 +82,7 @@ def peak_resident_bytes() -> int:
 
 
 def reset_peak() -> bool:
-    """Let the peak begin anew at what is resident now; False where the system does not allow it."""
+    """Reset the peak to what is resident now; False where the system does not allow it."""
     try:
         CLEAR_REFS.write_text("5", encoding="ascii")
     except OSError:
@@ -90,7 +91,7 @@ def reset_peak() -> bool:
 
 
 def private_bytes() -> int | None:
-    """Resident bytes of this process that no file holds; None where the system does not tell."""
+    """Resident bytes of this process without a file behind them; None where the system does not report them."""
     try:
         _, resident, shared, *_ = STATM.read_bytes().split()
     except OSError:
@@ -99,38 +100,38 @@ def private_bytes() -> int | None:
 
 
 class PrivatePeak:
-    """The most private memory that was seen while entered; None where the system does not tell."""
+    """The peak of private memory, sampled inside the `with` block; None where the system does not report it."""
 
     def __init__(self) -> None:
         self.bytes: int | None = None
-        self._left = threading.Event()
+        self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> PrivatePeak:
-        self._look()
+        self._sample()
         if self.bytes is not None:
             self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._left.set()
+        self._stopped.set()
         if self._thread.is_alive():
             self._thread.join()
-        self._look()
+        self._sample()
 
     def _watch(self) -> None:
-        while not self._left.wait(SAMPLE_SECONDS):
-            self._look()
+        while not self._stopped.wait(SAMPLE_SECONDS):
+            self._sample()
 
-    def _look(self) -> None:
+    def _sample(self) -> None:
         if (now := private_bytes()) is not None:
             self.bytes = max(self.bytes or 0, now)
 
 
 def release_memory() -> None:
-    """Give back what this process no longer uses: models are freed with their cycles, and glibc keeps what is freed.
+    """Return unused memory to the system: collect the reference cycles of models, and trim what glibc keeps.
 
-    Without it a process that has held something large twice may hold it twice at once. Source: malloc_trim(3).
+    Otherwise a process that loads something large twice may hold both at once. Source: malloc_trim(3).
     """
     gc.collect()
     if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "malloc_trim"):
@@ -153,25 +154,28 @@ def measure_memory(load: Callable[[], T], run: Callable[[T], object], *, runs: i
         first_run_seconds = time.perf_counter() - started
         for _ in range(runs - 1):
             run(loaded)
-    video = video_memory()
     return ProcessMemory(
         base_rss_bytes=base,
         load_peak_rss_bytes=load_peak,
         run_peak_rss_bytes=peak_resident_bytes(),
-        base_private_bytes=base_private,
-        load_peak_private_bytes=load_private.bytes,
-        run_peak_private_bytes=run_private.bytes,
-        vram_bytes=video if isinstance(video, int) else None,
+        base_private_bytes=_private(base_private),
+        load_peak_private_bytes=_private(load_private.bytes),
+        run_peak_private_bytes=_private(run_private.bytes),
+        vram_bytes=video_memory(),
         load_ms=1e3 * load_seconds,
         first_run_ms=1e3 * first_run_seconds,
     )
 
 
-def available_memory() -> int | None:
-    """Bytes that a new process may take before the system or a control group runs out; None where nothing tells.
+def _private(size: int | None) -> int | NotMeasured:
+    return NotMeasured(NO_PRIVATE) if size is None else size
 
-    The least of MemAvailable (proc_meminfo(5)) and, of each control group of version 2 around this process, the limit
-    less what is used and could not be dropped (memory.max, memory.current, inactive_file of memory.stat).
+
+def available_memory() -> int | None:
+    """Bytes that a new process may take before the system or a control group runs out; None if unknown.
+
+    The minimum of MemAvailable (proc_meminfo(5)) and, for each version 2 control group around this process, the limit
+    minus what is used and cannot be dropped (memory.max, memory.current, inactive_file of memory.stat).
     """
     rooms = [first_bytes(MEMINFO, "MemAvailable:")]
     try:
@@ -185,10 +189,10 @@ def available_memory() -> int | None:
 
 
 def _room(group: Path) -> int | None:
-    """What the limit of one control group leaves; None if it has none."""
+    """Bytes below the limit of one control group; None if it has no limit."""
     try:
         limit, used = (int((group / f"memory.{name}").read_text(encoding="ascii")) for name in ("max", "current"))
         cached = re.search(r"^inactive_file (\d+)$", (group / "memory.stat").read_text(encoding="ascii"), re.MULTILINE)
-    except (OSError, ValueError):  # "max" is no number
+    except (OSError, ValueError):  # "max" is not a number
         return None
     return max(0, limit - used + (int(cached[1]) if cached else 0))

@@ -1,4 +1,4 @@
-"""What else a machine did while something was timed."""
+"""Interference: what else the machine did while something was timed."""
 
 from __future__ import annotations
 
@@ -11,23 +11,21 @@ from pathlib import Path
 
 PROCESSORS = Path("/proc/stat")
 FREQUENCY = Path("/sys/devices/system/cpu/cpu0/cpufreq")
+BUSY_PART, SLOW_PART = 0.1, 0.9
+"""Interference is processor time of others above this part, or a clock below this part of its maximum."""
 
 
 @dataclass
 class Machine:
-    """What else the machine did while it was watched."""
+    """The machine while `watch_machine` watches it."""
 
-    disturbance: str | None = None
-    """A sentence for a reason; None if nothing was noticed."""
-
-
-BUSY_PART, SLOW_PART = 0.1, 0.9
-"""Processor time of others, and clock frequency as a part of the highest, from which on they are worth a word."""
+    interference: str | None = None
+    """What interfered, as part of a sentence; set when the watch ends, None if nothing was noticed."""
 
 
 @contextmanager
 def watch_machine() -> Iterator[Machine]:
-    """Notes how much of the processors others took (proc_stat(5)), and whether the clock was throttled."""
+    """Record how much of the processors others took (proc_stat(5)), and whether the clock was throttled."""
     machine, own, before = Machine(), _process_seconds(), _busy_and_stolen_seconds()
     started = time.perf_counter()
     yield machine
@@ -40,18 +38,18 @@ def watch_machine() -> Iterator[Machine]:
         words += [f"other processes took {others:.0%} of the processors"] if others > BUSY_PART else []
         words += [f"the host took {stolen:.0%} of them"] if stolen > BUSY_PART else []
     if frequency is not None and frequency < SLOW_PART:
-        words.append(f"the clock was at {frequency:.0%} of its highest")
-    machine.disturbance = ", ".join(words) or None
+        words.append(f"the clock was at {frequency:.0%} of its maximum")
+    machine.interference = ", ".join(words) or None
 
 
 def _process_seconds() -> float:
-    """Of this process and of its children that have ended."""
+    """Processor seconds of this process and of its children that have ended."""
     times = os.times()
     return times.user + times.system + times.children_user + times.children_system
 
 
 def _busy_and_stolen_seconds() -> tuple[float, float] | None:
-    """Seconds of all processors since boot, (user, nice and system; stolen); None where there is no /proc/stat."""
+    """Seconds of all processors since boot, (user + nice + system, stolen); None where there is no /proc/stat."""
     try:
         ticks = [int(field) for field in PROCESSORS.read_text(encoding="ascii").split("\n", 1)[0].split()[1:]]
     except (OSError, ValueError):
@@ -61,9 +59,9 @@ def _busy_and_stolen_seconds() -> tuple[float, float] | None:
 
 
 def _frequency_part() -> float | None:
-    """The clock now as a part of its highest; None where the system does not tell."""
+    """The clock frequency as a part of its maximum; None where the system does not report it."""
     try:
-        now, highest = (int((FREQUENCY / name).read_text()) for name in ("scaling_cur_freq", "cpuinfo_max_freq"))
+        now, maximum = (int((FREQUENCY / name).read_text()) for name in ("scaling_cur_freq", "cpuinfo_max_freq"))
     except (OSError, ValueError):
         return None
-    return now / highest if highest else None
+    return now / maximum if maximum else None

@@ -1,4 +1,4 @@
-"""Values in the text files of /proc and /sys."""
+"""Values from the text files under /proc."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ STATUS = Path("/proc/self/status")
 
 
 def status_bytes(key: str) -> int | None:
-    """A field of /proc/self/status; None where there is no such file or field."""
+    """The field `key` of /proc/self/status in bytes; None where there is no such file or field."""
     return first_bytes(STATUS, f"{key}:")
 
 
 def first_bytes(path: Path, key: str) -> int | None:
-    """The value, in KiB there, of the first line of a file under /proc that begins with `key`."""
+    """The value in bytes of the first line that begins with `key`, given there in KiB; None if there is none."""
     try:
         lines = path.read_text(encoding="ascii", errors="replace").splitlines()
     except OSError:
@@ -22,7 +22,7 @@ def first_bytes(path: Path, key: str) -> int | None:
 
 
 def first_value(path: Path, key: str) -> str | None:
-    """The value of the first `key : value` line of a file under /proc."""
+    """The value of the first line `key : value`; None if there is none."""
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""Measure in a fresh process, whose memory is its own."""
+"""Measurements in a fresh process, which has its memory to itself."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cpcompile.core.errors import CpcompileError
 def in_fresh_process(*arguments: str) -> Any:
     """Run `python arguments…` and return the JSON of the last line that it prints; CpcompileError if it fails.
 
-    `-P` keeps the working folder off the child's import path: a file there may be called like a library.
+    `-P` keeps the working folder off the child's import path: a file there may have the name of a library.
     """
     command = [sys.executable, "-P", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

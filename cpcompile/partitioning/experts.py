@@ -1,11 +1,11 @@
-"""Mixtures of experts in an exported graph: a router that picks k of E, and weights that are stacked by expert.
+"""Mixtures of experts in an exported graph: a router that picks k of E experts, and weights stacked by expert.
 
     logits = linear(x, router)                      (.., E)
     scores, numbers = topk(softmax(logits), k)      the softmax before or after
     experts(x, numbers, weights)                    a module that reads stacked[numbers] of its parameters (E, ..)
 
-An expert is a unit: its slice of every stacked parameter and its row of the router. It can be gated if nothing but
-topk reads the logits, and its number does nothing but look up these parameters; what is in the way is said.
+An expert is a unit: its slice of every stacked parameter and its row of the router. Experts can be gated if only topk
+reads the logits, and their numbers are used only to look up these parameters; otherwise the refusal says why not.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from cpcompile.partitioning.groups import Consumer, Found, Group, IntArray, Refu
 from cpcompile.partitioning.trace import Traced
 
 _PASS_ON = {"to", "_to_copy", "type_as", "clone", "contiguous", "detach", "view", "reshape", "_unsafe_view", "flatten"}
-"""Operators that give what they read, in another form."""
+"""Operators that pass on what they read, in another form."""
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,13 @@ class _Mixture:
     experts: str
     """Modules."""
     parameters: tuple[str, ...]
-    """The router's weight, what is stacked, the router's bias."""
+    """The router's weight, the stacked weights, and the router's bias if it has one."""
     count: int
     picked: int
 
 
 def find_experts(traced: Traced) -> Found:
-    """The experts behind every router of a graph, and those that cannot be gated."""
+    """The experts behind every router of a graph, and the routers whose experts cannot be gated."""
     readers: dict[_Mixture, list[fx.Node]] = {}
     calls: Counter[_Mixture] = Counter()
     refused: list[Refused] = []
@@ -74,7 +74,7 @@ def _along_first_axis(parameter: Tensor, units: IntArray) -> tuple[IntArray | No
 
 
 def _experts_of(traced: Traced, topk: fx.Node) -> int | None:
-    """Of how many experts `topk` picks; None if it picks something else, of which no weights are stacked."""
+    """The number of experts that `topk` picks from; None if it picks something else, with no stacked weights."""
     scores = traced.flow.value(topk.args[0])
     count = scores.shape[-1] if scores is not None and scores.rank else 0
     stacked = any(tensor.ndim > 2 and tensor.shape[0] == count for tensor in traced.parameters.values())
@@ -82,7 +82,7 @@ def _experts_of(traced: Traced, topk: fx.Node) -> int | None:
 
 
 def _mixture(traced: Traced, topk: fx.Node, count: int) -> tuple[_Mixture, list[fx.Node]] | str:
-    """The router of `topk` with its experts, and what reads their parameters; or why they cannot be gated."""
+    """The router of `topk` with its experts, and the nodes that read their parameters; or why there is no gate."""
     logits = _logits(traced, topk, count)
     if isinstance(logits, str):
         return logits
@@ -106,7 +106,7 @@ def _mixture(traced: Traced, topk: fx.Node, count: int) -> tuple[_Mixture, list[
 
 
 def _logits(traced: Traced, topk: fx.Node, count: int) -> fx.Node | str:
-    """The linear layer by whose result `topk` picks; or why it cannot be masked."""
+    """The linear layer whose result `topk` picks from; or why it cannot be masked."""
     scores = topk.args[0]
     assert isinstance(scores, fx.Node)
     axis, largest = (*topk.args[2:], -1)[0], (*topk.args[3:], topk.kwargs.get("largest", True))[0]
@@ -145,7 +145,7 @@ def _lookups(traced: Traced, topk: fx.Node, count: int) -> dict[fx.Node, str] | 
 
 
 def _table(traced: Traced, node: fx.Node, numbers: fx.Node) -> str | None:
-    """The parameter of which `node` picks positions of the first axis by `numbers`."""
+    """The parameter in which `node` looks up positions of the first axis by `numbers`."""
     first_axis: dict[str, object] = {"index": [numbers], "index_select": 0, "embedding": numbers}
     table = node.args[0]
     if not isinstance(table, fx.Node) or table is numbers or node.args[1:2] != (first_axis.get(_operator(node)),):
@@ -154,7 +154,7 @@ def _table(traced: Traced, node: fx.Node, numbers: fx.Node) -> str | None:
 
 
 def _read_elsewhere(traced: Traced, mixture: _Mixture, known: list[fx.Node]) -> str | None:
-    """What else reads the parameters of the mixture; None if nothing does."""
+    """A message about another reader of the mixture's parameters; None if there is none."""
     for node, name in traced.placeholders.items():
         others = _users(node) - set(known)
         if name in mixture.parameters and others:
@@ -163,7 +163,7 @@ def _read_elsewhere(traced: Traced, mixture: _Mixture, known: list[fx.Node]) -> 
 
 
 def _takes_numbers_and_weights(traced: Traced, topk: fx.Node, lookup: fx.Node) -> bool:
-    """Whether the numbers, and weights of the same shape, are inputs of the module that looks up."""
+    """Whether the module that looks up takes the numbers, and weights of the same shape, as inputs."""
     numbers, *others = [user for user in _users(topk) if user.args[1:] == (1,)] or [topk]
     shape = None if others else numbers.meta["val"].shape
     given = [node.meta["val"] for node in inputs_of(traced, lookup) if isinstance(node.meta.get("val"), Tensor)]
@@ -177,5 +177,5 @@ def _operator(node: fx.Node) -> str:
 
 
 def _users(node: fx.Node) -> set[fx.Node]:
-    """Without the checks that torch.export adds."""
+    """The users of `node`, without the checks that torch.export adds."""
     return {user for user in node.users if "assert" not in str(user.target)}

@@ -1,11 +1,11 @@
-"""Flow: labels carried through the operators of an exported graph.
+"""Flow: channel ids carried through the operators of an exported graph.
 
-The state of one walk over a graph and the four things that operators do with labels:
+A `Flow` is the state of one walk over a graph. Operators do four things with ids:
 
-    merge       an operator mixes all positions of an axis: its labels become one
+    merge       an operator mixes all positions of an axis: their ids are coupled
     agree       elementwise with broadcasting: aligned axes lose the same channels
-    contract    x (.., k) with a weight (k, n): k's labels end here, n's begin; the place for a gate
-    reshape     labels keep their places in memory order
+    contract    x (.., k) with a weight (k, n): k's ids end here, n's begin; the place for a gate
+    reshape     ids keep their places in memory order
 """
 
 from __future__ import annotations
@@ -13,35 +13,37 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Any
 
 import numpy as np
 import torch
 from torch import fx
 
-from cpcompile.partitioning.labels import Facet, Labels, Value, outermost, varied
+from cpcompile.core.reshape import AxisGroup, match_axes
+from cpcompile.partitioning.channel_ids import ChannelIds, Coupling, Value, outermost, varied
 
 
 @dataclass(frozen=True)
-class Exit:
-    """Channels of `source` that end in a contraction with a weight: `labels`, one per channel."""
+class Contraction:
+    """Contraction of `source` with a weight, in which channels end: `ids`, one per channel."""
 
     node: fx.Node
     source: fx.Node
     weight: fx.Node
-    labels: Facet
+    ids: ChannelIds
 
 
 @dataclass
 class Flow:
     """One walk over one graph."""
 
-    labels: Labels = field(default_factory=Labels)
+    coupling: Coupling = field(default_factory=Coupling)
     values: dict[fx.Node, Any] = field(default_factory=dict)
-    """fx node -> Value, a list of Values, or None for what is no tensor."""
-    exits: list[Exit] = field(default_factory=list)
+    """fx node -> Value, a list of Values, or None if it is no tensor."""
+    contractions: list[Contraction] = field(default_factory=list)
     opaque: dict[fx.Node, str] = field(default_factory=dict)
-    """Operators without a rule that read channels, and what is to be said of them."""
+    """Operators without a rule that read channels -> why these channels stay."""
     _primes: dict[Any, int] = field(default_factory=dict)
 
     def value(self, argument: object) -> Value | None:
@@ -56,12 +58,12 @@ class Flow:
         return [v for v in flat if isinstance(v, Value)]
 
     def plain(self, example: torch.Tensor, *, constant: bool = False) -> Value:
-        """A value of the shape of `example` of which no axis can be cut."""
+        """A value with the shape of `example` and no axis that can be cut."""
         lengths = [self._length(dim) for dim in example.shape]
         return Value(tuple(n for n, _ in lengths), tuple(d for _, d in lengths), (), constant)
 
     def _length(self, dim: int | torch.SymInt) -> tuple[int, bool]:
-        """A length that equals others exactly when the expression does: symbols stand for distinct large primes."""
+        """A length that equals another only if the expressions are equal: symbols stand for different large primes."""
         if isinstance(dim, int):
             return dim, False
         expression = dim.node.expr
@@ -70,46 +72,46 @@ class Flow:
         return int(expression.subs(self._primes)), bool(expression.free_symbols)
 
     def merge(self, value: Value, axes: Iterable[int], why: str) -> Value:
-        """The labels along `axes` become one; what a parameter then no longer varies on stays for good."""
-        facets = []
-        for facet in value.facets:
-            kept = facet
+        """Couple all ids along `axes`; a parameter whose ids then vary on no axis is never cut."""
+        channel_ids = []
+        for ids in value.channel_ids:
+            kept = ids
             for axis in axes:
                 if kept.shape[axis] > 1:
-                    self.labels.tie(kept, kept.take([0], axis=axis))
-                    self.labels.note_merge(kept, why)
+                    self.coupling.couple(kept, kept.take([0], axis=axis))
+                    self.coupling.note_merge(kept, why)
                     kept = kept.take([0], axis=axis)
-            if value.constant and kept is not facet and not varied(kept):
-                self.labels.block(kept, why)
+            if value.constant and kept is not ids and not varied(kept):
+                self.coupling.block(kept, why)
             else:
-                facets.append(kept)
-        return value.with_facets(facets)
+                channel_ids.append(kept)
+        return value.with_ids(channel_ids)
 
     def agree(self, values: Sequence[Value], like: Value, why: str) -> Value:
-        """The result of an elementwise operator of the shape of `like`."""
+        """The result of an elementwise operator, in the shape of `like`."""
         lifted = [_lift(value, like.rank) for value in values]
         settled = False
         while not settled:
             lifted, first = self._only_common_axes(lifted, like.rank, why)
             lifted, second = self._same_grids(lifted, why)
             settled = not (first or second)
-        facets: list[Facet] = []
+        channel_ids: list[ChannelIds] = []
         for index, value in enumerate(lifted):
-            for facet in value.facets:
+            for ids in value.channel_ids:
                 for other in lifted[index + 1 :]:
-                    for its in other.facets:
-                        if varied(facet) == varied(its):
-                            self.labels.tie(facet, its)
+                    for its in other.channel_ids:
+                        if varied(ids) == varied(its):
+                            self.coupling.couple(ids, its)
         for value in lifted:
-            facets += value.facets
-        return replace(like, facets=self.distinct(facets), constant=all(v.constant for v in values))
+            channel_ids += value.channel_ids
+        return replace(like, channel_ids=self.distinct(channel_ids), constant=all(v.constant for v in values))
 
     def _only_common_axes(self, values: list[Value], rank: int, why: str) -> tuple[list[Value], bool]:
-        """An axis that one of the tensors cannot lose channels of is whole in all of them."""
+        """An axis on which one of the tensors cannot lose channels stays whole in all of them."""
         changed = False
         for axis in range(rank):
             members = [i for i, value in enumerate(values) if value.shape[axis] != 1]
-            lengths = {max((f.shape[axis] for f in values[i].facets), default=1) for i in members}
+            lengths = {max((f.shape[axis] for f in values[i].channel_ids), default=1) for i in members}
             if len(lengths) > 1:
                 changed = True
                 for i in members:
@@ -117,15 +119,15 @@ class Flow:
         return values, changed
 
     def _same_grids(self, values: list[Value], why: str) -> tuple[list[Value], bool]:
-        """Facets that share axes vary on the same ones; of heads and their channels the heads stay."""
+        """Arrays of ids that share an axis vary on the same axes; of heads and their channels, heads stay apart."""
         for i, value in enumerate(values):
-            for facet in value.facets:
+            for ids in value.channel_ids:
                 for j, other in enumerate(values):
-                    for its in other.facets:
-                        shared, extra = varied(facet) & varied(its), varied(facet) - varied(its)
+                    for its in other.channel_ids:
+                        shared, extra = varied(ids) & varied(its), varied(ids) - varied(its)
                         if i == j or not shared or not extra:
                             continue
-                        if outermost(facet) in shared:
+                        if outermost(ids) in shared:
                             values[i] = self.merge(value, extra, why)
                         else:
                             values[i] = self.merge(value, shared, why)
@@ -133,12 +135,12 @@ class Flow:
                         return values, True
         return values, False
 
-    def distinct(self, facets: Iterable[Facet]) -> tuple[Facet, ...]:
-        """Each facet once; axes along which all labels are now of one component are left out."""
-        kept: dict[tuple[tuple[int, ...], bytes], Facet] = {}
-        for facet in facets:
-            roots, shown = self.labels.find(facet), facet
-            for axis in varied(facet):
+    def distinct(self, channel_ids: Iterable[ChannelIds]) -> tuple[ChannelIds, ...]:
+        """Each array once; axes along which all ids are now in one component are left out."""
+        kept: dict[tuple[tuple[int, ...], bytes], ChannelIds] = {}
+        for ids in channel_ids:
+            roots, shown = self.coupling.find(ids), ids
+            for axis in varied(ids):
                 if (roots == roots.take([0], axis=axis)).all():
                     roots, shown = roots.take([0], axis=axis), shown.take([0], axis=axis)
             kept.setdefault((roots.shape, roots.tobytes()), shown)
@@ -150,63 +152,65 @@ class Flow:
         assert x is not None and w is not None
         xk, wk, wn, on = axes
         why = f"{place(node)} sums over it"
-        for facet in x.facets:  # a grid over heads and their channels: each head is projected by the same weight
-            if xk in varied(facet) and len(varied(facet)) > 1:
-                drop = varied(facet) - {xk} if outermost(facet) == xk else {xk}
+        for ids in x.channel_ids:  # a grid over heads and their channels: each head is projected by the same weight
+            if xk in varied(ids) and len(varied(ids)) > 1:
+                drop = varied(ids) - {xk} if outermost(ids) == xk else {xk}
                 x = self.merge(x, drop, why)
         w = self.merge(w, set(range(w.rank)) - {wk, wn}, why)
-        inputs = [facet.reshape(-1) for facet in w.facets if wk in varied(facet)]
-        ending = [facet.reshape(-1) for facet in x.facets if varied(facet) in (frozenset({xk}), frozenset())]
+        inputs = [ids.reshape(-1) for ids in w.channel_ids if wk in varied(ids)]
+        ending = [ids.reshape(-1) for ids in x.channel_ids if varied(ids) in (frozenset({xk}), frozenset())]
         if inputs:
             for ends in ending:
-                self.labels.tie(inputs[0], ends)
+                self.coupling.couple(inputs[0], ends)
             if not ending:
-                carried = any(varied(facet) for facet in x.facets)
+                carried = any(varied(ids) for ids in x.channel_ids)
                 what = "is applied to every head alike" if carried else "reads channels that no parameter makes"
-                self.labels.block(inputs[0], self._lost(source) or f"{place(node)} {what}")
-            self.exits.append(Exit(node, source, weight, inputs[0]))
+                self.coupling.block(inputs[0], self._lost(source) or f"{place(node)} {what}")
+            self.contractions.append(Contraction(node, source, weight, inputs[0]))
         else:
-            for facet in x.facets:
-                self.labels.block(facet, f"{place(node)} computes its weight")
-        rest = [f for f in x.facets if varied(f) and xk not in varied(f)]
-        facets = [_place(f, {a: a for a in varied(f)}, out.rank) for f in rest]
-        facets += [_place(f, {wn: on}, out.rank) for f in w.facets if wn in varied(f)]
-        return replace(out, facets=self.distinct(facets), constant=x.constant)
+            for ids in x.channel_ids:
+                self.coupling.block(ids, f"{place(node)} computes its weight")
+        rest = [f for f in x.channel_ids if varied(f) and xk not in varied(f)]
+        channel_ids = [_place(f, {a: a for a in varied(f)}, out.rank) for f in rest]
+        channel_ids += [_place(f, {wn: on}, out.rank) for f in w.channel_ids if wn in varied(f)]
+        return replace(out, channel_ids=self.distinct(channel_ids), constant=x.constant)
 
     def _lost(self, node: fx.Node) -> str | None:
-        """The operator on the way to `node` that labels could not be followed through."""
+        """Why ids did not reach `node`: the operator without a rule on the way to it."""
         waiting, seen = [node], {node}
         while waiting:
             at = waiting.pop()
             if at in self.opaque:
                 return self.opaque[at]
-            sources = [s for s in at.all_input_nodes if s not in seen and not getattr(self.value(s), "facets", ())]
+            sources = [s for s in at.all_input_nodes if s not in seen and not getattr(self.value(s), "channel_ids", ())]
             seen.update(sources)
             waiting += sources
         return None
 
     def reshape(self, value: Value, like: Value, why: str) -> Value:
-        """Labels in memory order in the new shape."""
-        groups = _axis_groups(value.shape, like.shape)
-        facets: list[Facet] = []
-        for facet in value.facets:
-            source, target = list(facet.shape), [1] * like.rank
+        """The ids in memory order, in the new shape."""
+        groups = match_axes(value.shape, like.shape, prod)
+        if groups is None:  # an empty tensor
+            groups = [AxisGroup(range(value.rank), range(like.rank))]
+        channel_ids: list[ChannelIds] = []
+        for ids in value.channel_ids:
+            source, target = list(ids.shape), [1] * like.rank
             for first, second in groups:
-                _spread(facet.shape, value, like, first, second, source, target)
-            lost = [axis for axis, length in enumerate(source) if length < facet.shape[axis]]
-            merged = self.merge(value.with_facets([facet]), lost, why).facets
-            facets += [np.broadcast_to(kept, source).reshape(target) for kept in merged]
-        return replace(like, facets=tuple(facets), constant=value.constant)
+                _spread(ids.shape, value, like, first, second, source, target)
+            lost = [axis for axis, length in enumerate(source) if length < ids.shape[axis]]
+            merged = self.merge(value.with_ids([ids]), lost, why).channel_ids
+            channel_ids += [np.broadcast_to(kept, source).reshape(target) for kept in merged]
+        return replace(like, channel_ids=tuple(channel_ids), constant=value.constant)
 
     def block_all(self, values: Iterable[Value], why: str) -> None:
-        """Nothing that these tensors hold can be removed."""
+        """No channel of these tensors can be removed."""
         for value in values:
-            for facet in value.facets:
-                self.labels.block(facet, why)
+            for ids in value.channel_ids:
+                self.coupling.block(ids, why)
 
 
 _CALL = re.compile(r"@\d+")
-"""What torch.export adds to the path of a module that is called again."""
+"""The suffix that torch.export adds to the path of a module that is called again."""
 
 
 def place(node: fx.Node) -> str:
@@ -224,48 +228,33 @@ def module_path(node: fx.Node) -> str:
 
 
 def _lift(value: Value, rank: int) -> Value:
-    """Leading axes of length 1, as broadcasting adds them."""
+    """Add leading axes of length 1, as broadcasting does."""
     more = rank - value.rank
     return Value(
         (1,) * more + value.shape,
         (False,) * more + value.dynamic,
-        tuple(facet.reshape((1,) * more + facet.shape) for facet in value.facets),
+        tuple(ids.reshape((1,) * more + ids.shape) for ids in value.channel_ids),
         value.constant,
     )
 
 
-def _place(facet: Facet, axes: dict[int, int], rank: int) -> Facet:
-    """The facet with its axes at other places of a tensor of `rank`; the order of axes stays."""
+def _place(ids: ChannelIds, axes: dict[int, int], rank: int) -> ChannelIds:
+    """The ids with their axes at other places of a tensor of `rank`, in the same order."""
     shape = [1] * rank
     for old, new in axes.items():
-        shape[new] = facet.shape[old]
-    return facet.reshape(shape)
-
-
-def _axis_groups(first: tuple[int, ...], second: tuple[int, ...]) -> list[tuple[range, range]]:
-    """The smallest ranges of neighbouring axes that a reshape maps to each other."""
-    groups, i, j = [], 0, 0
-    while i < len(first) or j < len(second):
-        start_i, start_j = i, j
-        a = b = 1
-        while a != b or (i == start_i and j == start_j):
-            if i < len(first) and (a <= b or j == len(second)):
-                a, i = a * first[i], i + 1
-            else:
-                b, j = b * second[j], j + 1
-        groups.append((range(start_i, i), range(start_j, j)))
-    return groups
+        shape[new] = ids.shape[old]
+    return ids.reshape(shape)
 
 
 def _spread(
     own: tuple[int, ...], value: Value, like: Value, first: range, second: range, source: list[int], target: list[int]
 ) -> None:
-    """How long a facet of lengths `own` has to be along the axes `first` (source) and is along `second` (target)."""
+    """Lengths of an array of ids, which are `own` now: in `source` along axes `first`, in `target` along `second`."""
     if all(own[axis] == 1 for axis in first):
         return
     length = 1
     inside = True
-    for axis in reversed(first):  # the last axes, up to a dynamic one, along which labels may repeat
+    for axis in reversed(first):  # the last axes, up to a dynamic one, along which ids may repeat
         source[axis] = 1 if not inside else own[axis] if value.dynamic[axis] else value.shape[axis]
         length *= source[axis]
         inside = inside and not value.dynamic[axis]
@@ -275,7 +264,7 @@ def _spread(
         elif length > 1:
             target[axis], rest = like.shape[axis], length % like.shape[axis]
             length = length // like.shape[axis] if rest == 0 else 0
-    if length != 1:  # the labels do not fit: they become one
+    if length != 1:  # the ids do not fit: they become one
         for axis in first:
             source[axis] = 1
         for axis in second:

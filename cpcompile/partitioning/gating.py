@@ -1,4 +1,4 @@
-"""Gates at work: hooks that multiply while a forward pass with rows of gates is under way.
+"""Gates at work: hooks that multiply during a forward pass with rows of gates.
 
     channels and heads    a consumer reads  x * gate[unit of channel]
     experts               the logit of an expert whose gate is 0 is -inf, so that it is never picked and the softmax is
@@ -44,14 +44,14 @@ class GroupGate(Gate):
 
 @dataclass
 class Active:
-    """The forward pass under way."""
+    """The forward pass that is running."""
 
     rows: Sequence[Tensor] | None = None
     """Gate values per group: (units,), or (batch, units) for gates per sequence."""
     calls: dict[tuple[int, int], int] = field(default_factory=dict)
-    """(group, consumer) -> how often its gates were applied."""
+    """(group, consumer) -> number of times that its gates were applied."""
     routers: list[TorchFunctionMode] = field(default_factory=list)
-    """Routers whose forward runs."""
+    """The masks of the routers that are running."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Hook:
     module: str
 
     def row(self) -> Tensor:
-        """The gates of the group in the pass under way; counts the call."""
+        """The gates of the group in the running forward pass; counts the call."""
         if self.active.rows is None:
             raise UsageError(f"{self.module} has gates: call the PartitionedModule, with a context")
         key = (self.group, self.consumer)
@@ -93,7 +93,7 @@ class Multiply(Hook):
 
 @dataclass(frozen=True)
 class Route(Hook):
-    """While a router runs, what its linear layer with the weight `parameter` gives is masked."""
+    """Masks the result of a router's linear layer with the weight `parameter` while the router runs."""
 
     parameter: str
 
@@ -166,7 +166,7 @@ def add_gates(model: nn.Module, active: Active, groups: Sequence[Group], gates: 
 
 
 def has_gates(model: nn.Module) -> bool:
-    """Whether `add_gates` was there before."""
+    """Whether `add_gates` has been applied to `model`."""
     return any(isinstance(hook, Hook) for module in model.modules() for hook in module._forward_pre_hooks.values())
 
 

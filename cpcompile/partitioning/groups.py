@@ -1,8 +1,8 @@
-"""Groups: from ties between channels to what can be gated.
+"""Groups: from coupled channels to what can be gated.
 
 Channels with the same component are removed together. Components that run through the same parameters form a group
 (the hidden channels of one feed-forward network, the heads of one attention); a group is divided into units.
-All places where channels of a group end, its consumers, get the same gates.
+All consumers of a group, the contractions in which its channels end, get the same gates.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import numpy.typing as npt
 from torch import fx
 
 from cpcompile.core.selection import UnitKind
-from cpcompile.partitioning.flow import Exit, Flow, module_path, place
-from cpcompile.partitioning.labels import varied
+from cpcompile.partitioning.channel_ids import varied
+from cpcompile.partitioning.flow import Contraction, Flow, module_path, place
 from cpcompile.partitioning.trace import Traced
 
 IntArray = npt.NDArray[np.int64]
@@ -25,12 +25,12 @@ IntArray = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Consumer:
-    """A module whose input is gated; of experts first the router, then the module that has their weights."""
+    """A module whose input is gated; for experts, first the router, then the module that has their weights."""
 
     module: str
     parameter: str
     axis: int
-    """Of the module's first input; counted from the end, or 1 for channels of a convolution."""
+    """The gated axis of the module's first input: counted from the end, or 1 for channels of a convolution."""
     unit_of_channel: IntArray
 
 
@@ -45,9 +45,9 @@ class Group:
     """Channels of one unit at the first consumer; the last unit may be smaller."""
     consumers: tuple[Consumer, ...]
     parameters: Mapping[str, tuple[IntArray | None, ...]]
-    """Parameter -> per axis the unit of every position, -1 where none; None for an axis that stays whole."""
+    """Parameter -> per axis the unit of every position, or -1; None for an axis that stays whole."""
     fewest: int = 0
-    """A context keeps at least so many units: the experts that the router picks for a token."""
+    """The minimum number of units a context keeps: the experts that the router picks for a token."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,9 @@ class Refused:
 
 @dataclass(frozen=True)
 class _Candidate:
-    """Components that end at the same places."""
+    """Components that end in the same contractions."""
 
-    exits: tuple[Exit, ...]
+    contractions: tuple[Contraction, ...]
     roots: tuple[int, ...]
 
 
@@ -91,7 +91,7 @@ class Found:
         return numbers
 
     def __add__(self, other: Found) -> Found:
-        """Both; groups in this order."""
+        """The groups of both, in this order."""
         return Found(
             self.groups + other.groups,
             self.refused + other.refused,
@@ -100,7 +100,7 @@ class Found:
         )
 
     def calls(self, groups: Sequence[Group]) -> Counter[tuple[str, str]]:
-        """How often one forward pass reads channels of a group by a consumer: (group, module) -> calls."""
+        """How often one forward pass reads channels of a group: (group, module of the consumer) -> calls."""
         pairs = [(group.name, self._calls[self.groups.index(group)]) for group in groups]
         return Counter({(name, module): count for name, calls in pairs for module, count in calls.items()})
 
@@ -108,7 +108,7 @@ class Found:
 def find_groups(traced: Traced, align: int) -> Found:
     """What can be gated in units of at least `align` channels (a head is always one unit), and what cannot."""
     flow = traced.flow
-    blocked, merged, attention = flow.labels.blocked(), flow.labels.merged(), flow.labels.attention()
+    blocked, merged, attention = flow.coupling.blocked(), flow.coupling.merged(), flow.coupling.attention()
     groups: list[Group] = []
     refused: list[Refused] = []
     numbers: list[Mapping[int, int]] = []
@@ -122,11 +122,11 @@ def find_groups(traced: Traced, align: int) -> Found:
             continue
         is_attention = attention.issuperset(open_roots)
         why = "" if len(open_roots) > 1 or is_attention else merged.get(open_roots[0], "it is a single channel")
-        unit_of_root, units, width = _units(flow, candidate.exits[0], open_roots, 1 if is_attention else align)
+        unit_of_root, units, width = _units(flow, candidate.contractions[0], open_roots, 1 if is_attention else align)
         if not why and units == 1 and not is_attention:
-            count = _channels(flow, candidate.exits[0], open_roots)
+            count = _channels(flow, candidate.contractions[0], open_roots)
             why = f"its {count} channels are one unit of {align}: choose a smaller align"
-        consumers = why or _consumers(traced, candidate.exits, unit_of_root)
+        consumers = why or _consumers(traced, candidate.contractions, unit_of_root)
         if isinstance(consumers, str):
             refused.append(_refused(traced, candidate, open_roots, consumers))
             continue
@@ -140,17 +140,17 @@ def find_groups(traced: Traced, align: int) -> Found:
 
 
 def _candidates(traced: Traced) -> list[_Candidate]:
-    """Components that run through the same parameter axes and end at the same places, in the order of the graph."""
+    """Components with the same parameter axes that end in the same contractions, in the order of the graph."""
     flow = traced.flow
     touched: dict[int, set[object]] = defaultdict(set)
     ends: dict[int, list[int]] = defaultdict(list)
     for name, axes in traced.parameter_axes.items():
-        for axis, labels in enumerate(axes):
-            for root in np.unique(flow.labels.find(labels)) if labels is not None else ():
+        for axis, ids in enumerate(axes):
+            for root in np.unique(flow.coupling.find(ids)) if ids is not None else ():
                 touched[int(root)].add((name, axis))
     order: dict[int, int] = {}
-    for index, end in enumerate(flow.exits):
-        roots, positions = np.unique(flow.labels.find(end.labels), return_index=True)
+    for index, contraction in enumerate(flow.contractions):
+        roots, positions = np.unique(flow.coupling.find(contraction.ids), return_index=True)
         for root, position in zip(roots.tolist(), positions.tolist(), strict=True):
             ends[root].append(index)
             order.setdefault(root, (index << 32) + position)
@@ -158,28 +158,31 @@ def _candidates(traced: Traced) -> list[_Candidate]:
     for root in sorted(order, key=order.__getitem__):
         together[frozenset(touched[root]), tuple(ends[root])].append(root)
     return [
-        _Candidate(tuple(flow.exits[index] for index in ends[roots[0]]), tuple(roots)) for roots in together.values()
+        _Candidate(tuple(flow.contractions[index] for index in ends[roots[0]]), tuple(roots))
+        for roots in together.values()
     ]
 
 
-def _units(flow: Flow, end: Exit, roots: Sequence[int], align: int) -> tuple[dict[int, int], int, int]:
-    """Component -> unit, the number of units, and the channels of one."""
-    per_root = _channels(flow, end, roots) // len(roots)
+def _units(flow: Flow, contraction: Contraction, roots: Sequence[int], align: int) -> tuple[dict[int, int], int, int]:
+    """Component -> unit, the number of units, and the channels of one unit."""
+    per_root = _channels(flow, contraction, roots) // len(roots)
     block = max(1, -(-align // per_root))
     unit_of_root = {root: index // block for index, root in enumerate(roots)}
     return unit_of_root, -(-len(roots) // block), block * per_root
 
 
-def _channels(flow: Flow, end: Exit, roots: Iterable[int]) -> int:
-    return int(np.isin(flow.labels.find(end.labels), list(roots)).sum())
+def _channels(flow: Flow, contraction: Contraction, roots: Iterable[int]) -> int:
+    return int(np.isin(flow.coupling.find(contraction.ids), list(roots)).sum())
 
 
-def _consumers(traced: Traced, exits: Sequence[Exit], unit_of_root: Mapping[int, int]) -> list[Consumer] | str:
-    """The consumer of every exit; or why there is none."""
+def _consumers(
+    traced: Traced, contractions: Sequence[Contraction], unit_of_root: Mapping[int, int]
+) -> list[Consumer] | str:
+    """The consumer of every contraction; or why there is none."""
     consumers: dict[str, Consumer] = {}
     calls = []
-    for end in exits:
-        consumer = _consumer(traced, end, unit_of_root)
+    for contraction in contractions:
+        consumer = _consumer(traced, contraction, unit_of_root)
         if isinstance(consumer, str):
             return consumer
         before = consumers.setdefault(consumer.module, consumer)
@@ -189,31 +192,33 @@ def _consumers(traced: Traced, exits: Sequence[Exit], unit_of_root: Mapping[int,
     return calls
 
 
-def _consumer(traced: Traced, end: Exit, unit_of_root: Mapping[int, int]) -> Consumer | str:
+def _consumer(traced: Traced, contraction: Contraction, unit_of_root: Mapping[int, int]) -> Consumer | str:
     """The module whose input the gate multiplies; or why there is none."""
-    parameter, path = traced.parameter_of(end.weight), module_path(end.node)
+    parameter, path = traced.parameter_of(contraction.weight), module_path(contraction.node)
     if parameter is None:
-        return f"{place(end.node)} computes its weight"
+        return f"{place(contraction.node)} computes its weight"
     tensor = traced.parameters[parameter]
     if not any(own is tensor for own in traced.model.get_submodule(path).parameters(recurse=False)):
-        return f"{place(end.node)} uses {parameter} by a function: let a module such as nn.Linear do it"
-    entry = _entry(end.source, path)
-    if entry is None or inputs_of(traced, end.node) != {entry}:
+        return f"{place(contraction.node)} uses {parameter} by a function: let a module such as nn.Linear do it"
+    entry = _entry(contraction.source, path)
+    if entry is None or inputs_of(traced, contraction.node) != {entry}:
         name = path or type(traced.model).__name__
-        return f"{name} computes what {place(end.node)} reads: let a module of its own, such as nn.Linear, read it"
+        return (
+            f"{name} computes what {place(contraction.node)} reads: let a module of its own, such as nn.Linear, read it"
+        )
     value = traced.flow.values[entry]
-    wanted = traced.flow.labels.find(end.labels)
+    wanted = traced.flow.coupling.find(contraction.ids)
     for axis in range(value.rank):
-        for facet in value.facets:
-            roots = traced.flow.labels.find(facet.reshape(-1))
-            if varied(facet) <= {axis} and value.shape[axis] == wanted.size and (wanted == roots).all():
+        for ids in value.channel_ids:
+            roots = traced.flow.coupling.find(ids.reshape(-1))
+            if varied(ids) <= {axis} and value.shape[axis] == wanted.size and (wanted == roots).all():
                 units = np.array([unit_of_root.get(int(root), -1) for root in wanted], dtype=np.int64)
                 return Consumer(path, parameter, axis - value.rank, units)
     return f"the channels that {path} reads do not lie along one axis of its input"
 
 
 def inputs_of(traced: Traced, node: fx.Node) -> set[fx.Node]:
-    """Activations from outside that the call of the innermost module around `node` reads."""
+    """Activations from outside that the innermost module around `node` reads in this call."""
     stack = list(node.meta["nn_module_stack"])
     inside = {n for n in node.graph.nodes if list(n.meta.get("nn_module_stack") or ())[: len(stack)] == stack}
     read = {source for n in inside for source in n.all_input_nodes} - inside
@@ -222,7 +227,7 @@ def inputs_of(traced: Traced, node: fx.Node) -> set[fx.Node]:
 
 
 def _entry(source: fx.Node, path: str) -> fx.Node | None:
-    """Back from `source` through what module `path` does to the shape of its input."""
+    """Follow `source` back to the input of module `path`, through operators that only change its shape."""
     while source.op == "call_function" and module_path(source) == path:
         before = source.args[0]
         if not isinstance(before, fx.Node) or str(source.target).split(".")[1] not in _SHAPES:
@@ -236,13 +241,13 @@ _SHAPES = ("view", "reshape", "flatten", "contiguous", "clone", "to", "_to_copy"
 
 
 def _cut_of(traced: Traced, unit_of_root: Mapping[int, int]) -> dict[str, tuple[IntArray | None, ...]]:
-    """Parameters that lose positions with the units, per axis the unit of every position."""
-    labels = traced.flow.labels
-    unit_of = np.full(labels.count, -1, dtype=np.int64)
+    """Parameters that lose positions with the units -> per axis the unit of every position."""
+    coupling = traced.flow.coupling
+    unit_of = np.full(coupling.count, -1, dtype=np.int64)
     unit_of[list(unit_of_root)] = list(unit_of_root.values())
     cut: dict[str, tuple[IntArray | None, ...]] = {}
     for name, axes in traced.parameter_axes.items():
-        units = tuple(None if own is None else unit_of[labels.find(own)] for own in axes)
+        units = tuple(None if own is None else unit_of[coupling.find(own)] for own in axes)
         units = tuple(None if own is None or (own < 0).all() else own for own in units)
         if any(axis is not None for axis in units):
             cut[name] = units
@@ -250,7 +255,7 @@ def _cut_of(traced: Traced, unit_of_root: Mapping[int, int]) -> dict[str, tuple[
 
 
 def common_name(cut: Mapping[str, object], consumers: Sequence[Consumer]) -> str:
-    """The module that all parameters of the group belong to; the consumer where that is the whole model."""
+    """The module that all parameters of the group belong to; the consumer if that is the whole model."""
     owners = [name.split(".")[:-1] for name in cut]
     common = []
     for parts in zip(*owners, strict=False):
@@ -261,12 +266,14 @@ def common_name(cut: Mapping[str, object], consumers: Sequence[Consumer]) -> str
 
 
 def _with_own_names(groups: Sequence[Group]) -> tuple[Group, ...]:
-    """Groups of one module are told apart by their consumers."""
+    """Name groups of the same module by their consumers."""
     count = Counter(group.name for group in groups)
     return tuple(replace(g, name=g.consumers[0].module) if count[g.name] > 1 else g for g in groups)
 
 
 def _refused(traced: Traced, candidate: _Candidate, roots: Sequence[int], reason: str) -> Refused:
-    names = [traced.parameter_of(end.weight) or place(end.node) for end in candidate.exits]
+    names = [
+        traced.parameter_of(contraction.weight) or place(contraction.node) for contraction in candidate.contractions
+    ]
     modules = tuple(dict.fromkeys(name.rpartition(".")[0] or name for name in names))
-    return Refused(modules[0], _channels(traced.flow, candidate.exits[0], roots), modules, reason)
+    return Refused(modules[0], _channels(traced.flow, candidate.contractions[0], roots), modules, reason)

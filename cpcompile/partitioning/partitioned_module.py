@@ -2,13 +2,14 @@
 
     forward(*inputs, context) = model(*inputs), consumers reading  x * table[context, unit of channel]
 
-The model stays the object that it was, with its names; hooks multiply (`gating`, also how experts are gated). With all
+The model stays the same object with the same names; hooks multiply (`gating`, also how experts are gated). With all
 gates at 1 it computes what it computed before. Gates are those of our own decoder (`cpcompile.models.gates`),
 so the captured graph freezes in the same way.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -18,9 +19,9 @@ from torch import Tensor, nn
 
 from cpcompile.core.errors import UsageError
 from cpcompile.core.selection import BoolArray, Selection, UnitKind, Units
-from cpcompile.partitioning.footprint import Footprint
 from cpcompile.partitioning.gating import Active, GroupGate, add_gates
 from cpcompile.partitioning.groups import Group, Refused
+from cpcompile.partitioning.live_parameters import LiveParameters
 from cpcompile.partitioning.trace import Forward
 
 
@@ -35,7 +36,7 @@ class PartitionedModule(nn.Module):
         contexts: int,
         groups: tuple[Group, ...],
         refused: tuple[Refused, ...],
-        footprint: Footprint,
+        live_parameters: LiveParameters,
         example_inputs: tuple[Tensor, ...],
         dynamic_shapes: tuple[Any, ...] | None,
     ) -> None:
@@ -44,7 +45,7 @@ class PartitionedModule(nn.Module):
         self.contexts = contexts
         self.groups = groups
         self.refused = refused
-        self.footprint = footprint
+        self.live_parameters = live_parameters
         self.example_inputs = example_inputs
         self.dynamic_shapes = dynamic_shapes
         self.gates = nn.ModuleList(GroupGate(contexts, group) for group in groups)
@@ -58,7 +59,7 @@ class PartitionedModule(nn.Module):
         return cast(Sequence[GroupGate], self.gates)
 
     def forward(self, *inputs: Tensor, context: Tensor) -> Any:
-        """What the model gives for `inputs` with the gates of `context` (int64 scalar)."""
+        """The model's output for `inputs` with the gates of `context` (int64 scalar)."""
         return self.with_rows(*inputs, rows=[gate.row(context) for gate in self.group_gates])
 
     def with_rows(self, *inputs: Tensor, rows: Sequence[Tensor]) -> Any:
@@ -70,9 +71,15 @@ class PartitionedModule(nn.Module):
         finally:
             self._active.rows = None
 
+    def input_names(self) -> list[str]:
+        """Names of the inputs except `context`, as in the forward function."""
+        forward = self._forward
+        names = list(inspect.signature(self.model.forward if forward is None else forward).parameters)
+        return names[0 if forward is None else 1 :][: len(self.example_inputs)]
+
     @property
     def calls(self) -> dict[tuple[str, str], int]:
-        """How often the last forward pass applied gates, by group and consumer."""
+        """Number of times that the last forward pass applied gates, by group and consumer."""
         return {
             (self.groups[group].name, self.groups[group].consumers[number].module): count
             for (group, number), count in self._active.calls.items()
@@ -125,10 +132,10 @@ class PartitionedModule(nn.Module):
 
     def kept_sizes(self, selection: Selection, context: str) -> dict[str, int]:
         """Elements of every parameter of the model, by its own name, that `context` keeps."""
-        return self.footprint.kept(self.alive(selection, context))
+        return self.live_parameters.kept(self.alive(selection, context))
 
     def kept_units(self, selection: Selection, context: str) -> dict[str, tuple[int, ...]]:
-        """Per group, by name, the units that `context` keeps: of a mixture of experts the numbers of the experts."""
+        """The units that `context` keeps, by group name; for a mixture of experts, the numbers of the experts."""
         alive = np.split(self.alive(selection, context), np.cumsum([group.units for group in self.groups])[:-1])
         return {group.name: tuple(np.flatnonzero(own).tolist()) for group, own in zip(self.groups, alive, strict=True)}
 

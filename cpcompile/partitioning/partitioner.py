@@ -13,9 +13,9 @@ from torch.utils import _pytree as pytree
 from cpcompile.core.errors import CpcompileError, UsageError
 from cpcompile.core.selection import UnitKind
 from cpcompile.partitioning.experts import find_experts
-from cpcompile.partitioning.footprint import footprint
 from cpcompile.partitioning.gating import has_gates
 from cpcompile.partitioning.groups import find_groups
+from cpcompile.partitioning.live_parameters import find_live_parameters
 from cpcompile.partitioning.partitioned_module import PartitionedModule
 from cpcompile.partitioning.trace import Forward, trace
 
@@ -59,7 +59,7 @@ def partition(
             contexts=contexts,
             groups=groups,
             refused=found.refused,
-            footprint=footprint(traced, groups, found.unit_numbers(groups)),
+            live_parameters=find_live_parameters(traced, groups, found.unit_numbers(groups)),
             example_inputs=example_inputs,
             dynamic_shapes=dynamic_shapes,
         )

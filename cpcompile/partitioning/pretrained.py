@@ -3,8 +3,8 @@
     read_pretrained(folder) -> PretrainedConfig, state, tokenizer         from a folder or a GGUF file in it, no network
     PretrainedDecoder(config, contexts=3)                                  the same model, gated
 
-Forward passes have no attention mask: sequences are full, and of a causal model those that are padded on the right
-are right where they are not padded. It stays in evaluation mode: without dropout, steps are repeatable.
+Forward passes have no attention mask: sequences are full, and in a causal model padding on the right does not affect
+the tokens before it. The model stays in evaluation mode: without dropout, steps are repeatable.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ NOT_THE_MODEL = ("transformers_version", "quantization_config")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pretrained:
-    """What a folder holds."""
+    """A pretrained model as read from a folder."""
 
     config: PretrainedConfig
     state: Mapping[str, Tensor]
@@ -55,7 +55,7 @@ def read_pretrained(folder: Path) -> Pretrained:
     if not hasattr(model, "lm_head"):
         raise UsageError(f"{folder}: is a {type(model).__name__}; a causal language model is needed")
     settings = json.loads(model.config.to_json_string(use_diff=False))
-    # Where it came from, and how its weights were packed there, is not what it is.
+    # Its origin and the packing of its weights there are not part of the model.
     settings = {k: v for k, v in settings.items() if not k.startswith("_") and k not in NOT_THE_MODEL}
     config = PretrainedConfig(settings=settings)
     wrapped = PretrainedDecoder(config, model=model)
@@ -65,14 +65,14 @@ def read_pretrained(folder: Path) -> Pretrained:
 def _tokenizer(folder: Path, gguf_file: str | None) -> str:
     try:
         return (folder / "tokenizer.json").read_text(encoding="utf-8")
-    except FileNotFoundError:  # other forms are for their own package to convert
+    except FileNotFoundError:  # transformers converts other forms
         pass
     transformers = transformers_package()
     extra = {} if gguf_file is None else {"gguf_file": gguf_file}
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, **extra)
         return str(tokenizer.backend_tokenizer.to_str())
-    except Exception as error:  # of many kinds, from several packages
+    except Exception as error:  # many kinds of error, from several packages
         raise UsageError(
             f"{folder}: its tokenizer cannot be read ({str(error).splitlines()[0]}); a tokenizer.json is needed"
         ) from error
@@ -186,7 +186,7 @@ class PretrainedDecoder(LanguageModel):
 
 
 def _reorder(parameters: Mapping[str, Tensor], group: Group, order: np.ndarray[Any, np.dtype[np.int64]]) -> None:
-    """Move the positions of unit order[i] of every parameter to where those of unit i are."""
+    """Move the positions of unit order[i] to those of unit i, in every parameter."""
     for name, axes in group.parameters.items():
         for axis, unit_of_position in enumerate(axes):
             if unit_of_position is None:
@@ -215,7 +215,7 @@ def _untrained(config: PretrainedConfig) -> nn.Module:
 
 
 def _partition(model: nn.Module, config: PretrainedConfig, contexts: int) -> PartitionedModule:
-    # Of one size: the groups are those of every size, and symbols would double the time of the trace.
+    # Traced at one size: the groups are the same for every size, and symbolic sizes would double the time.
     example = prepare_hugging_face(model).example_inputs[:1]
     partitioned = partition(model, example, contexts=contexts, forward=_logits, align=config.align)
     for units in partitioned.units():

@@ -1,4 +1,4 @@
-"""Recovery without gradients: what a consumer reads of the channels that are left makes up for those that are gone.
+"""Recovery without gradients: the weights of the remaining channels compensate for the removed ones.
 
     min over W'  E |W t - W' k|^2 + r |W'|^2      =>      W' = W E[t k^T] (E[k k^T] + r I)^-1
 
@@ -34,10 +34,10 @@ def recover_least_squares(
 ) -> tuple[str, ...]:
     """Re-fit in place the weights of all consumers that lose channels; returns the names of these parameters.
 
-    inputs: of one forward pass, sequences along the first axis; contexts: the context of every sequence. Consumers are
-    linear layers (nn.Linear, or (in, out) weights as of GPT-2); others, such as convolutions and experts, and those
-    that are called or share their weight more than once keep their weights. Columns of channels that no context keeps
-    stay as they are. Learned scales of gates stay.
+    inputs: those of one forward pass, sequences along the first axis; contexts: the context of every sequence.
+    Consumers are linear layers (nn.Linear, or (in, out) weights as in GPT-2); others, such as convolutions and experts,
+    and those that are called or share their weight more than once keep their weights. Columns of channels that no
+    context keeps stay as they are. Learned scales of gates stay.
     """
     if not contexts or any(len(contexts) != value.shape[0] for value in inputs):
         raise UsageError("recovery needs sequences, and the context of each")
@@ -70,8 +70,8 @@ def recover_least_squares(
     return tuple(name for name, _, _ in fits)
 
 
-class _AllFitted(Exception):  # noqa: N818 - no error
-    """Every consumer has been fitted: what follows, such as the logits, need not run."""
+class _AllFitted(Exception):  # noqa: N818 - not an error
+    """Every consumer has been fitted: the rest of the pass, such as the logits, need not run."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class _Fit:
     """The same, 0 where the context of the sequence does not keep a channel."""
     ridge: float
     pending: set[str]
-    """Parameters that are not fitted yet, of all consumers."""
+    """Parameters of all consumers that are not fitted yet."""
 
     def __call__(self, layer: nn.Module, read: tuple[Any, ...]) -> None:
         hidden: Tensor = read[0].flatten(1, -2) if read[0].ndim > 2 else read[0][:, None]

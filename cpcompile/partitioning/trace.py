@@ -1,4 +1,4 @@
-"""Trace: a torch module as an exported graph, with labels on every parameter axis."""
+"""Trace: a torch module as an exported graph, with channel ids on every parameter axis."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ import torch
 from torch import Tensor, fx, nn
 
 from cpcompile.core.errors import UsageError
+from cpcompile.partitioning.channel_ids import ChannelIds
 from cpcompile.partitioning.flow import Flow
-from cpcompile.partitioning.labels import Facet
 from cpcompile.partitioning.rules import propagate
 
 Forward = Callable[..., Any]
-"""forward(model, *inputs) -> output; how to call a model whose own forward takes or gives other things."""
+"""forward(model, *inputs) -> output: how to call a model whose own forward function has other inputs or outputs."""
 
 
 class Call(nn.Module):
-    """`model` under one signature: forward(*inputs)."""
+    """`model` with one signature, forward(*inputs)."""
 
     def __init__(self, model: nn.Module, forward: Forward | None) -> None:
         super().__init__()
@@ -35,15 +35,15 @@ class Call(nn.Module):
 
 @dataclass
 class Traced:
-    """A graph after labels have flowed through it."""
+    """A graph and the channel ids that were carried through it."""
 
     model: nn.Module
     graph: fx.Graph
     flow: Flow
     parameters: Mapping[str, Tensor]
-    """By the model's own names; a parameter with several names has the first of them."""
-    parameter_axes: Mapping[str, tuple[Facet | None, ...]]
-    """Per axis the labels of its positions; None for an axis of length 1."""
+    """Parameters by the model's own names; one with several names appears under the first."""
+    parameter_axes: Mapping[str, tuple[ChannelIds | None, ...]]
+    """Parameter -> per axis the ids of its positions; None for an axis of length 1."""
     placeholders: Mapping[fx.Node, str] = field(default_factory=dict)
 
     def parameter_of(self, node: fx.Node) -> str | None:
@@ -58,7 +58,7 @@ class Traced:
 def trace(
     model: nn.Module, inputs: tuple[Tensor, ...], forward: Forward | None, dynamic_shapes: tuple[Any, ...] | None
 ) -> Traced:
-    """Export `model` in evaluation mode and let labels flow; UsageError says why it cannot be exported."""
+    """Export `model` in evaluation mode and carry ids through the graph; UsageError says why it cannot be exported."""
     try:
         with quiet():
             program = torch.export.export(
@@ -76,9 +76,9 @@ def trace(
     names = {id(tensor): name for name, tensor in reversed(list(model.named_parameters(remove_duplicate=False)))}
     parameters = dict(model.named_parameters())
     flow = Flow()
-    axes: dict[str, tuple[Facet | None, ...]] = {}
+    axes: dict[str, tuple[ChannelIds | None, ...]] = {}
     for name, tensor in parameters.items():
-        axes[name] = tuple(flow.labels.fresh((n,)) if n > 1 else None for n in tensor.shape)
+        axes[name] = tuple(flow.coupling.fresh((n,)) if n > 1 else None for n in tensor.shape)
     placeholders: dict[fx.Node, str] = {}
     for node in program.graph.nodes:
         if node.op == "placeholder":
@@ -92,8 +92,8 @@ def trace(
             if target is not None:
                 name = names[id(program.state_dict[target])]
                 placeholders[node] = name
-                own = [_along(labels, axis, value.rank) for axis, labels in enumerate(axes[name]) if labels is not None]
-                value = value.with_facets(own)
+                own = [_along(ids, axis, value.rank) for axis, ids in enumerate(axes[name]) if ids is not None]
+                value = value.with_ids(own)
             flow.values[node] = value
         elif node.op == "call_function":
             flow.values[node] = propagate(flow, node)
@@ -102,13 +102,13 @@ def trace(
     return Traced(model, program.graph, flow, parameters, axes, placeholders)
 
 
-def _along(labels: Facet, axis: int, rank: int) -> Facet:
-    return labels.reshape([-1 if a == axis else 1 for a in range(rank)])
+def _along(ids: ChannelIds, axis: int, rank: int) -> ChannelIds:
+    return ids.reshape([-1 if a == axis else 1 for a in range(rank)])
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Exporters log and warn about packages that nobody asked for."""
+    """Silence exporters, which log and warn about packages that are not needed."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

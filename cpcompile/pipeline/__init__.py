@@ -1,1 +1,1 @@
-"""The work of the commands, a page each."""
+"""The work of the commands, one page each."""

@@ -1,8 +1,8 @@
 """Parameter accounting: parameters in = parameters kept + parameters removed, by name, per context.
 
 The frozen graph is compared with what the selection says that the context keeps. A parameter that
-disappeared without having been removed, one that stayed though it should be gone, and one
-that went on under another name all stop the build.
+disappeared without being removed, one that should be gone but is still there, and one
+that continues under another name all stop the build.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Accounting:
     total_by_name: Mapping[str, int]
     kept_by_name: Mapping[str, int]
     kinds: Mapping[str, str]
-    """Unit kind whose removal makes a parameter smaller, by name; absent for what is never cut."""
+    """Unit kind whose removal makes a parameter smaller, by name; absent for parameters that are never cut."""
 
     @property
     def total(self) -> int:
@@ -60,7 +60,7 @@ def account(
     """Compare the frozen `graph` of `context` with the parameters that it should hold.
 
     total: elements by name in the eager model; expected: elements that the selection keeps; used: elements that any
-    context may read, asked for only where a parameter has fewer than the selection keeps.
+    context may read, called only if a parameter has fewer than the selection keeps.
     CpcompileError names every parameter that does not add up.
     """
     sizes = {

@@ -1,6 +1,6 @@
-"""The way of the data, on one page.
+"""The data flow of a build, on one page.
 
-text per context -> Corpus -> trainer -> Checkpoint             or a Program of one's own, with gates
+text per context -> Corpus -> trainer -> Checkpoint             or your own Program, with gates
 Checkpoint, Program -> capture (once) -> dynamic graph
 dynamic graph x context -> freeze passes -> frozen graph         for every context
 frozen graphs -> shared weights -> exporter -> bundle
@@ -10,13 +10,12 @@ bundle + eager models + held-out text -> validator -> report, verdict
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
 from cpcompile.bundle.writer import BundleWriter
-from cpcompile.core.config import ValidateConfig
-from cpcompile.core.errors import UsageError
+from cpcompile.core.config import BuildConfig, ValidateConfig
 from cpcompile.core.types import Progress
 from cpcompile.exporters.tensorrt_exporter import require_target
 from cpcompile.frontend.source import Source, open_source
@@ -26,7 +25,7 @@ from cpcompile.pipeline.stages import Stages
 from cpcompile.pipeline.validate import report_of, training_of
 from cpcompile.pipeline.write_engines import export_added, export_engines
 from cpcompile.report import Report, write_report
-from cpcompile.targets.requests import CUDA, NOTHING_ADDED, Added
+from cpcompile.targets.requests import CUDA, parse_targets
 from cpcompile.validation.diagnosis import diagnose
 from cpcompile.validation.expected_graphs import FreshGraphs, order_rows
 from cpcompile.validation.open_reference import open_reference
@@ -37,25 +36,19 @@ from cpcompile.validation.validator import validate
 def build_bundle(
     model: Path,
     out: Path,
+    config: BuildConfig,
+    validation: ValidateConfig,
     *,
-    contexts: Sequence[str] | None,
-    opset: int,
-    standalone: bool,
-    data: Path | None,
-    config: ValidateConfig,
     progress: Progress,
-    merged: bool = False,
-    coverage: float | None = None,
+    data: Path | None = None,
     repro: Path | None = None,
-    added: Added = NOTHING_ADDED,
 ) -> tuple[Report, Path]:
-    """`cpcompile build`: checkpoint or program `model` -> bundle with its report; returns the report and where it is.
+    """Build a bundle with its report from the checkpoint or program `model`; returns the report and the bundle's path.
 
-    `merged` adds one engine for all contexts. `coverage` is the part of a context's text that its vocabulary covers
-    in the tokens that it had; None leaves the vocabulary whole. `added` says which engines for GPUs
-    every context gets. A bundle that fails its validation does not replace an
-    older one: it goes to `out`.failed, and minimal repros of what fails parity to the folder `repro`.
+    data: the corpus whose held-out text is used instead of what `model` brings. A bundle that fails its validation does
+    not replace an older one: it goes to `out`.failed, and minimal repros of what fails parity to the folder `repro`.
     """
+    added = parse_targets(config.targets, config.precisions, config.profiles)
     for target in added.targets:
         if target.flavour != CUDA:
             require_target(target)  # before the work begins
@@ -63,12 +56,12 @@ def build_bundle(
     with stages("load"):
         source = open_source(model)
         training = training_of(source)
-        chosen = source.choose(contexts)
-        require_compatible(chosen, standalone=standalone, merged=merged, coverage=coverage)
+        chosen, coverage = source.choose(config.contexts), config.vocabulary_coverage
+        config.require_compatible(chosen)
         order, trimmed = source.trim(chosen, coverage) if coverage is not None else (None, {})
-        reference = open_reference(source, config, data=data, trimmed=trimmed, progress=progress)
+        reference = open_reference(source, validation, data=data, trimmed=trimmed, progress=progress)
     with stages("capture"):
-        dynamic = source.capture(opset=opset)
+        dynamic = source.capture(opset=config.opset)
     with stages("freeze"):
         rows = order_rows(dynamic, source, order) if order is not None else None
         prepared, frozen, accounts = prepare(dynamic), {}, {}
@@ -80,34 +73,22 @@ def build_bundle(
     with BundleWriter(out) as writer:
         whole = {context: each.model.clone() for context, each in frozen.items()} if added.targets else {}
         with stages("export"):
-            metadata = export_engines(
-                writer, dynamic, frozen, accounts, source, trimmed, shared=not standalone, merged=merged
-            )
+            metadata = export_engines(writer, dynamic, frozen, accounts, source, trimmed, config)
         if whole:
             with stages("plans"):
                 export_added(writer, whole, added, source.sequence, progress)
         bundle = writer.seal(name=source.path.stem, metadata=metadata)
         build = stages.result()
         del whole
-        del prepared, frozen  # validation needs the room
-        with open_peers(config, source, reference) as peers:
-            results = validate(bundle, reference, config, peers=peers, progress=progress)
+        del prepared, frozen  # validation needs the memory
+        with open_peers(validation, source, reference) as peers:
+            results = validate(bundle, reference, validation, peers=peers, progress=progress)
         tokens = {context: rows[own.kept] for context, own in trimmed.items()} if rows is not None else {}
         graphs = FreshGraphs(source, lambda _: dynamic, tokens)
-        results = diagnose(bundle, results, reference, graphs, repro, layers=config.layers)
-        report = report_of(bundle, source, results, build, config, training)
+        results = diagnose(bundle, results, reference, graphs, repro, layers=validation.layers)
+        report = report_of(bundle, source, results, build, validation, training)
         write_report(report, writer.root)
-        return report, writer.commit(failed=report["verdict"] == "fail")
-
-
-def require_compatible(contexts: Sequence[str], *, standalone: bool, merged: bool, coverage: float | None) -> None:
-    """UsageError for settings of `build_bundle` that exclude each other."""
-    if merged and standalone:
-        raise UsageError("--merged is one engine whose weights all contexts share; leave out --standalone")
-    if merged and coverage is not None:
-        raise UsageError("--merged is one engine for all contexts, which have one vocabulary; leave it whole")
-    if merged and len(contexts) < 2:
-        raise UsageError(f"--merged joins several contexts, and there is only {contexts[0]}; leave it out")
+        return report, writer.commit(failed=report.verdict == "fail")
 
 
 def _account(

@@ -1,10 +1,10 @@
 """`cpcompile check`: measure a bundle or an ONNX file now, and judge it against a baseline (`cpcompile.check`).
 
     bundle + model -> validator -> snapshot ┐
-    bundle alone -> sizes, counts, placement┼ x baseline -> outcomes -> what noise may explain is measured again
+    bundle alone -> sizes, counts, placement┼ x baseline -> outcomes -> values that noise may explain are measured again
     two ONNX files -> compare -> snapshots  ┘
 
-An ONNX file has one place; its baseline is another file, which is measured beside it and is as fast as itself.
+An ONNX file has one place; its baseline is another file, which is measured along with it and has a speed ratio of 1.
 """
 
 from __future__ import annotations
@@ -28,17 +28,19 @@ from cpcompile.check.baseline import (
 )
 from cpcompile.check.criteria import NEEDS_MODEL, Check, differences, doubtful, judge
 from cpcompile.core.config import CheckConfig, ValidateConfig
+from cpcompile.core.json_form import to_json
 from cpcompile.core.types import Progress
 from cpcompile.files.onnx_file import Size
 from cpcompile.machine.environment import environment
 from cpcompile.machine.noise import watch_machine
 from cpcompile.pipeline.compare import NO_SPEED, FileComparison, compare_models, time_models
 from cpcompile.pipeline.validate import open_with_model, report_of, training_of, trimmed_vocabularies
-from cpcompile.report import build_of
+from cpcompile.report import read_build
+from cpcompile.report.results import Placement, ratio_with_bounds
 from cpcompile.runtime.engine import create_session, session_options
 from cpcompile.validation.open_reference import open_reference
 from cpcompile.validation.output_comparison import random_inputs
-from cpcompile.validation.placement import Placement, measure_placement
+from cpcompile.validation.placement import measure_placement
 from cpcompile.validation.validator import measure_again, validate
 
 
@@ -56,8 +58,8 @@ def check_bundle(
 ) -> tuple[Snapshot, Check]:
     """Measure the bundle `path` and judge it against `before`, which is in the file `baseline`.
 
-    Without `before` there is nothing to judge: the snapshot is to become the baseline. model: None leaves out what
-    cannot be measured without it; a file that does not exist is the reason why it is not measured.
+    Without `before` there is nothing to judge: the snapshot will become the baseline. model: None skips what cannot be
+    measured without it; a file that does not exist is reported as the reason why it is not measured.
     """
     waived = (() if model else NEEDS_MODEL) + (() if speed else ("speed_ratio",))
     waived += () if memory else ("memory", "private_memory")
@@ -77,10 +79,10 @@ def check_bundle(
     reference = open_reference(source, settings, data=data, trimmed=trimmed_vocabularies(bundle), progress=progress)
     with watch_machine() as machine:
         results = validate(bundle, reference, settings, progress=progress)
-    now = snapshot_of(report_of(bundle, source, results, build_of(path), settings, training_of(source)))
+    now = snapshot_of(report_of(bundle, source, results, read_build(path), settings, training_of(source)))
     check = _judged(path, baseline, before, now, config, waived)
-    if before is None and speed and machine.disturbance:
-        note = f"speed was measured while {machine.disturbance}; write the baseline again on a quiet machine"
+    if before is None and speed and machine.interference:
+        note = f"speed was measured while {machine.interference}; write the baseline again on a quiet machine"
         return now, dataclasses.replace(check, notes=(note,))
     for _ in range(config.attempts if before else 0):
         rounds *= 2
@@ -89,9 +91,8 @@ def check_bundle(
             only = dataclasses.replace(
                 settings, rounds=rounds, speed="speed_ratio" in missed, memory=missed != {"speed_ratio"}
             )
-            timed, peaks, disturbance = measure_again(bundle, bundle.variant(context, variant), reference, only)
-            parts = {"speed": dataclasses.asdict(timed), "memory": dataclasses.asdict(peaks)}
-            now = now.again((context, variant), measured_of(parts), disturbance)
+            timed, peaks, interference = measure_again(bundle, bundle.variant(context, variant), reference, only)
+            now = now.again((context, variant), measured_of(speed=timed, memory=peaks), interference)
         check = _judged(path, baseline, before, now, config, waived)
     return now, check
 
@@ -108,7 +109,7 @@ def check_file(
     rounds, waived = config.rounds, () if speed else ("speed_ratio",)
     with watch_machine() as machine:
         found = compare_models(baseline, candidate, rounds=rounds if speed else None, progress=progress)
-    before, now = _file_snapshots(found, machine.disturbance)
+    before, now = _file_snapshots(found, machine.interference)
     outcomes = judge(before, now, config, waived=waived)
     for _ in range(config.attempts):
         if not doubtful(outcomes, MEASURED_AGAIN):
@@ -117,9 +118,9 @@ def check_file(
         progress("time again", 0, None)
         with watch_machine() as machine:
             again = dataclasses.replace(found, speed=time_models(baseline, candidate, (), rounds))
-        before, now = _file_snapshots(again, machine.disturbance)
+        before, now = _file_snapshots(again, machine.interference)
         outcomes = judge(before, now, config, waived=waived)
-    return Check(subject=str(candidate), baseline=str(baseline), environment=environment(), outcomes=outcomes)
+    return Check(subject=str(candidate), baseline=str(baseline), environment=to_json(environment()), outcomes=outcomes)
 
 
 def _judged(
@@ -135,22 +136,21 @@ def _judged(
 
 
 def _without_model(bundle: Bundle, reason: str, before: Snapshot | None) -> Snapshot:
-    """What the bundle alone tells: sizes, counts and placement. Of the model it says what the baseline does."""
+    """A snapshot of the bundle alone: sizes, counts and placement. The facts about the model are the baseline's."""
     missing = dict.fromkeys(NEEDS_MODEL, reason)
     places = {BUNDLE: Measured(values={"bundle_bytes": Value(value=bundle.bytes)})}
     for context in bundle.contexts:
         kept = bundle.metadata["parameters"][context]["kept"]
         places[context, ""] = Measured(values={"parameters": Value(value=kept)})
         for variant in bundle.variants(context):
-            placement = dataclasses.asdict(_placement_on_random_inputs(variant))
-            measured = measured_of({"bytes": variant.bytes, "placement": placement})
+            measured = measured_of(size=variant.bytes, placement=_placement_on_random_inputs(variant))
             not_measured = {**missing, **measured.not_measured}
             places[context, variant.name] = dataclasses.replace(measured, not_measured=not_measured)
     return Snapshot(
         model=before.model if before else bundle.name,
         architecture=before.architecture if before else UNKNOWN,
         config=before.config if before else {},
-        environment=environment(),
+        environment=to_json(environment()),
         places=places,
     )
 
@@ -160,19 +160,18 @@ def _placement_on_random_inputs(variant: Variant) -> Placement:
         feeds = next(random_inputs(create_session(variant, session_options(variant))))
         return measure_placement(variant, {name: array for name, array in feeds.items() if name not in variant.feeds})
     except StopIteration:
-        return Placement.not_run("inputs of its types cannot be drawn")
+        return Placement.without("inputs of its types cannot be drawn")
     except Exception as error:  # onnxruntime has no common error class
-        return Placement.not_run(f"the engine refuses random inputs: {error}")
+        return Placement.without(f"the engine refuses random inputs: {error}")
 
 
-def _file_snapshots(found: FileComparison, disturbance: str | None) -> tuple[Snapshot, Snapshot]:
+def _file_snapshots(found: FileComparison, interference: str | None) -> tuple[Snapshot, Snapshot]:
     """The original and the candidate as a check compares them."""
     now = {}
-    for shape in found.speed.shapes or ():
-        if shape.ratio is not None:
-            now["speed_ratio"] = Value(
-                value=shape.ratio, low=shape.ratio_low, high=shape.ratio_high, disturbance=disturbance
-            )
+    for shape in found.speed.timed:
+        if bounded := ratio_with_bounds(shape):
+            ratio, low, high = bounded
+            now["speed_ratio"] = Value(value=ratio, low=low, high=high, interference=interference)
     reason = found.speed.not_measured.get("shapes", NO_SPEED)
     return (
         _file_snapshot(found.original, {"speed_ratio": Value(value=1.0)}, ("pass", None), reason),

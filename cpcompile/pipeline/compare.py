@@ -1,8 +1,8 @@
-"""`cpcompile compare`: two ONNX files, whoever made them: the same function, how large, how fast.
+"""`cpcompile compare`: any two ONNX files: whether they are the same function, how large, how fast.
 
     sizes -> outputs on random and on given inputs (`validation.compare`) -> interleaved timings (`validation.speed`)
 
-The verdict is that of the outputs; sizes and speed are for the reader, unless a least ratio of speeds is demanded.
+The verdict is that of the outputs; sizes and speed are for the reader, unless a minimum speed ratio is required.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from pathlib import Path
 from cpcompile.core.types import Feeds, Progress
 from cpcompile.files.onnx_file import Size, load_onnx, size_of
 from cpcompile.machine.environment import available_cores
+from cpcompile.report.results import Speed
 from cpcompile.validation.output_comparison import Comparison, compare_files, given_or_random
 from cpcompile.validation.reference import Timed
 from cpcompile.validation.runners import onnx_runner
-from cpcompile.validation.speed import Speed, measure_speed
+from cpcompile.validation.speed import measure_speed
 
 NO_SPEED = "speed measurements were switched off"
 NOT_THE_SAME = "the candidate does not compute the same"
@@ -26,7 +27,7 @@ NOT_THE_SAME = "the candidate does not compute the same"
 
 @dataclass(frozen=True, kw_only=True)
 class FileComparison:
-    """Everything about two files. In `speed` the candidate is the engine, and the original stands for eager."""
+    """Everything about two files. In `speed` the candidate is the engine, and the original takes the role of eager."""
 
     original: Size
     candidate: Size
@@ -55,9 +56,9 @@ def compare_models(
     progress("compare", 0, None)
     outputs = compare_files(original, candidate, inputs=inputs)
     if outputs.verdict != "pass":
-        speed = Speed.not_run(outputs.reason or NOT_THE_SAME)
+        speed = Speed.without(outputs.reason or NOT_THE_SAME)
     elif rounds is None:
-        speed = Speed.not_run(NO_SPEED)
+        speed = Speed.without(NO_SPEED)
     else:
         progress("time", 0, None)
         speed = time_models(original, candidate, inputs, rounds, min_speed_ratio)
@@ -67,7 +68,7 @@ def compare_models(
 def time_models(
     original: Path, candidate: Path, inputs: Sequence[Feeds], rounds: int, min_speed_ratio: float = 0.0
 ) -> Speed:
-    """Both side by side on the largest of `inputs`, of random ones where there are none."""
+    """Time both side by side on the largest of `inputs`, or of random inputs if there are none."""
     threads = available_cores()
     feeds = max(given_or_random(original, inputs), key=lambda each: sum(array.size for array in each.values()))
     leading = next((array.shape[0] for array in feeds.values() if array.ndim), 1)

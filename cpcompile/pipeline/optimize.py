@@ -30,6 +30,7 @@ from cpcompile.passes.eliminate_dead_channels import Blocked, EliminateDeadChann
 from cpcompile.passes.fold_constants import FoldConstants
 from cpcompile.passes.fold_gates import FoldGates
 from cpcompile.passes.infer_shapes import InferShapes
+from cpcompile.passes.opset import OpsetError
 from cpcompile.passes.prune_experts import PruneExperts
 from cpcompile.passes.remove_empty_layers import RemoveEmptyLayers
 from cpcompile.passes.remove_whole_gathers import RemoveWholeGathers
@@ -55,9 +56,9 @@ PASSES: Mapping[str, type[ir.passes.InPlacePass]] = MappingProxyType(
         "strip_metadata": StripMetadata,
     }
 )
-"""What `--passes` can name, in the order in which they are of use."""
+"""The passes that `--passes` accepts, in a useful order."""
 DEFAULT = ("fold_constants", "clean_up", "canonicalize_shapes", "clean_up", "eliminate_dead_channels", "clean_up")
-"""Without `--passes`: everything that keeps the interface and the parameters' names."""
+"""The passes without `--passes`: those that keep the interface and the names of parameters."""
 
 
 @dataclass(frozen=True)
@@ -70,15 +71,24 @@ class Step:
     size: Size
 
 
+@dataclass
+class Skipped(ir.passes.PassResult):
+    """Result of a pass that left the model unchanged because it needs a later opset."""
+
+    reason: str = ""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Optimization:
-    """What became of a file."""
+    """The result of `optimize_file`."""
 
     before: Size
     steps: Sequence[Step]
     bytes_written: int
     blocked: Sequence[Blocked]
     """Zero channels that had to stay, after the last elimination."""
+    skipped: Sequence[str]
+    """Why passes were skipped, one sentence each."""
     comparison: Comparison | None
     """None without `check`."""
 
@@ -106,12 +116,18 @@ def optimize_file(
     prepare(model, source)
     steps: list[Step] = []
     blocked: Sequence[Blocked] = ()
+    skipped: list[str] = []
     for number, (text, each) in enumerate(chosen, 1):
         progress("passes", number - 1, len(chosen))
         started = time.perf_counter()
-        result = _run(each, model, source, text)
+        result = apply_pass(each, model, source, text)
         steps.append(Step(text, bool(result.modified), time.perf_counter() - started, size_of(model)))
-        blocked = result.blocked if isinstance(result, Elimination) else blocked
+        if isinstance(result, Skipped):
+            skipped.append(result.reason)
+            if isinstance(each, EliminateDeadChannels):
+                blocked = (Blocked("", 0, 0, "", "", result.reason),)
+        elif isinstance(result, Elimination):
+            blocked = result.blocked
         if dump is not None:
             save_onnx(model, dump / f"{number:02}-{text.partition(':')[0]}.onnx")
     progress("passes", len(chosen), len(chosen))
@@ -122,12 +138,14 @@ def optimize_file(
         if check:
             progress("check", 0, None)
             bound = {each.name: each.context for _, each in chosen if isinstance(each, BindContext)}
-            original = _called_alike(source, [each for _, each in chosen], candidate.with_suffix(".original.onnx"))
+            original = _same_interface(source, [each for _, each in chosen], candidate.with_suffix(".original.onnx"))
             comparison = compare_files(original, candidate, inputs=inputs, bound=bound)
         return comparison is None or comparison.verdict != "fail"
 
     written = save_onnx(model, out, accept)
-    return Optimization(before=before, steps=steps, bytes_written=written, blocked=blocked, comparison=comparison)
+    return Optimization(
+        before=before, steps=steps, bytes_written=written, blocked=blocked, skipped=skipped, comparison=comparison
+    )
 
 
 def load_inputs(path: Path) -> Feeds:
@@ -140,7 +158,7 @@ def load_inputs(path: Path) -> Feeds:
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror or error}); give an .npz file") from error
     except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UsageError(f"{path}: is no .npz of plain arrays ({error}); write it with numpy.savez") from error
+        raise UsageError(f"{path}: is not an .npz file of plain arrays ({error}); write it with numpy.savez") from error
 
 
 def load_ids(path: str) -> tuple[int, ...]:
@@ -162,7 +180,7 @@ SETTINGS: Mapping[Any, tuple[str, Callable[[str], Any]]] = MappingProxyType(
         tuple[int, ...]: ("an .npy file of token ids (one axis of whole numbers)", load_ids),
     }
 )
-"""Type of a setting -> how to call it, and how to read it from a command line."""
+"""Type of a setting -> its description in messages, and how to parse it."""
 
 
 def parse_pass(text: str) -> ir.passes.InPlacePass:
@@ -195,25 +213,25 @@ def settings_of(kind: type[ir.passes.InPlacePass]) -> dict[str, Any]:
 
 
 def prepare(model: ir.Model, source: Path) -> None:
-    """What every pass may assume: no function calls, constants as initializers, shapes as far as they can be told."""
-    if model.ir_version < 4:  # every initializer had to be an input: that it is one does not say that it is replaced
+    """Establish what passes may assume: no function calls, constants as initializers, shapes as far as possible."""
+    if model.ir_version < 4:  # every initializer had to be an input, which does not mean that it is overridden
         inputs = [value for value in model.graph.inputs if not value.is_initializer()]
         model.graph.inputs.clear()
         model.graph.inputs.extend(inputs)
         model.ir_version = 4
     for graph in (model.graph, *(function.graph for function in model.functions.values())):
-        if "ai.onnx" in graph.opset_imports:  # the long name of the standard, by which nodes do not call it
+        if "ai.onnx" in graph.opset_imports:  # the long name of the standard domain, which nodes do not use
             graph.opset_imports[""] = graph.opset_imports.pop("ai.onnx")
     for each in (
         InlinePass(),
         LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         InferShapes(),
     ):
-        _run(each, model, source, type(each).__name__)
+        apply_pass(each, model, source, type(each).__name__)
 
 
-def _called_alike(source: Path, passes: Sequence[ir.passes.InPlacePass], path: Path) -> Path:
-    """The original for callers of the result: itself, or with the token ids of the result, written to `path`."""
+def _same_interface(source: Path, passes: Sequence[ir.passes.InPlacePass], path: Path) -> Path:
+    """The original with the interface of the result: itself, or a copy at `path` that takes the new token ids."""
     trims = [each for each in passes if isinstance(each, TrimVocabulary)]
     if not trims:
         return source
@@ -224,12 +242,17 @@ def _called_alike(source: Path, passes: Sequence[ir.passes.InPlacePass], path: P
     return path
 
 
-def _run(each: ir.passes.PassBase, model: ir.Model, source: Path, name: str) -> ir.passes.PassResult:
+def apply_pass(each: ir.passes.PassBase, model: ir.Model, source: Path, name: str) -> ir.passes.PassResult:
+    """The result of a pass; `Skipped` if it needs a later opset than the model has and is optional."""
     try:
         return each(model)
+    except OpsetError as error:
+        if isinstance(each, TrimVocabulary):
+            raise  # the model would not take the requested token ids
+        return Skipped(model, False, str(error))
     except CpcompileError:
         raise
-    except Exception as error:  # whatever a pass stumbles over in a graph that nobody here has seen
+    except Exception as error:  # of any kind: the graph can be anything
         raise CpcompileError(
             f"{source}: the pass {name} failed with {type(error).__name__}: {error}; leave it out of --passes, "
             "and report the model"

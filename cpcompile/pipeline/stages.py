@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from cpcompile.core.measured import NotMeasured
 from cpcompile.core.types import Progress
 from cpcompile.machine.memory import NO_PRIVATE, PrivatePeak, peak_resident_bytes, reset_peak
 from cpcompile.report import BuildResult, BuildStage
@@ -15,7 +16,7 @@ class Stages:
     """Names, times and peak memory of the stages of a build."""
 
     def __init__(self, progress: Progress) -> None:
-        reset_peak()  # a process that has trained before starts from what it holds now
+        reset_peak()  # after training in the same process, count from its current memory
         self._progress = progress
         self._stages: list[BuildStage] = []
 
@@ -36,12 +37,11 @@ class Stages:
         self._progress(name, 1, 1)
 
     def result(self) -> BuildResult:
-        """Of the stages so far."""
+        """Time and memory of the stages so far."""
         private = [stage.peak_private_bytes for stage in self._stages if stage.peak_private_bytes is not None]
         return BuildResult(
             seconds=sum(stage.seconds for stage in self._stages),
             peak_rss_bytes=peak_resident_bytes(),
-            peak_private_bytes=max(private, default=None),
+            peak_private_bytes=max(private) if private else NotMeasured(NO_PRIVATE),
             stages=tuple(self._stages),
-            not_measured={} if private else {"peak_private_bytes": NO_PRIVATE},
         )

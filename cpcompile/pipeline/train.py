@@ -30,7 +30,7 @@ def train_from_data(
     progress: Progress,
     observer: Observer,
 ) -> Checkpoint:
-    """`cpcompile train`: text in `data` -> checkpoint `out`, and its dense baseline beside it.
+    """`cpcompile train`: text in `data` -> checkpoint `out`, and its dense baseline next to it.
 
     source: the shape of a model to train from scratch, or the folder of a pretrained one.
     """

@@ -1,29 +1,39 @@
-"""`cpcompile validate`: measure a bundle anew."""
+"""`cpcompile validate`: measure a bundle again."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import dataclasses
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from cpcompile.bundle.reader import Bundle, open_bundle
 from cpcompile.core.config import ValidateConfig
 from cpcompile.core.errors import UsageError
+from cpcompile.core.json_form import from_json
 from cpcompile.core.types import Progress
 from cpcompile.files.whole_files import file_digest
 from cpcompile.frontend.source import Source, open_source
 from cpcompile.machine.environment import environment
-from cpcompile.report import BuildResult, ContextResult, Report, build_of, make_report, training_summary
+from cpcompile.report import (
+    BuildResult,
+    ContextResult,
+    ModelInfo,
+    ParameterCounts,
+    Report,
+    TrainingSummary,
+    make_report,
+    read_build,
+    summarize_training,
+)
+from cpcompile.report.results import Results
 from cpcompile.text.vocabulary import TrimmedVocabulary
 from cpcompile.validation.diagnosis import diagnose
 from cpcompile.validation.expected_graphs import FreshGraphs
 from cpcompile.validation.open_reference import open_reference
 from cpcompile.validation.peers import open_peers
-from cpcompile.validation.validator import VariantResult, validate
+from cpcompile.validation.validator import validate
 
-PARAMETERS = ("total", "kept", "removed", "removed_by_kind", "removed_experts")
-"""What the report says of the parameters of a context."""
+PARAMETERS = tuple(each.name for each in dataclasses.fields(ParameterCounts))
 
 
 def validate_bundle(
@@ -35,7 +45,7 @@ def validate_bundle(
     progress: Progress,
     repro: Path | None = None,
 ) -> Report:
-    """`cpcompile validate`: measure the bundle `path` anew; what its build took stands in its report already.
+    """`cpcompile validate`: measure the bundle `path` again; the build result is taken from its report.
 
     Minimal repros of what fails parity go to the folder `repro`.
     """
@@ -47,7 +57,7 @@ def validate_bundle(
         results = validate(bundle, reference, config, peers=peers, progress=progress)
     graphs = FreshGraphs(source, cache(lambda o: source.capture(opset=o)), {c: own.kept for c, own in trimmed.items()})
     results = diagnose(bundle, results, reference, graphs, repro, layers=config.layers)
-    return report_of(bundle, source, results, build_of(path), config, training)
+    return report_of(bundle, source, results, read_build(path), config, training)
 
 
 def open_with_model(path: Path, model: Path) -> tuple[Bundle, Source]:
@@ -63,7 +73,7 @@ def open_with_model(path: Path, model: Path) -> tuple[Bundle, Source]:
 
 
 def trimmed_vocabularies(bundle: Bundle) -> dict[str, TrimmedVocabulary]:
-    """By context, for those that have a vocabulary of their own."""
+    """The vocabularies by context, for the contexts that have their own."""
     return {
         context: TrimmedVocabulary(bundle.tokenizer(context).read_text(encoding="utf-8"), ids)
         for context in bundle.contexts
@@ -71,12 +81,12 @@ def trimmed_vocabularies(bundle: Bundle) -> dict[str, TrimmedVocabulary]:
     }
 
 
-def training_of(source: Source) -> dict[str, Any] | None:
-    """What the training of `source` compared; UsageError if its record is malformed, before the work begins."""
+def training_of(source: Source) -> TrainingSummary | None:
+    """The training summary of `source`; UsageError if its record is malformed, before the work begins."""
     if source.training is None:
         return None
     try:
-        return training_summary(source.training, source.contexts)
+        return summarize_training(source.training, source.contexts)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{source.path}: its training record is malformed ({error}); train it again") from error
 
@@ -84,15 +94,15 @@ def training_of(source: Source) -> dict[str, Any] | None:
 def report_of(
     bundle: Bundle,
     source: Source,
-    results: Sequence[VariantResult],
+    results: Results,
     build: BuildResult,
     config: ValidateConfig,
-    training: Mapping[str, Any] | None,
+    training: TrainingSummary | None,
 ) -> Report:
-    """`results` of the engines of `bundle`, and what its build took."""
+    """The report on `bundle` from the `results` of its engines and the result of its build."""
     parameters = bundle.metadata["parameters"]
     return make_report(
-        model={"name": bundle.name, "architecture": source.architecture, "config": dict(source.config)},
+        model=ModelInfo(name=bundle.name, architecture=source.architecture, config=dict(source.config)),
         environment=environment(),
         build=build,
         bundle_bytes=bundle.bytes,
@@ -101,8 +111,8 @@ def report_of(
         contexts=[
             ContextResult(
                 name=context,
-                parameters={k: parameters[context][k] for k in PARAMETERS},
-                variants=[result for result in results if result.context == context],
+                parameters=from_json(ParameterCounts, {name: parameters[context][name] for name in PARAMETERS}),
+                variants=results[context],
             )
             for context in bundle.contexts
         ],

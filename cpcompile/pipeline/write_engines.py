@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from cpcompile.bundle.reader import ROUTER, TOKEN_IDS
 from cpcompile.bundle.writer import BundleWriter
+from cpcompile.core.config import BuildConfig
 from cpcompile.core.types import Progress
 from cpcompile.exporters.onnxruntime_exporter import MERGED, SINGLE, cuda_variant, export_onnxruntime
 from cpcompile.exporters.tensorrt_exporter import export_tensorrt, variant_name
@@ -40,14 +41,12 @@ def export_engines(
     accounts: Mapping[str, Accounting],
     source: Source,
     trimmed: Mapping[str, TrimmedVocabulary],
-    *,
-    shared: bool,
-    merged: bool,
+    config: BuildConfig,
 ) -> dict[str, Any]:
-    """Write weights, tokenizers and engines; returns what the bundle records of them."""
+    """Write weights, tokenizers and engines; returns the metadata that the bundle records."""
     uri: str | None = None
     locations: Mapping[str, Location] = {}
-    if shared:
+    if not config.standalone:
         parameters = next(iter(accounts.values())).total_by_name
         permutations = {n: order for f in frozen.values() for n, order in f.permutations.items()}
         plan = plan_runs(
@@ -78,7 +77,7 @@ def export_engines(
         folder = writer.folder(context, SINGLE)
         artifact = export_onnxruntime(frozen[context].model, folder, weights=weights, locations=locations)
         writer.add_variant(context, artifact, weights=uri)
-    if merged:
+    if config.merged:
         one = merge_contexts({context: frozen[context].model for context in frozen})
         folder = writer.folder(ROUTER, MERGED)
         artifact = export_onnxruntime(one, folder, weights=weights, locations=locations, contexts=tuple(frozen))
@@ -86,7 +85,7 @@ def export_engines(
     return {
         "checkpoint": file_digest(source.path),
         "tokenizers": tokenizers,
-        "shared_weights": shared,
+        "shared_weights": not config.standalone,
         "parameters": {context: _parameters(accounts[context], frozen[context]) for context in frozen},
     }
 
@@ -98,7 +97,7 @@ def export_added(
     sequence: int | None,
     progress: Progress,
 ) -> None:
-    """An engine of every context for every target in every precision; `frozen` stays as it is."""
+    """Write an engine of every context for every target in every precision; `frozen` is not changed."""
     for context, precision, target in product(frozen, added.precisions, added.targets):
         if target.flavour == CUDA:
             _export_cuda(writer, context, frozen[context], precision)
@@ -117,7 +116,7 @@ def export_added(
 
 
 def _export_cuda(writer: BundleWriter, context: str, frozen: ir.Model, precision: str) -> None:
-    """With weights of its own: those of the other engines are in float32."""
+    """Write a CUDA engine with its own weights, because the shared ones are in float32."""
     model = frozen.clone()
     for each in (InferShapes(), FoldGates()):
         each(model)
@@ -135,7 +134,7 @@ def _export_cuda(writer: BundleWriter, context: str, frozen: ir.Model, precision
 
 
 def legal_for_plans(frozen: ir.Model, precision: str) -> ir.Model:
-    """A copy that TensorRT takes, in `precision`; tensors are shared, and converted when they are read."""
+    """A copy that TensorRT accepts, in `precision`; tensors are shared, and converted when they are read."""
     model = frozen.clone()
     for each in (InferShapes(), FoldGates(), LegalizeForTensorRT()):
         each(model)
@@ -158,8 +157,8 @@ def _whole(dynamic: ir.Model, permutations: Mapping[str, tuple[int, ...]], name:
 
 
 def _parameters(accounting: Accounting, frozen: Frozen) -> dict[str, Any]:
-    """The accounting as bundle and report state it; `by_name` lists [total, kept] of every parameter."""
-    # A mixture goes by the first parameter of its router.
+    """The accounting in the form of bundle and report; `by_name` lists [total, kept] of every parameter."""
+    # A mixture is named after the first parameter of its router.
     return {
         "removed_experts": {router.parameters[0]: list(router.removed) for router in frozen.routers if router.removed},
         "total": accounting.total,

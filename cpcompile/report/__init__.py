@@ -1,10 +1,10 @@
 """The report: what was measured, the verdict, and how it is shown.
 
-ContextResult …, BuildResult -> contents -> report.json (report.schema.json is its contract)
+results (of every engine), BuildResult -> contents, with the verdict -> report.json (report.schema.json)
 report -> terminal -> tables
-    report -> page (charts, templates) -> report.html
-    two reports -> difference -> tables, a page
-    report_file writes report.json with its page, and reads what others wrote
+report -> page (charts, templates) -> report.html
+two reports -> difference -> tables, a page
+report_file writes report.json with its page, and reads reports from other sources
 """
 
 from __future__ import annotations
@@ -15,23 +15,17 @@ from cpcompile.report.contents import (
     BuildResult,
     BuildStage,
     ContextResult,
+    ModelInfo,
+    ParameterCounts,
     Report,
-    build_of,
-    judge,
-    make_report,
-    mean_perplexity,
-    training_summary,
 )
 from cpcompile.report.difference import Difference, compare_reports
+from cpcompile.report.make import make_report
 from cpcompile.report.page import render_difference_page, render_page
-from cpcompile.report.report_file import read_report, write_report, write_text
-from cpcompile.report.terminal import (
-    controls_table,
-    render_difference,
-    render_file_comparison,
-    render_optimization,
-    render_report,
-)
+from cpcompile.report.report_file import read_build, read_report, write_report, write_text
+from cpcompile.report.terminal import controls_table, render_difference, render_report
+from cpcompile.report.training_summary import TrainingSummary, mean_perplexity, summarize_training
+from cpcompile.report.verdict import judge
 
 __all__ = [
     "SCHEMA",
@@ -40,21 +34,22 @@ __all__ = [
     "BuildStage",
     "ContextResult",
     "Difference",
+    "ModelInfo",
+    "ParameterCounts",
     "Report",
-    "build_of",
+    "TrainingSummary",
     "compare_reports",
     "controls_table",
     "judge",
     "make_report",
     "mean_perplexity",
+    "read_build",
     "read_report",
     "render_difference",
     "render_difference_page",
-    "render_file_comparison",
-    "render_optimization",
     "render_page",
     "render_report",
-    "training_summary",
+    "summarize_training",
     "write_report",
     "write_text",
 ]

@@ -2,7 +2,7 @@
 
     figure -> SVG -> inline element
 
-Every chart is as wide as a phone, so that its text keeps its size on every screen; pages lay them side by side where
+Every chart is as wide as a phone, so that its text keeps its size on every screen; pages place charts side by side if
 there is room. Text stays text. Colours are those of the page: matplotlib draws with the stand-ins of `INKS`, which
 become CSS variables, so that light and dark mode are one drawing. Ids are made unique on the page.
 """
@@ -18,14 +18,16 @@ from xml.etree import ElementTree
 
 from markupsafe import Markup
 
+from cpcompile.report.contents import BuildStage
 from cpcompile.report.formats import megabytes, milliseconds, module_name, number, shape_name, short
+from cpcompile.report.results import LayerError, ShapeSpeed, ratio_with_bounds
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 WIDTH = 340
-"""In CSS pixels, as all lengths here."""
+"""Width of a chart in CSS pixels, like all lengths here."""
 ROW, AXIS = 22, 40
 WIDE = 8
 """Ratios that span more than this are drawn on a logarithmic axis."""
@@ -59,13 +61,13 @@ STYLE: Mapping[str, Any] = {
 }
 
 
-def latency_chart(shapes: Sequence[Mapping[str, Any]], key: str) -> Markup:
+def latency_chart(shapes: Sequence[ShapeSpeed], key: str) -> Markup:
     """Distribution of the times of one run, a pair of rows per shape: all of them, the middle half, the median."""
     rows: list[tuple[str, str, Sequence[float], str]] = []
     for shape in shapes:
-        rows.append((shape_name(shape), "engine", shape["quantiles_ms"], ACCENT))
-        if shape["eager_quantiles_ms"] is not None:
-            rows.append(("", "eager", shape["eager_quantiles_ms"], NEUTRAL))
+        rows.append((shape_name(shape), "engine", shape.quantiles_ms, ACCENT))
+        if shape.eager_quantiles_ms:
+            rows.append(("", "eager", shape.eager_quantiles_ms, NEUTRAL))
     with _style():
         figure, axes = _rows(len(rows), left=116)
         axes.set_xscale("log")
@@ -81,22 +83,21 @@ def latency_chart(shapes: Sequence[Mapping[str, Any]], key: str) -> Markup:
         return _inline(figure, f"Distribution of latency, medians: {said}", key)
 
 
-def ratio_chart(shapes: Sequence[Mapping[str, Any]], key: str) -> Markup:
+def ratio_chart(shapes: Sequence[ShapeSpeed], key: str) -> Markup:
     """How many times as fast as eager, with the 95 % interval; empty where eager was not timed."""
-    known = [shape for shape in shapes if None not in (shape["ratio"], shape["ratio_low"], shape["ratio_high"])]
+    known = [(shape_name(shape), bounded) for shape in shapes if (bounded := ratio_with_bounds(shape))]
     if not known:
         return Markup()
     with _style():
         figure, axes = _rows(len(known), left=70, right=116)
-        for row, shape in enumerate(known):
-            low, high = shape["ratio_low"], shape["ratio_high"]
+        for row, (name, (ratio, low, high)) in enumerate(known):
             axes.plot((low, high), (row, row), color=ACCENT, linewidth=3, solid_capstyle="butt")
-            axes.plot((shape["ratio"],), (row,), "o", color=ACCENT, markersize=8)
-            _label(axes, -70, row, shape_name(shape), weight="bold")
-            text = f"{short(shape['ratio'])} ({short(low)}–{short(high)})"
+            axes.plot((ratio,), (row,), "o", color=ACCENT, markersize=8)
+            _label(axes, -70, row, name, weight="bold")
+            text = f"{short(ratio)} ({short(low)}–{short(high)})"
             _label(axes, 116, row, text, align="right", side=1)
         axes.axvline(1, color=NEUTRAL, linewidth=1.5)
-        bounds = [1.0, *(shape[field] for shape in known for field in ("ratio_low", "ratio_high"))]
+        bounds = [1.0, *(bound for _, (_, low, high) in known for bound in (low, high))]
         if max(bounds) > WIDE * min(bounds):
             axes.set_xscale("log")
             _log_ticks(axes, bounds)
@@ -104,18 +105,18 @@ def ratio_chart(shapes: Sequence[Mapping[str, Any]], key: str) -> Markup:
             axes.set_xlim(0, 1.06 * max(bounds))
             _few_ticks(axes)
         axes.set_xlabel("times as fast as eager")
-        said = "; ".join(f"{shape_name(s)} {s['ratio']:.2f}" for s in known)
+        said = "; ".join(f"{name} {ratio:.2f}" for name, (ratio, _, _) in known)
         return _inline(figure, f"Times as fast as the eager model: {said}", key)
 
 
-def layer_chart(errors: Sequence[Mapping[str, Any]], key: str) -> Markup:
+def layer_chart(errors: Sequence[LayerError], key: str) -> Markup:
     """Largest error of every module as a part of its largest value, in the order in which they run.
 
     An error that is not finite reaches the top, in another colour.
     """
-    known = [error["max_abs_error"] for error in errors]
+    known = [error.max_abs_error for error in errors]
     parts = [
-        math.inf if error is None else error / most["largest"] if most["largest"] else 0.0
+        math.inf if error is None else error / most.largest if most.largest else 0.0
         for error, most in zip(known, errors, strict=True)
     ]
     positive = [part for part in parts if 0 < part < math.inf]
@@ -138,35 +139,35 @@ def layer_chart(errors: Sequence[Mapping[str, Any]], key: str) -> Markup:
         )
 
 
-def build_chart(stages: Sequence[Mapping[str, Any]], key: str) -> Markup:
+def build_chart(stages: Sequence[BuildStage], key: str) -> Markup:
     """The stages of a build one after the other, and the memory at the end of each."""
     with _style():
         figure, axes = _rows(len(stages), left=70, right=122)
         start = 0.0
-        whole = sum(stage["seconds"] for stage in stages) or 1.0
+        whole = sum(stage.seconds for stage in stages) or 1.0
         for row, stage in enumerate(stages):
             # A stage of a millisecond stays visible.
-            width = max(stage["seconds"], whole / 150)
+            width = max(stage.seconds, whole / 150)
             axes.barh(row, width, left=min(start, whole - width), height=0.56, color=ACCENT)
-            _label(axes, -70, row, stage["name"], weight="bold")
-            memory = "" if stage["peak_rss_bytes"] is None else f" · {megabytes(stage['peak_rss_bytes'])}"
-            _label(axes, 122, row, f"{number(stage['seconds'], '.2f')} s{memory}", align="right", side=1)
-            start += stage["seconds"]
+            _label(axes, -70, row, stage.name, weight="bold")
+            memory = "" if stage.peak_rss_bytes is None else f" · {megabytes(stage.peak_rss_bytes)}"
+            _label(axes, 122, row, f"{number(stage.seconds, '.2f')} s{memory}", align="right", side=1)
+            start += stage.seconds
         axes.set_xlim(0, whole)
         _few_ticks(axes)
         axes.set_xlabel("seconds")
-        said = "; ".join(f"{stage['name']} {stage['seconds']:.2f} s" for stage in stages)
+        said = "; ".join(f"{stage.name} {stage.seconds:.2f} s" for stage in stages)
         return _inline(figure, f"Stages of the build: {said}", key)
 
 
-def memory_chart(stages: Sequence[Mapping[str, Any]], key: str) -> Markup:
+def memory_chart(stages: Sequence[BuildStage], key: str) -> Markup:
     """Peak memory of the building process so far, over time; empty where it was not measured."""
-    if not stages or any(stage["peak_rss_bytes"] is None for stage in stages):
+    peaks = [stage.peak_rss_bytes / 1e6 for stage in stages if stage.peak_rss_bytes is not None]
+    if len(peaks) < len(stages) or not peaks:
         return Markup()
     ends = [0.0]
     for stage in stages:
-        ends.append(ends[-1] + stage["seconds"])
-    peaks = [stage["peak_rss_bytes"] / 1e6 for stage in stages]
+        ends.append(ends[-1] + stage.seconds)
     with _style():
         figure, axes = _axes(150, left=58, right=16)
         axes.fill_between(ends, [peaks[0], *peaks], step="pre", color=ACCENT, alpha=0.25, linewidth=0)

@@ -1,15 +1,15 @@
-"""What changed between two reports, and what of it is more than noise.
+"""What changed between two reports, and which changes exceed the noise.
 
     before, after -> compare_reports -> Difference -> rows for a terminal, a page or JSON
 
-A change of a number exceeds what was measured as noise if
+A change of a number exceeds the measured noise if
 
     ratio              the 95 % intervals of both reports do not overlap
     parity errors      it is larger than the tolerance of parity
-    perplexity         it is larger than 0.2 %, what one seed cannot tell from chance
-    counts and sizes   there is any: they have no noise
+    perplexity         it is larger than 0.2 %, the noise of a single seed
+    counts and sizes   they differ at all: they have no noise
 
-Of other numbers (times, memory, accuracy) no noise was measured, and none is claimed.
+The noise of other numbers (times, memory, accuracy) was not measured, and none is claimed.
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cpcompile.report.contents import NOISE
+from cpcompile.core.json_form import to_json
+from cpcompile.report.contents import Report
+from cpcompile.report.training_summary import NOISE
 
 EXACT = ("parameters", "placement", "bundle")
 """Parts of a report whose numbers have no noise."""
 WHOLE = "whole bundle"
-"""What the numbers go by that belong to no context."""
+"""Name of the part with the numbers that belong to no context."""
 PARITY_ERRORS = ("max_abs_error", "max_abs_error_float64", "eager_float32_error")
 SKIPPED = (
     "nodes",
@@ -33,7 +35,7 @@ SKIPPED = (
     "divergence",
     "removed_experts",
 )
-"""Lists and texts, which are no single numbers."""
+"""Lists and texts, which are not single numbers."""
 
 
 Keys = tuple[str, ...]
@@ -58,11 +60,11 @@ class Part:
 
     name: str
     verdicts: tuple[str, str] | None
-    """Of an engine those of parity, before and after."""
+    """Verdicts on the parity of an engine, before and after."""
     changes: tuple[Change, ...]
-    """Of the numbers that both have."""
+    """Changes of the numbers that both reports have."""
     equal: int
-    """So many numbers are the same."""
+    """How many numbers are the same."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,19 +81,19 @@ class Difference:
 
     @property
     def beyond_noise(self) -> int:
-        """So many numbers exceed the noise."""
+        """How many changes exceed the noise."""
         return sum(change.beyond_noise is True for part in self.parts for change in part.changes)
 
     @property
     def summary(self) -> str:
-        """That in a sentence."""
+        """The number of changes beyond noise, in a sentence."""
         count = self.beyond_noise
         return f"{count or 'No'} number{'s exceed' if count > 1 else ' exceeds'} the measured noise."
 
 
-def compare_reports(before: Mapping[str, Any], after: Mapping[str, Any], names: tuple[str, str]) -> Difference:
-    """Every number of `before` and `after`; names: what to call the two."""
-    olds, news = _parts(before), _parts(after)
+def compare_reports(before: Report, after: Report, names: tuple[str, str]) -> Difference:
+    """Compare every number of `before` and `after`; names: what to call the two."""
+    olds, news = _parts(to_json(before)), _parts(to_json(after))
     appeared = [name for name in news if name not in olds]
     disappeared = [name for name in olds if name not in news]
     parts = []
@@ -116,8 +118,8 @@ def compare_reports(before: Mapping[str, Any], after: Mapping[str, Any], names: 
         parts.append(Part(name=name, verdicts=verdicts, changes=tuple(changes), equal=equal))
     return Difference(
         names=names,
-        verdicts=(before["verdict"], after["verdict"]),
-        reasons=(tuple(before["reasons"]), tuple(after["reasons"])),
+        verdicts=(before.verdict, after.verdict),
+        reasons=(before.reasons, after.reasons),
         appeared=tuple(appeared),
         disappeared=tuple(disappeared),
         parts=tuple(parts),

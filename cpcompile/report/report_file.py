@@ -1,4 +1,4 @@
-"""Write a report, with its page; read one that somebody else may have written, against the schema."""
+"""Write a report with its page; read a report from any source, validated against the schema."""
 
 from __future__ import annotations
 
@@ -9,22 +9,23 @@ from pathlib import Path
 from typing import Any
 
 from cpcompile.core.errors import UsageError
+from cpcompile.core.json_form import from_json, to_json
 from cpcompile.files.whole_files import read_text, whole_file
-from cpcompile.report.contents import SCHEMA, SCHEMA_VERSION, Report
+from cpcompile.report.contents import SCHEMA, SCHEMA_VERSION, BuildResult, Report
 from cpcompile.report.page import render_page
 
 LARGEST = 2.0**63
 
 
 def write_report(report: Report, folder: Path) -> Path:
-    """Write `folder`/report.json and report.html beside it, each in one step: a reader sees the old or the new one."""
-    text, page = json.dumps(report, indent=1, allow_nan=False) + "\n", render_page(report)
+    """Write `folder`/report.json and report.html, each atomically: a reader sees the old or the new one."""
+    text, page = json.dumps(to_json(report), indent=1, allow_nan=False) + "\n", render_page(report)
     write_text(folder / "report.html", page)
     return write_text(folder / "report.json", text)
 
 
 def write_text(path: Path, text: str) -> Path:
-    """Write `text` to `path` in one step."""
+    """Write `text` to `path` atomically."""
     with whole_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return path
@@ -42,7 +43,7 @@ def read_report(path: Path) -> Report:
     except OSError as error:
         raise UsageError(f"{file}: cannot be read ({error.strerror or error})") from error
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{file}: is not JSON, or only a part of it ({error}); copy or write it again") from error
+        raise UsageError(f"{file}: is not complete JSON ({error}); copy or write it again") from error
     if not isinstance(content, dict) or "schema_version" not in content or "contexts" not in content:
         raise UsageError(f"{file}: is not a report of cpcompile; give a bundle or its report.json")
     if content["schema_version"] != SCHEMA_VERSION:
@@ -50,11 +51,23 @@ def read_report(path: Path) -> Report:
             f"{file}: has schema version {content['schema_version']!r}, this cpcompile reads {SCHEMA_VERSION}; "
             "write it again with `cpcompile validate`"
         )
-    if wrong := _misfit(content):
-        raise UsageError(
-            f"{file}: does not follow the schema of reports: {wrong}; write it again with `cpcompile validate`"
-        )
-    return content
+    wrong = _misfit(content)
+    if wrong is None:
+        try:
+            return from_json(Report, content)
+        except (TypeError, KeyError, ValueError, OverflowError) as error:  # what a schema cannot say
+            wrong = str(error)
+    raise UsageError(
+        f"{file}: does not follow the schema of reports: {wrong}; write it again with `cpcompile validate`"
+    )
+
+
+def read_build(folder: Path) -> BuildResult:
+    """The build result from the report in the bundle `folder`, if there is a readable one."""
+    try:
+        return from_json(BuildResult, json.loads(read_text(folder / "report.json"))["build"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+        return BuildResult.without("the bundle was validated, and has no report of its build")
 
 
 def _misfit(report: Mapping[str, Any]) -> str | None:
@@ -84,7 +97,7 @@ def _misfit(report: Mapping[str, Any]) -> str | None:
 
 
 def _refuse(text: str) -> float:
-    raise ValueError(f"{text} is no number")
+    raise ValueError(f"{text} is not a number")
 
 
 def _finite(text: str) -> float:

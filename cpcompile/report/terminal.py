@@ -2,36 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from cpcompile.report.contents import PARTITION
+from cpcompile.core.measured import NotMeasured
+from cpcompile.report.contents import ParameterCounts, Report
 from cpcompile.report.difference import Difference
 from cpcompile.report.formats import arrow, count, gaps, megabytes, number, plain, shape_name, signed
+from cpcompile.report.results import Memory, ShapeSpeed, Throughput, VariantResult, ratio_with_bounds
+from cpcompile.report.training_summary import PARTITION, TrainingSummary
 
 VERDICT_STYLE = {"pass": "bold green", "fail": "bold red", "inconclusive": "bold yellow"}
 NAMED = 4
-"""Of what a footnote concerns."""
+"""Names that a footnote lists."""
 
 
-def render_report(report: Mapping[str, Any]) -> RenderableType:
+def render_report(report: Report) -> RenderableType:
     """The whole report for a terminal."""
     parts: list[RenderableType] = [contexts_table(report)]
-    if any(variant["peers"] for context in report["contexts"] for variant in context["variants"]):
+    if any(variant.peers for context in report.contexts for variant in context.variants):
         parts.append(peers_table(report))
-    if report["training"] is not None:
-        parts.append(controls_table(report["training"]))
+    if report.training is not None:
+        parts.append(controls_table(report.training))
     return Group(*parts, footnotes(report), verdict_text(report))
 
 
-def contexts_table(report: Mapping[str, Any]) -> Table:
-    """A row per engine: what it keeps and weighs, and engine against eager model."""
-    title = Text(f"{report['model']['name']}: engine against eager model")
+def contexts_table(report: Report) -> Table:
+    """A row per engine: its parameters and size, and the engine against the eager model."""
+    title = Text(f"{report.model.name}: engine against eager model")
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 1, 0), pad_edge=False)
     for column in (
         "context",
@@ -44,55 +46,55 @@ def contexts_table(report: Mapping[str, Any]) -> Table:
     ):
         first = column == "context"
         table.add_column(column, justify="left" if first else "right", overflow="fold" if first else "ellipsis")
-    for context in report["contexts"]:
-        for variant in context["variants"]:
+    for context in report.contexts:
+        for variant in context.variants:
             cells = [
-                f"{context['name']}\n{variant['name']}",
-                _parameters_cell(context["parameters"]),
-                megabytes(variant["bytes"]),
-                *(_measured_cells(variant) if variant["status"] == "ran" else [variant["status"], "–", "–", "–"]),
+                f"{context.name}\n{variant.name}",
+                _parameters_cell(context.parameters),
+                megabytes(variant.bytes),
+                *(_measured_cells(variant) if variant.status == "ran" else [variant.status, "–", "–", "–"]),
             ]
             table.add_row(*(Text(cell) for cell in cells))
     return table
 
 
-def peers_table(report: Mapping[str, Any]) -> Table:
+def peers_table(report: Report) -> Table:
     """A row per engine and shape: its latency, and how many times as fast it is as each peer."""
-    variants = [(context, v) for context in report["contexts"] for v in context["variants"] if v["peers"]]
-    names = dict.fromkeys(peer["name"] for _, variant in variants for peer in variant["peers"])
+    variants = [(context, v) for context in report.contexts for v in context.variants if v.peers]
+    names = dict.fromkeys(peer.name for _, variant in variants for peer in variant.peers)
     title = "p50 of the engine, and how many times as fast it is as its peers"
     table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
     for column in ("context", "batch x\nsequence", "engine", "eager", *names):
         table.add_column(Text(column), justify="left" if column == "context" else "right")
     for context, variant in variants:
-        for shape in variant["speed"]["shapes"] or ():
-            ratios = [shape["ratio"], *(shape["peers"].get(name, {}).get("ratio") for name in names)]
+        for shape in variant.speed.shapes or ():
+            ratios = [shape.ratio, *(shape.peers[name].ratio if name in shape.peers else None for name in names)]
             cells = [
-                context["name"],
+                context.name,
                 shape_name(shape),
-                f"{shape['p50_ms']:.3g} ms",
+                f"{shape.p50_ms:.3g} ms",
                 *(number(r, ".2f") for r in ratios),
             ]
             table.add_row(*(Text(cell) for cell in cells))
     return table
 
 
-def controls_table(training: Mapping[str, Any] | None) -> RenderableType:
+def controls_table(training: TrainingSummary | None) -> RenderableType:
     """The trained branches from best to worst mean perplexity, and the findings below."""
     if training is None:
         return Text("this checkpoint records no training results", style="dim")
-    controls = training["controls"]
+    controls = training.controls
     table = Table(title="held-out perplexity")
     table.add_column("branch")
     table.add_column("mean", justify="right")
-    for context in next(iter(controls.values()))["perplexity"]:
+    for context in next(iter(controls.values())).perplexity:
         table.add_column(Text(context), justify="right")
-    for name, branch in sorted(controls.items(), key=lambda item: float(item[1]["mean_perplexity"])):
-        values = (branch["mean_perplexity"], *branch["perplexity"].values())
+    for name, branch in sorted(controls.items(), key=lambda item: item[1].mean_perplexity):
+        values = (branch.mean_perplexity, *branch.perplexity.values())
         table.add_row(
             Text(name), *(Text(f"{value:.2f}") for value in values), style="bold" if name == PARTITION else None
         )
-    return Group(table, *(Text(f"• {finding}") for finding in training["findings"]))
+    return Group(table, *(Text(f"• {finding}") for finding in training.findings))
 
 
 def render_difference(difference: Difference) -> Group:
@@ -117,88 +119,16 @@ def render_difference(difference: Difference) -> Group:
     return Group(*parts, text)
 
 
-def render_optimization(result: Mapping[str, Any], *, explain: bool) -> Group:
-    """What `cpcompile opt` did: size after every pass, outputs compared, zero channels that stayed."""
-    table = Table(box=box.SIMPLE)
-    for column in ("pass", "nodes", "parameters", "bytes", "seconds"):
-        table.add_column(column, justify="left" if column == "pass" else "right")
-    rows = [("(before)", result["before"], None), *((s["name"], s["size"], s["seconds"]) for s in result["steps"])]
-    for name, size, seconds in rows:
-        cells = (str(size["nodes"]), f"{size['parameters']:,}", f"{size['bytes']:,}", number(seconds, ".2f"))
-        table.add_row(Text(name), *cells)
-    parts: list[RenderableType] = [table]
-    if explain and not result["blocked"]:
-        parts.append(Text("no zero channel had to stay"))
-    elif explain:
-        stayed = Table("tensor", "axis", "zero channels", "kept by", "because", box=box.SIMPLE)
-        for b in result["blocked"]:
-            keeper = f"{b['operator']} {b['node']}".strip()
-            stayed.add_row(*(Text(str(cell)) for cell in (b["value"], b["axis"], b["channels"], keeper, b["reason"])))
-        parts.append(stayed)
-    if (comparison := result["comparison"]) is not None:
-        parts.append(_comparison_text(comparison))
-    return Group(*parts)
-
-
-def render_file_comparison(result: Mapping[str, Any]) -> Group:
-    """What `cpcompile compare` found: sizes, outputs, speed, verdict."""
-    sizes = Table(box=box.SIMPLE)
-    for column in ("", "original", "candidate", "ratio"):
-        sizes.add_column(column, justify="right" if column else "left")
-    for what in ("nodes", "parameters", "bytes"):
-        before, now = result["original"][what], result["candidate"][what]
-        sizes.add_row(what, f"{before:,}", f"{now:,}", number(now / before if before else None, ".3f"))
-    parts: list[RenderableType] = [sizes, _outputs_table(result["outputs"]["outputs"])]
-    for shape in result["speed"]["shapes"] or ():
-        interval = f"{shape['ratio']:.2f} ({shape['ratio_low']:.2f}–{shape['ratio_high']:.2f})"
-        parts.append(
-            Text(
-                f"p50: original {shape['eager_p50_ms']:.3g} ms, candidate {shape['p50_ms']:.3g} ms; "
-                f"{interval} times as fast, {shape['rounds']} rounds"
-            )
-        )
-    if result["outputs"]["runs"]:
-        parts.append(Text(f"tolerance: {result['outputs']['tolerance_source']}; {result['outputs']['runs']} inputs"))
-    verdict = Text(f"verdict: {result['verdict']}", style=VERDICT_STYLE[result["verdict"]])
-    for reason in (result["outputs"]["reason"], result["speed"]["reason"]):
-        verdict.append(f"\n• {reason}" if reason else "")
-    return Group(*parts, verdict)
-
-
-def _outputs_table(outputs: Sequence[Mapping[str, Any]]) -> Table:
-    table = Table(box=box.SIMPLE)
-    for column in ("output", "max abs difference", "allowed", "relative", "cosine", "SQNR"):
-        table.add_column(column, justify="left" if column == "output" else "right")
-    for out in outputs:
-        ratios = out["ratios"]
-        cells = (number(out["max_abs_error"], ".2g"), number(out["tolerance"], ".2g"))
-        more = (number(ratios.get("max_relative_error"), ".2g"), number(ratios.get("cosine"), ".9f"))
-        table.add_row(*map(Text, (out["name"], *cells, *more, number(ratios.get("sqnr_db"), ".1f") + " dB")))
-    return table
-
-
-def _comparison_text(comparison: Mapping[str, Any]) -> Text:
-    lines = []
-    for out in comparison["outputs"]:
-        error, tolerance = (number(out[key], ".2g") for key in ("max_abs_error", "tolerance"))
-        lines.append(f"{out['name']}: max abs difference {error} of {tolerance}")
-    if comparison["runs"]:
-        lines.append(f"tolerance: {comparison['tolerance_source']}; {comparison['runs']} inputs")
-    text = Text("\n".join([*lines, ""]))
-    text.append(f"check: {comparison['verdict']}", style=VERDICT_STYLE[comparison["verdict"]])
-    return text.append(f": {comparison['reason']}" if comparison["reason"] else "")
-
-
-def footnotes(report: Mapping[str, Any]) -> Text:
+def footnotes(report: Report) -> Text:
     """Why there are gaps in the table: each reason once, with the engines or the fields that it concerns."""
     concerned: dict[str, list[str]] = {}
-    for context in report["contexts"]:
-        for variant in context["variants"]:
-            if variant["status"] == "ran":
+    for context in report.contexts:
+        for variant in context.variants:
+            if variant.status == "ran":
                 found = list(gaps(variant))
-                found += [(peer["name"], peer["reason"]) for peer in variant["peers"] if peer["reason"]]
+                found += [(peer.name, peer.reason) for peer in variant.peers if peer.reason]
             else:
-                found = [(f"{context['name']} {variant['name']}", variant["reason"])]
+                found = [(f"{context.name} {variant.name}", str(variant.reason))]
             for what, reason in found:
                 whats = concerned.setdefault(reason, [])
                 if what not in whats:
@@ -213,54 +143,55 @@ def _first(names: Sequence[str]) -> str:
     return ", ".join(names) if more <= 1 else f"{', '.join(names[:NAMED])} and {more} more"
 
 
-def verdict_text(report: Mapping[str, Any]) -> Text:
+def verdict_text(report: Report) -> Text:
     """Build, bundle and verdict in a few lines."""
-    build, bundle = report["build"], report["bundle"]
+    build, bundle = report.build, report.bundle
     text = Text()
-    if build["seconds"] is not None:
-        text.append(f"built in {build['seconds']:.1f} s, peak {megabytes(build['peak_rss_bytes'])}")
-        text.append(f" ({megabytes(build['peak_private_bytes'])} of it private); ")
-    text.append(f"bundle {megabytes(bundle['bytes'])}, dense model {megabytes(bundle['dense_bytes'])}\n")
-    text.append(f"verdict: {report['verdict']}", style=VERDICT_STYLE[report["verdict"]])
-    variants = [variant for context in report["contexts"] for variant in context["variants"]]
-    if built := sum(variant["status"] == "built" for variant in variants):
+    if not isinstance(build.seconds, NotMeasured):
+        text.append(f"built in {build.seconds:.1f} s, peak {megabytes(build.peak_rss_bytes)}")
+        text.append(f" ({megabytes(build.peak_private_bytes)} of it private); ")
+    text.append(f"bundle {megabytes(bundle.bytes)}, dense model {megabytes(bundle.dense_bytes)}\n")
+    text.append(f"verdict: {report.verdict}", style=VERDICT_STYLE[report.verdict])
+    variants = [variant for context in report.contexts for variant in context.variants]
+    if built := sum(variant.status == "built" for variant in variants):
         text.append(f" (of the engines that ran; {built} of {len(variants)} were built and not run)")
-    for reason in report["reasons"]:
+    for reason in report.reasons:
         text.append(f"\n• {reason}")
     return text
 
 
-def _measured_cells(variant: Mapping[str, Any]) -> list[str]:
+def _measured_cells(variant: VariantResult) -> list[str]:
     """Parity, perplexity, memory and speed of an engine that ran."""
-    parity, quality, memory = variant["parity"], variant["quality"], variant["memory"]
-    shapes = variant["speed"]["shapes"]
-    error, tolerance = number(parity["max_abs_error_float64"], ".2g"), number(parity["tolerance"], ".2g")
+    parity, quality, memory = variant.parity, variant.quality, variant.memory
+    shapes = variant.speed.shapes
+    error, tolerance = number(parity.max_abs_error_float64, ".2g"), number(parity.tolerance, ".2g")
     return [
-        f"{error}\nof {tolerance}\n{parity['verdict']}",
-        f"{number(quality['perplexity'], '.2f')}\ndense {number(quality['dense_perplexity'], '.2f')}",
+        f"{error}\nof {tolerance}\n{parity.verdict}",
+        f"{number(quality.perplexity, '.2f')}\ndense {number(quality.dense_perplexity, '.2f')}",
         f"{_memory_lines(memory, '')}\neager {_memory_lines(memory, 'eager_')}",
-        "\n".join([*map(_speed_line, shapes), *_throughput_line(variant["throughput"])]) if shapes else "–",
+        "\n".join([*map(_speed_line, shapes), *_throughput_line(variant.throughput)]) if shapes else "–",
     ]
 
 
-def _memory_lines(memory: Mapping[str, Any], side: str) -> str:
-    resident, private = (megabytes(memory[f"{side}run_peak_{what}_bytes"]) for what in ("rss", "private"))
+def _memory_lines(memory: Memory, side: str) -> str:
+    resident, private = (megabytes(getattr(memory, f"{side}run_peak_{what}_bytes")) for what in ("rss", "private"))
     return f"{resident}\nprivate {private}"
 
 
-def _speed_line(shape: Mapping[str, Any]) -> str:
-    if None in (shape["ratio"], shape["ratio_low"], shape["ratio_high"]):
-        return f"{shape_name(shape)}: {shape['p50_ms']:.2f} ms"
-    return f"{shape_name(shape)}: {shape['ratio']:.2f} ({shape['ratio_low']:.2f}–{shape['ratio_high']:.2f})"
+def _speed_line(shape: ShapeSpeed) -> str:
+    if not (bounded := ratio_with_bounds(shape)):
+        return f"{shape_name(shape)}: {shape.p50_ms:.2f} ms"
+    ratio, low, high = bounded
+    return f"{shape_name(shape)}: {ratio:.2f} ({low:.2f}–{high:.2f})"
 
 
-def _throughput_line(throughput: Mapping[str, Any]) -> list[str]:
-    ratio, low, high = (throughput[key] for key in ("ratio", "ratio_low", "ratio_high"))
-    if None in (ratio, low, high):
+def _throughput_line(throughput: Throughput) -> list[str]:
+    if not (bounded := ratio_with_bounds(throughput)):
         return []
-    return [f"{throughput['workers']} at a time: {ratio:.2f} ({low:.2f}–{high:.2f})"]
+    ratio, low, high = bounded
+    return [f"{throughput.workers} at a time: {ratio:.2f} ({low:.2f}–{high:.2f})"]
 
 
-def _parameters_cell(parameters: Mapping[str, Any]) -> str:
-    kept, total = parameters["kept"], parameters["total"]
+def _parameters_cell(parameters: ParameterCounts) -> str:
+    kept, total = parameters.kept, parameters.total
     return f"{count(kept)}\nof {count(total)}\n{kept / total:.0%}"

@@ -1,4 +1,4 @@
-"""Run the engines of a bundle with ONNX Runtime, without torch; plans of TensorRT are in `plan`, which needs it.
+"""Run the engines of a bundle with ONNX Runtime and without torch; `plan`, which runs TensorRT plans, needs torch.
 
 bundle = open_bundle(Path("model.cpc"))
 engine = load_engine(bundle, "english")

@@ -1,4 +1,4 @@
-"""Run the engines of a bundle with ONNX Runtime: no torch, and no experimental API of ONNX Runtime either.
+"""Run the engines of a bundle with ONNX Runtime, without torch and without experimental APIs.
 
 bundle = open_bundle(Path("model.cpc"))
 engine = load_engine(bundle, "english")
@@ -22,10 +22,11 @@ import onnxruntime as ort
 
 from cpcompile.bundle.reader import WEIGHTS_OPTION, Bundle, Variant
 from cpcompile.core.errors import CpcompileError, UsageError, first_line
+from cpcompile.core.measured import NotMeasured
 from cpcompile.core.types import Array, Feeds
 
 PLUGINS: Mapping[str, str] = {"NvTensorRTRTXExecutionProvider": "onnxruntime_ep_nv_tensorrt_rtx"}
-"""Execution providers that come in a package of their own, which the ordinary onnxruntime loads."""
+"""Execution providers that come in packages of their own, which the standard onnxruntime loads."""
 CPU_PROVIDER = "CPUExecutionProvider"
 DOCTOR = "`cpcompile doctor` says what this machine lacks"
 
@@ -48,7 +49,7 @@ class Engine:
         return result
 
     def outputs(self, feeds: Feeds) -> dict[str, Array]:
-        """Every output that the graph declares, by name, for `feeds`: the inputs by name, without the context."""
+        """Every output of the graph by name, for `feeds`: the inputs by name, without the context."""
         return dict(zip(self._names, self._run(self._names, feeds), strict=True))
 
     @cached_property
@@ -56,7 +57,7 @@ class Engine:
         return [output.name for output in self.session.get_outputs()]
 
     def _run(self, names: list[str], feeds: Feeds) -> list[Array]:
-        """With what chooses the context, where the engine serves several."""
+        """Run the session with the input that selects the context, where the engine serves several."""
         chosen = {name: np.asarray(number) for name, number in self.variant.feeds.items()}
         try:
             outputs: list[Array] = self.session.run(names, {**feeds, **chosen})
@@ -67,7 +68,7 @@ class Engine:
         return outputs
 
     def generate(self, prompt: list[int], *, tokens: int, temperature: float = 0.0, seed: int = 0) -> Iterator[int]:
-        """Continue `prompt` by `tokens` ids: the likeliest ones, or sampled where `temperature` > 0."""
+        """Continue `prompt` by `tokens` ids: the most likely ones, or samples if `temperature` > 0."""
         generator = np.random.default_rng(seed)
         ids = list(prompt)
         for _ in range(tokens):
@@ -85,11 +86,11 @@ def load_engine(bundle: Bundle, context: str, variant: str = "cpu-fp32", *, thre
     UsageError: no such context or variant, a damaged or missing file, a reference to a file that is not its own.
     CpcompileError: ONNX Runtime refuses the model, or falls back to another provider.
 
-    The graph itself is judged by ONNX Runtime, in this process: one from a stranger can take any time and memory, so
+    ONNX Runtime parses the graph in this process. A graph from a stranger can take any amount of time and memory, so
     load it where that does no harm.
     """
     chosen = bundle.variant(context, variant)
-    if chosen.engine is not None:
+    if chosen.plan:
         raise UsageError(f"{chosen.model}: is a plan of {chosen.runtime}, which ONNX Runtime does not run")
     bundle.verify_engine(chosen)
     return Engine(chosen, create_session(chosen, session_options(chosen, threads=threads)))
@@ -108,11 +109,11 @@ def session_options(variant: Variant, *, threads: int = 0) -> Any:
 
 
 def create_session(variant: Variant, options: Any) -> Any:
-    """An InferenceSession on the provider of `variant`, and on no other: ONNX Runtime itself would fall back."""
+    """An InferenceSession on the provider of `variant` alone; by itself ONNX Runtime would fall back to another."""
     chosen = _choose_provider(variant, options)
     try:
         session = ort.InferenceSession(variant.model, options, providers=chosen, enable_fallback=0)
-    except Exception as error:  # onnxruntime raises its own classes, one per status code, without a common base
+    except Exception as error:  # onnxruntime has one class per status code, without a common base
         reason = f"{str(error).strip()}{_hint(variant)}"
         raise CpcompileError(f"{variant.model}: ONNX Runtime {ort.__version__} cannot load it: {reason}") from error
     if session.get_providers()[0] != variant.provider:
@@ -124,46 +125,45 @@ def create_session(variant: Variant, options: Any) -> Any:
 
 
 def missing_provider(variant: Variant) -> str | None:
-    """Why the execution provider of `variant` is not to be had here; None if it is."""
+    """The reason why the execution provider of `variant` is not available; None if it is."""
     if variant.provider in ort.get_available_providers():
         return None
     devices = plugin_devices(variant.provider)
-    return f"needs {variant.provider}; {devices}" if isinstance(devices, str) else None
+    return f"needs {variant.provider}; {devices}" if isinstance(devices, NotMeasured) else None
 
 
 def _hint(variant: Variant) -> str:
-    """The CPU provider lacks nothing: there the model itself is wrong."""
+    """A hint at the doctor; on the CPU provider the model itself is at fault."""
     return "" if variant.provider == CPU_PROVIDER else f"; {DOCTOR}"
 
 
 def _choose_provider(variant: Variant, options: Any) -> list[tuple[str, dict[str, str]]] | None:
-    """What InferenceSession gets as providers; None where `options` name the devices of a provider from a package.
+    """The `providers` of the InferenceSession; None where `options` get the devices of a packaged provider instead.
 
     Source: ONNX Runtime, docs/execution-providers/plugin-ep-libraries.
     """
     name, settings = variant.provider, dict(variant.provider_options)
     if name in ort.get_available_providers():
         if name != CPU_PROVIDER:
-            with redirect_stdout(io.StringIO()):  # prints what it does not find; the session will say so
-                ort.preload_dlls()  # CUDA from the packages of NVIDIA, which are on no path of libraries
+            with redirect_stdout(io.StringIO()):  # it prints what is missing, which the session reports anyway
+                ort.preload_dlls()  # CUDA from NVIDIA's packages, which are not on the library path
         return [(name, settings)]
     devices = plugin_devices(name)
-    if isinstance(devices, str):
+    if isinstance(devices, NotMeasured):
         raise CpcompileError(f"{variant.model}: needs {name}; {devices}. {DOCTOR}")
     options.add_provider_for_devices(devices, settings)
     return None
 
 
-def plugin_devices(provider: str) -> list[Any] | str:
-    """The devices that a provider from a package of its own finds, or why there are none."""
+def plugin_devices(provider: str) -> list[Any] | NotMeasured:
+    """The devices that a packaged provider finds, or the reason why there are none."""
     if provider not in PLUGINS:
-        return f"this ONNX Runtime {ort.__version__} has {', '.join(ort.get_available_providers())}"
+        return NotMeasured(f"this ONNX Runtime {ort.__version__} has {', '.join(ort.get_available_providers())}")
     try:
         plugin: ModuleType = importlib.import_module(PLUGINS[provider])
         if provider not in {device.ep_name for device in ort.get_ep_devices()}:
             ort.register_execution_provider_library(provider, plugin.get_library_path())
-    except Exception as error:  # a package of others: its libraries may be missing, or not fit this ONNX Runtime
-        return f"its package {PLUGINS[provider]} cannot be loaded ({first_line(error)})"
-    return [
-        device for device in ort.get_ep_devices() if device.ep_name == provider
-    ] or "it finds no GPU that it supports"
+    except Exception as error:  # its libraries may be missing or not match this ONNX Runtime
+        return NotMeasured(f"its package {PLUGINS[provider]} cannot be loaded ({first_line(error)})")
+    devices = [device for device in ort.get_ep_devices() if device.ep_name == provider]
+    return devices or NotMeasured("it finds no GPU that it supports")

@@ -1,10 +1,10 @@
-"""Run a plan of TensorRT 10, 11 or TensorRT-RTX on an NVIDIA GPU; buffers are tensors of torch.
+"""Run a plan of TensorRT 10, 11 or TensorRT-RTX on an NVIDIA GPU; the buffers are torch tensors.
 
     feeds -> the profile that admits their shapes -> buffers -> execute_async_v3 on a stream of its own -> outputs
 
-Buffers, addresses and shapes stay as they are while shapes repeat. TensorRT's second run of the same shapes is recorded
-as a CUDA graph, which later ones replay: the first finishes what must not happen within a recording. TensorRT-RTX
-compiles kernels for new shapes on the side and knows when a recording is worth it, so it records by itself.
+Buffers, addresses and shapes are kept while shapes repeat. With TensorRT, the second run of the same shapes is recorded
+as a CUDA graph, which later runs replay; the first run does the work that must not happen during a recording.
+TensorRT-RTX compiles kernels for new shapes in the background and knows when a recording pays, so it records by itself.
 Sources: TensorRT, "Working with CUDA Graphs" and "Dynamic Shapes"; TensorRT-RTX, "Working with RTX CUDA Graphs".
 """
 
@@ -24,7 +24,7 @@ from cpcompile.core.errors import CpcompileError, UsageError, first_line
 from cpcompile.core.types import Array, Feeds
 from cpcompile.machine.gpu import NO_GPU, gpu_model
 from cpcompile.runtime.engine import DOCTOR
-from cpcompile.targets.plan_info import EngineInfo, Profile, Shape, Shapes
+from cpcompile.targets.plan_info import PlanInfo, Profile, Shape, Shapes
 from cpcompile.targets.requests import TENSORRT_RTX
 from cpcompile.targets.tensorrt_library import load_library, logger_of
 
@@ -38,7 +38,7 @@ TYPES: Mapping[str, torch.dtype] = {
     "UINT8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""By the name of TensorRT's DataType."""
+"""The torch types by the names of TensorRT's DataType."""
 
 
 @dataclass(frozen=True)
@@ -51,52 +51,52 @@ class Tensor:
 
 
 def why_not_here(variant: Variant) -> str | None:
-    """Why the plan of `variant` cannot be run on this machine; None if nothing speaks against it."""
-    assert variant.engine is not None
+    """The reason why the plan of `variant` cannot run on this machine; None if no obstacle is known."""
+    assert variant.plan is not None
     if gpu_model() is None:
         return NO_GPU
     if not torch.cuda.is_available():
         return f"torch finds no GPU (it is {torch.__version__}); {DOCTOR}"
     try:
-        _fitting_library(variant.model, variant.engine)
+        _fitting_library(variant.model, variant.plan)
     except UsageError as error:
         return str(error)
     return None
 
 
 def load_plan(variant: Variant) -> PlanEngine:
-    """The plan of `variant`, whose files have been verified.
+    """Load the plan of `variant`, whose files have been verified.
 
-    UsageError: no library, or the plan is of another version or for other GPUs. CpcompileError: it cannot be loaded.
+    UsageError: no library, or the plan needs another version or other GPUs. CpcompileError: it cannot be loaded.
     """
-    assert variant.engine is not None
+    assert variant.plan is not None
     if not torch.cuda.is_available():
         raise CpcompileError(f"{variant.model}: torch finds no GPU; {DOCTOR}")
-    library = _fitting_library(variant.model, variant.engine)
+    library = _fitting_library(variant.model, variant.plan)
     with logger_of(library).listening() as messages:
         runtime = library.Runtime(logger_of(library))
         engine = runtime.deserialize_cuda_engine(variant.model.read_bytes())
-        context = None if engine is None else _context(library, engine, variant.engine)
+        context = None if engine is None else _context(library, engine, variant.plan)
     if context is None:
         reason = messages[0] if messages else "it gives no reason"
         raise CpcompileError(
             f"{variant.model}: {library.__name__} {library.__version__} cannot load it ({reason}); build it again on "
-            f"this machine: cpcompile build MODEL {variant.engine.rebuild}"
+            f"this machine: cpcompile build MODEL {variant.plan.rebuild}"
         )
-    return PlanEngine(variant.model, variant.engine, library, engine, context)
+    return PlanEngine(variant.model, variant.plan, library, engine, context)
 
 
 class PlanEngine:
-    """A loaded plan. One run at a time: it has one set of buffers, and other threads wait."""
+    """A loaded plan. It has one set of buffers, so it runs once at a time and other threads wait."""
 
-    def __init__(self, plan: Path, info: EngineInfo, library: Any, engine: Any, context: Any) -> None:
+    def __init__(self, plan: Path, info: PlanInfo, library: Any, engine: Any, context: Any) -> None:
         self._plan = plan
         self._info = info
         self._library = library
         self._context = context
         self._graphs = info.flavour != TENSORRT_RTX
         self._tensors = _tensors(plan, library, engine)
-        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # on the default stream TensorRT would synchronise after each run
+        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # on the default stream TensorRT synchronises after each run
         self._lock = Lock()
         self._shapes: dict[str, Shape] = {}
         self._buffers: dict[str, torch.Tensor] = {}
@@ -104,7 +104,7 @@ class PlanEngine:
         self._runs = 0
 
     def outputs(self, feeds: Feeds) -> dict[str, Array]:
-        """Every output by name, for `feeds`: the inputs by name. bfloat16, which numpy has not, comes as float32."""
+        """Every output by name, for `feeds`: the inputs by name. bfloat16, which numpy lacks, becomes float32."""
         with self._lock, torch.cuda.stream(self._stream):
             self._take(feeds)
             self._run()
@@ -112,7 +112,7 @@ class PlanEngine:
             return {tensor.name: _to_numpy(self._buffers[tensor.name], self._shapes[tensor.name]) for tensor in outputs}
 
     def milliseconds(self, feeds: Feeds, *, runs: int) -> tuple[float, ...]:
-        """GPU time of each of `runs` runs on `feeds`, which already lie there: without copies, by CUDA events."""
+        """GPU time of each of `runs` runs, by CUDA events; `feeds` are copied to the GPU before, untimed."""
         with self._lock, torch.cuda.stream(self._stream):
             self._take(feeds)
             for _ in range(3):  # plain, recorded, replayed
@@ -128,7 +128,7 @@ class PlanEngine:
         return tuple(times)
 
     def _take(self, feeds: Feeds) -> None:
-        """Bring `feeds` to the GPU, into the buffers of their shapes."""
+        """Copy `feeds` into the buffers on the GPU."""
         inputs = {tensor.name: tensor for tensor in self._tensors if tensor.is_input}
         if feeds.keys() != inputs.keys():
             raise UsageError(
@@ -145,7 +145,7 @@ class PlanEngine:
             _view(self._buffers[name], shapes[name]).copy_(array)
 
     def _bind(self, shapes: Mapping[str, Shape]) -> None:
-        """Choose the profile, tell the shapes, and set the address of every buffer."""
+        """Choose the profile, set the input shapes, and allocate and set every buffer."""
         self._graph, self._runs, self._shapes = None, 0, {}
         index = choose_profile(self._plan, self._info.profiles, shapes)
         context, stream = self._context, self._stream.cuda_stream
@@ -159,7 +159,7 @@ class PlanEngine:
                 f"{self._plan}: the shape of {unknown[0]} depends on values; make it fixed in the model"
             )
         for tensor in self._tensors:
-            # An empty tensor needs an address, too, and torch gives it none.
+            # An empty tensor needs an address too, which torch would not give it.
             elements = max(1, int(np.prod(found[tensor.name], dtype=np.int64)))
             self._buffers[tensor.name] = torch.empty(elements, dtype=tensor.dtype, device="cuda")
             context.set_tensor_address(tensor.name, self._buffers[tensor.name].data_ptr())
@@ -190,7 +190,7 @@ class PlanEngine:
 
 
 def choose_profile(plan: Path, profiles: Sequence[Profile], shapes: Mapping[str, Shape]) -> int:
-    """The first profile that takes every shape; UsageError says what each input may have."""
+    """The first profile that accepts every shape; UsageError says which shapes an input may have."""
     for index, profile in enumerate(profiles):
         if all(_admits(profile.shapes[name], shape) for name, shape in shapes.items()):
             return index
@@ -204,11 +204,11 @@ def choose_profile(plan: Path, profiles: Sequence[Profile], shapes: Mapping[str,
 
 
 def why_not_taken(variant: Variant, feeds: Feeds) -> str | None:
-    """Why no profile of a plan takes `feeds`; None if one does, and of an engine that is no plan."""
-    if variant.engine is None:
+    """The reason why no profile of a plan accepts `feeds`; None if one does, or if the engine is not a plan."""
+    if not variant.plan:
         return None
     try:
-        choose_profile(variant.model, variant.engine.profiles, {name: array.shape for name, array in feeds.items()})
+        choose_profile(variant.model, variant.plan.profiles, {name: array.shape for name, array in feeds.items()})
     except UsageError as error:
         return str(error)
     return None
@@ -219,8 +219,8 @@ def _admits(allowed: Shapes, shape: Shape) -> bool:
     return len(shape) == len(low) and all(a <= length <= b for a, length, b in zip(low, shape, high, strict=True))
 
 
-def _fitting_library(plan: Path, info: EngineInfo) -> Any:
-    """The library that can run `plan` on the GPU that torch uses; UsageError if it is another one."""
+def _fitting_library(plan: Path, info: PlanInfo) -> Any:
+    """The library for `plan`; UsageError unless its version, and the GPU that torch uses, fit the plan."""
     library = load_library(info.flavour)
     info.require_fit(
         plan, version=str(library.__version__), capability="sm{}{}".format(*torch.cuda.get_device_capability())
@@ -228,8 +228,8 @@ def _fitting_library(plan: Path, info: EngineInfo) -> Any:
     return library
 
 
-def _context(library: Any, engine: Any, info: EngineInfo) -> Any:
-    """TensorRT-RTX records CUDA graphs by itself if it is told to."""
+def _context(library: Any, engine: Any, info: PlanInfo) -> Any:
+    """An execution context; TensorRT-RTX is told to record CUDA graphs by itself."""
     if info.flavour != TENSORRT_RTX:
         return engine.create_execution_context()
     config = engine.create_runtime_config()

@@ -1,1 +1,1 @@
-"""What engines for GPUs can be asked for, and what plans say of themselves."""
+"""GPU targets: what a command line can request, and what a TensorRT plan records about itself."""

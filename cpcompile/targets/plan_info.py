@@ -1,4 +1,9 @@
-"""What a plan of TensorRT says of itself: its tensors, profiles and requirements."""
+"""What a bundle records of a TensorRT plan: its tensors and profiles, and what it was built by and for.
+
+    PlanInfo <-> executor_info.tensorrt of component.json
+
+A plan runs only with the library version that built it, and only on the GPUs that it was built for.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +20,12 @@ from cpcompile.targets.requests import CAPABILITY, FLAVOURS, PRECISIONS, Target
 
 Shape = tuple[int, ...]
 Shapes = tuple[Shape, Shape, Shape]
-"""The smallest, the best and the largest shape of an input."""
+"""The smallest, the optimal and the largest shape of an input."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
-    """Shapes of the inputs for which an engine is tuned together: input -> shapes."""
+    """The shapes that an engine is tuned for together, by input."""
 
     name: str
     shapes: Mapping[str, Shapes]
@@ -28,7 +33,7 @@ class Profile:
 
 @dataclass(frozen=True, kw_only=True)
 class TensorInfo:
-    """An input or output; `shape` has a name where an axis is dynamic. `dtype` is numpy's name, or bfloat16."""
+    """An input or output. Dynamic axes have a name in `shape`; `dtype` is the name in numpy, or bfloat16."""
 
     name: str
     is_input: bool
@@ -37,8 +42,8 @@ class TensorInfo:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EngineInfo:
-    """What a plan was built from, by what, and for what."""
+class PlanInfo:
+    """The graph, library, GPUs and profiles that a plan was built from and for."""
 
     flavour: str
     version: str
@@ -47,11 +52,11 @@ class EngineInfo:
     profiles: tuple[Profile, ...]
     tensors: tuple[TensorInfo, ...]
     onnx_digest: str
-    """SHA-256 of the graph and its weights, in hex: equal for equal inputs, which plans need not be."""
+    """SHA-256 of the graph and its weights in hex. Equal inputs have equal digests; their plans may differ."""
 
     @property
     def settings_digest(self) -> str:
-        """SHA-256 of everything that the library was told besides the graph."""
+        """SHA-256 of all settings of the build besides the graph."""
         plain = self._plain()
         settings = {key: plain[key] for key in ("flavour", "version", "compute_capabilities", "precision", "profiles")}
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
@@ -67,8 +72,8 @@ class EngineInfo:
         return result
 
     @classmethod
-    def from_plain(cls, plain: Mapping[str, Any]) -> EngineInfo:
-        """What `to_plain` wrote; KeyError, TypeError or ValueError for what it cannot have written."""
+    def from_plain(cls, plain: Mapping[str, Any]) -> PlanInfo:
+        """The inverse of `to_plain`; KeyError, TypeError or ValueError for anything that it cannot have written."""
         info = cls(
             flavour=_text(plain["flavour"]),
             version=_text(plain["version"]),
@@ -106,21 +111,21 @@ class EngineInfo:
 
     @property
     def built_for(self) -> str:
-        """In words: `TensorRT-RTX 1.7.1 for sm86, sm120`."""
+        """A phrase such as `tensorrt-rtx 1.7.1 for sm86, sm120`."""
         gpus = ", ".join(self.capabilities) if self.capabilities else "the GPU of the machine that built it"
         return f"{self.flavour} {self.version} for {gpus}"
 
     @property
     def rebuild(self) -> str:
-        """The options of `cpcompile build` that make such an engine again."""
+        """The options of `cpcompile build` that build such an engine again."""
         return f"--target {Target(self.flavour, self.capabilities)} --precision {self.precision}"
 
     def require_fit(self, plan: Path, *, version: str, capability: str | None = None) -> None:
-        """UsageError unless the library `version`, and a GPU of `capability` where that is known, can run `plan`."""
+        """UsageError unless library `version` can run `plan`, on a GPU of `capability` where that is known."""
         if version != self.version:
             raise UsageError(
-                f"{plan}: was built by {self.built_for}, and here is {version}, which cannot load it; install that "
-                f"version, or build it again: cpcompile build MODEL {self.rebuild}"
+                f"{plan}: was built by {self.built_for}; the installed {version} cannot load it. Install "
+                f"version {self.version}, or build it again: cpcompile build MODEL {self.rebuild}"
             )
         if capability is not None and self.capabilities and capability not in self.capabilities:
             wanted = Target(self.flavour, (*self.capabilities, capability))
@@ -132,19 +137,19 @@ class EngineInfo:
 
 def _text(value: object) -> str:
     if not isinstance(value, str):
-        raise TypeError(f"{value!r} is no text")
+        raise TypeError(f"{value!r} is not text")
     return value
 
 
 def _length(value: object) -> int:
     if type(value) is not int or value < 0:
-        raise TypeError(f"{value!r} is no length")
+        raise TypeError(f"{value!r} is not a length")
     return value
 
 
 def _items(value: object) -> list[Any]:
     if not isinstance(value, list):
-        raise TypeError(f"{value!r} is no list")
+        raise TypeError(f"{value!r} is not a list")
     return value
 
 

@@ -1,6 +1,6 @@
-"""The Python bindings of TensorRT 10, 11 or TensorRT-RTX, imported when they are needed, and one logger for them.
+"""The Python bindings of TensorRT 10, 11 or TensorRT-RTX, imported when they are needed, and their logger.
 
-The three have nearly the same names; what is in all of them, and in which not, is in tests/data/tensorrt_api.json.
+The three have nearly the same API; tests/data/tensorrt_api.json lists which names exist in which.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ def load_library(flavour: str) -> Any:
     """The module of `flavour`; UsageError says how to install it."""
     try:
         return importlib.import_module(MODULES[flavour])
-    except Exception as error:  # of a half-installed library anything: OSError, RuntimeError, its own classes
+    except Exception as error:  # a half-installed library may raise anything
         raise UsageError(
-            f"{flavour} needs the library of that name ({first_line(error)}): pip install 'cpcompile[{flavour}]'; "
+            f"{flavour} needs its library ({first_line(error)}): pip install 'cpcompile[{flavour}]'; "
             "`cpcompile doctor` says what else is missing"
         ) from error
 
 
 @cache
 def logger_of(library: Any) -> Any:
-    """The logger of the process for `library`, since only the first one counts; its `listening()` collects errors."""
+    """The logger for `library`, one per process because only the first counts; `listening()` collects errors."""
 
     class Log(library.ILogger):  # type: ignore[misc]
-        """Keeps errors; warnings and below help nobody who builds or runs."""
+        """Keeps errors; warnings and lower severities are of no use to users."""
 
         def __init__(self) -> None:
             library.ILogger.__init__(self)

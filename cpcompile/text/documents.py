@@ -7,8 +7,8 @@
 
 Documents are generators: one document (of a Parquet file: one row group) is in memory at a time.
 Text is strict UTF-8 and stays as it is, line ends included; a document of white space alone is
-left out. Hidden files are skipped, and so is whatever a link finds outside of DIR; links to
-folders are not followed, so that no text is met twice. Nothing else is skipped silently.
+left out. Hidden files are skipped, and so are links that lead out of DIR; links to folders are
+not followed, so that no text is read twice. Nothing else is skipped silently.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
 TEXT_DOCUMENT = 8192
 """Characters that a document cut from a .txt file has at most."""
 CONTENT_LIMIT = 256 * 2**20
-"""Bytes of a context up to which its fingerprint is taken from the contents; larger ones use times of change."""
+"""Largest context in bytes whose fingerprint covers its contents; larger ones use modification times."""
 BLOCK = 2**20
 BLANK_LINE = re.compile(r"\n[ \t\r]*\n")
 
@@ -64,7 +64,7 @@ class Source:
             yield from _json_lines(self.path, self.text_field)
 
     def fingerprint(self) -> str:
-        """SHA-256 of names, sizes and contents; of a context above `CONTENT_LIMIT` times of change, not contents."""
+        """SHA-256 of names, sizes and contents; above `CONTENT_LIMIT` of modification times instead of contents."""
         digest = hashlib.sha256()
         with _reading(self.path):
             states = [path.stat() for path in self.files]
@@ -217,7 +217,7 @@ def _json_lines(path: Path, field: str) -> Iterator[str]:
 
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
-    """Where it stands and what it says, for every line of a file that is not blank; .gz is unpacked."""
+    """Location and text of every line that is not blank; .gz is unpacked."""
     opener: Callable[[Path], Iterable[bytes]] = _unpacked if _suffix(path).endswith(".gz") else _raw
     offset = 0
     for number, line in enumerate(opener(path), start=1):

@@ -1,10 +1,10 @@
-"""Real text that every installation has: a corpus of three contexts without a download.
+"""Real text already on your machine: a corpus of three contexts without a download.
 
     python    sources of the standard library
-    cpp       C++ headers that torch brings along
+    cpp       the C++ headers in torch
     english   prose of docstrings, and the topics of `help()`
 
-The files are read where they are installed and written to a folder of the user's.
+The files are read where they are installed, and copied to a folder that the user chooses.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def _spread(paths: list[Path]) -> list[Path]:
 
 
 def _of_common_size(path: Path) -> bool:
-    """Neither a stub nor a table so long that it would be a large part of its context."""
+    """Whether a file is neither a stub nor so long that it would dominate its context."""
     return 2_000 < path.stat().st_size < 60_000
 
 

@@ -8,8 +8,8 @@ path, wherever it stands. A trimmed list of merges that holds this path, in the 
 the lowest of all pairs is the lowest of some pairs that it is among. Text whose tokens are all kept
 therefore has the same tokens as before; any other text has more, and is still the same text.
 
-Unigram takes the best sum of scores. What is taken away is no better than what stays, so closure needs nothing but
-the lowest score, which an unknown character is worse than by a constant.
+Unigram takes the best sum of scores. A trimmed vocabulary offers no better sum than before, so closure needs only the
+lowest score, which sets the (constant) penalty of an unknown character.
 """
 
 from __future__ import annotations
@@ -34,41 +34,27 @@ BYTES = frozenset(f"<0x{byte:02X}>" for byte in range(256))
 END = "<|endoftext|>"
 """The token that ends every document of a corpus."""
 ENDS = (END, "<|end_of_text|>", "</s>", "<eos>")
-"""What tokenizers of others call it."""
+"""The names of that token in other tokenizers."""
 _NEVER = 1 << 62
 _MEMBERS = ("normalizers", "pretokenizers", "processors", "decoders")
 
 
 @dataclass(frozen=True, eq=False)
 class TrimmedVocabulary:
-    """A tokenizer with fewer tokens, and where they were before."""
+    """A tokenizer with fewer tokens, and their previous ids."""
 
     tokenizer_json: str
     kept: npt.NDArray[np.int64]
     """The old id of every new id."""
 
-    def renumber(self, ids: npt.ArrayLike) -> npt.NDArray[np.int64]:
-        """The new ids of old `ids` (any shape); UsageError names an id that is not kept."""
-        old = np.asarray(ids, dtype=np.int64)
-        order = np.argsort(self.kept)
-        new = order[np.searchsorted(self.kept, old, sorter=order).clip(max=self.kept.size - 1)]
-        if (dropped := old[self.kept[new] != old]).size:
-            raise UsageError(f"token {dropped[0]} is not in the trimmed vocabulary; encode the text anew")
-        return np.asarray(new, dtype=np.int64)
-
-
-def trim_tokenizer(tokenizer_json: str, counts: Counts, *, coverage: float) -> TrimmedVocabulary:
-    """Keep the most frequent tokens that make up `coverage` (0 to 1) of all `counts`, and what they need.
-
-    tokenizer_json: the text of a tokenizer.json whose model is BPE or Unigram over bytes (ByteLevel or byte
-    fallback); counts: of the context's text. Every string is encoded and decoded as losslessly as before; tokens stay
-    in the old order. UsageError for any other tokenizer, and for counts of tokens that it does not have.
-    """
-    return cut_tokenizer(tokenizer_json, needed_tokens(tokenizer_json, counts, coverage=coverage))
-
 
 def needed_tokens(tokenizer_json: str, counts: Counts, *, coverage: float) -> npt.NDArray[np.int64]:
-    """The ids that `trim_tokenizer` keeps, ascending."""
+    """The most frequent tokens that make up `coverage` (0 to 1) of all `counts`, and what they need: ids, ascending.
+
+    tokenizer_json: the text of a tokenizer.json whose model is BPE or Unigram over bytes (ByteLevel or byte
+    fallback); counts: of the context's text. Cut to these tokens it encodes and decodes every string as losslessly as
+    before. UsageError for any other tokenizer, and for counts of tokens that it does not have.
+    """
     data, ids = _open(tokenizer_json)
     tokens = {number: token for token, number in ids.items()}
     if len(tokens) < len(ids):
@@ -139,7 +125,7 @@ def end_of(tokenizer: Tokenizer) -> str:
 
 
 def _open(tokenizer_json: str) -> tuple[dict[str, Any], dict[str, int]]:
-    """The JSON in one form, whatever the version that wrote the file, and the ids of all tokens."""
+    """The JSON in one form, whichever version wrote the file, and the ids of all tokens."""
     tokenizer = _load(tokenizer_json)
     return json.loads(tokenizer.to_str()), tokenizer.get_vocab(with_added_tokens=True)
 
@@ -167,7 +153,7 @@ def _most_frequent(counts: Counts, tokens: Mapping[int, str], coverage: float) -
 
 
 def _places(data: Mapping[str, Any]) -> Iterator[tuple[Any, Any]]:
-    """Where ids stand outside of the model, as containers and keys."""
+    """The places of ids outside of the model, as containers and keys."""
     for token in data["added_tokens"]:
         yield token, "id"
     if data["padding"]:
@@ -211,7 +197,7 @@ def _alphabet(data: Mapping[str, Any]) -> set[str]:
 
 
 def _strings(section: Any) -> Iterator[str]:
-    """All texts in a part of the tokenizer, but not what it is called."""
+    """All strings in a part of the tokenizer, except its type."""
     if isinstance(section, str):
         yield section
     elif isinstance(section, Mapping):
@@ -253,7 +239,7 @@ def merge_path(token: str, ranks: Mapping[tuple[str, str], int]) -> set[str]:
 
 
 def _cut(model: dict[str, Any], new: Mapping[int, int]) -> None:
-    """Leave in `model` what `new` numbers, and every merge of which all three tokens are left."""
+    """Leave in `model` only the tokens in `new`, and the merges whose three tokens all remain."""
     if model["type"] == "Unigram":
         model["vocab"] = [entry for number, entry in enumerate(model["vocab"]) if number in new]
         model["unk_id"] = None if model["unk_id"] is None else new[model["unk_id"]]

@@ -16,12 +16,9 @@ import math
 from collections.abc import Mapping
 
 import numpy as np
-import numpy.typing as npt
 
 from cpcompile.core.selection import BoolArray, Selection, UnitKind
-from cpcompile.training.importance import Importance
-
-Scores = npt.NDArray[np.float64]
+from cpcompile.training.importance import Importance, Scores
 
 
 def allocate(
@@ -56,7 +53,7 @@ def allocate_one_for_all(
     """One selection for all contexts: the control without contexts."""
     kept = {}
     for kind, budget in budgets.items():
-        score = relative_to_layer_sum(importance[kind]).mean(axis=0)
+        score = shares_of_context(importance[kind]).mean(axis=0)
         row = _top(score, kept_units(score.shape, budget), floor_units(score.shape, budget, floor))
         kept[kind] = np.broadcast_to(row, importance[kind].shape).copy()
     return Selection(contexts, kept)
@@ -95,7 +92,7 @@ def floor_units(shape: tuple[int, ...], budget: float, floor: float) -> int:
     return max(1, int(shape[-1] * budget * floor))
 
 
-def relative_to_layer_sum(importance: Scores) -> Scores:
+def shares_of_context(importance: Scores) -> Scores:
     """Importance as a share of the context's total, so that contexts with larger losses do not decide for all."""
     total = importance.sum(axis=(-2, -1), keepdims=True)
     shares: Scores = importance / np.where(total > 0, total, 1.0)
@@ -107,7 +104,7 @@ def _allocate_kind(
 ) -> BoolArray:
     contexts, layers, units = importance.shape
     shape = (layers, units)
-    share = relative_to_layer_sum(importance)
+    share = shares_of_context(importance)
     keep = kept_units(shape, budget)
     least = floor_units(shape, budget, floor)
 
@@ -160,7 +157,7 @@ def swap_units(selection: Selection, importance: Importance, *, fraction: float,
     for kind, table in selection.kept.items():
         table = table.copy()
         contexts, layers, units = table.shape
-        share = relative_to_layer_sum(importance[kind])
+        share = shares_of_context(importance[kind])
         least = floor_units((layers, units), float(table[0].mean()), floor)
         core = table.all(axis=0)
         for context in range(contexts):

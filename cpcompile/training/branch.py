@@ -3,7 +3,7 @@
     for step:  for context:  loss(one batch of that context, with only its units) -> backward
                finite? -> clip -> AdamW -> recalibrate now and then -> snapshot now and then
 
-A branch can be stopped after any step and goes on from its last snapshot to the same result:
+A branch can be stopped after any step and resumes from its last snapshot to the same result:
 batches and targets are pure functions of the step, and a snapshot holds everything else.
 """
 
@@ -48,14 +48,14 @@ class StepReport:
 
 Observer = Callable[[StepReport], None]
 DIVERGED = 100.0
-"""Nats per token beyond which a perplexity says nothing: chance is the logarithm of the vocabulary, about 10."""
+"""Nats per token above which a perplexity is meaningless: chance is the logarithm of the vocabulary, about 10."""
 Moments = dict[str, dict[str, Tensor]]
 """AdamW's state by parameter name."""
 
 
 @dataclass(kw_only=True)
 class BranchState:
-    """A model and its optimiser at the end of a branch: where others may start."""
+    """A model and its optimiser at the end of a branch, where other branches may start."""
 
     model: LanguageModel
     moments: Moments
@@ -81,7 +81,7 @@ class Branch:
     recalibrate: bool = False
 
     def train(self, corpus: Corpus, config: TrainConfig, folder: Path, observer: Observer | None = None) -> BranchState:
-        """Train to the end, or go on from the snapshot in `folder`; a finished branch is only read."""
+        """Train to the end, resuming from a snapshot in `folder`; a finished branch is only read."""
         if self.first == self.last:
             return self.state
         finished, snapshot = folder / f"{self.name}.pt", folder / f"{self.name}.snapshot.pt"
@@ -90,8 +90,8 @@ class Branch:
             return self.state
         step = self._restore(load_plain(snapshot)) if snapshot.exists() else self.first
         optimizer = make_optimizer(self.state.model, self.state.moments, config)
-        kept = self._kept()
         contexts = range(len(corpus.contexts))
+        kept = self._kept(contexts)
         speeds: list[float] = []
         saved = time.monotonic()
         self.state.model.train()
@@ -113,7 +113,7 @@ class Branch:
             speeds.append(len(contexts) * config.batch * config.sequence / (time.perf_counter() - started))
             if self.recalibrate and (fraction := swap_fraction(step - self.first, self.last - self.first, config)):
                 self._recalibrate(corpus, config, optimizer, step, fraction)
-                kept = self._kept()
+                kept = self._kept(contexts)
             if observer:
                 perplexity = None
                 if step == self.last or (step - self.first) % max(1, (self.last - self.first) // 8) == 0:
@@ -154,10 +154,10 @@ class Branch:
         return (1 - config.distill) * cross_entropy + config.distill * distance
 
     def _leave_removed_units_alone(self) -> None:
-        """Where all units are computed, gates at 0 have gradients too: followed, they would open again."""
-        for name, parameter in self.state.model.named_parameters():
-            if name.endswith(".table") and parameter.grad is not None:
-                parameter.grad[parameter == 0] = 0.0
+        """Clear the gradients of closed gates: where all units are computed, they would open the gates again."""
+        for table in self.state.model.gate_tables().values():
+            if table.grad is not None:
+                table.grad[table == 0] = 0.0
 
     def _refuse_non_finite(self, step: int, losses: Sequence[float], config: TrainConfig, folder: Path) -> None:
         norm = nn.utils.clip_grad_norm_(self.state.model.parameters(), config.clip)
@@ -169,16 +169,16 @@ class Branch:
                 f"{config.warmup_fraction:.0%} of the steps: delete {folder} and start again"
             )
 
-    def _kept(self) -> Sequence[Kept | None]:
+    def _kept(self, contexts: range) -> Sequence[Kept | None]:
         selection, model = self.state.selection, self.state.model
         if selection is None:
-            return _Always(None)
+            return [None for _ in contexts]
         return [model.kept(selection, context) for context in selection.contexts]
 
     def _recalibrate(
         self, corpus: Corpus, config: TrainConfig, optimizer: torch.optim.Optimizer, step: int, fraction: float
     ) -> None:
-        """Measure importance where the model stands now, swap units, and start the new ones afresh."""
+        """Measure importance at the model's present state, swap units, and reset the moments of closed gates."""
         state = self.state
         assert state.selection is not None and state.importance is not None
         fresh = stack_contexts(
@@ -193,10 +193,10 @@ class Branch:
         state.selection, swaps = swap_units(state.selection, state.importance, fraction=fraction, floor=config.floor)
         if swaps:
             state.model.select(state.selection)
-            for name, parameter in state.model.named_parameters():
-                if name.endswith("_gate.table") and parameter in optimizer.state:
+            for table in state.model.gate_tables().values():
+                if table in optimizer.state:
                     for moment in ("exp_avg", "exp_avg_sq"):
-                        optimizer.state[parameter][moment][parameter == 0] = 0.0
+                        optimizer.state[table][moment][table == 0] = 0.0
 
     def _save(self, path: Path, optimizer: torch.optim.Optimizer, step: int) -> None:
         self.state.moments = moments_of(self.state.model, optimizer)
@@ -226,19 +226,6 @@ class Branch:
         return step
 
 
-class _Always(Sequence[None]):
-    """A sequence that answers the same for every index."""
-
-    def __init__(self, value: None) -> None:
-        self.value = value
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.value
-
-    def __len__(self) -> int:
-        return 0
-
-
 def learning_rate(step: int, config: TrainConfig) -> float:
     """Warm-up, stable, decay (arXiv 2404.06395): linear up, constant, linear down to a hundredth."""
     warmup = max(1, round(config.steps * config.warmup_fraction))
@@ -259,8 +246,9 @@ def swap_fraction(done: int, total: int, config: TrainConfig) -> float:
 
 def make_optimizer(model: LanguageModel, moments: Moments, config: TrainConfig) -> torch.optim.Optimizer:
     """AdamW with its state restored by name; matrices decay, norms and gates do not."""
-    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and not n.endswith("table")]
-    others = [p for n, p in model.named_parameters() if p.ndim != 2 or n.endswith("table")]
+    gates = model.gate_tables()
+    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and n not in gates]
+    others = [p for n, p in model.named_parameters() if p.ndim != 2 or n in gates]
     optimizer = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
         lr=config.learning_rate,

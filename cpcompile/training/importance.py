@@ -4,12 +4,13 @@
 
 the diagonal of the Fisher information of the gates (Molchanov et al., arXiv 1906.10771; the
 segmentation by gradients of arXiv 2501.12901, section 3.1). Each sequence has gates of its own,
-so one backward pass gives the gradient of every sequence apart.
+(sequences, units), so one backward pass gives the gradient of every sequence apart.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,10 +19,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cpcompile.core.selection import UnitKind
+from cpcompile.models.gates import Gate
 from cpcompile.models.language_model import LanguageModel
+from cpcompile.partitioning.partitioned_module import PartitionedModule
 
-Importance = dict[UnitKind, npt.NDArray[np.float64]]
+Scores = npt.NDArray[np.float64]
+Importance = dict[UnitKind, Scores]
 """Per kind an array (contexts, layers, units)."""
+Inputs = tuple[Tensor, ...]
+"""The inputs of one forward pass, sequences along the first axis."""
+Loss = Callable[[Any, Inputs], Tensor]
+"""loss(output of the model, inputs) -> scalar: the sum over sequences of the loss of each."""
 
 
 def measure_importance(model: LanguageModel, batches: Iterable[Tensor], context: int | None) -> Importance:
@@ -30,28 +38,56 @@ def measure_importance(model: LanguageModel, batches: Iterable[Tensor], context:
     `batches` are token windows (sequences, length + 1). With `context` the gates stand at the
     model's table, else all at 1 (the dense parent).
     """
-    kinds = [units.kind for units in model.units()]
-    sums = {units.kind: torch.zeros(units.layers, units.count, dtype=torch.float64) for units in model.units()}
-    sequences = 0
-    for windows in batches:
-        count = windows.shape[0]
-        rows = {
-            kind: [
-                (torch.ones(gate.units) if context is None else gate.table[context].detach())
-                .repeat(count, 1)
-                .requires_grad_()
-                for gate in model.gates(kind)
-            ]
-            for kind in kinds
-        }
-        logits = model(windows[:, :-1], rows=rows)
+    gates = {units.kind: model.gates(units.kind) for units in model.units()}
+
+    def loss(rows: Sequence[Tensor], inputs: Inputs) -> Tensor:
+        windows, remaining = inputs[0], iter(rows)
+        logits = model(windows[:, :-1], rows={kind: [next(remaining) for _ in own] for kind, own in gates.items()})
         # Summed over tokens and sequences: each sequence's gates see their own loss alone.
-        loss = F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten(), reduction="sum") / windows.shape[1]
-        gradients = iter(torch.autograd.grad(loss, [row for kind in kinds for row in rows[kind]]))
-        for kind in kinds:
-            sums[kind] += torch.stack([next(gradients).double().square().sum(0) for _ in rows[kind]])
+        return F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten(), reduction="sum") / windows.shape[1]
+
+    every = [gate for own in gates.values() for gate in own]
+    scores = iter(_mean_square_gradients(every, ((windows,) for windows in batches), loss, context))
+    return {kind: np.stack([next(scores) for _ in own]) for kind, own in gates.items()}
+
+
+def measure_group_importance(
+    module: PartitionedModule, batches: Iterable[Inputs], loss: Loss, context: int | None
+) -> Importance:
+    """Importance in any partitioned module, arrays (layers, units); 0 where a group has fewer units."""
+
+    def loss_of_rows(rows: Sequence[Tensor], inputs: Inputs) -> Tensor:
+        return loss(module.with_rows(*inputs, rows=rows), inputs)
+
+    scores = _mean_square_gradients(module.group_gates, batches, loss_of_rows, context)
+    importance = {}
+    for units in module.units():
+        importance[units.kind] = np.zeros((units.layers, units.count))
+        for layer, index in enumerate(module.of_kind(units.kind)):
+            importance[units.kind][layer, : module.groups[index].units] = scores[index]
+    return importance
+
+
+def _mean_square_gradients(
+    gates: Sequence[Gate],
+    batches: Iterable[Inputs],
+    loss: Callable[[Sequence[Tensor], Inputs], Tensor],
+    context: int | None,
+) -> list[Scores]:
+    """Mean square over sequences of the gradient of every gate; `loss` takes a table (sequences, units) per gate."""
+    sums = [torch.zeros(gate.units, dtype=torch.float64) for gate in gates]
+    sequences = 0
+    for inputs in batches:
+        count = inputs[0].shape[0]
+        rows = []
+        for gate in gates:
+            row = torch.ones_like(gate.table[0]) if context is None else gate.table[context]
+            rows.append(row.detach().repeat(count, 1).requires_grad_())
+        gradients = torch.autograd.grad(loss(rows, inputs), rows)
+        for total, gradient in zip(sums, gradients, strict=True):
+            total += gradient.double().square().sum(0).cpu()
         sequences += count
-    return {kind: (total / sequences).numpy() for kind, total in sums.items()}
+    return [(total / sequences).numpy() for total in sums]
 
 
 def stack_contexts(per_context: list[Importance]) -> Importance:

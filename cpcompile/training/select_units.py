@@ -10,9 +10,9 @@ from torch import Tensor
 from cpcompile.core.config import require_context_name
 from cpcompile.core.errors import UsageError
 from cpcompile.core.selection import BoolArray, Selection, UnitKind
-from cpcompile.partitioning.importance import Loss, measure_group_importance
 from cpcompile.partitioning.partitioned_module import PartitionedModule
 from cpcompile.training.allocation import allocate
+from cpcompile.training.importance import Loss, measure_group_importance, stack_contexts
 
 
 def select_units(
@@ -47,11 +47,11 @@ def select_units(
             raise UsageError(f"budgets: {kind} = {budget}; it lies above 0 and up to 1")
     if not -1 <= specificity <= 1:
         raise UsageError(f"specificity is {specificity}: it lies from -1 to 1")
-    measured = [measure_group_importance(module, batches[context], loss, None) for context in contexts]
+    measured = stack_contexts([measure_group_importance(module, batches[context], loss, None) for context in contexts])
     kept: dict[UnitKind, BoolArray] = {}
     for name, budget in budgets.items():
         kind = UnitKind(name)
-        importance = np.stack([of_context[kind] for of_context in measured])
+        importance = measured[kind]
         kept[kind] = np.zeros(importance.shape, dtype=np.bool_)
         counts = module.exists(kind).sum(axis=1)
         for count in np.unique(counts):

@@ -1,8 +1,8 @@
 """The dense baseline as a teacher: its largest log-probabilities per token, computed once and kept on disk.
 
-Batches are a pure function of the step, so every branch that distils meets the same tokens and
-reads what the first one computed. What is missing is computed on the spot, which makes the cache
-resumable: a step counts as there only after its values were written.
+Batches are a pure function of the step, so every branch that distils sees the same tokens and
+reads what the first one computed. Missing targets are computed on demand, which makes the cache
+resumable: a step counts as present only after its values have been written.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ class Teacher:
 
 
 def divergence(log_probabilities: Tensor, ids: Tensor, values: Tensor) -> Tensor:
-    """Mean KL(teacher || student) over tokens, everything outside of the teacher's best lumped into one class.
+    """Mean KL(teacher || student) over tokens; all classes outside the teacher's best form one class.
 
     log_probabilities (tokens, vocabulary) of the student; ids, values (tokens, top) of the teacher.
-    By the log-sum inequality a lower bound of the full divergence.
+    By the log-sum inequality this is a lower bound of the full divergence.
     """
     student = log_probabilities.gather(-1, ids)
     teacher = values.exp()
@@ -64,12 +64,12 @@ def divergence(log_probabilities: Tensor, ids: Tensor, values: Tensor) -> Tensor
 
 
 def _open(path: Path, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> npt.NDArray[Any]:
-    """A memory-mapped array in `path`: the one that is there, or a new one of zeros."""
+    """A memory-mapped array in `path`: the existing one, or a new one of zeros."""
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
     if not path.exists() or path.stat().st_size != size:
         with path.open("wb") as file:
             try:
-                # Reserved now: a write to a mapped page that finds no disk later kills the process.
+                # Reserved now: writing to a mapped page when the disk is full would kill the process.
                 os.posix_fallocate(file.fileno(), 0, size)
             except OSError as error:
                 raise CpcompileError(

@@ -1,13 +1,13 @@
-"""Coherence: does generated text stay with its subject?
+"""Coherence: does generated text stay on topic?
 
     prompt -> continuation, sampled at temperature 1     coherence = mean cos(e(prompt), e(continuation))
 
-e is the mean of the token embeddings of the dense baseline, of which the mean over the held-out text is taken away, so
-that what all text has in common counts for nothing. Engine and dense baseline continue the same prompts with the same
+e is the mean of the dense baseline's token embeddings minus the mean over the held-out text, so that what all text has
+in common does not count. Engine and dense baseline continue the same prompts with the same
 random numbers. After Li et al., Contrastive Decoding (arXiv 2210.15097), who take SimCSE for e.
 
-A number near that of the dense baseline is good. It is a check on generation as a whole and not a fine measure, with
-so few prompts.
+A number near that of the dense baseline is good. With so few prompts it is a check on generation as a whole, not a
+fine measure.
 """
 
 from __future__ import annotations

@@ -1,16 +1,15 @@
-"""Where an engine leaves the model: the first node that differs, where parity fails; the error per layer in any case.
+"""Where an engine diverges from the model: the first differing node if parity fails; the error per layer in any case.
 
 engine against frozen    the same graph, freshly frozen from the model: whatever happened after freezing
 engine against bound     the dynamic graph with the context bound: what freezing itself got wrong; the values that
-                         the context has whole (the residual stream, say) are compared, and name the nodes between;
+                         the context keeps whole (the residual stream, say) are compared, and name the nodes between;
                          where parity passes, their errors show how rounding grows
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -18,121 +17,76 @@ import onnx_ir as ir
 
 from cpcompile.bundle.reader import Bundle, Variant
 from cpcompile.core.errors import CpcompileError
+from cpcompile.core.measured import NotMeasured
 from cpcompile.core.types import Feeds
 from cpcompile.files.onnx_file import opset_of
 from cpcompile.report.formats import NO_FAILURE
-from cpcompile.validation.divergence import (
-    Divergence,
-    LayerError,
-    engine_graph,
-    find_divergence,
-    layer_errors,
-    write_repro,
-)
+from cpcompile.report.results import Diagnosis, LayerError, Results, VariantResult
+from cpcompile.validation.divergence import Divergence, engine_graph, find_divergence, layer_errors, write_repro
 from cpcompile.validation.reference import Reference
-from cpcompile.validation.validator import VariantResult
 
 NOT_WANTED = "no folder was given with --repro"
 EACH_AGREES = "every node of the engine, run alone, computes what it should; the runtime's optimisations may be wrong"
 OTHER_KIND = "nodes are compared only in float32 engines of ONNX Runtime for one context"
-FIELDS = (
-    "sentence",
-    "node",
-    "operator",
-    "module",
-    "value",
-    "difference",
-    "max_abs_error",
-    "tolerance",
-    "repro",
-    "layers",
-)
 
 
 class Graphs(Protocol):
     """Graphs freshly made from the model, as the engines of a context should compute."""
 
     def frozen(self, context: str, opset: int) -> ir.Model:
-        """Sliced as the engine is."""
+        """The graph sliced like the engine."""
 
     def bound(self, context: str, opset: int) -> ir.Model:
-        """Whole, with the context as a constant."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Diagnosis:
-    """The first divergence as the report states it."""
-
-    sentence: str | None = None
-    node: str | None = None
-    operator: str | None = None
-    module: str | None = None
-    value: str | None = None
-    difference: str | None = None
-    max_abs_error: float | None = None
-    tolerance: float | None = None
-    candidates: Sequence[str] = ()
-    repro: str | None = None
-    """Folder of the minimal repro."""
-    layers: Sequence[LayerError] | None = None
-    """The error of the whole engine, module by module."""
-    not_measured: dict[str, str] = field(default_factory=dict)
-    """Field -> why it is null."""
-
-    @classmethod
-    def without(cls, reason: str) -> Diagnosis:
-        """Nothing was found."""
-        return cls(not_measured=dict.fromkeys(FIELDS, reason))
+        """The whole graph, with the context as a constant."""
 
 
 def diagnose(
     bundle: Bundle,
-    results: Iterable[VariantResult],
+    results: Results,
     reference: Reference,
     graphs: Graphs,
     repro: Path | None,
     *,
     layers: bool,
-) -> tuple[VariantResult, ...]:
-    """`results`, those that failed parity with their diagnosis; repros go to `repro`/<context>-<variant>.
+) -> Results:
+    """`results` by context, with a diagnosis of those that failed parity; repros go to `repro`/<context>-<variant>.
 
     layers: those that passed get the errors of their layers.
     """
 
-    def diagnosed(result: VariantResult) -> VariantResult:
+    def diagnosed(context: str, result: VariantResult) -> VariantResult:
+        variant = bundle.variant(context, result.name)
         if result.parity.verdict == "fail":
-            return dataclasses.replace(result, divergence=_diagnose(bundle, result, reference, graphs, repro))
+            return dataclasses.replace(result, divergence=_diagnose(bundle, variant, reference, graphs, repro))
         if layers and result.status == "ran" and result.parity.verdict == "pass":
-            return dataclasses.replace(result, divergence=_layers(bundle, result, reference, graphs))
+            return dataclasses.replace(result, divergence=_layers(variant, reference, graphs))
         return result
 
-    return tuple(map(diagnosed, results))
+    return {context: tuple(diagnosed(context, each) for each in own) for context, own in results.items()}
 
 
-def _layers(bundle: Bundle, result: VariantResult, reference: Reference, graphs: Graphs) -> Diagnosis:
+def _layers(variant: Variant, reference: Reference, graphs: Graphs) -> Diagnosis:
     """The errors of the layers of an engine that passed, on the largest input."""
-    variant, reasons = bundle.variant(result.context, result.name), dict.fromkeys(FIELDS, NO_FAILURE)
+    return Diagnosis.without(NO_FAILURE, layers=_layer_errors(variant, reference, graphs))
+
+
+def _layer_errors(variant: Variant, reference: Reference, graphs: Graphs) -> tuple[LayerError, ...] | NotMeasured:
     if not _nodes_are_known(variant):
-        return Diagnosis(not_measured=reasons | {"layers": OTHER_KIND})
-    feeds = max(reference.inputs(result.context), key=lambda each: sum(array.size for array in each.values()))
+        return NotMeasured(OTHER_KIND)
+    feeds = max(reference.inputs(variant.context), key=lambda each: sum(array.size for array in each.values()))
     engine = engine_graph(variant)
     try:
-        errors = layer_errors(graphs.bound(result.context, opset_of(engine)), engine, feeds, sliced=True)
+        return layer_errors(graphs.bound(variant.context, opset_of(engine)), engine, feeds, sliced=True)
     except CpcompileError as error:
-        return Diagnosis(not_measured=reasons | {"layers": str(error)})
-    del reasons["layers"]
-    return Diagnosis(layers=errors, not_measured=reasons)
+        return NotMeasured(str(error))
 
 
 def _nodes_are_known(variant: Variant) -> bool:
     return not variant.feeds and (variant.runtime, variant.precision) == ("onnxruntime", "fp32")
 
 
-def _diagnose(
-    bundle: Bundle, result: VariantResult, reference: Reference, graphs: Graphs, repro: Path | None
-) -> Diagnosis:
-    context = result.context
-    variant = bundle.variant(context, result.name)
+def _diagnose(bundle: Bundle, variant: Variant, reference: Reference, graphs: Graphs, repro: Path | None) -> Diagnosis:
+    context = variant.context
     if not _nodes_are_known(variant):
         return Diagnosis.without(OTHER_KIND)
     bundle.verify_engine(variant)
@@ -149,13 +103,7 @@ def _diagnose(
         layers = layer_errors(frozen, engine, feeds)
     except CpcompileError as error:
         return Diagnosis.without(str(error))
-    folder, reasons = None, {"repro": NOT_WANTED}
-    if repro is not None:
-        try:
-            folder, reasons = write_repro(divergence, repro / f"{context}-{result.name}"), {}
-        except CpcompileError as error:
-            reasons = {"repro": str(error)}
-    no_number = dict.fromkeys(("max_abs_error", "tolerance"), divergence.reason)
+    no_number = NotMeasured(divergence.reason)
     return Diagnosis(
         sentence=str(divergence),
         node=divergence.node,
@@ -163,13 +111,21 @@ def _diagnose(
         module=divergence.module,
         value=divergence.value,
         difference=divergence.reason,
-        max_abs_error=divergence.max_abs_error,
-        tolerance=divergence.tolerance,
+        max_abs_error=no_number if divergence.max_abs_error is None else divergence.max_abs_error,
+        tolerance=no_number if divergence.tolerance is None else divergence.tolerance,
         candidates=divergence.candidates,
-        repro=str(folder) if folder else None,
+        repro=_write_repro(divergence, repro and repro / f"{context}-{variant.name}"),
         layers=layers,
-        not_measured=reasons | (no_number if divergence.max_abs_error is None else {}),
     )
+
+
+def _write_repro(divergence: Divergence, folder: Path | None) -> str | NotMeasured:
+    if folder is None:
+        return NotMeasured(NOT_WANTED)
+    try:
+        return str(write_repro(divergence, folder))
+    except CpcompileError as error:
+        return NotMeasured(str(error))
 
 
 def _first(

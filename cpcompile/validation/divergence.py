@@ -1,4 +1,4 @@
-"""First divergence: which node of an engine is the first to compute something else than its reference.
+"""First divergence: the first node of an engine that computes something other than its reference.
 
 `run_in_lockstep` hands every node of the engine what the reference computed, so that errors do not add up and
 the first value that differs names its culprit. Two graphs may round differently (a product of sliced or divided
@@ -10,7 +10,7 @@ weights sums in another order), and how much is measured where it matters:
 
 n is the longest axis of what is moved: the sum of n terms is the exact sum of terms that are moved by about
 sqrt(n) roundings (Higham & Mary, 2019, doi:10.1137/18M1226312). As d grows with the condition of the operator,
-cancellation is no false alarm.
+cancellation raises no false alarm.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import onnx_ir as ir
 from cpcompile.bundle.reader import Variant
 from cpcompile.core.errors import CpcompileError, UsageError
 from cpcompile.files.onnx_file import module_of
+from cpcompile.report.results import LayerError
 from cpcompile.validation.fragment import Fragment, Values
 from cpcompile.validation.lockstep import Pair, run_in_lockstep
 from cpcompile.validation.output_comparison import OutputComparison, compare_arrays
@@ -35,7 +36,7 @@ from cpcompile.validation.output_comparison import OutputComparison, compare_arr
 ROUNDINGS = 32
 """Five times the largest that sound engines showed (SmolLM2: 5.2 in a product, 6.7 in an attention layer)."""
 CANDIDATES = 4
-"""As many are listed in a sentence."""
+"""Number of candidates that a sentence lists."""
 ENGINE, INPUTS, EXPECTED, README = "engine.onnx", "inputs.npz", "expected.npz", "README.txt"
 RUN = f"""import numpy as np, onnxruntime as ort
 options = ort.SessionOptions()
@@ -59,19 +60,19 @@ class Divergence:
     """What the node computes."""
     reason: str
     max_abs_error: float | None
-    """None where it is no number: other shapes, not finite, the engine raised."""
+    """None if it is not a number: other shapes, not finite, or the engine raised."""
     tolerance: float | None
     candidates: tuple[str, ...] = ()
-    """`operator node` of the engine, where several nodes do what is one in the reference, or names differ between."""
+    """`operator node` of the engine, if several nodes correspond to one in the reference, or names differ."""
     inputs: Values = field(repr=False, compare=False)
-    """What the nodes read, weights aside."""
+    """Inputs of the nodes, without weights."""
     expected: Any = field(repr=False, compare=False)
     """The reference's value."""
     fragment: Fragment = field(repr=False, compare=False)
     """The nodes of the engine; none if the engine has the value as a constant."""
 
     def __str__(self) -> str:
-        """One sentence."""
+        """The divergence in one sentence."""
         where = f" in {self.module}" if self.module else ""
         among, count = "", len(self.candidates)
         if count > CANDIDATES:
@@ -80,18 +81,6 @@ class Divergence:
             among = f" (one of {', '.join(self.candidates)})"
         reason = self.reason.replace("it ", f"{self.value} ", 1)
         return f"the first node that differs is {self.operator} {self.node}{where}{among}: {reason}"
-
-
-@dataclass(frozen=True)
-class LayerError:
-    """The last value that leaves a module: accumulated error of the engine, and largest value of the reference."""
-
-    module: str
-    """Empty: the whole model."""
-    value: str
-    max_abs_error: float | None
-    """None if it is not finite or has another shape."""
-    largest: float
 
 
 def engine_graph(variant: Variant) -> ir.Model:
@@ -104,7 +93,7 @@ def engine_graph(variant: Variant) -> ir.Model:
 def find_divergence(reference: ir.Model, engine: ir.Model, feeds: Values, *, sliced: bool = False) -> Divergence | None:
     """The first node of `engine` that differs from `reference` on `feeds`; None if each node by itself agrees.
 
-    Weights may be external and stay so. sliced: channels of the reference were removed from the engine; only what has
+    External weights stay external. sliced: channels of the reference were removed from the engine; only what has
     the same shape in both is compared, and a difference is that of a region, whose nodes are the candidates.
     UsageError: an input is missing. CpcompileError: the reference cannot be run.
     """
@@ -126,7 +115,7 @@ def layer_errors(
         for module in leaving.get(pair.name, ()):
             found = compare_arrays(pair.name, pair.expected, pair.expected, pair.got)
             finite = pair.expected[np.isfinite(pair.expected)]
-            errors.pop(module, None)  # the last value that leaves it counts, in its place
+            errors.pop(module, None)  # the last value that leaves it counts, at its place
             largest = float(np.abs(finite).max(initial=0.0))
             errors[module] = LayerError(module, pair.name, found.max_abs_error, largest)
     return tuple(errors.values())

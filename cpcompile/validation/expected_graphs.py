@@ -1,4 +1,4 @@
-"""Graphs that are made anew from the model, to compare an engine with."""
+"""Fresh graphs of the model, to compare an engine with."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class FreshGraphs:
     """What the engines of `source` should compute; `cpcompile.validation.diagnosis.Graphs`.
 
     dynamic: opset -> the graph of all contexts. tokens: context -> the rows of its vocabulary that an engine has, in
-    the engine's order, where it has a part.
+    the engine's order, if its vocabulary is trimmed.
     """
 
     source: Source

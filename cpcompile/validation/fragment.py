@@ -1,7 +1,7 @@
 """Run some nodes of a graph by themselves.
 
-What they read, weights included, are inputs of a graph of their own: ONNX Runtime then works on the arrays as they
-are, and of mapped weights only the pages of these nodes are in memory, and only while they run. A session of
+Everything they read, weights included, is an input of a graph of their own: ONNX Runtime then uses the arrays in
+place, and only the mapped weights of these nodes are in memory, and only while they run. A session of
 one node takes 0.3 ms, so that a whole graph can be run node by node.
 """
 
@@ -30,13 +30,13 @@ class Fragment:
 
     @cached_property
     def reads(self) -> Mapping[str, ir.Value]:
-        """What comes from outside, also what only the body of an If, Loop or Scan reads; weights included."""
+        """Values from outside, weights included, even if only a subgraph of an If, Loop or Scan reads them."""
         made = {out for node in self.nodes for out in node.outputs}
         read = (value for node in self.nodes for value in _read_by(node) if value not in made)
         return {value.name or "": value for value in read}
 
     def weights(self, given: Values) -> dict[str, Any]:
-        """Those initializers among `reads` that are not `given`, read anew: what is mapped goes with the array."""
+        """Those initializers among `reads` that are not `given`, read again: the mapping is freed with the array."""
         return {
             name: read_tensor(value.const_value)
             for name, value in self.reads.items()
@@ -52,7 +52,7 @@ class Fragment:
         options.log_severity_level = 4
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.intra_op_num_threads = options.inter_op_num_threads = 1  # no pool of threads for each node
-        options.enable_cpu_mem_arena = False  # what a node needed is given back
+        options.enable_cpu_mem_arena = False  # memory that a node needed is released
         proto = self.proto(feeds, outputs)
         session = ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
         results = session.run(list(outputs), feeds)
@@ -95,9 +95,9 @@ def _read_by(node: ir.Node) -> Iterator[ir.Value]:
     yield from (value for value in node.inputs if value is not None)
     for attribute in node.attributes.values():
         single, several = attribute.type == ir.AttributeType.GRAPH, attribute.type == ir.AttributeType.GRAPHS
-        for body in [attribute.as_graph()] if single else attribute.as_graphs() if several else ():
-            inside = (value for inner in body.all_nodes() for value in inner.inputs if value is not None)
-            yield from (value for value in (*inside, *body.outputs) if value.graph is node.graph)
+        for subgraph in [attribute.as_graph()] if single else attribute.as_graphs() if several else ():
+            inside = (value for inner in subgraph.all_nodes() for value in inner.inputs if value is not None)
+            yield from (value for value in (*inside, *subgraph.outputs) if value.graph is node.graph)
 
 
 def _info(name: str, value: Any) -> onnx.ValueInfoProto:

@@ -1,7 +1,7 @@
 """A trained language model as the reference of its engines: held-out text, and its dense baseline.
 
-The engine of a context may have a part of the vocabulary: its inputs and logits then go by its own token ids, and the
-eager model is asked through the id map.
+The engine of a context may have a trimmed vocabulary: its inputs and logits then use its own token ids, and the eager
+model is called through the id map.
 """
 
 from __future__ import annotations
@@ -19,23 +19,17 @@ import torch
 from torch import nn
 
 from cpcompile.core.config import ValidateConfig
+from cpcompile.core.measured import NotMeasured
 from cpcompile.core.selection import UnitKind
 from cpcompile.core.types import Feeds
 from cpcompile.frontend.checkpoint import Checkpoint, load_checkpoint
 from cpcompile.machine.memory import ProcessMemory, release_memory
 from cpcompile.models.language_model import LanguageModel
+from cpcompile.report.results import Quality
 from cpcompile.text.vocabulary import TrimmedVocabulary, reencode
 from cpcompile.validation.coherence import measure_coherence
 from cpcompile.validation.memory import measure_eager
-from cpcompile.validation.quality import (
-    SHORT_TEXT,
-    IntArray,
-    Quality,
-    Score,
-    compare_quality,
-    cut_windows,
-    measure_score,
-)
+from cpcompile.validation.quality import SHORT_TEXT, IntArray, Score, compare_quality, cut_windows, measure_score
 from cpcompile.validation.reference import Outputs, Run, Timed
 
 INPUT, OUTPUT = "input_ids", "logits"
@@ -51,16 +45,16 @@ class _Text:
     ids: IntArray
     windows: IntArray
     token_ids: IntArray | None = None
-    """The id of each of the engine's tokens in the whole vocabulary, where it has a part."""
+    """The id of each of the engine's tokens in the whole vocabulary, if its own is trimmed."""
     ratio: float = 1.0
-    """Tokens for each of the whole vocabulary."""
+    """Tokens per token of the whole vocabulary."""
 
 
 class LanguageReference:
     """The masked eager model of a checkpoint, and its dense baseline.
 
     `held_out` maps a context to token ids (1-D), cut into windows of `sequence` predictions for quality; `trimmed`
-    names the contexts that have a part of the vocabulary.
+    names the contexts with a trimmed vocabulary.
     """
 
     logits: str | None = OUTPUT
@@ -82,8 +76,8 @@ class LanguageReference:
         self._config = config
         self._sequence = sequence
         self._held_out = {c: np.asarray(held_out.get(c, ()), dtype=np.int64) for c in self.contexts}
-        self._dense_scores: dict[str, Score | str] = {}
-        self._dense_memory: ProcessMemory | str | None = None
+        self._dense_scores: dict[str, Score | NotMeasured] = {}
+        self._dense_memory: ProcessMemory | NotMeasured | None = None
         self._texts = {
             context: self._text(context, checkpoint.tokenizer, (trimmed or {}).get(context))
             for context in self.contexts
@@ -93,31 +87,39 @@ class LanguageReference:
         return self._run(self._single, context)
 
     def exact(self, context: str) -> Run:
-        """Takes twice the model's bytes while the function lives; the dense baseline makes room meanwhile."""
+        """Takes twice the model's bytes while the function lives; the dense baseline is released meanwhile."""
         self.__dict__.pop("_dense_model", None)
         release_memory()
         return self._run(_in_float64(self._single), context)
 
-    def dense(self, context: str) -> Run | str:
-        """It gives all logits, as whoever runs it would get: choosing from them is not its cost."""
-        return self.as_engine(context, eager_run(self._dense_model), all_logits=True) if self._dense else NO_DENSE
+    def dense(self, context: str) -> Run | NotMeasured:
+        """It returns all logits, as for any user: selecting from them is not part of its cost."""
+        return (
+            self.as_engine(context, eager_run(self._dense_model), all_logits=True)
+            if self._dense
+            else NotMeasured(NO_DENSE)
+        )
 
-    def compiled(self, context: str) -> Run | str:
-        return self.as_engine(context, eager_run(self._compiled), all_logits=True) if self._dense else NO_DENSE
+    def compiled(self, context: str) -> Run | NotMeasured:
+        return (
+            self.as_engine(context, eager_run(self._compiled), all_logits=True)
+            if self._dense
+            else NotMeasured(NO_DENSE)
+        )
 
     def as_engine(self, context: str, run: Run, *, all_logits: bool = False) -> Run:
         return _of_tokens(run, self._texts[context].token_ids, all_logits=all_logits)
 
-    def dense_memory(self, context: str, *, threads: int) -> ProcessMemory | str:
+    def dense_memory(self, context: str, *, threads: int) -> ProcessMemory | NotMeasured:
         if self._dense is None:
-            return NO_DENSE
+            return NotMeasured(NO_DENSE)
         if self._dense_memory is None:  # the same for all contexts
             feeds = {INPUT: np.zeros(self._config.speed_shapes[0], dtype=np.int64)}
             self._dense_memory = measure_eager(self._dense, feeds, threads=threads)
         return self._dense_memory
 
     def inputs(self, context: str) -> Iterator[Feeds]:
-        """Each shape is filled BATCHES_PER_SHAPE times from the start of the text, which repeats one too short."""
+        """Each shape is filled BATCHES_PER_SHAPE times from the start of the text, which is repeated if too short."""
         ids = self._texts[context].ids
         for shape in self._config.shapes if len(ids) else ():
             for filled in np.resize(ids, (BATCHES_PER_SHAPE, *shape)):
@@ -128,9 +130,9 @@ class LanguageReference:
         ids = ids if len(ids) else np.zeros(1, dtype=np.int64)
         return [Timed(*shape, {INPUT: np.resize(ids, shape)}) for shape in self._config.speed_shapes]
 
-    def quality(self, context: str, engine: Run | str) -> Quality:
+    def quality(self, context: str, engine: Run | NotMeasured) -> Quality:
         text = self._texts[context]
-        if isinstance(engine, str):
+        if isinstance(engine, NotMeasured):
             return compare_quality(engine, self._dense_score(context))
         return compare_quality(self._score(engine, text), self._dense_score(context))
 
@@ -155,27 +157,27 @@ class LanguageReference:
         ratio = (len(own) - 1) / (len(ids) - 1) if len(ids) > 1 else 1.0
         return _Text(own, cut_windows(own, self._sequence), trimmed.kept, ratio)
 
-    def _dense_score(self, context: str) -> Score | str:
+    def _dense_score(self, context: str) -> Score | NotMeasured:
         if self._dense is None:
-            return NO_DENSE
+            return NotMeasured(NO_DENSE)
         if context not in self._dense_scores:
             ids = self._held_out[context]
             text = _Text(ids, cut_windows(ids, self._sequence))
             self._dense_scores[context] = self._score(eager_run(self._dense_model), text)
         return self._dense_scores[context]
 
-    def _score(self, run: Run, text: _Text) -> Score | str:
+    def _score(self, run: Run, text: _Text) -> Score | NotMeasured:
         if not len(text.windows):
-            return NO_TEXT
+            return NotMeasured(NO_TEXT)
         logits_of = _logits_of(run)
         score = measure_score(logits_of, text.windows, ratio=text.ratio)
         if not self._config.coherence:
             return score
         if self._dense is None:
-            return replace(score, coherence=NO_DENSE)
+            return replace(score, coherence=NotMeasured(NO_DENSE))
         table = self._embeddings if text.token_ids is None else self._embeddings[text.token_ids]
         coherence = measure_coherence(logits_of, text.ids, table)
-        return replace(score, coherence=SHORT_TEXT if coherence is None else coherence)
+        return replace(score, coherence=NotMeasured(SHORT_TEXT) if coherence is None else coherence)
 
     @property
     def _embeddings(self) -> npt.NDArray[Any]:
@@ -187,7 +189,7 @@ class LanguageReference:
 
 
 def _in_float64(model: LanguageModel) -> LanguageModel:
-    """A copy in float64, without one in float32 on the way.
+    """A copy in float64, without an intermediate one in float32.
 
     Casting takes the rotary frequencies along as they are in float32: both forms and the engine turn by the same
     angles, of which float64 only rounds less.

@@ -1,4 +1,4 @@
-"""Run two graphs side by side, node by node, and hand out the values that both have.
+"""Run two graphs side by side, node by node, and yield the values that both have.
 
     reference   n1 -> a    n2 -> b               n3 -> c
     engine      m1 -> a    m2 -> t    m3 -> b    m4 -> c         t is the engine's own
@@ -112,7 +112,7 @@ def run_in_lockstep(
 
 
 class _Reference:
-    """The values of the reference, made when they are asked for and forgotten when nobody will ask again."""
+    """The values of the reference, computed on demand and dropped after the last use."""
 
     def __init__(self, model: ir.Model, feeds: Values, wanted: set[str]) -> None:
         self.producers = {out.name: node for node in model.graph for out in node.outputs if out.name}
@@ -127,7 +127,7 @@ class _Reference:
         return name in self.producers or name in self._constants
 
     def take(self, name: str) -> Any:
-        """The value `name`, which is taken once."""
+        """The value `name`, which can be taken only once."""
         if name not in self.producers:
             tensor = self._constants[name].const_value
             assert tensor is not None
@@ -176,7 +176,7 @@ def _inputs(model: ir.Model, feeds: Values) -> list[str]:
 
 
 def _comparable(pair: Pair, sliced: bool) -> bool:
-    """Lists of arrays are the graph's own affair: what is made of them is compared."""
+    """Lists of arrays are internal to a graph: the values computed from them are compared."""
     if not isinstance(pair.expected, np.ndarray) or not isinstance(pair.got, np.ndarray):
         return False
     return not sliced or pair.expected.shape == pair.got.shape

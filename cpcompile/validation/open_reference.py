@@ -23,7 +23,7 @@ def open_reference(
     trimmed: Mapping[str, TrimmedVocabulary],
     progress: Progress,
 ) -> Reference:
-    """The reference of `source`, on the held-out text of `data` or on what the source brings."""
+    """The reference of `source`, on the held-out text of `data` or on that of the source."""
     if isinstance(source, TrainedSource):
         return LanguageReference(
             source.checkpoint,

@@ -17,8 +17,9 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 
+from cpcompile.core.measured import NotMeasured
 from cpcompile.core.types import Array, Feeds
-from cpcompile.validation.difference import Difference
+from cpcompile.validation.array_errors import ArrayErrors
 
 MULTIPLE = 8.0
 ROUNDINGS = 64
@@ -36,7 +37,7 @@ class OutputComparison:
     tolerance: float | None
     reason: str | None
     """Why it is not equal."""
-    ratios: Mapping[str, float | None] = field(default_factory=dict)
+    ratios: Mapping[str, float | NotMeasured] = field(default_factory=dict)
     """How far it is from the original over all runs, see `difference`; empty where that makes no sense."""
 
 
@@ -87,7 +88,7 @@ def compare_files(
         return _different(f"the inputs are no longer {', '.join(wanted)}")
 
     worst: dict[str, OutputComparison] = {}
-    differences = {name: Difference() for name in names}
+    differences = {name: ArrayErrors() for name in names}
     runs, refusal = 0, "there are no inputs to try"
     for given, feeds in [*((True, f) for f in inputs), *((False, f) for f in random_inputs(plain, seed))]:
         feeds = {**feeds, **{v.name: _bound_array(v, bound[v.name]) for v in plain.get_inputs() if v.name in bound}}
@@ -128,13 +129,13 @@ def _different(reason: str) -> Comparison:
 
 
 def given_or_random(path: Path, inputs: Sequence[Feeds]) -> list[Feeds]:
-    """`inputs`, or random ones for the model in `path` that it takes."""
+    """`inputs`, or random ones that the model in `path` accepts."""
     session = _open(path, optimise=False)
     return list(inputs) or list(random_inputs(session))
 
 
 def random_inputs(session: ort.InferenceSession, seed: int = 0) -> Iterator[Feeds]:
-    """Normal numbers, and zeros and ones for integers, which are indices more often than not."""
+    """Normal numbers, and zeros and ones for integers, which usually are indices."""
     rng = np.random.default_rng(seed)
     symbols = list(dict.fromkeys(d for v in session.get_inputs() for d in v.shape if not isinstance(d, int)))
     for row in LENGTHS if symbols else LENGTHS[:1]:
@@ -175,9 +176,9 @@ def _bound_array(value: Any, number: int) -> Array:
 def compare_arrays(
     name: str, expected: Any, noise: Any, got: Any, *, roundings: float = ROUNDINGS, multiple: float = MULTIPLE
 ) -> OutputComparison:
-    """Whether `got` is `expected`, of which `noise` is another and as good a version.
+    """Whether `got` is `expected`, of which `noise` is another, equally valid version.
 
-    What is no array has to be equal, and so have integers. Not a number, infinite: in the same places.
+    Integers and values that are not arrays have to be equal; NaN and infinity have to be in the same places.
     """
     if not isinstance(expected, np.ndarray) or not isinstance(got, np.ndarray):
         same = expected == got

@@ -7,25 +7,27 @@ inputs of several shapes:
     engine error b = max |g   - e64|        judged: b <= multiple * a
     difference   d = max |g   - e32|        reported as max_abs_error; d <= a + b
 
-b is the right number to judge: it measures the engine against the exact result on the scale
-of an error that nobody objects to, while d also contains the eager model's own rounding, and would
+b is the number to judge: it measures the engine against the exact result on the scale
+of an accepted error, while d also contains the eager model's own rounding, and would
 be 0 for an engine that repeats it and 2a for one that is just as good. Where float32 happens to be exact, one
 rounding of the output's largest value stands for a. An engine in float16 or bfloat16 may be off by as much more as
 that rounds more coarsely than float32. Of several outputs the one nearest to its tolerance is reported.
 
-Beside them stand the ratios of `difference`, of the same output against float64; the verdict does not use them.
+The ratios of `array_errors` of the same output against float64 are reported as well; the verdict ignores them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any
 
 import numpy as np
 
+from cpcompile.core.measured import NotMeasured
 from cpcompile.core.types import Array, Feeds
-from cpcompile.validation.difference import PIECE, RATIOS, Difference, pieces
+from cpcompile.report.results import Parity, Verdict
+from cpcompile.validation.array_errors import PIECE, ArrayErrors, pieces
 from cpcompile.validation.quality import log_softmax
 from cpcompile.validation.reference import Outputs, Run
 
@@ -33,70 +35,18 @@ FLOAT32_ROUNDING = float(np.finfo(np.float32).eps)
 COARSER: Mapping[str, int] = {"fp16": 2**13, "bf16": 2**16}
 """How many times as coarsely as float32 a precision rounds: 11 and 8 bits of significand instead of 24."""
 NO_LOGITS = "the model gives no logits"
-LOGIT_NUMBERS = ("mean_kl", "top1_agreement", "top5_agreement", "tokens")
-NUMBERS = (
-    "max_abs_error",
-    "max_abs_error_float64",
-    "eager_float32_error",
-    *RATIOS,
-    *LOGIT_NUMBERS,
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Parity:
-    """The compiler's correctness for one engine; true if it passes."""
-
-    verdict: Literal["pass", "fail", "inconclusive"]
-    reason: str | None = None
-    """Why it is not a pass."""
-    tolerance: float | None = None
-    tolerance_source: str | None = None
-    max_abs_error: float | None = None
-    """Engine against the masked eager model in float32."""
-    max_abs_error_float64: float | None = None
-    """Engine against the masked eager model in float64: what `tolerance` is compared with."""
-    eager_float32_error: float | None = None
-    """The eager model in float32 against itself in float64."""
-    max_relative_error: float | None = None
-    """`max_abs_error_float64` as a part of the largest value."""
-    cosine: float | None = None
-    """Of engine and float64."""
-    sqnr_db: float | None = None
-    """Signal to quantization noise: mean square of float64 to mean square error of the engine."""
-    psnr_db: float | None = None
-    """The same with the square of the largest value in place of the mean square."""
-    mean_kl: float | None = None
-    """Mean over the positions of KL(eager || engine) in nats."""
-    top1_agreement: float | None = None
-    """Fraction of positions where engine and eager model name the same token."""
-    top5_agreement: float | None = None
-    """Fraction of positions where the eager model's token is among the engine's five likeliest."""
-    tokens: int | None = None
-    """Positions compared."""
-    not_measured: Mapping[str, str] = field(default_factory=dict)
-    """Field -> why it is null."""
-
-    def __bool__(self) -> bool:
-        return self.verdict == "pass"
-
-    @classmethod
-    def without_numbers(cls, verdict: Literal["fail", "inconclusive"], reason: str) -> Parity:
-        """A verdict that was reached before there was anything to compare."""
-        fields = (*NUMBERS, "tolerance", "tolerance_source")
-        return cls(verdict=verdict, reason=reason, not_measured=dict.fromkeys(fields, reason))
 
 
 @dataclass
 class _Errors:
-    """Of one output, over all inputs so far."""
+    """Errors of one output over all inputs so far."""
 
-    engine: Difference = field(default_factory=Difference)
+    engine: ArrayErrors = field(default_factory=ArrayErrors)
     eager: float = 0.0
     difference: float = 0.0
 
     def add(self, single: Array, double: Array, engine: Array) -> None:
-        """Take in one run."""
+        """Add one run."""
         self.engine.add(double, engine)
         for expected, exact, actual in pieces(single, double, engine):
             self.eager = max(self.eager, float(np.abs(expected - exact).max()))
@@ -110,7 +60,7 @@ class _Errors:
 
 @dataclass
 class _Agreement:
-    """Of the logits, over all positions so far."""
+    """Divergence and agreement of the logits over all positions so far."""
 
     positions: int = 0
     divergence: float = 0.0
@@ -118,7 +68,7 @@ class _Agreement:
     among_five: int = 0
 
     def add(self, expected: Array, actual: Array) -> None:
-        """Take in one run, as many positions at a time as make up a PIECE."""
+        """Add one run, PIECE elements at a time."""
         classes = expected.shape[-1]
         rows = max(1, PIECE // max(1, classes))
         flat = [logits.reshape(-1, classes) for logits in (expected, actual)]
@@ -130,6 +80,16 @@ class _Agreement:
             self.first += int((best[..., 0] == own.argmax(axis=-1)).sum())
             self.among_five += int((likelier < 5).sum())
             self.positions += len(right)
+
+    def numbers(self) -> dict[str, Any]:
+        """The fields of `Parity` that concern logits."""
+        names = ("mean_kl", "top1_agreement", "top5_agreement")
+        if not self.positions:
+            return dict.fromkeys((*names, "tokens"), NotMeasured(NO_LOGITS))
+        sums = (self.divergence, self.first, self.among_five)
+        return {name: each / self.positions for name, each in zip(names, sums, strict=True)} | {
+            "tokens": self.positions
+        }
 
 
 def check_parity(
@@ -156,10 +116,10 @@ def check_parity(
         try:
             actual = engine(feeds)
         except Exception as error:  # engines raise classes of their own, without a common base
-            return Parity.without_numbers("fail", f"{_at(feeds)}: the engine raised {type(error).__name__}: {error}")
+            return _no_numbers("fail", f"{_at(feeds)}: the engine raised {type(error).__name__}: {error}")
         fault = _fault(actual, expected)
         if fault:
-            return Parity.without_numbers("fail", f"{_at(feeds)}: {fault}")
+            return _no_numbers("fail", f"{_at(feeds)}: {fault}")
         for name in expected:
             if expected[name].dtype.kind == "f":
                 errors.setdefault(name, _Errors()).add(expected[name], exact[name], actual[name])
@@ -167,7 +127,7 @@ def check_parity(
             agreement.add(expected[logits], actual[logits])
         del expected, exact, actual  # before the next ones are there
     if not errors:
-        return Parity.without_numbers("inconclusive", missing)
+        return _no_numbers("inconclusive", missing)
     name, worst = max(errors.items(), key=lambda item: item[1].engine.max_abs / (item[1].noise or 1.0))
     coarser = COARSER.get(precision, 1)
     tolerance = multiple * coarser * worst.noise
@@ -176,6 +136,7 @@ def check_parity(
     within = farthest <= tolerance
     where = f" in {name}" if len(errors) > 1 else ""
     positions = agreement.positions
+    ratios: dict[str, Any] = {**worst.engine.ratios()}
     return Parity(
         verdict="pass" if within else "fail",
         reason=None if within else f"engine error {farthest:.3g}{where} exceeds the tolerance {tolerance:.3g}",
@@ -187,13 +148,14 @@ def check_parity(
         max_abs_error=worst.difference,
         max_abs_error_float64=farthest,
         eager_float32_error=worst.eager,
-        **worst.engine.ratios(),
-        mean_kl=agreement.divergence / positions if positions else None,
-        top1_agreement=agreement.first / positions if positions else None,
-        top5_agreement=agreement.among_five / positions if positions else None,
-        tokens=positions or None,
-        not_measured=worst.engine.missing() | ({} if positions else dict.fromkeys(LOGIT_NUMBERS, NO_LOGITS)),
+        **ratios,
+        **agreement.numbers(),
     )
+
+
+def _no_numbers(verdict: Verdict, reason: str) -> Parity:
+    """A verdict that was reached before there was anything to compare."""
+    return Parity.without(reason, verdict=verdict, reason=reason)
 
 
 def _fault(actual: Outputs, expected: Outputs) -> str | None:

@@ -1,11 +1,11 @@
-"""What somebody might run instead of an engine of a bundle, to be timed beside it.
+"""Peers: alternatives to an engine of a bundle, timed along with it.
 
     torch-compile   the dense baseline through torch.compile
     onnx-dense      the dense baseline as one plain export in ONNX Runtime
     onnx-dynamic    the graph of all contexts in ONNX Runtime, with the context as an input: any context, full cost
     openvino        the engine's own graph in OpenVINO
 
-Graphs are made when the first engine asks for them, and are there for all.
+Graphs are made for the first engine that needs them, and shared by all.
 """
 
 from __future__ import annotations
@@ -19,14 +19,13 @@ from tempfile import TemporaryDirectory
 import onnx_ir as ir
 
 from cpcompile.bundle.reader import Variant
-from cpcompile.core.config import ValidateConfig
+from cpcompile.core.config import OPSETS, ValidateConfig
 from cpcompile.core.errors import CpcompileError, UsageError
 from cpcompile.frontend.source import Source
 from cpcompile.machine.environment import available_cores
 from cpcompile.validation.reference import Reference, Run
 from cpcompile.validation.runners import Computes, Runner, callable_runner, onnx_runner, openvino_runner
 
-OPSET = 23
 NAMES = ("torch-compile", "onnx-dense", "onnx-dynamic", "openvino")
 
 
@@ -102,12 +101,12 @@ class Peers:
 
     @cached_property
     def _dense_file(self) -> Path | None:
-        graph = self._source.capture_dense(opset=OPSET)
+        graph = self._source.capture_dense(opset=OPSETS[-1])
         return self._save(graph, "dense.onnx") if graph is not None else None
 
     @cached_property
     def _dynamic_file(self) -> Path:
-        return self._save(self._source.capture(opset=OPSET), "dynamic.onnx")
+        return self._save(self._source.capture(opset=OPSETS[-1]), "dynamic.onnx")
 
     def _save(self, graph: ir.Model, name: str) -> Path:
         path = self._folder / name

@@ -1,7 +1,7 @@
 """Placement: which provider ran which node, and in what precision.
 
-From one profiled run, so it counts what the runtime really executed: after fusion, and after a
-silent fall back of single nodes to another provider. (`get_provider_graph_assignment_info` of
+It is taken from one profiled run, so it counts what the runtime really executed: after fusion, and after a
+silent fallback of single nodes to another provider. (`get_provider_graph_assignment_info` of
 ONNX Runtime 1.32 tells less: it is taken before the extended optimisations, and without types.)
 
 The runtime keeps the arithmetic of shapes on the CPU for good reason; a node there that computes
@@ -13,49 +13,17 @@ from __future__ import annotations
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 from cpcompile.bundle.reader import Variant
 from cpcompile.core.types import Feeds
+from cpcompile.report.results import PlacedNode, Placement
 from cpcompile.runtime.engine import Engine, create_session, session_options
 
 CPU = "CPUExecutionProvider"
 INTEGERS = ("int64", "int32", "bool", None)
 """Element types of shapes, as ONNX Runtime names them."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlacedNode:
-    """One node that ran. `precision`: element type of its first output as ONNX Runtime names it, None for no tensor."""
-
-    name: str
-    operator: str
-    provider: str
-    precision: str | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Placement:
-    """Every node that ran, and how many per provider, operator and precision."""
-
-    verdict: Literal["pass", "fail"] | None = None
-    """Whether all of it ran where the engine was made for."""
-    reason: str | None = None
-    """Which node did not."""
-    nodes: tuple[PlacedNode, ...] | None
-    providers: Mapping[str, int] | None
-    operators: Mapping[str, int] | None
-    precisions: Mapping[str, int] | None
-    not_measured: Mapping[str, str] = field(default_factory=dict)
-    """Field -> why it is null."""
-
-    @classmethod
-    def not_run(cls, reason: str) -> Placement:
-        fields = ("nodes", "providers", "operators", "precisions")
-        return cls(**dict.fromkeys(fields), not_measured=dict.fromkeys(("verdict", *fields), reason))
 
 
 def measure_placement(variant: Variant, feeds: Feeds) -> Placement:
@@ -78,7 +46,7 @@ def measure_placement(variant: Variant, feeds: Feeds) -> Placement:
         if event.get("cat") == "Node" and event["name"].endswith("_kernel_time")
     )
     if not nodes:
-        return Placement.not_run("the profile of this runtime names no nodes")
+        return Placement.without("the profile of this runtime names no nodes")
     reason = fallen_back(nodes, variant.provider)
     return Placement(
         verdict="fail" if reason else "pass",

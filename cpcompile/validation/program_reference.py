@@ -1,4 +1,4 @@
-"""An exported program as the reference of its engines: the examples that it brings, at other lengths as well."""
+"""An exported program as the reference of its engines: its examples, at other lengths as well."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
+from cpcompile.core.measured import NotMeasured
 from cpcompile.core.types import Array, Feeds
 from cpcompile.frontend.program import Program
 from cpcompile.machine.memory import ProcessMemory
+from cpcompile.report.results import Quality
 from cpcompile.validation.memory import measure_program
-from cpcompile.validation.quality import Quality, compare_quality
 from cpcompile.validation.reference import Run, Timed
 
 NO_QUALITY = "the quality of a program is for its own task to say"
@@ -43,7 +44,7 @@ class ProgramReference:
     def as_engine(self, context: str, run: Run, *, all_logits: bool = False) -> Run:
         return run
 
-    def dense_memory(self, context: str, *, threads: int) -> ProcessMemory | str:
+    def dense_memory(self, context: str, *, threads: int) -> ProcessMemory | NotMeasured:
         return measure_program(self._path, context, self.timed(context)[0].feeds, threads=threads)
 
     def inputs(self, context: str) -> Iterator[Feeds]:
@@ -63,8 +64,8 @@ class ProgramReference:
         first = feeds[self._program.inputs[0]]
         return [Timed(first.shape[0] if first.ndim else 1, None, feeds)]
 
-    def quality(self, context: str, engine: Run | str) -> Quality:
-        return compare_quality(NO_QUALITY, NO_QUALITY)
+    def quality(self, context: str, engine: Run | NotMeasured) -> Quality:
+        return Quality.without(NO_QUALITY)
 
 
 def _length(feeds: Feeds, axes: Mapping[str, Mapping[int, str]], label: str) -> int:

@@ -2,8 +2,8 @@
 
     loss = -mean log softmax(logits)[next token],   perplexity = exp(loss)
 
-An engine with a part of the vocabulary may need more tokens for the same text: its perplexity is exp(loss * ratio), per
-token of the whole vocabulary, so that both sides speak of the same text.
+An engine with a trimmed vocabulary may need more tokens for the same text: its perplexity is exp(loss * ratio), per
+token of the whole vocabulary, so that both sides refer to the same text.
 
 Log-sum-exp and sums are float64, over the same windows on both sides: every token is predicted
 once, and the first token of a window is only context.
@@ -12,19 +12,22 @@ once, and the first token of a window is only context.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from cpcompile.core.measured import NotMeasured
+from cpcompile.report.results import Quality
 
 IntArray = npt.NDArray[np.int64]
 Run = Callable[[IntArray], npt.NDArray[Any]]
 """input_ids (batch, sequence) -> logits (batch, sequence, vocabulary)."""
 
 SHORT_TEXT = "the held-out text is too short to be continued"
-NOT_ASKED = "coherence measurements were switched off"
+NOT_ASKED = NotMeasured("coherence measurements were switched off")
 
 
 BATCH = 4
@@ -39,25 +42,10 @@ class Score:
     accuracy: float
     """Fraction of tokens that the likeliest logit names."""
     tokens: int
-    coherence: float | str = NOT_ASKED
-    """See `coherence`; or why it is not known."""
+    coherence: float | NotMeasured = NOT_ASKED
+    """See `coherence`."""
     ratio: float = 1.0
-    """Tokens of the text for each of the whole vocabulary, per which the perplexity is stated."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Quality:
-    """Engine and dense baseline on the same held-out tokens."""
-
-    perplexity: float | None
-    dense_perplexity: float | None
-    accuracy: float | None
-    dense_accuracy: float | None
-    tokens: int | None
-    coherence: float | None = None
-    dense_coherence: float | None = None
-    not_measured: Mapping[str, str] = field(default_factory=dict)
-    """Field -> why it is null."""
+    """Tokens of the text per token of the whole vocabulary; the perplexity is per the latter."""
 
 
 def cut_windows(ids: npt.NDArray[Any], sequence: int) -> IntArray:
@@ -76,7 +64,7 @@ def cut_windows(ids: npt.NDArray[Any], sequence: int) -> IntArray:
 def measure_score(run: Run, windows: IntArray, *, batch: int = BATCH, ratio: float = 1.0) -> Score:
     """Score `run` on windows (n, length + 1), `batch` of them at a time.
 
-    ratio: tokens that the text has here for each of the whole vocabulary, per which the perplexity is then stated.
+    ratio: tokens of the text here per token of the whole vocabulary; the perplexity is then per the latter.
     """
     loss, right = 0.0, 0
     for start in range(0, len(windows), batch):
@@ -89,23 +77,20 @@ def measure_score(run: Run, windows: IntArray, *, batch: int = BATCH, ratio: flo
     return Score(perplexity=_exp(loss / tokens * ratio), accuracy=right / tokens, tokens=tokens, ratio=ratio)
 
 
-def compare_quality(engine: Score | str, dense: Score | str) -> Quality:
-    """Put both sides together; a side that was not measured is the reason why."""
-    reasons: dict[str, str] = {}
-    sides = {}
+def compare_quality(engine: Score | NotMeasured, dense: Score | NotMeasured) -> Quality:
+    """Combine both sides."""
+    sides: dict[str, Any] = {}
     for prefix, side in (("", engine), ("dense_", dense)):
         for name in ("perplexity", "accuracy", "coherence"):
-            value = side if isinstance(side, str) else getattr(side, name)
+            value = side if isinstance(side, NotMeasured) else getattr(side, name)
             if name == "accuracy" and isinstance(engine, Score) and engine.ratio != 1:
-                value = f"the trimmed vocabulary cuts the text into {engine.ratio:.3f} times the tokens: not comparable"
+                value = NotMeasured(
+                    f"the trimmed vocabulary cuts the text into {engine.ratio:.3f} times the tokens: not comparable"
+                )
             if isinstance(value, float) and not math.isfinite(value):
-                value = f"{name} is {value}: the logits are not finite or rule out a token that occurs"
-            sides[prefix + name] = value if isinstance(value, float) else None
-            if isinstance(value, str):
-                reasons[prefix + name] = value
-    if isinstance(engine, str):
-        reasons["tokens"] = engine
-    return Quality(**sides, tokens=None if isinstance(engine, str) else engine.tokens, not_measured=reasons)
+                value = NotMeasured(f"{name} is {value}: the logits are not finite or rule out a token that occurs")
+            sides[prefix + name] = value
+    return Quality(**sides, tokens=engine if isinstance(engine, NotMeasured) else engine.tokens)
 
 
 def log_softmax(logits: npt.NDArray[Any]) -> npt.NDArray[np.float64]:

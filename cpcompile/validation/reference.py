@@ -1,4 +1,4 @@
-"""What engines are compared with: the eager model that they were compiled from, with inputs to compare on."""
+"""References of engines: the eager model that they were compiled from, with inputs to compare on."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from cpcompile.core.measured import NotMeasured
 from cpcompile.core.types import Array, Feeds
 from cpcompile.machine.memory import ProcessMemory
-from cpcompile.validation.quality import Quality
+from cpcompile.report.results import Quality
 
 Outputs = dict[str, Array]
-"""Everything that a model gives, by name."""
+"""All outputs of a model, by name."""
 Run = Callable[[Feeds], Outputs]
 
 
@@ -29,9 +30,9 @@ class Reference(Protocol):
 
     contexts: tuple[str, ...]
     logits: str | None
-    """The output whose last axis are classes, if any."""
+    """The output whose last axis is the classes, if any."""
     no_inputs: str
-    """Why a context may have nothing to be compared on."""
+    """Why a context may have no inputs for the comparison."""
 
     def masked(self, context: str) -> Run:
         """The eager model with the gates of `context`."""
@@ -39,10 +40,10 @@ class Reference(Protocol):
     def exact(self, context: str) -> Run:
         """The same in float64."""
 
-    def dense(self, context: str) -> Run | str:
-        """What the engine's speed is compared with, or why there is no such thing."""
+    def dense(self, context: str) -> Run | NotMeasured:
+        """What the engine's speed is compared with."""
 
-    def compiled(self, context: str) -> Run | str:
+    def compiled(self, context: str) -> Run | NotMeasured:
         """`dense` through torch.compile; what its compiler raises comes with the first run."""
 
     def as_engine(self, context: str, run: Run, *, all_logits: bool = False) -> Run:
@@ -51,7 +52,7 @@ class Reference(Protocol):
         `all_logits` leaves outputs as they are, for timings.
         """
 
-    def dense_memory(self, context: str, *, threads: int) -> ProcessMemory | str:
+    def dense_memory(self, context: str, *, threads: int) -> ProcessMemory | NotMeasured:
         """What `dense` needs in a process of its own."""
 
     def inputs(self, context: str) -> Iterator[Feeds]:
@@ -60,5 +61,5 @@ class Reference(Protocol):
     def timed(self, context: str) -> Sequence[Timed]:
         """Inputs for timings, the first of them for memory and placement as well."""
 
-    def quality(self, context: str, engine: Run | str) -> Quality:
-        """What the context's specialisation costs or gains; `engine` may be the reason why it cannot be run."""
+    def quality(self, context: str, engine: Run | NotMeasured) -> Quality:
+        """The effect of the context's specialisation on quality."""

@@ -1,4 +1,4 @@
-"""Everything that computes a model, behind one protocol: entered it is loaded, left it is freed.
+"""Everything that runs a model, behind one protocol: a context manager that loads and frees it.
 
     with runner.load() as run:
         outputs = run(feeds)
@@ -24,13 +24,14 @@ import onnxruntime as ort
 
 from cpcompile.bundle.reader import Variant
 from cpcompile.core.errors import CpcompileError
+from cpcompile.core.measured import NotMeasured
 from cpcompile.core.types import Feeds
 from cpcompile.runtime.engine import DOCTOR, Engine, create_session, session_options
 from cpcompile.runtime.plan import load_plan
 from cpcompile.validation.reference import Outputs, Run
 
 NO_SPINNING_AFTER_RUN: Mapping[str, str] = {"session.force_spinning_stop": "1"}
-"""Session options of ONNX Runtime for an engine that is timed beside another runtime, see `speed`."""
+"""Session options of ONNX Runtime for an engine that is timed along with another runtime, see `speed`."""
 
 Computes = Literal["context", "dense"]
 
@@ -49,7 +50,7 @@ def engine_runner(variant: Variant, *, threads: int) -> Runner:
 
     @contextmanager
     def load() -> Iterator[Run]:
-        if variant.engine is not None:
+        if variant.plan:
             yield load_plan(variant).outputs
             return
         options = _without_spinning(session_options(variant, threads=threads))
@@ -109,14 +110,14 @@ def openvino_runner(name: str, path: Path, *, threads: int, computes: Computes) 
     return Runner(name, computes, load)
 
 
-def callable_runner(name: str, computes: Computes, make: Callable[[], Run | str]) -> Runner:
-    """What `make` gives, or CpcompileError with the reason that it gives instead."""
+def callable_runner(name: str, computes: Computes, make: Callable[[], Run | NotMeasured]) -> Runner:
+    """The result of `make`, or CpcompileError with the reason that it returns instead."""
 
     @contextmanager
     def load() -> Iterator[Run]:
         run = make()
-        if isinstance(run, str):
-            raise CpcompileError(run)
+        if isinstance(run, NotMeasured):
+            raise CpcompileError(run.reason)
         yield run
 
     return Runner(name, computes, load)

@@ -2,17 +2,17 @@
 
     warm up all -> rounds x { shuffled sides: settle, time one run } -> percentiles, paired bootstrap -> verdict
 
-Interleaving spreads whatever the machine does meanwhile over both sides; the order within a round
-is drawn, so that none is always second. Worker threads outlive a run: ONNX Runtime's pool spins
+Interleaving spreads other activity of the machine over both sides; the order within a round
+is random, so that no side is always second. Worker threads outlive a run: ONNX Runtime's pool spins
 for tens of milliseconds after it (measured: about 40), libgomp's under torch for 4 to 10, each on
 the cores that the other side wants. So engines get `session.force_spinning_stop` (`runners`), which lets
 their threads spin within a run and not after it (an application that runs nothing else between two
 calls would not want that; a comparison does); torch has no such switch, so each side settles first:
 it runs untimed until the other's threads have gone to sleep, which also warms its caches.
 
-Where a least ratio is demanded, the interval has to lie on one side of it: as long as it does not, the rounds
-are doubled up to LARGEST_FACTOR times; what is then still undecided is inconclusive, and the reason says what else
-the machine did.
+If a minimum ratio is required, the interval has to lie on one side of it: until it does, the rounds are doubled, up
+to LARGEST_FACTOR times their number; if it is still undecided the verdict is inconclusive, and the reason says what
+else the machine did.
 """
 
 from __future__ import annotations
@@ -21,96 +21,35 @@ import gc
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from cpcompile.core.measured import NotMeasured, measurable
 from cpcompile.core.types import Feeds
 from cpcompile.machine.noise import watch_machine
+from cpcompile.report.results import PeerSpeed, ShapeSpeed, Speed, Verdict
 from cpcompile.validation.reference import Run, Timed
 
 FloatArray = npt.NDArray[np.float64]
-Verdict = Literal["pass", "fail", "inconclusive"]
 
 SETTLE_SECONDS = 0.02
 STABLE_WITHIN = 0.05
 WARM_UP_RUNS = (10, 60)
-"""At least, at most."""
+"""Smallest and largest value."""
 RESAMPLES = 2000
 LARGEST_FACTOR = 8
-"""The rounds may grow to that many times their number."""
+"""The rounds may grow to this many times their number."""
 NOTHING_DEMANDED = "no least ratio was demanded"
 QUANTILES = 21
-EAGER_FIELDS = (
-    "eager_p50_ms",
-    "eager_p90_ms",
-    "eager_p99_ms",
-    "eager_quantiles_ms",
-    "ratio",
-    "ratio_low",
-    "ratio_high",
-)
 NO_SEQUENCE = "the inputs are not text"
-
-
-@dataclass(frozen=True, kw_only=True)
-class PeerSpeed:
-    """Latency of what somebody might run instead of the engine; ratio = its p50 / engine p50."""
-
-    p50_ms: float
-    ratio: float
-    ratio_low: float
-    ratio_high: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShapeSpeed:
-    """Latency of one run at (batch, sequence); ratio = eager p50 / engine p50, with its 95 % interval."""
-
-    batch: int
-    sequence: int | None
-    p50_ms: float
-    p90_ms: float
-    p99_ms: float
-    quantiles_ms: tuple[float, ...]
-    """21 of them, from the least to the largest in steps of 5 %: the distribution."""
-    eager_p50_ms: float | None = None
-    eager_p90_ms: float | None = None
-    eager_p99_ms: float | None = None
-    eager_quantiles_ms: tuple[float, ...] | None = None
-    ratio: float | None = None
-    ratio_low: float | None = None
-    ratio_high: float | None = None
-    peers: Mapping[str, PeerSpeed] = field(default_factory=dict)
-    """Timed in the same rounds, by name."""
-    rounds: int
-    not_measured: Mapping[str, str] = field(default_factory=dict)
-    """Field -> why it is null."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Speed:
-    """Latency at several shapes, both sides with the same number of threads."""
-
-    verdict: Verdict | None = None
-    """Against the least ratio that was demanded; None if none was."""
-    reason: str | None = None
-    """Why it is not a pass."""
-    shapes: tuple[ShapeSpeed, ...] | None
-    threads: int | None = None
-    not_measured: Mapping[str, str] = field(default_factory=dict)
-    """Field -> why it is null."""
-
-    @classmethod
-    def not_run(cls, reason: str) -> Speed:
-        return cls(shapes=None, not_measured={"verdict": reason, "shapes": reason, "threads": reason})
+EAGER_FIELDS = tuple(name for name in measurable(ShapeSpeed) if name != "sequence")
 
 
 def measure_speed(
     engine: Run,
-    eager: Run | str,
+    eager: Run | NotMeasured,
     inputs: Sequence[Timed],
     *,
     rounds: int,
@@ -121,12 +60,12 @@ def measure_speed(
     seed: int = 0,
     settle: float = SETTLE_SECONDS,
 ) -> Speed:
-    """Time `engine`, `eager` (or the reason why there is none) and `peers` on all of `inputs`.
+    """Time `engine`, `eager` (if there is one) and `peers` on all of `inputs`.
 
-    least_ratio: eager p50 / engine p50 that is demanded at every shape; 0 demands nothing. against: what `eager`
+    least_ratio: eager p50 / engine p50 that is required at every shape; 0 means no minimum. against: what `eager`
     is called in the reason.
     """
-    sides = {"engine": engine, **({} if isinstance(eager, str) else {"eager": eager}), **(peers or {})}
+    sides = {"engine": engine, **({} if isinstance(eager, NotMeasured) else {"eager": eager}), **(peers or {})}
     shapes, verdicts = [], []
     with watch_machine() as machine:
         for timed in inputs:
@@ -139,17 +78,17 @@ def measure_speed(
                 more = interleave(runs, rounds=len(times["engine"]), seed=seed + len(times["engine"]), settle=settle)
                 times = {name: np.concatenate([times[name], more[name]]) for name in times}
                 verdict = _judge(times, least_ratio, seed)
-            shapes.append(_shape_speed(timed, times, seed, eager if isinstance(eager, str) else None))
+            shapes.append(_shape_speed(timed, times, seed, eager if isinstance(eager, NotMeasured) else None))
             verdicts.append(verdict)
     if least_ratio <= 0:
-        return Speed(shapes=tuple(shapes), threads=threads, not_measured={"verdict": NOTHING_DEMANDED})
+        return Speed(verdict=NotMeasured(NOTHING_DEMANDED), shapes=tuple(shapes), threads=threads)
     worst = next(v for v in ("fail", "inconclusive", "pass") if v in verdicts)
     missed = [
         _missed(shape, least_ratio, against) for shape, v in zip(shapes, verdicts, strict=True) if v == worst != "pass"
     ]
     noisy = worst == "inconclusive" and "eager" in sides
-    disturbed = f" ({machine.disturbance})" if noisy and machine.disturbance else ""
-    return Speed(verdict=worst, reason="; ".join(missed) + disturbed or None, shapes=tuple(shapes), threads=threads)
+    while_busy = f" ({machine.interference})" if noisy and machine.interference else ""
+    return Speed(verdict=worst, reason="; ".join(missed) + while_busy or None, shapes=tuple(shapes), threads=threads)
 
 
 def _judge(times: Mapping[str, FloatArray], least_ratio: float, seed: int) -> Verdict:
@@ -163,9 +102,9 @@ def _judge(times: Mapping[str, FloatArray], least_ratio: float, seed: int) -> Ve
 
 
 def _missed(shape: ShapeSpeed, least_ratio: float, against: str) -> str:
-    where = f"{shape.batch} x {shape.sequence}" if shape.sequence is not None else f"batch {shape.batch}"
-    if shape.ratio is None:
-        return f"{where}: {shape.not_measured['ratio']}"
+    where = f"batch {shape.batch}" if isinstance(shape.sequence, NotMeasured) else f"{shape.batch} x {shape.sequence}"
+    if isinstance(shape.ratio, NotMeasured):
+        return f"{where}: {shape.ratio}"
     interval = f"{shape.ratio:.2f} ({shape.ratio_low:.2f} to {shape.ratio_high:.2f})"
     return f"{where}: {interval} times as fast as {against} after {shape.rounds} rounds, demanded are {least_ratio:g}"
 
@@ -213,34 +152,26 @@ def ratio_interval(eager: FloatArray, engine: FloatArray, *, seed: int) -> tuple
     return float(np.median(eager) / np.median(engine)), float(low), float(high)
 
 
-def _shape_speed(timed: Timed, times: Mapping[str, FloatArray], seed: int, no_eager: str | None) -> ShapeSpeed:
+def _shape_speed(timed: Timed, times: Mapping[str, FloatArray], seed: int, no_eager: NotMeasured | None) -> ShapeSpeed:
     p50, p90, p99 = _percentiles_ms(times["engine"])
-    peers = {name: _peer_speed(times, name, seed) for name in times if name not in ("engine", "eager")}
-    alone = ShapeSpeed(
+    return ShapeSpeed(
         batch=timed.batch,
-        sequence=timed.sequence,
+        sequence=NotMeasured(NO_SEQUENCE) if timed.sequence is None else timed.sequence,
         p50_ms=p50,
         p90_ms=p90,
         p99_ms=p99,
         quantiles_ms=_quantiles_ms(times["engine"]),
-        peers=peers,
+        peers={name: _peer_speed(times, name, seed) for name in times if name not in ("engine", "eager")},
         rounds=len(times["engine"]),
-        not_measured={} if timed.sequence is not None else {"sequence": NO_SEQUENCE},
+        **(_eager_speed(times, seed) if no_eager is None else dict.fromkeys(EAGER_FIELDS, no_eager)),
     )
-    if no_eager is not None:
-        return replace(alone, not_measured={**alone.not_measured, **dict.fromkeys(EAGER_FIELDS, no_eager)})
-    p50, p90, p99 = _percentiles_ms(times["eager"])
-    ratio, low, high = ratio_interval(times["eager"], times["engine"], seed=seed)
-    return replace(
-        alone,
-        eager_p50_ms=p50,
-        eager_p90_ms=p90,
-        eager_p99_ms=p99,
-        eager_quantiles_ms=_quantiles_ms(times["eager"]),
-        ratio=ratio,
-        ratio_low=low,
-        ratio_high=high,
-    )
+
+
+def _eager_speed(times: Mapping[str, FloatArray], seed: int) -> dict[str, Any]:
+    """The fields of `ShapeSpeed` that concern the eager model."""
+    quantiles = _quantiles_ms(times["eager"])
+    ratios = ratio_interval(times["eager"], times["engine"], seed=seed)
+    return dict(zip(EAGER_FIELDS, (*_percentiles_ms(times["eager"]), quantiles, *ratios), strict=True))
 
 
 def _peer_speed(times: Mapping[str, FloatArray], name: str, seed: int) -> PeerSpeed:
@@ -264,7 +195,7 @@ def _bound(run: Run, feeds: Feeds) -> Callable[[], object]:
 
 @contextmanager
 def without_garbage_collection() -> Iterator[None]:
-    """A collection that falls into a timed run is not the run's cost."""
+    """Disable garbage collection: a collection during a timed run is not part of its cost."""
     enabled = gc.isenabled()
     gc.collect()
     gc.disable()

@@ -1,79 +1,64 @@
-"""Throughput: requests per second when several are under way, engine against eager model.
+"""Throughput: concurrent requests per second, engine against eager model.
 
     workers = cores, one thread each      rounds x { shuffled sides: all workers run until the time is over } -> rates
 
-This is how a server runs a small model: one request per core scales better than one request on all cores. Both sides
-are one model in memory that all workers share.
+This is how a server runs a small model: one request per core scales better than one request on all cores. On both
+sides all workers share one model in memory.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
 
+from cpcompile.core.measured import NotMeasured
+from cpcompile.report.results import Throughput
 from cpcompile.validation.speed import ratio_interval, without_garbage_collection
 
 SECONDS = 0.25
-"""Of one side in one round, at least."""
+"""Minimum duration of one side in one round."""
 RUNS = 3
-"""Of each worker in one round, at least, as far as the first run tells."""
+"""Minimum runs of each worker in one round, as estimated from the first run."""
 ROUNDS = 7
-"""At most; fewer where a validation has fewer."""
-EAGER_FIELDS = ("eager_requests_per_second", "ratio", "ratio_low", "ratio_high")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Throughput:
-    """Requests of (batch, sequence) per second; ratio = engine / eager, with its 95 % interval."""
-
-    workers: int | None = None
-    """Requests under way at a time, each on one thread."""
-    requests_per_second: float | None = None
-    """Median over the rounds."""
-    eager_requests_per_second: float | None = None
-    ratio: float | None = None
-    ratio_low: float | None = None
-    ratio_high: float | None = None
-    not_measured: Mapping[str, str] = field(default_factory=dict)
-    """Field -> why it is null."""
-
-    @classmethod
-    def not_run(cls, reason: str) -> Throughput:
-        fields = ("workers", "requests_per_second", *EAGER_FIELDS)
-        return cls(not_measured=dict.fromkeys(fields, reason))
+"""Maximum number of rounds; fewer if the validation has fewer."""
 
 
 def measure_throughput(
     engine: Callable[[], object],
-    eager: Callable[[], object] | str,
+    eager: Callable[[], object] | NotMeasured,
     *,
     workers: int,
     rounds: int = ROUNDS,
     seconds: float = SECONDS,
     seed: int = 0,
 ) -> Throughput:
-    """Load both sides, or the engine alone where `eager` is the reason why there is no other.
+    """Load both sides, or the engine alone where there is no `eager`.
 
-    A run must use one thread and must be safe to be called from several.
+    A run must use one thread and must be safe to call from several.
     """
-    sides = {"engine": engine} if isinstance(eager, str) else {"engine": engine, "eager": eager}
+    sides = {"engine": engine} if isinstance(eager, NotMeasured) else {"engine": engine, "eager": eager}
     lengths = {name: max(seconds, RUNS * _second_run(run)) for name, run in sides.items()}
     rng, rates = np.random.default_rng(seed), {name: np.empty(rounds) for name in sides}
     with without_garbage_collection():
         for index in range(rounds):
             for name in rng.permutation(list(sides)):
                 rates[name][index] = _rate(sides[name], workers, lengths[name])
-    alone = Throughput(workers=workers, requests_per_second=float(np.median(rates["engine"])))
-    if isinstance(eager, str):
-        return replace(alone, not_measured=dict.fromkeys(EAGER_FIELDS, eager))
+    rate = {name: float(np.median(each)) for name, each in rates.items()}
+    if isinstance(eager, NotMeasured):
+        return Throughput.without(eager.reason, workers=workers, requests_per_second=rate["engine"])
     ratio, low, high = ratio_interval(1 / rates["eager"], 1 / rates["engine"], seed=seed)
-    rate = float(np.median(rates["eager"]))
-    return replace(alone, eager_requests_per_second=rate, ratio=ratio, ratio_low=low, ratio_high=high)
+    return Throughput(
+        workers=workers,
+        requests_per_second=rate["engine"],
+        eager_requests_per_second=rate["eager"],
+        ratio=ratio,
+        ratio_low=low,
+        ratio_high=high,
+    )
 
 
 def _second_run(run: Callable[[], object]) -> float:

@@ -4,113 +4,52 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TypeAlias
 
 import torch
 
 from cpcompile.bundle.reader import Bundle, Variant
 from cpcompile.core.config import ValidateConfig
 from cpcompile.core.errors import CpcompileError, UsageError
+from cpcompile.core.measured import NotMeasured
 from cpcompile.core.types import Progress
 from cpcompile.machine.environment import available_cores
 from cpcompile.machine.gpu import NO_GPU, gpu_model
 from cpcompile.machine.memory import ProcessMemory, release_memory
 from cpcompile.machine.noise import watch_machine
+from cpcompile.report.results import (
+    Memory,
+    Parity,
+    PeerResult,
+    Placement,
+    Quality,
+    Results,
+    Speed,
+    Throughput,
+    VariantResult,
+)
 from cpcompile.runtime.engine import CPU_PROVIDER, load_engine, missing_provider
 from cpcompile.runtime.plan import load_plan, why_not_here, why_not_taken
-from cpcompile.validation.memory import Memory, Start, compare_memory, compare_start, measure_engine
-from cpcompile.validation.parity import Parity, check_parity
-from cpcompile.validation.placement import Placement, measure_placement
-from cpcompile.validation.quality import Quality, compare_quality
+from cpcompile.validation.memory import compare_memory, compare_start, measure_engine
+from cpcompile.validation.parity import check_parity
+from cpcompile.validation.placement import measure_placement
 from cpcompile.validation.reference import Reference, Run, Timed
 from cpcompile.validation.runners import Runner, engine_runner
-from cpcompile.validation.speed import Speed, measure_speed
-from cpcompile.validation.throughput import ROUNDS, Throughput, measure_throughput
-
-if TYPE_CHECKING:
-    from cpcompile.validation.diagnosis import Diagnosis  # which builds on this module
-
+from cpcompile.validation.speed import measure_speed
+from cpcompile.validation.throughput import ROUNDS, measure_throughput
 
 STAGE = "validate"
 Peers = Callable[[Variant], Sequence[Runner]]
-"""What else is run beside an engine."""
+"""What else is run along with an engine."""
 
 NO_MEMORY = "memory measurements were switched off"
 NO_SPEED = "speed measurements were switched off"
 ONE_PLAN = "a plan runs as a whole on the GPU"
 ON_GPU = "the engine runs on the GPU and the dense model on the CPU, which compares machines"
 
-Processes: TypeAlias = tuple[ProcessMemory | str, ProcessMemory | str]
-"""What engine and eager dense model took in processes of their own, or why that is not known."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PeerResult:
-    """What somebody might run instead of the engine; its latency stands beside the engine's."""
-
-    name: str
-    computes: Literal["context", "dense"]
-    status: Literal["ran", "skipped"]
-    reason: str | None = None
-    """Why it did not run."""
-    parity: Parity | None = None
-    """Against the masked eager model, where it computes the context."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class VariantResult:
-    """All that is known about one engine. `status`: it was only built, it ran here, or it was skipped."""
-
-    context: str
-    name: str
-    runtime: str
-    precision: str
-    bytes: int | None
-    status: Literal["built", "ran", "skipped"]
-    reason: str | None
-    """Why it did not run."""
-    parity: Parity
-    quality: Quality
-    memory: Memory
-    start: Start
-    speed: Speed
-    throughput: Throughput
-    placement: Placement
-    peers: tuple[PeerResult, ...] = ()
-    divergence: Diagnosis | None = None
-    """The first node that differs where parity failed, and errors of layers; None if none of it was asked for."""
-
-    @classmethod
-    def not_run(
-        cls,
-        *,
-        context: str,
-        name: str,
-        runtime: str,
-        precision: str,
-        status: Literal["built", "skipped"],
-        reason: str,
-        bytes: int | None = None,
-    ) -> VariantResult:
-        """An engine that could not be built, or not be run here: no numbers, one reason."""
-        return cls(
-            context=context,
-            name=name,
-            runtime=runtime,
-            precision=precision,
-            bytes=bytes,
-            status=status,
-            reason=reason,
-            parity=Parity.without_numbers("inconclusive", reason),
-            quality=compare_quality(reason, reason),
-            memory=compare_memory(reason, reason),
-            start=compare_start(reason, reason),
-            speed=Speed.not_run(reason),
-            throughput=Throughput.not_run(reason),
-            placement=Placement.not_run(reason),
-        )
+Processes: TypeAlias = tuple[ProcessMemory | NotMeasured, ProcessMemory | NotMeasured]
+"""Memory and start of engine and eager dense model, each in its own process."""
 
 
 def validate(
@@ -120,11 +59,11 @@ def validate(
     *,
     peers: Peers = lambda _variant: (),
     progress: Progress | None = None,
-) -> tuple[VariantResult, ...]:
-    """Parity, quality, memory, speed and placement of every engine in `bundle`, the speed also of its `peers`.
+) -> Results:
+    """By context: parity, quality, memory, speed and placement of every engine in `bundle`; `peers` are timed with it.
 
-    UsageError: a context of the bundle that the reference does not have, a damaged bundle.
-    CpcompileError: an engine that cannot be loaded.
+    UsageError: the bundle is damaged or has a context that the reference does not have.
+    CpcompileError: an engine cannot be loaded.
     """
     foreign = [context for context in bundle.contexts if context not in reference.contexts]
     if foreign:
@@ -135,13 +74,15 @@ def validate(
     variants = [variant for context in bundle.contexts for variant in bundle.variants(context)]
     report = progress or (lambda _stage, _done, _total: None)
     threads = config.threads or available_cores()
-    results = []
+    results: dict[str, tuple[VariantResult, ...]] = dict.fromkeys(bundle.contexts, ())
     with _torch_threads(threads):
         report(STAGE, 0, len(variants))
         for done, variant in enumerate(variants, start=1):
-            results.append(_validate_variant(bundle, variant, reference, config, peers(variant), threads))
+            results[variant.context] += (
+                _validate_variant(bundle, variant, reference, config, peers(variant), threads),
+            )
             report(STAGE, done, len(variants))
-    return tuple(results)
+    return results
 
 
 def measure_again(
@@ -153,7 +94,7 @@ def measure_again(
         with watch_machine() as machine:
             speed, _ = _speed(variant, reference, (), config, threads)
         memory = compare_memory(*_processes(bundle, variant, reference, threads, config))
-        return speed, memory, machine.disturbance
+        return speed, memory, machine.interference
 
 
 def _validate_variant(
@@ -168,7 +109,6 @@ def _validate_variant(
     bundle.verify_engine(variant)
     if (reason := _why_not_here(variant)) is not None:
         return VariantResult.not_run(
-            context=context,
             name=variant.name,
             runtime=variant.runtime,
             precision=variant.precision,
@@ -176,26 +116,24 @@ def _validate_variant(
             reason=f"built, not run: {reason}",
             bytes=variant.bytes,
         )
-    is_plan = variant.engine is not None
-    engine = load_plan(variant) if is_plan else load_engine(bundle, context, variant.name, threads=threads)
+    engine = load_plan(variant) if variant.plan else load_engine(bundle, context, variant.name, threads=threads)
     parity = _parity(engine.outputs, reference, context, config, variant)
     results: tuple[PeerResult, ...] = ()
-    if parity.verdict == "fail" and parity.max_abs_error is None:
+    if parity.verdict == "fail" and isinstance(parity.max_abs_error, NotMeasured):
         # Its outputs cannot be compared: there is nothing to score, and no point in timing it.
-        reason = f"parity failed: {parity.reason}"
-        quality, speed, placement = reference.quality(context, reason), Speed.not_run(reason), Placement.not_run(reason)
-        throughput = Throughput.not_run(reason)
-        processes: Processes = (reason, _dense_process(reference, context, config, threads))
+        failed = NotMeasured(f"parity failed: {parity.reason}")
+        quality, speed = reference.quality(context, failed), Speed.without(failed.reason)
+        throughput, placement = Throughput.without(failed.reason), Placement.without(failed.reason)
+        processes: Processes = (failed, _dense_process(reference, context, config, threads))
     else:
         quality = _quality(engine.outputs, reference, context)
-        del engine  # what is timed and measured next should have the machine for itself
+        del engine  # the next measurements should have the machine to themselves
         speed, results = _speed(variant, reference, peers, config, threads)
         throughput = _throughput(variant, reference, config, threads)
         processes = _processes(bundle, variant, reference, threads, config)
         feeds = reference.timed(context)[0].feeds
-        placement = Placement.not_run(ONE_PLAN) if is_plan else measure_placement(variant, feeds)
+        placement = Placement.without(ONE_PLAN) if variant.plan else measure_placement(variant, feeds)
     return VariantResult(
-        context=context,
         name=variant.name,
         runtime=variant.runtime,
         precision=variant.precision,
@@ -214,8 +152,8 @@ def _validate_variant(
 
 
 def _why_not_here(variant: Variant) -> str | None:
-    """Why an engine for a GPU cannot be run on this machine; None if nothing speaks against it."""
-    if variant.engine is not None:
+    """Why an engine for a GPU cannot be run on this machine; None if it can."""
+    if variant.plan:
         return why_not_here(variant)
     if variant.provider == CPU_PROVIDER:
         return None
@@ -227,7 +165,7 @@ def _parity(
 ) -> Parity:
     """`variant` is what runs, unless it is a peer, which is in float32 and takes every shape."""
     inputs, missing = reference.inputs(context), reference.no_inputs
-    if variant is not None and variant.engine is not None:
+    if variant is not None and variant.plan:
         inputs = (feeds for feeds in inputs if why_not_taken(variant, feeds) is None)
         missing += ", or none of a shape that the engine takes"
     parity = check_parity(
@@ -249,11 +187,11 @@ def _speed(
 ) -> tuple[Speed, tuple[PeerResult, ...]]:
     """Engine, eager model and those of `peers` that can be loaded, timed together; with the parity of the peers."""
     if not config.speed:
-        return Speed.not_run(NO_SPEED), ()
+        return Speed.without(NO_SPEED), ()
     context, results, runs = variant.context, [], {}
     inputs = _timed(variant, reference)
-    if isinstance(inputs, str):
-        return Speed.not_run(inputs), ()
+    if isinstance(inputs, NotMeasured):
+        return Speed.without(inputs.reason), ()
     with ExitStack() as loaded:
         for peer in peers:
             try:
@@ -280,15 +218,15 @@ def _speed(
 
 
 def _throughput(variant: Variant, reference: Reference, config: ValidateConfig, workers: int) -> Throughput:
-    """As many requests at a time as there are threads, each on one of them."""
+    """Throughput with one concurrent request per thread."""
     if not config.speed:
-        return Throughput.not_run(NO_SPEED)
+        return Throughput.without(NO_SPEED)
     inputs, dense = _timed(variant, reference), _dense(variant, reference)
-    if isinstance(inputs, str):
-        return Throughput.not_run(inputs)
+    if isinstance(inputs, NotMeasured):
+        return Throughput.without(inputs.reason)
     feeds = inputs[0].feeds
     with engine_runner(variant, threads=1).load() as engine, _torch_threads(1):
-        eager = dense if isinstance(dense, str) else partial(dense, feeds)
+        eager = dense if isinstance(dense, NotMeasured) else partial(dense, feeds)
         return measure_throughput(partial(engine, feeds), eager, workers=workers, rounds=min(config.rounds, ROUNDS))
 
 
@@ -298,35 +236,37 @@ def _processes(
     """Engine and eager dense model, each in a process of its own."""
     dense = _dense_process(reference, variant.context, config, threads)
     if not config.memory:
-        return NO_MEMORY, dense
+        return NotMeasured(NO_MEMORY), dense
     inputs = _timed(variant, reference)
-    if isinstance(inputs, str):
+    if isinstance(inputs, NotMeasured):
         return inputs, dense
     return measure_engine(bundle.root, variant.context, variant.name, inputs[0].feeds, threads=threads), dense
 
 
-def _timed(variant: Variant, reference: Reference) -> Sequence[Timed] | str:
-    """The shapes that `variant` takes, or why it takes none."""
+def _timed(variant: Variant, reference: Reference) -> Sequence[Timed] | NotMeasured:
+    """The shapes that `variant` takes."""
     inputs = reference.timed(variant.context)
     reasons = [why_not_taken(variant, timed.feeds) for timed in inputs]
     taken = [timed for timed, reason in zip(inputs, reasons, strict=True) if reason is None]
-    return taken or str(reasons[0])
+    return taken or NotMeasured(str(reasons[0]))
 
 
-def _dense(variant: Variant, reference: Reference) -> Run | str:
+def _dense(variant: Variant, reference: Reference) -> Run | NotMeasured:
     """What the speed of `variant` is compared with."""
-    return reference.dense(variant.context) if variant.provider == CPU_PROVIDER else ON_GPU
+    return reference.dense(variant.context) if variant.provider == CPU_PROVIDER else NotMeasured(ON_GPU)
 
 
 def _quality(run: Run, reference: Reference, context: str) -> Quality:
     try:
         return reference.quality(context, run)
     except UsageError as error:  # of a plan whose profiles do not take the windows of the text
-        return reference.quality(context, str(error))
+        return reference.quality(context, NotMeasured(str(error)))
 
 
-def _dense_process(reference: Reference, context: str, config: ValidateConfig, threads: int) -> ProcessMemory | str:
-    return reference.dense_memory(context, threads=threads) if config.memory else NO_MEMORY
+def _dense_process(
+    reference: Reference, context: str, config: ValidateConfig, threads: int
+) -> ProcessMemory | NotMeasured:
+    return reference.dense_memory(context, threads=threads) if config.memory else NotMeasured(NO_MEMORY)
 
 
 @contextmanager

@@ -12,7 +12,6 @@ import onnx_ir as ir
 
 from cpcompile.passes.channel_rules import (
     attention,
-    bodies,
     channel_norms,
     convolutions,
     einsum,
@@ -23,14 +22,15 @@ from cpcompile.passes.channel_rules import (
     quantization,
     reductions,
     reshapes,
+    subgraphs,
     whole_axes,
 )
 from cpcompile.passes.channel_rules.rule import Rule
-from cpcompile.passes.symbolic_shapes import is_standard
+from cpcompile.passes.operators import is_standard
 
 FAMILIES = (
     *(elementwise, products, einsum, quantization, attention, convolutions, channel_norms, whole_axes, reductions),
-    *(reshapes, parts, pad, bodies),
+    *(reshapes, parts, pad, subgraphs),
 )
 
 RULES: Mapping[str, Rule] = MappingProxyType(
@@ -40,5 +40,5 @@ RULES: Mapping[str, Rule] = MappingProxyType(
 
 
 def rule_of(node: ir.Node) -> Rule | None:
-    """The rule of `node`; None for other domains (functions among them) and what is not in the table."""
+    """The rule of `node`; None for other domains (functions included) and for operators without a rule."""
     return RULES.get(node.op_type) if is_standard(node) else None

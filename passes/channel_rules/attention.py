@@ -1,11 +1,11 @@
-"""Attention and RotaryEmbedding (opset 23): heads go, whole.
+"""Attention and RotaryEmbedding (opset 23): they lose whole heads.
 
     4-D    (batch, heads, sequence, head_dim)
-    3-D    (batch, sequence, heads * head_dim), attributes say how many heads
+    3-D    (batch, sequence, heads * head_dim), with the number of heads as an attribute
 
 A key and value head serves a group of query heads and goes with the last of them; groups that stay have to stay of one
-size. Caches (past and present keys and values, always 4-D) are tied to the key heads: as a rule they are inputs and
-outputs of the model, of a shape that the caller relies on, and then every head stays.
+size. Caches (past and present keys and values, always 4-D) are coupled with the key heads: usually they are inputs and
+outputs of the model, with a shape that the caller relies on, and then every head stays.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from types import MappingProxyType
 import numpy as np
 import onnx_ir as ir
 
+from cpcompile.passes.axes import ONE, Axis
 from cpcompile.passes.channel_rules.rule import Rule, keep_all, value_of
 from cpcompile.passes.channels import Cell, Channels, Zeros, equal_losses, reason_of
-from cpcompile.passes.symbolic_shapes import ONE, Axis, number_of
+from cpcompile.passes.nodes import int_attribute
 
 _QUERY = "a query head of the group has to stay"
 _GROUP = "another head of its group has to stay"
@@ -26,12 +27,12 @@ _SEQUENCE = "attention works along the sequence"
 
 
 def _heads(channels: Channels, node: ir.Node, value: ir.Value, attribute: str) -> tuple[Cell, int] | None:
-    """The axis that holds the heads of `value`, and how many they are."""
+    """The axis that holds the heads of `value`, and their number."""
     shape = channels.shape(value)
     if shape is None or len(shape) not in (3, 4):
         return None
     axis = 1 if len(shape) == 4 else 2
-    heads = shape[1].n if axis == 1 else number_of(node, attribute, 0)
+    heads = shape[1].n if axis == 1 else int_attribute(node, attribute, 0)
     return ((value, axis), heads) if heads and shape[axis].is_static and shape[axis].n % heads == 0 else None
 
 
@@ -51,17 +52,17 @@ def _agree_attention(channels: Channels, node: ir.Node) -> None:
     four = [len(channels.shape(tensor) or ()) == 4 for tensor in (*key_caches, *value_caches, *scores)]
     heads, groups = {h[1] for h in by_query if h}, {h[1] for h in by_key if h}
     if None in (*by_query, *by_key) or {len(ranks), len(heads), len(groups)} != {1} or not all(four):
-        keep_all(channels, node, "its shapes do not tell where its heads are")
+        keep_all(channels, node, "its shapes do not show where its heads are")
         return
     ((number,), (key_number,)) = heads, groups
     per_head = _mask_cells(channels, masks, number)
     if per_head is None or number % key_number:
-        keep_all(channels, node, "heads of its mask are not understood")
+        keep_all(channels, node, "the heads of its mask are unknown")
         return
     query_cells = [*(h[0] for h in by_query if h), *per_head, *((tensor, 1) for tensor in scores)]
     key_cells = [*(h[0] for h in by_key if h), *((cache, 1) for cache in (*key_caches, *value_caches))]
     if ranks == {4}:  # within a head only those of the values may go: they are not summed over
-        channels.tie([(tensor, 3) for tensor in (value, out, *value_caches)], node)
+        channels.couple([(tensor, 3) for tensor in (value, out, *value_caches)], node)
         for tensor in (query, key):
             channels.keep(tensor, node, "the head dimension scales the scores", axes=[3])
     for tensor in (query, key, value, out, *masks, *scores, *key_caches, *value_caches):
@@ -74,7 +75,7 @@ def _agree_attention(channels: Channels, node: ir.Node) -> None:
 
 
 def _mask_cells(channels: Channels, masks: Sequence[ir.Value], heads: int) -> list[Cell] | None:
-    """The axis of the mask that holds heads, if there is one; None if that is not known."""
+    """The axis of each mask that holds heads, if it has one; None if that is not known."""
     cells: list[Cell] = []
     for mask in masks:
         shape = channels.shape(mask)
@@ -87,9 +88,9 @@ def _mask_cells(channels: Channels, masks: Sequence[ir.Value], heads: int) -> li
 def _agree_heads(
     channels: Channels, node: ir.Node, queries: tuple[list[Cell], int], keys: tuple[list[Cell], int]
 ) -> None:
-    """A key head goes with its group of queries, and of the groups that stay each loses as many."""
+    """A key head goes with its group of queries, and all groups that stay lose the same number of heads."""
     for cells, number in (queries, keys):
-        channels.tie_groups(cells, number, node, "the rest of its head has to stay")
+        channels.couple_groups(cells, number, node, "the rest of its head has to stay")
     groups = keys[1]
     dead = np.asarray(channels.cut(*queries[0][0]).reshape(groups, queries[1] // groups, -1).all(axis=2))
     gone = np.asarray(channels.cut(*keys[0][0]).reshape(groups, -1).all(axis=1) & dead.all(axis=1))
@@ -144,13 +145,13 @@ def _agree_rotary(channels: Channels, node: ir.Node) -> None:
     value, out = value_of(node, 0), node.outputs[0]
     found = _heads(channels, node, value, "num_heads")
     if found is None or channels.shape(out) is None:
-        keep_all(channels, node, "its shapes do not tell where its heads are")
+        keep_all(channels, node, "its shapes do not show where its heads are")
         return
     (_, axis), heads = found
     for tensor in (value, out):
         others = [other for other in range(len(channels.shape(tensor) or ())) if other != axis]
         channels.keep(tensor, node, "it rotates along this axis", axes=others)
-    channels.tie_groups([(value, axis), (out, axis)], heads, node, "it rotates the channels of a head")
+    channels.couple_groups([(value, axis), (out, axis)], heads, node, "it rotates the channels of a head")
 
 
 def _zeros_rotary(channels: Channels, node: ir.Node) -> Sequence[Zeros] | None:

@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from cpcompile.passes.channel_rules.rule import Rule, keep_all, value_of
 from cpcompile.passes.channels import Cell, Channels, Zeros
-from cpcompile.passes.symbolic_shapes import number_of
+from cpcompile.passes.nodes import int_attribute
 
 
 def _agree_batch_norm(channels: Channels, node: ir.Node) -> None:
@@ -25,7 +25,7 @@ def _agree_batch_norm(channels: Channels, node: ir.Node) -> None:
         return
     for axis in range(len(shape)):
         statistics: list[Cell] = [(value_of(node, i), 0) for i in range(1, 5)] if axis == 1 else []
-        channels.tie([(value, axis), (out, axis), *statistics], node)
+        channels.couple([(value, axis), (out, axis), *statistics], node)
 
 
 def _agree(channels: Channels, node: ir.Node) -> None:
@@ -35,22 +35,22 @@ def _agree(channels: Channels, node: ir.Node) -> None:
     if shape is None or channels.shape(out) is None or any(channels.shape(v) is None for v, _ in vectors):
         keep_all(channels, node, "its shapes are unknown")
         return
-    channels.tie([(value, 0), (out, 0)], node)
-    channels.tie([(value, 1), (out, 1), *vectors], node)
+    channels.couple([(value, 0), (out, 0)], node)
+    channels.couple([(value, 1), (out, 1), *vectors], node)
     for tensor in (value, out):
         channels.keep(tensor, node, "it takes the mean over this axis", axes=range(2, len(shape)))
     if node.op_type == "GroupNormalization":
         cells = [(value, 1), (out, 1), *vectors]
-        channels.tie_groups(cells, number_of(node, "num_groups", 1), node, "its group takes the mean over it")
+        channels.couple_groups(cells, int_attribute(node, "num_groups", 1), node, "its group takes the mean over it")
 
 
 def _zeros(channels: Channels, node: ir.Node) -> Sequence[Zeros] | None:
-    """A channel without a bias is zero if it was, with all of its group, or if its scale is."""
+    """A channel with bias 0 is zero if its scale is 0, or if its whole group was zero."""
     value, scale, bias = (value_of(node, index) for index in range(3))
     shape, vectors = channels.shape(value), (channels.shape(scale), channels.shape(bias))
     if shape is None or not shape[1].is_static or any(vector != shape[1:2] for vector in vectors):
         return None
-    groups = number_of(node, "num_groups", shape[1].n)
+    groups = int_attribute(node, "num_groups", shape[1].n)
     zero = channels.zero(value).axes[1]
     whole = np.repeat(zero.reshape(groups, -1).all(axis=1), zero.size // groups)
     masks = [np.zeros(axis.n, dtype=np.bool_) for axis in shape]
@@ -60,7 +60,7 @@ def _zeros(channels: Channels, node: ir.Node) -> Sequence[Zeros] | None:
 
 def _rewrite(channels: Channels, node: ir.Node) -> None:
     if node.op_type == "GroupNormalization":
-        groups, cut = number_of(node, "num_groups", 1), channels.cut(value_of(node, 0), 1)
+        groups, cut = int_attribute(node, "num_groups", 1), channels.cut(value_of(node, 0), 1)
         if cut.any():
             left = int((~cut).sum()) * groups // cut.size
             node.attributes["num_groups"] = ir.AttrInt64("num_groups", left)

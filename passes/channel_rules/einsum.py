@@ -1,4 +1,4 @@
-"""Einsum: a letter is an axis; letters of the result run through, letters that are summed over spare zeros."""
+"""Einsum: a letter is an axis; letters of the result are coupled, and sums over other letters can drop zeros."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cpcompile.passes.channels import Cell, Channels, Mask, Zeros
 
 
 def _cells(channels: Channels, node: ir.Node) -> tuple[dict[str, list[Cell]], dict[str, int]] | str:
-    """Per letter the axes of the operands, and the axis of the result; or why there is no telling."""
+    """Per letter the axes of the operands, and the axis of the result; or why they are not known."""
     equation = node.attributes["equation"].as_string().replace(" ", "")
     left, arrow, right = equation.partition("->")
     terms = left.split(",")
@@ -34,13 +34,13 @@ def _cells(channels: Channels, node: ir.Node) -> tuple[dict[str, list[Cell]], di
         for axis, letter in enumerate(term):
             cells.setdefault(letter, []).append((value, axis))
     if any(len({_length(channels, cell) for cell in own}) > 1 for own in cells.values()):
-        return "an axis of length 1 stretches, or lengths cannot be told to fit"
+        return "an axis of length 1 is broadcast, or lengths may differ"
     results = {letter: axis for axis, letter in enumerate(right)}
     return {letter: own[: -1 if letter in results else None] for letter, own in cells.items()}, results
 
 
 def _length(channels: Channels, cell: Cell) -> object:
-    """What has to be equal: nothing can be cut from an axis of one channel, whatever its length."""
+    """What has to be equal along one letter; an axis of one channel fits all, because nothing can be cut from it."""
     shape = channels.shape(cell[0])
     return 1 if shape is None or shape[cell[1]].n == 1 else shape[cell[1]]
 
@@ -58,9 +58,9 @@ def _agree(channels: Channels, node: ir.Node) -> None:
     operands, results = found
     for letter, cells in operands.items():
         if letter in results:
-            channels.tie([*cells, (node.outputs[0], results[letter])], node)
+            channels.couple([*cells, (node.outputs[0], results[letter])], node)
         else:
-            channels.tie(cells, node, limit=_zero_terms(channels, cells))
+            channels.couple(cells, node, limit=_zero_terms(channels, cells))
 
 
 def _zeros(channels: Channels, node: ir.Node) -> Sequence[Zeros] | None:

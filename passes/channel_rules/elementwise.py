@@ -1,4 +1,4 @@
-"""Elementwise operators: axes are aligned from the right, axes of length 1 stretch."""
+"""Elementwise operators: axes are aligned from the right, axes of length 1 broadcast."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from types import MappingProxyType
 import numpy as np
 import onnx_ir as ir
 
+from cpcompile.passes.axes import ONE
 from cpcompile.passes.channel_rules.rule import AgreeRule, Rule, ZerosRule, keep_all
 from cpcompile.passes.channels import Cell, Channels, Mask, Zeros
-from cpcompile.passes.symbolic_shapes import NOT_ZERO_AT_ZERO, ONE, ZERO_AT_ZERO, constant_of
+from cpcompile.passes.nodes import constant_of
+from cpcompile.passes.operators import NOT_ZERO_AT_ZERO, ZERO_AT_ZERO
 
 
 def _aligned(channels: Channels, node: ir.Node, inputs: Sequence[ir.Value]) -> list[list[Cell]] | None:
-    """Per axis of the output the cells that run along with it; None if shapes are unknown."""
+    """Per axis of the output the cells that are aligned with it; None if shapes are unknown."""
     out = channels.shape(node.outputs[0])
     if out is None:
         return None
@@ -32,16 +34,16 @@ def _aligned(channels: Channels, node: ir.Node, inputs: Sequence[ir.Value]) -> l
     return columns
 
 
-def _tie_aligned(which: slice) -> AgreeRule:
+def _couple_aligned(which: slice) -> AgreeRule:
     """The axes of the output and of the inputs `which` lose the same channels."""
 
     def agree(channels: Channels, node: ir.Node) -> None:
         columns = _aligned(channels, node, [value for value in node.inputs[which] if value is not None])
         if columns is None:
-            keep_all(channels, node, "shapes do not tell which channels belong together")
+            keep_all(channels, node, "its shapes do not show which channels belong together")
             return
         for cells in columns:
-            channels.tie(cells, node)
+            channels.couple(cells, node)
 
     return agree
 
@@ -79,8 +81,8 @@ _all_zero = combined(np.logical_and.reduce, slice(None))
 _any_zero = combined(np.logical_or.reduce, slice(None))
 first_zero = combined(np.logical_and.reduce, slice(1))
 _branches_zero = combined(np.logical_and.reduce, slice(1, 3))
-_agree_elementwise = _tie_aligned(slice(None))
-_agree_first = _tie_aligned(slice(1))
+_agree_elementwise = _couple_aligned(slice(None))
+_agree_first = _couple_aligned(slice(1))
 
 
 def _zeros_clip(channels: Channels, node: ir.Node) -> Sequence[Zeros] | None:

@@ -1,7 +1,7 @@
 """What all rules agree on: the zeros of every value, and the greatest set of channels that can be cut together.
 
-One set of masks spans the graph and the bodies of its If, Loop and Scan: a value that a body reads from outside is
-the same value there. A call to a function has no rule and keeps what it touches: inline functions first
+One set of masks spans the graph and the subgraphs of its If, Loop and Scan: a value that a subgraph reads from outside
+is the same value there. A call to a function has no rule and keeps what it touches: inline functions first
 (onnx_ir's InlinePass, which `cpcompile opt` runs).
 """
 
@@ -11,24 +11,25 @@ import numpy as np
 import onnx_ir as ir
 
 from cpcompile.passes.channel_rules import rule_of
-from cpcompile.passes.channel_rules.bodies import common_zeros, owners, strands_of
+from cpcompile.passes.channel_rules.subgraphs import common_zeros, loop_carried_values, owners
 from cpcompile.passes.channels import EMPTY, Channels, Zeros
-from cpcompile.passes.symbolic_shapes import ShapeTable, bodies_of, nodes_inside_out
+from cpcompile.passes.nodes import post_order, subgraphs_of
+from cpcompile.passes.shape_rules import infer_symbolic_shapes
 
 
 def find_zeros(graph: ir.Graph, opaque: frozenset[str] = frozenset()) -> Channels:
-    """Which slices are zero whatever the inputs are; nothing is said of what can be cut.
+    """Which slices are zero whatever the inputs are, without saying what can be cut.
 
-    opaque: names of initializers that are taken for not zero, whatever they hold.
+    opaque: names of initializers that count as not zero, whatever they hold.
     """
-    channels = Channels(ShapeTable(graph), owners(graph), opaque)
+    channels = Channels(infer_symbolic_shapes(graph), owners(graph), opaque)
     _propagate_zeros(channels, graph)
     return channels
 
 
 def _propagate_zeros(channels: Channels, graph: ir.Graph) -> None:
     for node in graph:
-        _enter_bodies(channels, node)
+        _enter_subgraphs(channels, node)
         rule = rule_of(node)
         for out in node.outputs:
             channels.zeros.pop(out, None)
@@ -39,17 +40,17 @@ def _propagate_zeros(channels: Channels, graph: ir.Graph) -> None:
                 channels.zeros[out] = known
 
 
-def _enter_bodies(channels: Channels, node: ir.Node) -> None:
-    """Zeros inside of bodies: a state that starts as zero is taken for zero as long as each iteration leaves it so."""
-    entering = [(strand.inside, strand.sources) for strand in strands_of(channels, node) if strand.inside]
+def _enter_subgraphs(channels: Channels, node: ir.Node) -> None:
+    """Zeros inside subgraphs: a state that starts as zero counts as zero as long as every iteration leaves it so."""
+    entering = [(each.inside, each.sources) for each in loop_carried_values(channels, node) if each.inside]
     for inside, sources in entering:
         if (start := common_zeros(channels, inside, sources[:1])) is not None:
             channels.zeros[inside[0]] = start
     weaker = True
     while weaker:
         weaker = False
-        for body in bodies_of(node):
-            _propagate_zeros(channels, body)
+        for subgraph in subgraphs_of(node):
+            _propagate_zeros(channels, subgraph)
         for inside, sources in entering:
             left = common_zeros(channels, inside, [inside, *sources])
             before = channels.zeros.get(inside[0])
@@ -65,17 +66,17 @@ def _count(zeros: Zeros) -> int:
 def find_channels(graph: ir.Graph, zeros: Channels | None = None) -> Channels:
     """The zeros and the greatest set of channels that can be cut together.
 
-    zeros: what `find_zeros` says of the graph as it is, where that has been asked; it goes on from there.
+    zeros: the result of `find_zeros` for the graph as it is, if there is one already.
     """
     channels = zeros or find_zeros(graph)
-    nodes = list(nodes_inside_out(graph))
+    nodes = list(post_order(graph))
     for value in (*graph.inputs, *graph.outputs):
         for node in channels.neighbours(value)[:1]:
             channels.keep(value, node, "it is an input or output of the model")
     for node in nodes:
         rule = rule_of(node)
         if rule is None:
-            borders = [value for body in bodies_of(node) for value in (*body.inputs, *body.outputs)]
+            borders = [value for subgraph in subgraphs_of(node) for value in (*subgraph.inputs, *subgraph.outputs)]
             for touched in (*node.inputs, *node.outputs, *borders):
                 channels.keep(touched, node, f"there is no rule for {node.op_type}")
         else:
@@ -99,4 +100,4 @@ def _spare_one(channels: Channels) -> None:
     if empty is not None:
         value, axis = empty
         first = np.arange(channels.cut(value, axis).size) > 0
-        channels.tie([(value, axis)], channels.neighbours(value)[0], limit=first, why=EMPTY)
+        channels.couple([(value, axis)], channels.neighbours(value)[0], limit=first, why=EMPTY)

@@ -1,4 +1,4 @@
-"""Pad: axes without padding run through; a constant around an axis is so many channels of it."""
+"""Pad: axes without padding keep their channels; a constant around an axis adds channels to it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import onnx_ir as ir
 
 from cpcompile.passes.channel_rules.rule import Rule, keep_all, value_of
 from cpcompile.passes.channels import Channels, Zeros
+from cpcompile.passes.nodes import constant_of
 from cpcompile.passes.shape_inputs import set_integers
-from cpcompile.passes.symbolic_shapes import axes_of, constant_of, padding_of
+from cpcompile.passes.symbolic_shapes import axes_of, padding_of
 
 
 def _is_constant(node: ir.Node) -> bool:
@@ -27,10 +28,10 @@ def _agree(channels: Channels, node: ir.Node) -> None:
         return
     for axis, (before, after) in enumerate(padding):
         if not (before or after):
-            channels.tie([(value, axis), (out, axis)], node)
+            channels.couple([(value, axis), (out, axis)], node)
         elif not _is_constant(node) or min(before, after) < 0 or shape[axis].outer:
             for tensor in (value, out):
-                channels.keep(tensor, node, "it pads this axis with more than a constant, or crops it", axes=[axis])
+                channels.keep(tensor, node, "it crops this axis, or pads it with more than a constant", axes=[axis])
         else:
             inside = slice(before, before + shape[axis].n)
             mask, reasons = channels.cut(out, axis).copy(), channels.reasons((out, axis)).copy()
@@ -42,7 +43,7 @@ def _agree(channels: Channels, node: ir.Node) -> None:
 
 
 def _zeros(channels: Channels, node: ir.Node) -> Sequence[Zeros] | None:
-    """Padding with zeros adds zeros; padding with what is there adds no others."""
+    """Padding with zeros adds zeros; padding with existing elements adds zeros only if all of them are."""
     value, padding = value_of(node, 0), padding_of(channels.table, node)
     shape = channels.shape(value)
     if shape is None or padding is None or any(min(pads) < 0 for pads in padding):

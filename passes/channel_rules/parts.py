@@ -1,4 +1,4 @@
-"""Operators that join and take parts of an axis, and the one that asks for its length."""
+"""Operators that join or take parts of an axis, and Shape, which reads its length."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import onnx_ir as ir
 
 from cpcompile.passes.channel_rules.rule import Rule, keep_all, value_of
 from cpcompile.passes.channels import Channels, Mask, Zeros
+from cpcompile.passes.nodes import constant_of, int_attribute
 from cpcompile.passes.shape_inputs import pick_channels, set_integers
-from cpcompile.passes.symbolic_shapes import axes_of, constant_of, number_of
+from cpcompile.passes.symbolic_shapes import axes_of
 
 
 def _pieces(channels: Channels, whole: ir.Value, parts: Sequence[ir.Value], axis: int) -> list[slice] | None:
@@ -33,10 +34,10 @@ def _agree_pieces(
     if shape is None or any(channels.shape(part) is None for part in parts):
         keep_all(channels, node, "its shapes are unknown")
         return
-    axis = number_of(node, "axis", 0) % len(shape)
+    axis = int_attribute(node, "axis", 0) % len(shape)
     for other in range(len(shape)):
         if other != axis:
-            channels.tie([(whole, other), *((part, other) for part in parts)], node)
+            channels.couple([(whole, other), *((part, other) for part in parts)], node)
     pieces = _pieces(channels, whole, parts, axis)
     if pieces is None:
         for tensor in (whole, *parts):
@@ -73,7 +74,7 @@ def _zeros_concat(channels: Channels, node: ir.Node) -> Sequence[Zeros] | None:
     shape = channels.shape(out)
     if shape is None or any(channels.shape(part) is None for part in parts):
         return None
-    axis = number_of(node, "axis", 0) % len(shape)
+    axis = int_attribute(node, "axis", 0) % len(shape)
     zeros = [channels.zero(part) for part in parts]
     masks = [np.zeros(length.n, dtype=np.bool_) for length in shape]
     for other, mask in enumerate(masks):
@@ -89,7 +90,7 @@ def _zeros_split(channels: Channels, node: ir.Node) -> Sequence[Zeros] | None:
     shape = channels.shape(value)
     if shape is None or any(channels.shape(part) is None for part in node.outputs):
         return None
-    axis = number_of(node, "axis", 0) % len(shape)
+    axis = int_attribute(node, "axis", 0) % len(shape)
     pieces = _pieces(channels, value, node.outputs, axis)
     zeros = channels.zero(value)
     if pieces is None:
@@ -101,9 +102,9 @@ def _zeros_split(channels: Channels, node: ir.Node) -> Sequence[Zeros] | None:
 
 
 def _rewrite_concat(channels: Channels, node: ir.Node) -> None:
-    """Leave out the parts of which nothing is left."""
+    """Leave out the parts of which no channel is left."""
     out, parts = node.outputs[0], [value for value in node.inputs if value is not None]
-    axis = number_of(node, "axis", 0) % len(channels.shape(out) or (0,))
+    axis = int_attribute(node, "axis", 0) % len(channels.shape(out) or (0,))
     pieces, cut = _pieces(channels, out, parts, axis), channels.cut(out, axis)
     left = parts if pieces is None else [p for p, piece in zip(parts, pieces, strict=True) if not _is_gone(cut[piece])]
     node.resize_inputs(len(left))
@@ -117,7 +118,7 @@ def _rewrite_concat(channels: Channels, node: ir.Node) -> None:
 def _rewrite_split(channels: Channels, node: ir.Node) -> None:
     shape = channels.shape(value_of(node, 0))
     assert shape is not None
-    axis = number_of(node, "axis", 0) % len(shape)
+    axis = int_attribute(node, "axis", 0) % len(shape)
     if channels.cut(value_of(node, 0), axis).any():
         set_integers(node, 1, [int((~channels.cut(part, axis)).sum()) for part in node.outputs])
         node.attributes.pop("num_outputs", None)
@@ -126,7 +127,7 @@ def _rewrite_split(channels: Channels, node: ir.Node) -> None:
 def _window(channels: Channels, node: ir.Node) -> dict[int, npt.NDArray[np.intp]] | None:
     """Per axis that a Slice cuts the channels that it takes, in their order; None unless bounds are constant.
 
-    Nothing is known of the channels taken from a dynamic axis: there are none.
+    Of a dynamic axis no channels are listed, because nothing is known about them.
     """
     shape = channels.shape(node.inputs[0])
     starts, ends = channels.table.integers(node.inputs[1]), channels.table.integers(node.inputs[2])
@@ -153,13 +154,13 @@ def _agree_slice(channels: Channels, node: ir.Node) -> None:
             for tensor in (value, out):
                 channels.keep(tensor, node, "it takes a part of a dynamic axis", axes=[axis])
         elif taken is not None:
-            # Channels outside of the window are not asked for: they may go.
+            # Nothing needs channels outside the window: they may go.
             mask, reasons = np.ones(length.n, dtype=np.bool_), np.full(length.n, None, dtype=np.object_)
             mask[taken], reasons[taken] = channels.cut(out, axis), channels.reasons((out, axis))
             channels.shrink((value, axis), mask, reasons)
             channels.shrink((out, axis), channels.cut(value, axis)[taken], channels.reasons((value, axis))[taken])
         else:
-            channels.tie([(value, axis), (out, axis)], node)
+            channels.couple([(value, axis), (out, axis)], node)
 
 
 def _zeros_slice(channels: Channels, node: ir.Node) -> Sequence[Zeros] | None:
@@ -171,13 +172,13 @@ def _zeros_slice(channels: Channels, node: ir.Node) -> Sequence[Zeros] | None:
     if len(zeros.axes) != len(out):
         return None
     masks = [mask[window[axis]] if axis in window else mask for axis, mask in enumerate(zeros.axes)]
-    # Nothing is known of a part of a dynamic axis.
+    # Nothing is known about part of a dynamic axis.
     masks = [m if m.size == axis.n else np.zeros(axis.n, dtype=np.bool_) for m, axis in zip(masks, out, strict=True)]
     return [Zeros.of(masks, everything=zeros.everything)]
 
 
 def _rewrite_slice(channels: Channels, node: ir.Node) -> None:
-    """Take what is left of each window: by bounds and a step where they can say it, else by a Gather before."""
+    """Take what is left of each window: with bounds and a step if they can express it, else with a Gather in front."""
     value, window = value_of(node, 0), _window(channels, node)
     shape = channels.shape(value)
     if window is None or shape is None or not any(channels.cut(value, axis).any() for axis in window):
@@ -210,29 +211,29 @@ def _agree_gather(channels: Channels, node: ir.Node) -> None:
     if shape is None or index_shape is None or channels.shape(out) is None:
         keep_all(channels, node, "its shapes are unknown")
         return
-    axis = number_of(node, "axis", 0) % len(shape)
+    axis = int_attribute(node, "axis", 0) % len(shape)
     for other in range(len(shape)):
         if other != axis:
             at = other if other < axis else other + len(index_shape) - 1
-            channels.tie([(data, other), (out, at)], node)
+            channels.couple([(data, other), (out, at)], node)
     chosen = _chosen(channels, node)
     if chosen is None or chosen.ndim != 1:
         for at in range(axis, axis + len(index_shape)):
             channels.keep(out, node, "it picks every index", axes=[at])
     if chosen is None:
-        channels.keep(data, node, "any of its rows may be asked for", axes=[axis])
+        channels.keep(data, node, "any of its rows may be picked", axes=[axis])
         return
     if chosen.ndim == 1:
-        chosen = chosen[~channels.cut(out, axis)]  # an index whose result nobody needs is not asked for
+        chosen = chosen[~channels.cut(out, axis)]  # nothing needs the row of an index whose result is cut
     mask = np.ones(shape[axis].n, dtype=np.bool_)
     mask[chosen] = False
-    channels.tie([(data, axis)], node, limit=mask, why="it picks this row")
+    channels.couple([(data, axis)], node, limit=mask, why="it picks this row")
 
 
 def _chosen(channels: Channels, node: ir.Node) -> npt.NDArray[np.intp] | None:
     """The rows that a Gather picks, counted from 0; None if they depend on the input."""
     indices, shape = value_of(node, 1), channels.shape(node.inputs[0])
-    tensor, axis = constant_of(indices), number_of(node, "axis", 0)
+    tensor, axis = constant_of(indices), int_attribute(node, "axis", 0)
     numbers = channels.table.integers(indices)
     if tensor is not None:
         picked = np.asarray(tensor.numpy(), dtype=np.intp)
@@ -248,7 +249,7 @@ def _zeros_gather(channels: Channels, node: ir.Node) -> Sequence[Zeros] | None:
     shape, index_shape = channels.shape(data), channels.shape(indices)
     if shape is None or index_shape is None or out is None:
         return None
-    axis = number_of(node, "axis", 0) % len(shape)
+    axis = int_attribute(node, "axis", 0) % len(shape)
     zeros = channels.zero(data)
     chosen = _chosen(channels, node)
     if chosen is not None and chosen.ndim == 1:
@@ -264,7 +265,7 @@ def _rewrite_gather(channels: Channels, node: ir.Node) -> None:
     shape = channels.shape(data)
     if shape is None or chosen is None:
         return
-    axis = number_of(node, "axis", 0) % len(shape)
+    axis = int_attribute(node, "axis", 0) % len(shape)
     asked = chosen[~channels.cut(out, axis)] if chosen.ndim == 1 else chosen
     position = np.cumsum(~channels.cut(data, axis)) - 1
     if asked.size < chosen.size or np.any(position[asked] != asked):
@@ -272,14 +273,14 @@ def _rewrite_gather(channels: Channels, node: ir.Node) -> None:
 
 
 def _agree_shape(channels: Channels, node: ir.Node) -> None:
-    """Lengths of dynamic axes stay; a static one that is asked for has to stay as well."""
+    """Axes whose length is read have to stay whole, even static ones."""
     shape = channels.shape(node.inputs[0])
     rank = len(shape or ())
-    start, end = number_of(node, "start", 0), number_of(node, "end", rank)
+    start, end = int_attribute(node, "start", 0), int_attribute(node, "end", rank)
     asked = range(rank)[start:end]
-    channels.keep(node.inputs[0], node, "its length is asked for", axes=asked)
+    channels.keep(node.inputs[0], node, "its length is read", axes=asked)
     for axis in set(range(rank)) - set(asked):
-        channels.tie([(value_of(node, 0), axis)], node)  # free to lose what others can spare
+        channels.couple([(value_of(node, 0), axis)], node)  # free to lose what others can spare
     channels.keep(node.outputs[0], node, "it holds lengths")
 
 

@@ -1,8 +1,7 @@
 """QuantizeLinear, y = round(x / scale) + zero_point, and DequantizeLinear, x = (y - zero_point) * scale.
 
 Scale and zero point are one number, one per channel of `axis`, or one per block of `block_size` channels.
-A stored zero that means something else than 0 is the zero point: it is zero only for the DequantizeLinear
-that knows the same zero point.
+A stored element equal to the zero point means 0, but only to a DequantizeLinear that has the same zero point.
 """
 
 from __future__ import annotations
@@ -14,9 +13,10 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from cpcompile.passes.axes import ONE
 from cpcompile.passes.channel_rules.rule import Rule, keep_all, value_of
 from cpcompile.passes.channels import Cell, Channels, Zeros
-from cpcompile.passes.symbolic_shapes import ONE, constant_of, number_of
+from cpcompile.passes.nodes import constant_of, int_attribute
 
 
 def _agree(channels: Channels, node: ir.Node) -> None:
@@ -26,8 +26,8 @@ def _agree(channels: Channels, node: ir.Node) -> None:
     if shape is None or channels.shape(out) is None or any(s is None for s in shapes) or len(set(shapes)) > 1:
         keep_all(channels, node, "its shapes are unknown")
         return
-    scales, axis = shapes[0] or (), number_of(node, "axis", 1) % max(len(shape), 1)
-    block = number_of(node, "block_size", 0)
+    scales, axis = shapes[0] or (), int_attribute(node, "axis", 1) % max(len(shape), 1)
+    block = int_attribute(node, "block_size", 0)
     for at, length in enumerate(shape):
         along: list[Cell] = [(value, at), (out, at)]
         if block and len(scales) == len(shape) and at == axis:
@@ -35,14 +35,14 @@ def _agree(channels: Channels, node: ir.Node) -> None:
                 keep_all(channels, node, "its last block is not full")
                 return
             cells = [*along, *((setting, at) for setting in settings)]
-            channels.tie(along, node)
-            channels.tie_groups(cells, scales[at].n, node, "a block shares its scale")
+            channels.couple(along, node)
+            channels.couple_groups(cells, scales[at].n, node, "a block shares its scale")
         elif block and len(scales) == len(shape):
-            channels.tie([*along, *((setting, at) for setting in settings)], node)
+            channels.couple([*along, *((setting, at) for setting in settings)], node)
         elif len(scales) == 1 and scales != (ONE,) and at == axis:
-            channels.tie([*along, *((setting, 0) for setting in settings)], node)
+            channels.couple([*along, *((setting, 0) for setting in settings)], node)
         else:
-            channels.tie(along, node)
+            channels.couple(along, node)
     if scales in ((), (ONE,)):
         for setting in settings:
             channels.keep(setting, node, "it is one number for all channels")
@@ -80,18 +80,18 @@ def _zeros_dequantize(channels: Channels, node: ir.Node) -> Sequence[Zeros] | No
         return None
     same = _zero_point(maker)
     aligned = same is not None and same.dtype == point.dtype and np.array_equal(same, point)
-    along = [number_of(each, "axis", 1) % max(len(shape), 1) for each in (maker, node)]
+    along = [int_attribute(each, "axis", 1) % max(len(shape), 1) for each in (maker, node)]
     return [channels.zero(value_of(maker, 0))] if aligned and (point.size == 1 or along[0] == along[1]) else None
 
 
 def _spread(node: ir.Node, point: npt.NDArray[np.generic], shape: tuple[int, ...]) -> npt.NDArray[np.generic] | None:
     """The zero point of every element; None where its blocks do not fit."""
-    axis = number_of(node, "axis", 1) % max(len(shape), 1)
+    axis = int_attribute(node, "axis", 1) % max(len(shape), 1)
     if point.size == 1:
         return point.reshape(())
     if point.ndim == 1:
         return point.reshape([-1 if at == axis else 1 for at in range(len(shape))])
-    block = number_of(node, "block_size", 0)
+    block = int_attribute(node, "block_size", 0)
     spread = np.repeat(point, block, axis=axis)
     return spread if spread.shape == shape else None
 

@@ -1,4 +1,4 @@
-"""Reductions: a sum can spare zeros; a mean or a maximum over fewer channels would be another one."""
+"""Reductions: a sum can drop zeros; a mean or a maximum over fewer channels would differ."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cpcompile.passes.symbolic_shapes import axes_left
 
 
 def _agree_reduce(sums: bool) -> AgreeRule:
-    """A sum can spare channels that are zero; a mean or a maximum over fewer channels would be another one."""
+    """Remaining axes are coupled; reduced ones lose zeros if `sums`, and nothing otherwise."""
 
     def agree(channels: Channels, node: ir.Node) -> None:
         value, out = value_of(node, 0), node.outputs[0]
@@ -25,9 +25,9 @@ def _agree_reduce(sums: bool) -> AgreeRule:
             return
         for axis in range(len(shape)):
             if axis in through:
-                channels.tie([(value, axis), (out, through[axis])], node)
+                channels.couple([(value, axis), (out, through[axis])], node)
             elif sums:
-                channels.tie([(value, axis)], node, limit=channels.zero(value).axes[axis])
+                channels.couple([(value, axis)], node, limit=channels.zero(value).axes[axis])
             else:
                 channels.keep(value, node, "it reduces over this axis", axes=[axis])
 
@@ -35,7 +35,7 @@ def _agree_reduce(sums: bool) -> AgreeRule:
 
 
 def _zeros_reduce(channels: Channels, node: ir.Node) -> Sequence[Zeros] | None:
-    """Zeros have the sum and the mean 0 (nothing at all has the product 1)."""
+    """The sum and the mean of zeros are 0 (but an empty product is 1)."""
     through, out = axes_left(channels.table, node), channels.shape(node.outputs[0])
     if through is None or out is None or len(out) <= max(through.values(), default=-1):
         return None

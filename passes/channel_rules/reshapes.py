@@ -8,11 +8,15 @@ from types import MappingProxyType
 import numpy as np
 import onnx_ir as ir
 
+from cpcompile.core.reshape import match_axes
+from cpcompile.passes.axes import ONE, Axis, Shape, size_of
 from cpcompile.passes.channel_rules.elementwise import first_zero
 from cpcompile.passes.channel_rules.rule import Rule, keep_all, value_of
-from cpcompile.passes.channels import Channels, Zeros, from_grid, grid_shape, match_axes, to_grid
+from cpcompile.passes.channels import Channels, Zeros, from_grid, grid_shape, to_grid
+from cpcompile.passes.nodes import permutation
 from cpcompile.passes.shape_inputs import plan_target_shape, set_target_shape
-from cpcompile.passes.symbolic_shapes import ONE, Axis, Shape, permutation
+
+_REGROUPED = "it regroups channels of which some have to stay"
 
 
 def _agree_transpose(channels: Channels, node: ir.Node) -> None:
@@ -21,7 +25,7 @@ def _agree_transpose(channels: Channels, node: ir.Node) -> None:
         keep_all(channels, node, "its shape is unknown")
         return
     for at, axis in enumerate(permutation(node, len(shape))):
-        channels.tie([(value_of(node, 0), axis), (node.outputs[0], at)], node)
+        channels.couple([(value_of(node, 0), axis), (node.outputs[0], at)], node)
 
 
 def _zeros_transpose(channels: Channels, node: ir.Node) -> Sequence[Zeros] | None:
@@ -36,11 +40,11 @@ def _zeros_transpose(channels: Channels, node: ir.Node) -> Sequence[Zeros] | Non
 def _agree_reshape(channels: Channels, node: ir.Node) -> None:
     value, out = value_of(node, 0), node.outputs[0]
     first, second = channels.shape(value), channels.shape(out)
-    groups = match_axes(first, second) if first is not None and second is not None else None
+    groups = match_axes(first, second, size_of) if first is not None and second is not None else None
     if first is None or second is None or groups is None:
         keep_all(channels, node, "its target shape is unknown")
         return
-    if node.op_type == "Reshape" and _cannot_say(channels, node, first, second):
+    if node.op_type == "Reshape" and _cannot_rewrite(channels, node, first, second):
         return
     for group in groups:
         ours, theirs = _group_grids(first, second, group.first, group.second)
@@ -52,7 +56,7 @@ def _agree_reshape(channels: Channels, node: ir.Node) -> None:
         common &= to_grid([channels.cut(out, a) for a in group.second], theirs)
         for tensor, axes, shape in ((value, group.first, ours), (out, group.second, theirs)):
             for axis, mask in zip(axes, from_grid(common, shape), strict=True):
-                channels.tie([(tensor, axis)], node, limit=mask, why="it regroups channels of which some have to stay")
+                channels.couple([(tensor, axis)], node, limit=mask, why=_REGROUPED)
 
 
 def _group_grids(
@@ -67,7 +71,7 @@ def _group_grids(
 def _zeros_reshape(channels: Channels, node: ir.Node) -> Sequence[Zeros] | None:
     value = value_of(node, 0)
     first, second = channels.shape(value), channels.shape(node.outputs[0])
-    groups = match_axes(first, second) if first is not None and second is not None else None
+    groups = match_axes(first, second, size_of) if first is not None and second is not None else None
     if first is None or second is None or groups is None:
         return None
     zeros = channels.zero(value)
@@ -88,11 +92,11 @@ def _remaining(channels: Channels, value: ir.Value) -> Shape:
     return tuple(Axis(axis.outer, int((~channels.cut(value, i)).sum())) for i, axis in enumerate(shape))
 
 
-def _cannot_say(channels: Channels, node: ir.Node, source: Shape, target: Shape) -> bool:
-    """Keeps all channels of a node whose target shape could not be written anew."""
+def _cannot_rewrite(channels: Channels, node: ir.Node, source: Shape, target: Shape) -> bool:
+    """Keep all channels of a node whose target shape could not be rewritten; returns whether that is so."""
     if plan_target_shape(node, source, target, channels.table) is not None:
         return False
-    keep_all(channels, node, "the lengths of its dynamic axes are nowhere to be read")
+    keep_all(channels, node, "the lengths of its dynamic axes cannot be read from any tensor")
     return True
 
 
@@ -110,22 +114,22 @@ def _agree_expand(channels: Channels, node: ir.Node) -> None:
     if own is None or wide is None:
         keep_all(channels, node, "its target shape is unknown")
         return
-    if _cannot_say(channels, node, own, wide):
+    if _cannot_rewrite(channels, node, own, wide):
         return
     for axis, length in enumerate(own):
         at = axis + len(wide) - len(own)
         if length != ONE:
-            channels.tie([(value, axis), (out, at)], node)
+            channels.couple([(value, axis), (out, at)], node)
 
 
 def _agree_unsqueeze(channels: Channels, node: ir.Node) -> None:
     value, out = value_of(node, 0), node.outputs[0]
     pairs = _through(channels, value, out)
     if pairs is None:
-        keep_all(channels, node, "its axes cannot be told to fit")
+        keep_all(channels, node, "its axes cannot be matched")
         return
     for axis, at in pairs:
-        channels.tie([(value, axis), (out, at)], node)
+        channels.couple([(value, axis), (out, at)], node)
 
 
 def _zeros_unsqueeze(channels: Channels, node: ir.Node) -> Sequence[Zeros] | None:

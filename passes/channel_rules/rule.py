@@ -1,4 +1,4 @@
-"""What a rule says of an operator, and what every rule needs.
+"""What a rule says about an operator, and what every rule needs.
 
     zeros(channels, node)    which slices of its outputs are zero, given those of its inputs
     agree(channels, node)    which channels of inputs and outputs can only be cut together, or not at all
@@ -27,7 +27,7 @@ def _nothing(_channels: Channels, _node: ir.Node) -> None:
 
 @dataclass(frozen=True)
 class Rule:
-    """The behaviour of one operator; `data` of its inputs carry channels, the others are settings."""
+    """The behaviour of one operator; its first `data` inputs carry channels, the others are settings."""
 
     agree: AgreeRule
     zeros: ZerosRule = _nothing

@@ -11,11 +11,11 @@ import onnx_ir as ir
 from cpcompile.passes.channel_rules.elementwise import first_zero
 from cpcompile.passes.channel_rules.rule import AgreeRule, Rule, ZerosRule, keep_all, value_of
 from cpcompile.passes.channels import Channels, Zeros
-from cpcompile.passes.symbolic_shapes import number_of
+from cpcompile.passes.nodes import int_attribute
 
 
 def _whole_axes(which: Callable[[Channels, ir.Node, int], Sequence[int] | None], why: str) -> AgreeRule:
-    """Axes of the same number run through, but for those that the operator works along."""
+    """Axes keep their position and are coupled, except for those that the operator works along."""
 
     def agree(channels: Channels, node: ir.Node) -> None:
         shape = channels.shape(node.inputs[0])
@@ -30,7 +30,7 @@ def _whole_axes(which: Callable[[Channels, ir.Node, int], Sequence[int] | None],
                 if axis in whole:
                     channels.keep(out, node, why, axes=_existing(channels, out, axis))
                 elif len(channels.shape(out) or ()) == len(shape):
-                    channels.tie([(value_of(node, 0), axis), (out, axis)], node)
+                    channels.couple([(value_of(node, 0), axis), (out, axis)], node)
                 else:
                     channels.keep(out, node, "its shape is unknown")
             if axis in whole:
@@ -40,7 +40,7 @@ def _whole_axes(which: Callable[[Channels, ir.Node, int], Sequence[int] | None],
 
 
 def _zeros_beside(which: Callable[[Channels, ir.Node, int], Sequence[int] | None]) -> ZerosRule:
-    """For operators that make zeros of zeros: what is zero beside the axes that they work along stays zero."""
+    """For operators that map zeros to zeros: zero slices stay zero, except on the axes that they work along."""
 
     def zeros(channels: Channels, node: ir.Node) -> Sequence[Zeros] | None:
         shape, out = channels.shape(node.inputs[0]), channels.shape(node.outputs[0])
@@ -61,11 +61,11 @@ def _existing(channels: Channels, value: ir.Value, axis: int) -> list[int]:
 
 
 def _one_axis(default: int) -> Callable[[Channels, ir.Node, int], Sequence[int]]:
-    return lambda _channels, node, rank: [number_of(node, "axis", default) % rank]
+    return lambda _channels, node, rank: [int_attribute(node, "axis", default) % rank]
 
 
 def _from_axis(_channels: Channels, node: ir.Node, rank: int) -> Sequence[int]:
-    return range(number_of(node, "axis", -1) % rank, rank)
+    return range(int_attribute(node, "axis", -1) % rank, rank)
 
 
 def _spatial(_channels: Channels, node: ir.Node, rank: int) -> Sequence[int]:
@@ -77,7 +77,7 @@ def _last_two(_channels: Channels, _node: ir.Node, rank: int) -> Sequence[int]:
 
 
 _OVER_AXIS = "it works along this axis"
-_OTHER_NORM = "a norm over fewer channels is another norm"
+_OTHER_NORM = "a norm over fewer channels gives other values"
 
 
 RULES: Mapping[str, Rule] = MappingProxyType(

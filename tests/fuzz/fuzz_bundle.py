@@ -1,10 +1,10 @@
-"""Changed bundles are opened, verified, loaded and run: each works or is refused with a sentence.
+"""Open, verify, load and run changed bundles: each works or is refused with a sentence.
 
     python -m tests.fuzz.fuzz_bundle --minutes 5 [--seed 0]
 
 A case changes bytes of any file, or values of the JSON files, and mostly makes all digests fit again. Batches run in
-processes of their own, so that a crash of the runtime is seen; a pipe lies beside the bundle, and who opens that waits
-for ever. A finding is printed with its seed: `--seed SEED --cases 1` repeats it. Exit code 1 if there is any.
+processes of their own, so that a crash of the runtime is seen; a pipe is beside the bundle, and a process that opens it
+hangs. A finding is printed with its seed: `--seed SEED --cases 1` repeats it. Exit code 1 if there is any.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def change_bytes(data: bytearray, rng: random.Random) -> bytearray:
             case _:
                 old, new = rng.choice(NEEDLES), rng.choice(SPLICES)
                 if (found := data.find(old, at)) >= 0:
-                    # Where a length stands before the text it is made to fit, so that the change is read.
+                    # A length before the text is made to fit, so that the change is read.
                     if rng.random() < 0.7 and found and data[found - 1] == len(old) and len(new) < 128:
                         data[found - 1] = len(new)
                     data[found : found + len(old)] = new

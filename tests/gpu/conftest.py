@@ -1,4 +1,4 @@
-"""What needs an NVIDIA GPU: `make test-gpu`. Without one everything here is skipped, for one reason."""
+"""Tests that need an NVIDIA GPU, run by `make test-gpu`. Without one they are all skipped for the same reason."""
 
 import pytest
 
@@ -14,7 +14,7 @@ def pytest_runtest_setup() -> None:
 
 @pytest.fixture(scope="session")
 def capability() -> str:
-    """Such as sm89. A torch without CUDA fails here, and says so."""
+    """The compute capability, such as sm89; a torch without CUDA fails here and says so."""
     import torch
 
     return "sm{}{}".format(*torch.cuda.get_device_capability())

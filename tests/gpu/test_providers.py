@@ -10,7 +10,8 @@ from click.testing import CliRunner
 
 from cpcompile.bundle.reader import open_bundle
 from cpcompile.cli import main
-from cpcompile.doctor.diagnosis import GPU_PROVIDERS, diagnose
+from cpcompile.core.measured import NotMeasured
+from cpcompile.doctor.examination import GPU_PROVIDERS, examine
 from cpcompile.runtime.engine import Engine, create_session, load_engine, plugin_devices, session_options
 
 OPTIONS = {"CUDAExecutionProvider": {"use_tf32": "0"}}
@@ -27,7 +28,7 @@ def bundle(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("provider", GPU_PROVIDERS)
 def test_an_engine_runs_on_the_provider_that_it_asks_for(bundle: Path, provider: str) -> None:
-    if provider not in ort.get_available_providers() and isinstance(plugin_devices(provider), str):
+    if provider not in ort.get_available_providers() and isinstance(plugin_devices(provider), NotMeasured):
         pytest.skip(f"{provider} is not installed; see `cpcompile doctor`")
     opened = open_bundle(bundle)
     variant = opened.variant("english", "cpu-fp32")
@@ -39,5 +40,5 @@ def test_an_engine_runs_on_the_provider_that_it_asks_for(bundle: Path, provider:
 
 
 def test_the_doctor_sees_the_gpu() -> None:
-    found = diagnose()
+    found = examine()
     assert found.gpus and found.gpus[0]["memory_bytes"] > 0 and "." in found.gpus[0]["compute_capability"]

@@ -9,13 +9,13 @@ import torch
 from click.testing import CliRunner, Result
 
 from cpcompile.cli import main
-from cpcompile.core.config import ValidateConfig
+from cpcompile.core.config import BuildConfig, ValidateConfig
 from cpcompile.pipeline.build import build_bundle
-from cpcompile.pipeline.estimation import Libraries, Plan, estimate, read_facts
+from cpcompile.pipeline.estimation import Libraries, estimate, read_facts
 
 FAST = ["--no-speed", "--no-memory"]
 LIBRARIES = Libraries(build=1, validation=1, engine=1, eager=1)
-"""Of no matter: what they take is no part of what is compared here."""
+"""Placeholder: the memory of the libraries is not part of this comparison."""
 
 
 def run(*arguments: object) -> Result:
@@ -42,26 +42,21 @@ def test_the_table(model: Path) -> None:
     assert files(model) == {"model.pt", "model.dense.pt"}
 
 
-@pytest.mark.parametrize("settings", [{"coverage": 0.9}, {"merged": True}])
+@pytest.mark.parametrize("settings", [{"vocabulary_coverage": 0.9}, {"merged": True}])
 def test_the_figures_are_those_of_a_build(model: Path, settings: dict[str, Any]) -> None:
-    config = ValidateConfig(speed=False, memory=False, coherence=False)
-    contexts, coverage = ["cpp", "python"], settings.get("coverage")
-    facts = read_facts(model, contexts=contexts, coverage=coverage)
-    predicted = estimate(facts, LIBRARIES, Plan(contexts=contexts, **settings), config)
+    validation = ValidateConfig(speed=False, memory=False, coherence=False)
+    config = BuildConfig(contexts=("cpp", "python"), **settings)
+    facts = read_facts(model, contexts=config.contexts, coverage=config.vocabulary_coverage)
+    predicted = estimate(facts, LIBRARIES, config, validation)
     report, _ = build_bundle(
-        model,
-        model.with_name("model.cpc"),
-        opset=23,
-        data=None,
-        config=config,
-        progress=lambda _stage, _done, _total: None,
-        **{"contexts": contexts, "standalone": False} | settings,
+        model, model.with_name("model.cpc"), config, validation, progress=lambda _stage, _done, _total: None
     )
-    assert [context["name"] for context in report["contexts"]] == list(predicted.engines) == contexts
-    for context in report["contexts"]:
-        assert 4 * context["parameters"]["kept"] == facts.contexts[context["name"]].kept_bytes
-    assert facts.dense_bytes == report["bundle"]["dense_bytes"]
-    assert predicted.bundle_bytes == pytest.approx(report["bundle"]["bytes"], rel=0.15)
+    names = [context.name for context in report.contexts]
+    assert names == list(predicted.engines) == ["cpp", "python"]
+    for context in report.contexts:
+        assert 4 * context.parameters.kept == facts.contexts[context.name].kept_bytes
+    assert facts.dense_bytes == report.bundle.dense_bytes
+    assert predicted.bundle_bytes == pytest.approx(report.bundle.bytes, rel=0.15)
 
 
 def test_a_limit_stops_a_build_before_it_writes(model: Path) -> None:
@@ -88,7 +83,7 @@ def test_what_is_no_size_is_refused(model: Path, size: str) -> None:
     for command in ("build", "validate"):
         target = model if command == "build" else model.with_name("missing.cpc")
         result = run(command, target, "--max-memory", size)
-        assert result.exit_code == 2 and "is no size of memory" in result.stderr, result.output
+        assert result.exit_code == 2 and "is not a memory size" in result.stderr, result.output
     assert files(model) == {"model.pt", "model.dense.pt"}
 
 
@@ -99,7 +94,7 @@ def test_what_is_no_size_is_refused(model: Path, size: str) -> None:
         (["--contexts", ","], "names nothing"),
         (["--merged", "--standalone"], "leave out --standalone"),
         (["--merged", "--contexts", "cpp"], "there is only cpp"),
-        (["--merged", "--vocabulary-coverage", "1"], "leave it whole"),
+        (["--merged", "--vocabulary-coverage", "1"], "leave out --vocabulary-coverage"),
         (["--vocabulary-coverage", "2"], "coverage"),
         (["--vocabulary-coverage", "nan"], "coverage"),
         (["--batch", "0"], "is not in the range"),

@@ -70,7 +70,7 @@ MODELS: dict[str, tuple[Callable[[], Any], str, str]] = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == "qwen3" else n for n in MODELS])
 def test_partitioned_and_frozen(name: str) -> None:
     from cpcompile.partitioning.hugging_face import prepare_hugging_face
 

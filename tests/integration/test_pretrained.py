@@ -67,8 +67,8 @@ def model(folder: Path, corpus_folder: Path, cache: Path) -> Path:
 def test_it_is_partitioned_by_its_own_names(model: Path) -> None:
     checkpoint, dense = load_checkpoint(model), load_checkpoint(model.with_name("model.dense.pt"))
     assert checkpoint.selection is not None
-    assert set(checkpoint.selection.kept_fraction(UnitKind.FFN).values()) == {0.5}
-    assert set(checkpoint.selection.kept_fraction(UnitKind.HEAD).values()) == {0.75}
+    assert set(checkpoint.selection.kept[UnitKind.FFN].mean(axis=(1, 2))) == {0.5}
+    assert set(checkpoint.selection.kept[UnitKind.HEAD].mean(axis=(1, 2))) == {0.75}
     channels = 64 if "llama" in str(model) else 128
     assert checkpoint.selection.kept[UnitKind.FFN].shape == (3, 2, channels)  # single channels, not blocks of them
     own = transformers.AutoModelForCausalLM.from_pretrained(model.parent, local_files_only=True)
@@ -160,7 +160,7 @@ def test_what_is_no_model_is_refused(corpus_folder: Path, tmp_path: Path) -> Non
         (*train, tmp_path / "nowhere"): "there is no such folder; models are read from disk",
         (*train, tmp_path / "empty"): "cannot be read as a Hugging Face model",
         (*train, tmp_path / "two"): "has 2 GGUF files",
-        (*train, tmp_path / "empty", "--preset", "nano"): "brings shape and tokenizer",
+        (*train, tmp_path / "empty", "--preset", "nano"): "sets shape and tokenizer",
         (*train[:-1], "--recover", "least-squares", "--steps", 4, "--preset", "nano"): "are for pretrained models",
     }.items():
         result = run(*arguments)

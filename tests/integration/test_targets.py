@@ -100,7 +100,7 @@ def test_the_bundle_says_what_a_plan_is_for(bundle: Path) -> None:
     opened = open_bundle(bundle)
     opened.verify_all()
     for name in ENGINES:
-        info = opened.variant("english", name).engine
+        info = opened.variant("english", name).plan
         assert info is not None and info.capabilities == ("sm86", "sm89", "sm120") and name.endswith(info.precision)
         assert info.profiles[0].shapes["input_ids"] == ((1, 1), (2, 32), (4, 128))  # trained on sequences of 32
         assert info.tensors[0] == TensorInfo(
@@ -122,7 +122,7 @@ def test_onnx_runtime_opens_the_package_and_passes_the_plans_over(bundle: Path) 
 def test_a_plan_is_no_onnx(bundle: Path, tmp_path: Path) -> None:
     result = run("export", bundle, "english", "--variant", ENGINES[0], "-o", tmp_path / "x.onnx")
     assert result.exit_code == 2
-    assert "is a plan of tensorrt-rtx, no ONNX graph; choose another variant" in result.output
+    assert "is a plan of tensorrt-rtx, not an ONNX graph; choose another variant" in result.output
     assert not list(tmp_path.iterdir())
 
 
@@ -171,7 +171,10 @@ def test_a_damaged_plan_is_found(bundle: Path, tmp_path: Path) -> None:
     [
         (["--target", "tpu"], "there is no target 'tpu'"),
         (["--target", "tensorrt-rtx=sm90"], "does not build for sm90"),
-        (["--target", "tensorrt-rtx", "--profile", "batch=4:2:1"], "--profile batch=4:2:1: lengths go from"),
+        (
+            ["--target", "tensorrt-rtx", "--profile", "batch=4:2:1"],
+            "batch=4:2:1: write the lengths in ascending order",
+        ),
         (["--target", "tensorrt-rtx", "--profile", "tokens=1"], "the dynamic axes are batch, sequence"),
         (["--target", "tensorrt-rtx", "--precision", "fp8"], "--precision 'fp8' does not exist"),
         (["--target", "tensorrt-rtx", "--max-memory", "9GB"], "not what TensorRT does"),

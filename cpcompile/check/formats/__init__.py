@@ -1,8 +1,8 @@
 """A check for people and for the systems that run it: name -> text.
 
-Verdicts in other people's words: fail is a failure or an error. inconclusive and not measured are warnings, in JUnit
-skipped tests with the reason: a noisy machine shall not turn a CI run red through the XML; the exit code 3 tells
-both apart. skipped was asked for; new is a note.
+Verdicts in the terms of these formats: fail is a failure or an error; inconclusive and not measured are warnings, in
+JUnit skipped tests with the reason, because a noisy machine should not fail a CI run through the XML; exit code 3
+tells them from a pass. skipped was requested; new is a note.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ TEXTS: Mapping[str, Callable[[Check], str]] = MappingProxyType(
         "github": lambda check: "".join(f"{line}\n" for line in annotate(check)),
     }
 )
-"""All formats but the table, which rich draws."""
+"""All formats except the table, which rich draws."""
 __all__ = ["FORMATS", "TABLE", "TEXTS", "summary"]
 
 FORMATS = (TABLE, *TEXTS)

@@ -2,7 +2,7 @@
 
     ::error file=base.json,title=english cpu-fp32 perplexity::12.3 against 12.0 in the baseline …
 
-In the message % and ends of lines are escaped, in a property : and , as well (GitHub, "Workflow commands").
+In the message, % and line ends are escaped; in a property, : and , as well (GitHub, "Workflow commands").
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ SIGNS = {"pass": "✅", "fail": "❌", "inconclusive": "⚠️", "not measured":
 
 
 def annotate(check: Check) -> list[str]:
-    """One line for everything that missed, and a notice of the verdict."""
+    """One line for every outcome that is not a pass, and a notice with the verdict."""
     lines = [
         f"::{COMMANDS[each.verdict]} file={_property(PurePath(check.baseline).as_posix())},"
         f"title={_property(f'{each.place} {each.name}: {each.verdict}')}::{_message(each.sentence)}"
@@ -27,7 +27,7 @@ def annotate(check: Check) -> list[str]:
 
 
 def summary(check: Check) -> str:
-    """Markdown: what missed, and everything below in a table that opens."""
+    """Markdown: the outcomes that are not a pass, and below them all outcomes in a collapsible table."""
     lines = [f"### {SIGNS[check.verdict]} cpcompile check: {_cell(check.subject)}: {check.verdict}", ""]
     if found := missed(check):
         lines += [*_table(found), ""]
@@ -58,7 +58,7 @@ def _row(outcome: Outcome) -> tuple[str, ...]:
 
 
 def _cell(text: str) -> str:
-    """Text that is no HTML and no Markdown, on one line."""
+    """`text` on one line, with HTML and Markdown escaped."""
     escaped = "".join(f"\\{sign}" if sign in "\\`*_[]|~#" else sign for sign in " ".join(text.split()))
     return escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from cpcompile.check.criteria import Check, Outcome
 
 NO_XML = re.compile(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-"""What XML 1.0 has no character for (section 2.2)."""
+"""Characters that XML 1.0 does not allow (section 2.2)."""
 
 
 def junit_xml(check: Check) -> str:
@@ -40,7 +40,7 @@ def _counts(outcomes: list[Outcome]) -> dict[str, str]:
 
 
 def _kind(outcome: Outcome) -> str | None:
-    """The element below a test that did not pass."""
+    """The child element of a test that did not pass."""
     return {"pass": None, "new": None, "fail": "failure"}.get(outcome.verdict, "skipped")
 
 

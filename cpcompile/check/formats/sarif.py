@@ -1,6 +1,6 @@
 """A check as SARIF 2.1.0 (OASIS): a rule per criterion, a result per outcome.
 
-Results stand at the baseline, which is what lies in the repository; the engine is a logical location.
+Results are located at the baseline, which is the file in the repository; the engine is a logical location.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from pathlib import PurePath
 from typing import Any, Literal, TypeAlias
 from urllib.parse import quote
 
-import cpcompile
 from cpcompile.check.criteria import CRITERIA, Check, Outcome
+from cpcompile.core.version import __version__
 
 SCHEMA_URI = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"
 Level: TypeAlias = Literal["none", "note", "warning", "error"]
@@ -34,7 +34,7 @@ def sarif_log(check: Check) -> dict[str, Any]:
         {"id": name, "shortDescription": {"text": criterion.meaning}, "name": name.title().replace("_", "")}
         for name, criterion in CRITERIA.items()
     ]
-    driver = {"name": "cpcompile check", "version": cpcompile.__version__, "rules": rules}
+    driver = {"name": "cpcompile check", "version": __version__, "rules": rules}
     run = {
         "tool": {"driver": driver},
         "columnKind": "unicodeCodePoints",
@@ -72,6 +72,6 @@ def _result(check: Check, outcome: Outcome, names: list[str]) -> dict[str, Any]:
 
 
 def _uri(path: str) -> str:
-    """Relative where the path is; quoted."""
+    """The path as a quoted URI; relative if the path is."""
     pure = PurePath(path)
     return pure.as_uri() if pure.is_absolute() else quote(pure.as_posix())

@@ -1,4 +1,4 @@
-"""A check in a terminal: a section per engine, those that missed something last, where the eye is."""
+"""A check in a terminal: a section per engine, with failures last, next to the prompt."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def render_check(check: Check) -> Group:
 
 
 def missed(check: Check) -> list[Outcome]:
-    """What is no pass and was not left out on purpose, failures first."""
+    """The outcomes that are neither a pass nor skipped on purpose, failures first."""
     found = [each for each in check.outcomes if each.verdict in ("fail", "inconclusive", "not measured")]
     return sorted(found, key=_rank, reverse=True)
 
@@ -62,7 +62,7 @@ def _cells(outcome: Outcome) -> list[str]:
 
 
 def _reasons(check: Check) -> list[str]:
-    """Why others are not compared."""
+    """Why other values are not compared."""
     return [
         f"{outcome.verdict}: {outcome.reason}"
         for outcome in check.outcomes

@@ -1,4 +1,4 @@
-"""What a build will take, said before it starts.
+"""The memory and size of a build, estimated before it starts.
 
 model.pt, model.pt2 -> facts (weights are not read) ┐
 a build of a model of one layer -> libraries        ┴ formula -> Estimate -> table, JSON, `check_memory`
@@ -7,7 +7,7 @@ a build of a model of one layer -> libraries        ┴ formula -> Estimate -> t
 from __future__ import annotations
 
 from cpcompile.pipeline.estimation.facts import Facts, read_facts
-from cpcompile.pipeline.estimation.formula import Estimate, Plan, estimate
+from cpcompile.pipeline.estimation.formula import Estimate, RunShape, estimate
 from cpcompile.pipeline.estimation.libraries import Libraries, measure_libraries
 from cpcompile.pipeline.estimation.limit import check_memory, estimate_build
 from cpcompile.pipeline.estimation.table import render_estimate
@@ -16,7 +16,7 @@ __all__ = [
     "Estimate",
     "Facts",
     "Libraries",
-    "Plan",
+    "RunShape",
     "check_memory",
     "estimate",
     "estimate_build",

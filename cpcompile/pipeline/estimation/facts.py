@@ -1,8 +1,8 @@
-"""What a file says of a model: names, shapes and selections. Weights stay in the file.
+"""Facts about a model from its file: names, shapes and selections. The weights are not read.
 
-A decoder of our own tells exactly what each context keeps, and a program has it written down. A pretrained model would
-have to be traced for that; its shapes say it nearly: a tensor whose first axis are all experts is cut like experts, one
-with an axis as long as the FFN like the FFN, any other matrix that is no embedding like heads.
+For our own decoder it is known exactly what each context keeps, and a program records it. A pretrained model would
+have to be traced for that; its shapes give an approximation: a tensor whose first axis has the length of all experts is
+cut like experts, one with an axis as long as the FFN like the FFN, any other matrix except embeddings like heads.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from cpcompile.frontend.source import FLOAT32_BYTES, NO_TOKENIZER, PROGRAM_SUFFI
 from cpcompile.text.vocabulary import needed_tokens
 
 TABLE = ".table"
-"""How names of gates end."""
+"""Suffix of gate names in a checkpoint; gates are found by name because no pretrained model is created here."""
 MOST = 2**63 - 1
-"""Elements of a tensor that torch can count."""
+"""Largest number of elements of a tensor in torch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class ContextFacts:
 
     kept_bytes: int
     head_bytes: int
-    """Of a head that is the embedding too, which an engine transposes and then has twice; 0 for any other head."""
+    """Bytes of a head tied to the embedding, which an engine transposes and so holds twice; 0 for any other head."""
     classes: int
     """Logits per position; 0 for a program."""
 
@@ -55,24 +55,24 @@ class Facts:
     """A model on disk. Bytes are of float32 weights."""
 
     model_type: str | None
-    """What transformers calls the architecture; None for a decoder of our own or a program."""
+    """The name of the architecture in transformers; None for our own decoder or a program."""
     bytes: int
     """Gates included."""
     tensors: int
     dense_bytes: int | None
-    """Of the dense baseline beside it; None if there is none."""
+    """Bytes of the dense baseline next to it; None if there is none."""
     classes: int
     """Logits per position with the whole vocabulary; 0 for a program."""
     sequence: int
     """Positions of a window of evaluation."""
     result_elements: int | None
-    """Of the largest result within a program, at the size of its example; None for a language model."""
+    """Elements of the largest result within a program, for the shapes of its example; None for a language model."""
     vocabulary_bytes: int
-    """Of all parameters with a row per token."""
+    """Bytes of all parameters with a row per token."""
     tokenizer_bytes: int
     contexts: Mapping[str, ContextFacts]
     union_bytes: int
-    """What any of the contexts keeps; of a program the most that this can be."""
+    """Bytes that any of the contexts keeps; an upper bound for a program."""
 
     @property
     def parameters(self) -> int:
@@ -100,7 +100,7 @@ def read_facts(path: Path, *, contexts: Sequence[str] | None = None, coverage: f
 
 @contextmanager
 def _sentences(path: Path, remedy: str) -> Iterator[None]:
-    """Content that is not as it was written, as a UsageError."""
+    """Turn errors of malformed content into a UsageError."""
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
@@ -157,7 +157,7 @@ def _needed(
 
 
 def _kept_bytes(checkpoint: Checkpoint, kept: Mapping[UnitKind, BoolArray]) -> int:
-    """Of the parameters that are left where `kept` (layers, units) is; the vocabulary whole."""
+    """Bytes of the parameters that remain with the units `kept` (layers, units); the vocabulary is whole."""
     if isinstance(checkpoint.config, ModelConfig):
         one = Selection(("one",), {kind: table[None] for kind, table in kept.items()})
         return sum(checkpoint.model.kept_sizes(one, "one").values()) * FLOAT32_BYTES

@@ -1,30 +1,30 @@
 """Peak resident memory of a build, stage by stage, from facts about a model and what the libraries take.
 
-With M bytes of weights in T tensors, D of the dense baseline, K of the largest engine (its head twice if it is the
-embedding too), n positions of a run and V logits per position:
+With M bytes of weights in T tensors, D bytes of the dense baseline, K of the largest engine (with its head twice if it
+is tied to the embedding), n positions per run and V logits per position:
 
     load       L + M + P T                          weights are in memory once; P: a pretrained model is traced
     build      L + M + (P + G) T + R                graphs share the weights; R: the vocabulary in a new order
     parity     L'+ M + (P + G) T + R + K + 2M + W(16 n V)     float64; logits in float32, float64 and of the engine
     quality    L'+ M + (P + G) T + R + K + D + W(4 n' V) + 24 s V   windows of s tokens in float64, three arrays
-    measuring  L'+ M + (P + G) T + R + D  here, and beside it the larger of
+    measuring  L'+ M + (P + G) T + R + D  in this process, and next to it the larger of
                engine  E + K + W(4 n V)             eager  A + D + W(4 n V)
 
-L, L', E, A are measured anew each time (`libraries`). W(x) = x + min(4 x, HEAP) is what results of x bytes take with
+L, L', E, A are measured each time (`libraries`). W(x) = x + min(4 x, HEAP) is what results of x bytes take with
 the activations that they are made of: glibc serves arrays below 32 MB from the heap, where holes remain, and maps
 larger ones, which go back at once (mallopt(3), M_MMAP_THRESHOLD). G, P and HEAP were measured, by
-`benchmarks/memory_estimate.py`, on models of 24 to 332 tensors and 0.2 to 135 million parameters: they are what is to
-be put right if its table shows more than 20 %.
+`benchmarks/memory_estimate.py`, on models of 24 to 332 tensors and 0.2 to 135 million parameters: correct
+them if its table shows more than 20 %.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cpcompile.core.config import ValidateConfig
+from cpcompile.core.config import BuildConfig, ValidateConfig
 from cpcompile.pipeline.estimation.facts import Facts
 from cpcompile.pipeline.estimation.libraries import Libraries
 from cpcompile.validation.coherence import NEW_TOKENS, PROMPT_TOKENS, PROMPTS
@@ -33,32 +33,31 @@ from cpcompile.validation.quality import BATCH
 GRAPH = 450_000
 """G: bytes of graphs per tensor, with all contexts frozen."""
 TRACE = 250_000
-"""P: bytes per tensor of the trace in which groups of a pretrained model are found."""
+"""P: bytes per tensor of the trace that finds the groups of a pretrained model."""
 HEAP = 64_000_000
 """Bytes that activations leave in the heap."""
 BESIDE = "process beside it"
 ENGINE_GRAPH = 1_200
 """Bytes of an engine's file per tensor."""
 DURATIONS = ((30_000_000, "about a minute"), (300_000_000, "minutes"))
-"""Up to so many parameters, on two cores, with validation."""
+"""(parameters up to which it holds, duration on two cores with validation)."""
 NOT_COUNTED = ("peers of --peers", "text that --data reads")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What is asked for: settings of a build, as `build_bundle` takes them, and the shape of the engines' runs."""
+class RunShape:
+    """The shape of one run of an engine."""
 
-    contexts: Sequence[str] | None = None
-    coverage: float | None = None
-    standalone: bool = False
-    merged: bool = False
     batch: int = 1
     sequence: int = 128
 
     @property
     def positions(self) -> int:
-        """Of one run."""
+        """Tokens of one run."""
         return self.batch * self.sequence
+
+
+ONE_SEQUENCE = RunShape()
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ class Stage:
 
     name: str
     parts: Mapping[str, int]
-    """By what they are for; those that are not 0."""
+    """Bytes by purpose, without zeros."""
 
     @property
     def peak_rss_bytes(self) -> int:
@@ -80,22 +79,22 @@ class Process:
 
     load_peak_rss_bytes: int
     run_peak_rss_bytes: int
-    """With the batch and sequence that were asked for."""
+    """Peak with the requested batch and sequence."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """What a build is going to take."""
+    """The estimate of a build."""
 
     build: tuple[Stage, ...]
-    """What the report calls the build."""
+    """The stages that the report counts as the build."""
     validation: tuple[Stage, ...]
     engines: Mapping[str, Process]
     eager: Process | None
-    """Of the dense baseline, or of a program; None if there is none."""
+    """Peaks of the dense baseline or the program; None if there is neither."""
     bundle_bytes: int
     duration: str
-    """In words."""
+    """The time of the build, in words."""
 
     @property
     def largest(self) -> Stage:
@@ -104,16 +103,16 @@ class Estimate:
 
     @property
     def build_peak_rss_bytes(self) -> int:
-        """Without validation: what the report calls `build.peak_rss_bytes`."""
+        """The peak without validation: `build.peak_rss_bytes` in the report."""
         return max(stage.peak_rss_bytes for stage in self.build)
 
     @property
     def process_peak_rss_bytes(self) -> int:
-        """Of the process that builds and validates, without those that measure beside it."""
+        """The peak of the process that builds and validates, without the measuring processes."""
         return max(stage.peak_rss_bytes - stage.parts.get(BESIDE, 0) for stage in (*self.build, *self.validation))
 
     def to_plain(self) -> dict[str, Any]:
-        """What `cpcompile estimate --json` prints; the keys stay, names of stages and parts are words for people.
+        """The output of `cpcompile estimate --json`; keys are stable, names of stages and parts are only for display.
 
         peak_rss_bytes, build_peak_rss_bytes, process_peak_rss_bytes
         build[], validation[]     name, peak_rss_bytes, parts{name: bytes}
@@ -134,52 +133,54 @@ class Estimate:
         }
 
 
-def estimate(facts: Facts, libraries: Libraries, plan: Plan, config: ValidateConfig) -> Estimate:
-    """The peaks of a build of the model with `facts` as `plan` says, validated as `config` says."""
+def estimate(
+    facts: Facts, libraries: Libraries, config: BuildConfig, validation: ValidateConfig, shape: RunShape = ONE_SEQUENCE
+) -> Estimate:
+    """The peaks of a build of the model with `facts`, of its validation, and of runs of its engines."""
     largest = max(facts.contexts.values(), key=lambda context: context.engine_bytes)
-    engine = max(largest.engine_bytes, facts.union_bytes + largest.head_bytes if plan.merged else 0)
+    engine = max(largest.engine_bytes, facts.union_bytes + largest.head_bytes if config.merged else 0)
     dense = facts.dense_bytes or 0
     trace = TRACE * facts.tensors if facts.model_type is not None else 0
     lasting = {
         "weights": facts.bytes,
         "graphs": trace + GRAPH * facts.tensors,
-        "ordered vocabulary": facts.vocabulary_bytes if plan.coverage is not None else 0,
+        "ordered vocabulary": facts.vocabulary_bytes if config.vocabulary_coverage is not None else 0,
     }
-    written = 2 * largest.kept_bytes if plan.standalone else 0  # the message and its bytes
+    written = 2 * largest.kept_bytes if config.standalone else 0  # the message and its bytes
     building = {"libraries": libraries.build}
     build = (
         _stage("load", building | {"weights": facts.bytes, "graphs": trace}),
         _stage("capture, freeze, export", building | lasting | {"one engine in full": written}),
     )
 
-    in_parity = _results(facts, max(batch * sequence for batch, sequence in config.shapes))
-    generated = PROMPTS * (PROMPT_TOKENS + NEW_TOKENS) if config.coherence else 0
+    in_parity = _results(facts, max(batch * sequence for batch, sequence in validation.shapes))
+    generated = PROMPTS * (PROMPT_TOKENS + NEW_TOKENS) if validation.coherence else 0
     in_quality = _results(facts, max(BATCH * facts.sequence, generated))
     window = 24 * facts.sequence * facts.classes
     here = {"libraries": libraries.validation} | lasting
     in_float64 = {"float64": 2 * facts.bytes, "results": _held(4 * in_parity)}
-    validation = [
+    validating = [
         _stage("validate: parity", here | {"engine": engine} | in_float64),
         _stage("validate: quality", here | {"engine": engine, "dense": dense, "results": _held(in_quality) + window}),
     ]
     engines = {
-        name: _process(libraries.engine + context.engine_bytes, _results(facts, plan.positions, context.classes))
+        name: _process(libraries.engine + context.engine_bytes, _results(facts, shape.positions, context.classes))
         for name, context in facts.contexts.items()
     }
     eager = None
-    if facts.result_elements is not None:  # a program is its own peer, and loading it imports what a trace needs
-        eager = _process(libraries.build + facts.bytes, _results(facts, plan.positions))
+    if facts.result_elements is not None:  # a program is its own baseline, and loading it imports what a trace needs
+        eager = _process(libraries.build + facts.bytes, _results(facts, shape.positions))
     elif facts.dense_bytes is not None:
-        eager = _process(libraries.eager + dense, _results(facts, plan.positions))
-    if config.memory:
+        eager = _process(libraries.eager + dense, _results(facts, shape.positions))
+    if validation.memory:
         beside = max(process.run_peak_rss_bytes for process in (*engines.values(), *([eager] if eager else [])))
-        validation.append(_stage("validate: memory", here | {"dense": dense, BESIDE: beside}))
+        validating.append(_stage("validate: memory", here | {"dense": dense, BESIDE: beside}))
     return Estimate(
         build=build,
-        validation=tuple(validation),
+        validation=tuple(validating),
         engines=engines,
         eager=eager,
-        bundle_bytes=_bundle_bytes(facts, plan),
+        bundle_bytes=_bundle_bytes(facts, config),
         duration=next((words for limit, words in DURATIONS if facts.parameters <= limit), "longer than was tried"),
     )
 
@@ -208,11 +209,11 @@ def _held(results: int) -> int:
     return results + min(4 * results, HEAP)
 
 
-def _bundle_bytes(facts: Facts, plan: Plan) -> int:
+def _bundle_bytes(facts: Facts, config: BuildConfig) -> int:
     """Weights, graphs and tokenizers on disk."""
     each = facts.contexts.values()
-    weights = sum(context.kept_bytes for context in each) if plan.standalone else facts.union_bytes
+    weights = sum(context.kept_bytes for context in each) if config.standalone else facts.union_bytes
     tokenizers = facts.tokenizer_bytes
-    if plan.coverage is not None:
+    if config.vocabulary_coverage is not None:
         tokenizers = sum(facts.tokenizer_bytes * context.classes // facts.classes for context in each)
-    return weights + ENGINE_GRAPH * facts.tensors * (len(facts.contexts) + plan.merged) + tokenizers
+    return weights + ENGINE_GRAPH * facts.tensors * (len(facts.contexts) + config.merged) + tokenizers

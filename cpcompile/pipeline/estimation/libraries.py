@@ -1,4 +1,4 @@
-"""What the libraries take, measured where it is asked for: the smallest build, whose model is next to nothing.
+"""The memory that the libraries take, measured by the smallest build, whose model takes next to nothing.
 
 torch, onnx and what an export imports take many times the weights of a small model, and other versions and systems
 take other amounts, so it is not a constant. The same build measures an engine and an eager model in processes of
@@ -13,8 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from cpcompile.core.config import ModelConfig, ValidateConfig
+from cpcompile.core.config import BuildConfig, ModelConfig, ValidateConfig
 from cpcompile.core.errors import CpcompileError, UsageError
+from cpcompile.core.measured import NotMeasured
 from cpcompile.core.selection import Selection, UnitKind
 from cpcompile.frontend.checkpoint import Checkpoint, dense_path, save_checkpoint
 from cpcompile.machine.memory import peak_resident_bytes
@@ -28,7 +29,7 @@ SHAPE = ModelConfig(vocabulary=LEAST_VOCABULARY, width=8, layers=1, heads=1, kv_
 
 @dataclass(frozen=True, kw_only=True)
 class Libraries:
-    """Resident bytes of processes that have done their work on nearly nothing."""
+    """Resident bytes of the processes of the smallest build."""
 
     build: int
     validation: int
@@ -39,7 +40,7 @@ class Libraries:
 def measure_libraries(model_type: str | None) -> Libraries:
     """Build the smallest model in this process, with what a model of transformers of that type imports.
 
-    This process keeps what it imports, which a build in it imports anyway.
+    The imports stay in this process; a build in it needs them anyway.
     """
     if model_type is not None:
         _import_architecture(model_type)
@@ -49,24 +50,24 @@ def measure_libraries(model_type: str | None) -> Libraries:
         report, _ = build_bundle(
             model,
             Path(folder) / "model.cpc",
-            contexts=None,
-            opset=23,
-            standalone=False,
-            data=None,
-            config=ValidateConfig(speed=False, coherence=False, layers=False),
+            BuildConfig(),
+            ValidateConfig(speed=False, coherence=False, layers=False),
             progress=lambda _stage, _done, _total: None,
         )
     validation = peak_resident_bytes()
-    memory = report["contexts"][0]["variants"][0]["memory"]
-    for key in ("run_peak_rss_bytes", "eager_run_peak_rss_bytes"):
-        if memory[key] is None:
-            raise CpcompileError(f"what the libraries take cannot be measured here: {memory['not_measured'][key]}")
+    memory = report.contexts[0].variants[0].memory
     return Libraries(
-        build=report["build"]["peak_rss_bytes"],
+        build=_known(report.build.peak_rss_bytes),
         validation=validation,
-        engine=memory["run_peak_rss_bytes"],
-        eager=memory["eager_run_peak_rss_bytes"],
+        engine=_known(memory.run_peak_rss_bytes),
+        eager=_known(memory.eager_run_peak_rss_bytes),
     )
+
+
+def _known(size: int | NotMeasured) -> int:
+    if isinstance(size, NotMeasured):
+        raise CpcompileError(f"what the libraries take cannot be measured here: {size}")
+    return size
 
 
 def _write_smallest(path: Path) -> None:
@@ -87,7 +88,7 @@ def _write_smallest(path: Path) -> None:
 
 
 def _import_architecture(model_type: str) -> None:
-    """What a model of that type imports."""
+    """Import the code of a model of that type."""
     transformers = transformers_package()
     try:
         _ = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(transformers.AutoConfig.for_model(model_type))]

@@ -1,70 +1,71 @@
-"""Stop before the work starts, not when the memory is gone."""
+"""Stop before the work starts, instead of when memory runs out."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from cpcompile.core.config import ValidateConfig
+from cpcompile.core.config import BuildConfig, ValidateConfig
 from cpcompile.core.errors import UsageError
 from cpcompile.machine.memory import available_memory, resident_bytes
-from cpcompile.pipeline.build import require_compatible
 from cpcompile.pipeline.estimation.facts import Facts, read_facts
-from cpcompile.pipeline.estimation.formula import BESIDE, Estimate, Plan, estimate
+from cpcompile.pipeline.estimation.formula import BESIDE, ONE_SEQUENCE, Estimate, RunShape, estimate
 from cpcompile.pipeline.estimation.libraries import Libraries, measure_libraries
 from cpcompile.report.formats import megabytes
 
 
-def estimate_build(model: Path, plan: Plan, config: ValidateConfig) -> Estimate:
-    """What a build of `model` will take; UsageError for a file or a plan of which nothing can be built."""
-    facts = _planned(model, plan)
-    return estimate(facts, measure_libraries(facts.model_type), plan, config)
+def estimate_build(
+    model: Path, config: BuildConfig, validation: ValidateConfig, shape: RunShape = ONE_SEQUENCE
+) -> Estimate:
+    """What a build of `model` will take; UsageError for a file or settings from which nothing can be built."""
+    facts = _facts(model, config)
+    return estimate(facts, measure_libraries(facts.model_type), config, validation, shape)
 
 
-def check_memory(model: Path, limit: int | None, plan: Plan, config: ValidateConfig) -> str | None:
-    """UsageError if work on `model` needs more than `limit`; else a warning if it may need more than there is.
+def check_memory(model: Path, limit: int | None, config: BuildConfig, validation: ValidateConfig) -> str | None:
+    """Raise UsageError if work on `model` needs more than `limit`; warn if it may need more than is available.
 
-    Without a limit nothing is measured as long as the work fits in any case.
+    Without a limit nothing is measured if the work certainly fits.
     """
     available = available_memory()
-    if limit is None and (available is None or _bound(_planned(model, plan), plan, config) <= available):
+    if limit is None and (available is None or _bound(_facts(model, config), config, validation) <= available):
         return None
-    estimated = estimate_build(model, plan, config)
+    estimated = estimate_build(model, config, validation)
     if limit is not None:
         require_memory(estimated, limit)
     return memory_warning(estimated, available) if available is not None else None
 
 
 def require_memory(estimated: Estimate, limit: int) -> None:
-    """UsageError if the work needs more than `limit` bytes, which the user gave."""
+    """Raise UsageError if the work needs more than the user's `limit` in bytes."""
     if estimated.largest.peak_rss_bytes > limit:
         raise UsageError(f"--max-memory allows {megabytes(limit)}, {_needs(estimated, limit)}")
 
 
 def memory_warning(estimated: Estimate, available: int) -> str | None:
-    """A sentence if the work may need more than there is; an estimate is no reason to refuse it."""
+    """A warning if the work may need more than is available; an estimate is not a reason to refuse it."""
     if estimated.largest.peak_rss_bytes <= available:
         return None
     return f"{megabytes(available)} of memory are available, {_needs(estimated, available)}"
 
 
-def _planned(model: Path, plan: Plan) -> Facts:
-    """Facts of `model` for a build as `plan` says."""
-    facts = read_facts(model, contexts=plan.contexts, coverage=plan.coverage)
-    require_compatible(tuple(facts.contexts), standalone=plan.standalone, merged=plan.merged, coverage=plan.coverage)
+def _facts(model: Path, config: BuildConfig) -> Facts:
+    """Facts of `model` for a build as `config` says."""
+    facts = read_facts(model, contexts=config.contexts, coverage=config.vocabulary_coverage)
+    config.require_compatible(tuple(facts.contexts))
     return facts
 
 
-def _bound(facts: Facts, plan: Plan, config: ValidateConfig) -> int:
-    """More than is needed: libraries never grow to twice what they take once a build is imported."""
+def _bound(facts: Facts, config: BuildConfig, validation: ValidateConfig) -> int:
+    """An upper bound: libraries never grow to twice their size once a build is imported."""
     held = resident_bytes()
     libraries = Libraries(build=2 * held, validation=2 * held, engine=held, eager=held)
-    return estimate(facts, libraries, plan, config).largest.peak_rss_bytes
+    return estimate(facts, libraries, config, validation).largest.peak_rss_bytes
 
 
 def _needs(estimated: Estimate, limit: int) -> str:
-    """What is needed, where, and what would help."""
+    """How much is needed, where, and what would help."""
     largest, alone = estimated.largest, estimated.process_peak_rss_bytes
     needed = f"about {megabytes(largest.peak_rss_bytes)} are needed at the peak ({largest.name})"
     if BESIDE in largest.parts and alone <= limit:
-        return f"{needed}; --no-memory measures no process beside it and needs {megabytes(alone)}"
+        return f"{needed}; --no-memory skips the separate measuring process and needs {megabytes(alone)}"
     return f"{needed}; contexts are built one after the other, so only a smaller model or a larger machine helps"

@@ -7,12 +7,12 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from cpcompile.pipeline.estimation.formula import NOT_COUNTED, Estimate, Plan
+from cpcompile.pipeline.estimation.formula import NOT_COUNTED, Estimate, RunShape
 from cpcompile.report.formats import megabytes
 
 
-def render_estimate(estimated: Estimate, plan: Plan) -> RenderableType:
-    """A row per stage and per process, and what the bundle will weigh."""
+def render_estimate(estimated: Estimate, shape: RunShape) -> RenderableType:
+    """A row per stage and per process, and the size of the bundle."""
     stages = Table("stage", "peak RSS", "of that", box=box.SIMPLE)
     stages.columns[1].justify = "right"
     for stage in (*estimated.build, *estimated.validation):
@@ -26,6 +26,8 @@ def render_estimate(estimated: Estimate, plan: Plan) -> RenderableType:
     for name, process in rows.items():
         processes.add_row(Text(name), megabytes(process.load_peak_rss_bytes), megabytes(process.run_peak_rss_bytes))
     closing = Text(f"bundle: {megabytes(estimated.bundle_bytes)}; the build takes {estimated.duration} on two cores\n")
-    closing.append(f"Running: {plan.batch}×{plan.sequence} tokens; a program, its example. ", style="dim")
+    closing.append(
+        f"Running: {shape.batch}×{shape.sequence} tokens; programs run with the shapes of their examples. ", style="dim"
+    )
     closing.append("Not counted: " + ", ".join(NOT_COUNTED), style="dim")
     return Group(stages, processes, closing)

@@ -178,7 +178,7 @@ def test_a_manifest_of_other_forms_is_refused(bundle: Path, path: str, value: ob
         return
     with edited_manifest(bundle) as manifest:
         put(manifest if path == "components" else manifest["additional_metadata"]["cpcompile"], path, value)
-    with pytest.raises(UsageError, match=r"garbles|no context|is missing") as caught:
+    with pytest.raises(UsageError, match=r"malformed|no context|is missing") as caught:
         open_bundle(bundle).variants("a")
     assert str(bundle) in str(caught.value)
 
@@ -204,7 +204,7 @@ def test_a_component_of_other_forms_is_refused(bundle: Path, path: str, value: o
     component.write_text(json.dumps(body))
     with edited_manifest(bundle) as manifest:
         manifest["additional_metadata"]["cpcompile"]["files"]["a/component.json"] = file_digest(component)
-    with pytest.raises(UsageError, match="garbles"):
+    with pytest.raises(UsageError, match="malformed"):
         open_bundle(bundle)
 
 
@@ -224,7 +224,7 @@ def test_only_a_bundle_is_replaced(tmp_path: Path) -> None:
 
 def test_a_file_that_somebody_put_into_a_bundle_is_not_lost(bundle: Path) -> None:
     (bundle / "a" / "notes.txt").write_text("mine")
-    with pytest.raises(UsageError, match=r"a/notes.txt lies there and is no part of the bundle"):
+    with pytest.raises(UsageError, match=r"a/notes.txt is not part of the bundle"):
         write(bundle)
     (bundle / "a" / "notes.txt").unlink()
     (bundle / "report.json").write_text("{}")

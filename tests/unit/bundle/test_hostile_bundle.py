@@ -17,7 +17,7 @@ from cpcompile.bundle.writer import BundleWriter
 from cpcompile.core.errors import CpcompileError, UsageError
 from cpcompile.files.external_data import references_of
 from cpcompile.runtime.engine import load_engine
-from cpcompile.targets.plan_info import EngineInfo, Profile, TensorInfo
+from cpcompile.targets.plan_info import PlanInfo, Profile, TensorInfo
 from tests.bundles import reseal
 
 ENGINE = "a/cpu-fp32/model.onnx"
@@ -119,7 +119,7 @@ def test_weights_in_other_files_are_refused_before_they_are_opened(bundle: Path,
     os.mkfifo(weights.with_name("unlisted.bin"))  # who opens it waits for ever
     reseal(bundle)
     for check in (load, lambda path: open_bundle(path).verify_all()):
-        with pytest.raises(UsageError, match="no file of its weights"):
+        with pytest.raises(UsageError, match="not a file of its weights"):
             check(bundle)
 
 
@@ -149,7 +149,7 @@ def test_dimensions_beyond_the_weights_are_refused(bundle: Path) -> None:
     reseal(bundle)
     with pytest.raises(CpcompileError, match="cannot load it"):
         load(bundle)
-    with pytest.raises(UsageError, match="truncated or another one"):
+    with pytest.raises(UsageError, match="truncated or a different one"):
         open_bundle(bundle).variant("a", "cpu-fp32").graph()
 
 
@@ -162,7 +162,7 @@ def test_every_truncation_is_a_sentence(bundle: Path) -> None:
             load(bundle)
 
 
-def test_references_of_a_deep_or_garbled_model_are_refused(tmp_path: Path) -> None:
+def test_references_of_a_deep_or_malformed_model_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     for content, says in {
         b"": "empty",
@@ -227,7 +227,7 @@ def test_names_that_are_none_are_refused(bundle: Path, name: str) -> None:
         manifest["components"][name] = manifest["components"].pop("a")
 
     reseal(bundle, rename)
-    with pytest.raises(UsageError, match="is no name"):
+    with pytest.raises(UsageError, match="is not a valid name"):
         open_bundle(bundle)
 
 
@@ -242,11 +242,11 @@ def test_names_of_files_that_are_none_are_refused(bundle: Path, name: str) -> No
     ("text", "says"),
     [
         ("[" * 100_000, "manifest.json: cannot be read as JSON"),
-        ('{"components": {}, "components": {}}', "a key is there twice"),
-        ('{"components": NaN}', "NaN is no JSON"),
+        ('{"components": {}, "components": {}}', "a key appears twice"),
+        ('{"components": NaN}', "NaN is not valid JSON"),
         ("9" * 5000, "manifest.json: cannot be read as JSON"),
         ("\ufeff{}", "manifest.json: cannot be read as JSON"),
-        ("[]", "garbles"),
+        ("[]", "malformed"),
     ],
     ids=["deep", "twice", "nan", "number", "mark", "list"],
 )
@@ -326,7 +326,7 @@ def test_a_context_that_the_engine_does_not_choose_is_a_sentence(bundle: Path) -
         load_engine(open_bundle(bundle), "a", threads=1).outputs({"x": SECRET})
 
 
-PLAN = EngineInfo(
+PLAN = PlanInfo(
     flavour="tensorrt-rtx",
     version="1.7.1.116",
     capabilities=("sm86",),
@@ -340,16 +340,16 @@ PLAN = EngineInfo(
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"model_file": "engine.plan", "version": None}, "lacks or garbles None is no text"),
-        ({"model_file": "engine.plan", "flavour": "tpu"}, "lacks or garbles"),
+        ({"model_file": "engine.plan", "version": None}, "incomplete or malformed \\(None is not text"),
+        ({"model_file": "engine.plan", "flavour": "tpu"}, "incomplete or malformed"),
         (
             {"model_file": "engine.plan", "profiles": [{"name": "p", "shapes": {"x": [[-1], [1], [1]]}}]},
-            "-1 is no length",
+            "-1 is not a length",
         ),
-        ({"model_file": "engine.plan", "precision": "fp32"}, "lacks or garbles"),
+        ({"model_file": "engine.plan", "precision": "fp32"}, "incomplete or malformed"),
         ({"model_file": "model.onnx"}, "is not named .plan"),
         ({"model_file": "../../../secret.bin"}, "leaves the bundle"),
-        ({}, "lacks or garbles 'model_file'"),
+        ({}, "incomplete or malformed \\('model_file'"),
     ],
 )
 def test_a_plan_that_is_described_wrongly_is_refused(bundle: Path, change: dict[str, Any], says: str) -> None:

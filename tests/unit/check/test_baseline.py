@@ -24,7 +24,7 @@ from cpcompile.check.baseline import (
 )
 from cpcompile.core.errors import UsageError
 from tests.unit.check.snapshots import snapshot
-from tests.unit.report.reports import report, variant
+from tests.unit.report.reports import as_report, report, variant
 
 
 def test_a_baseline_is_read_as_it_was_written(tmp_path: Path) -> None:
@@ -35,7 +35,7 @@ def test_a_baseline_is_read_as_it_was_written(tmp_path: Path) -> None:
 
 
 def test_a_report_is_taken_whole(tmp_path: Path) -> None:
-    found = snapshot_of(report(variant("de"), variant("en")))
+    found = snapshot_of(as_report(report(variant("de"), variant("en"))))
     engine = found.places["de", "cpu-fp32"]
     assert found.contexts == ("de", "en") and ("de", "cpu-fp32") in found.engines
     assert {"bytes", "parity_error", "perplexity", "accuracy"} <= engine.values.keys()
@@ -52,13 +52,13 @@ def test_a_report_is_taken_whole(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
-        (b"", "is no baseline"),
-        (b"\xff\xfe", "is no baseline"),
-        (b"[" * 100_000, "is no baseline"),
-        (b"[]", "is no baseline"),
-        (b"{}", "lacks or garbles 'baseline_version'"),
+        (b"", "is not a baseline"),
+        (b"\xff\xfe", "is not a baseline"),
+        (b"[" * 100_000, "is not a baseline"),
+        (b"[]", "is not a baseline"),
+        (b"{}", r"a value is missing or malformed \('baseline_version'\)"),
         (b'{"baseline_version": 2}', "baseline version 2, this cpcompile reads 1"),
-        (b'{"baseline_version": 1}', "lacks or garbles 'model'"),
+        (b'{"baseline_version": 1}', r"a value is missing or malformed \('model'\)"),
     ],
 )
 def test_what_is_no_baseline(tmp_path: Path, content: bytes, complaint: str) -> None:
@@ -123,7 +123,7 @@ def test_a_hostile_baseline_is_refused(edit: Callable[[Any], None], tmp_path: Pa
     plain = json.loads(file.read_text())
     edit(plain)
     file.write_text(json.dumps(plain))
-    with pytest.raises(UsageError, match="base.json: is no baseline"):
+    with pytest.raises(UsageError, match="base.json: is not a baseline"):
         read_baseline(file)
 
 

@@ -19,7 +19,7 @@ CONFIG = CheckConfig()
 
 
 def outcome(now: Snapshot, name: str, config: CheckConfig = CONFIG, waived: tuple[str, ...] = ()) -> Outcome:
-    """Of the only engine, or of the bundle."""
+    """The outcome for the only engine, or for the bundle."""
     (found,) = [each for each in judge(snapshot(), now, config, waived=waived) if each.name == name]
     return found
 
@@ -72,8 +72,8 @@ def test_a_ratio_of_speeds_is_judged_by_its_interval(low: float, value: float, h
     assert found.change == pytest.approx(value / 3 - 1)
 
 
-def test_a_slow_engine_on_a_disturbed_machine_is_inconclusive() -> None:
-    slow = Value(value=2.0, low=1.9, high=2.1, disturbance="other processes took 50% of the processors")
+def test_a_slow_engine_on_a_busy_machine_is_inconclusive() -> None:
+    slow = Value(value=2.0, low=1.9, high=2.1, interference="other processes took 50% of the processors")
     found = outcome(changed(speed_ratio=slow), "speed_ratio[1x128]")
     assert found.verdict == "inconclusive"
     assert found.reason == "beyond the limit, but while other processes took 50% of the processors"
@@ -172,7 +172,7 @@ def test_a_second_measurement_replaces_ratios_and_widens_peaks() -> None:
     }
     again = now.again(ENGINE, Measured(values=values), "a noise")
     assert again.places[ENGINE].values["memory"] == Value(value=81_000_000, low=81_000_000, high=200_000_000)
-    assert again.places[ENGINE].values["speed_ratio[1x128]"].disturbance == "a noise"
+    assert again.places[ENGINE].values["speed_ratio[1x128]"].interference == "a noise"
     assert outcome(again, "memory").verdict == "inconclusive"
     assert outcome(again, "speed_ratio[1x128]").verdict == "pass"
 

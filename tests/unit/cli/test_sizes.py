@@ -35,6 +35,6 @@ def test_sizes(text: str, size: int) -> None:
     ],
 )
 def test_anything_else_is_refused(text: str) -> None:
-    with pytest.raises(UsageError, match="is no size of memory; write it like 800MB, 1.5GB or 2GiB") as refused:
+    with pytest.raises(UsageError, match="is not a memory size; write it like 800MB, 1.5GB or 2GiB") as refused:
         parse_size(text)
     assert len(str(refused.value)) < 120

@@ -3,8 +3,9 @@ from pathlib import Path
 import pytest
 
 from cpcompile.cli.settings import load_toml
-from cpcompile.core.config import CheckConfig, ModelConfig, TrainConfig, ValidateConfig, override, preset
+from cpcompile.core.config import CheckConfig, ModelConfig, TrainConfig, ValidateConfig, preset
 from cpcompile.core.errors import UsageError
+from cpcompile.core.overrides import override
 
 
 @pytest.mark.parametrize(
@@ -63,7 +64,7 @@ def test_a_file_that_is_no_configuration_is_named(tmp_path: Path, content: str |
 
 
 def test_a_demanded_speed_must_be_measured() -> None:
-    with pytest.raises(UsageError, match="speed is not to be measured: leave one out"):
+    with pytest.raises(UsageError, match="speed is not measured: leave one of them out"):
         ValidateConfig(speed=False, min_speed_ratio=2.0)
 
 

@@ -9,23 +9,6 @@ def make() -> Selection:
     return Selection(("a", "b"), {UnitKind.FFN: table})
 
 
-def test_core_is_what_all_contexts_keep() -> None:
-    assert make().core(UnitKind.FFN).tolist() == [[True, False, False, False], [True, False, False, False]]
-
-
-def test_union_is_what_some_context_keeps() -> None:
-    assert make().union(UnitKind.FFN).sum() == 5
-
-
-def test_kept_fraction_counts_over_all_layers() -> None:
-    assert make().kept_fraction(UnitKind.FFN) == {"a": 3 / 8, "b": 4 / 8}
-
-
-def test_overlap_is_the_jaccard_index() -> None:
-    overlap = make().overlap(UnitKind.FFN)
-    assert overlap.tolist() == [[1.0, 2 / 5], [2 / 5, 1.0]]
-
-
 def test_plain_form_round_trips() -> None:
     selection = make()
     again = Selection.from_plain(selection.to_plain())

@@ -10,8 +10,9 @@ from typing import Any
 import onnx
 import pytest
 
+from cpcompile.core.measured import NotMeasured
 from cpcompile.doctor import look
-from cpcompile.doctor.diagnosis import TARGETS, diagnose
+from cpcompile.doctor.examination import TARGETS, examine
 from cpcompile.doctor.trials import TWO_NODES, run_trial
 from cpcompile.machine.gpu import gpu_model
 
@@ -30,7 +31,7 @@ def doctor(planted: Path | None = None, *options: str, **environment: str) -> su
     )
 
 
-def diagnosis(planted: Path | None = None, **environment: str) -> tuple[dict[str, Any], int]:
+def examination(planted: Path | None = None, **environment: str) -> tuple[dict[str, Any], int]:
     done = doctor(planted, "--json", **environment)
     assert "Traceback" not in done.stderr, done.stderr
     return json.loads(done.stdout), done.returncode
@@ -67,7 +68,7 @@ def test_the_two_nodes_are_a_model() -> None:
 
 def test_this_installation_is_healthy_and_its_json_has_these_keys() -> None:
     """Scripts read them: a change of keys is a change of schema_version."""
-    found, code = diagnosis()
+    found, code = examination()
     assert code == 0 and found["healthy"] and found["schema_version"] == 1
     assert set(found) == {"schema_version", "healthy", "findings", "targets", "gpus"}
     assert all(set(each) == {"name", "state", "version", "detail", "fix"} for each in found["findings"])
@@ -86,12 +87,12 @@ def test_this_installation_is_healthy_and_its_json_has_these_keys() -> None:
     assert finding(found, "onnxruntime")["version"]
 
 
-def test_the_table_says_what_works_and_why_not_more() -> None:
+def test_the_table_says_what_works_and_its_limitations() -> None:
     done = doctor()
     assert done.returncode == 0 and not done.stderr
     for each in TARGETS:
         assert each.name in done.stdout
-    assert "works" in done.stdout and "why not more" in done.stdout
+    assert "works" in done.stdout and "limitation" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -112,12 +113,12 @@ def test_an_onnxruntime_that_breaks_on_import_ends_in_a_sentence(
     plant(tmp_path, "onnxruntime", source)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(tmp_path), str(ROOT))))
     result = run_trial("onnxruntime")
-    assert isinstance(result, str) and said in result
+    assert isinstance(result, NotMeasured) and said in result.reason
 
 
 def test_without_onnxruntime_the_cpu_target_only_builds(tmp_path: Path) -> None:
     plant(tmp_path, "onnxruntime", "raise RuntimeError('a library is too old')")
-    found, code = diagnosis(tmp_path)
+    found, code = examination(tmp_path)
     broken = finding(found, "onnxruntime")
     assert code == 1 and not found["healthy"]
     assert broken["state"] == "broken" and "a library is too old" in broken["detail"] and broken["fix"]
@@ -125,9 +126,9 @@ def test_without_onnxruntime_the_cpu_target_only_builds(tmp_path: Path) -> None:
     assert target(found, "cpu-fp32")["fix"] == broken["fix"]
 
 
-def test_two_wheels_of_onnxruntime_are_named_with_what_mends_them(tmp_path: Path) -> None:
+def test_two_wheels_of_onnxruntime_are_named_with_what_fixes_them(tmp_path: Path) -> None:
     plant(tmp_path, "nothing", "", distribution="onnxruntime-gpu", metadata=metadata("onnxruntime-gpu"))
-    found, _ = diagnosis(tmp_path)
+    found, _ = examination(tmp_path)
     broken = finding(found, "onnxruntime")
     assert broken["state"] == "broken"
     assert "onnxruntime and onnxruntime-gpu are installed; they hold the same module" in broken["detail"]
@@ -137,7 +138,7 @@ def test_two_wheels_of_onnxruntime_are_named_with_what_mends_them(tmp_path: Path
 def test_a_package_without_its_module_or_its_version_is_half_installed(tmp_path: Path) -> None:
     plant(tmp_path, "nothing", "", distribution="tensorrt", metadata=metadata("tensorrt"))
     plant(tmp_path, "gguf", "", distribution="gguf", metadata="")
-    found, code = diagnosis(tmp_path)
+    found, code = examination(tmp_path)
     half = finding(found, "tensorrt")
     assert half["state"] == "broken" and "half installed: there is no module tensorrt" in half["detail"]
     assert half["fix"] == ["pip install --force-reinstall --no-deps tensorrt"]
@@ -148,15 +149,15 @@ def test_a_package_without_its_module_or_its_version_is_half_installed(tmp_path:
 def test_metadata_that_is_no_text_is_a_finding(tmp_path: Path) -> None:
     plant(tmp_path, "tensorrt", "", distribution="tensorrt")
     (tmp_path / "tensorrt-9.0.dist-info" / "METADATA").write_bytes(b"Name: tensorrt\nVersion: \xff\xfe\n")
-    found, code = diagnosis(tmp_path)
+    found, code = examination(tmp_path)
     assert finding(found, "tensorrt")["state"] == "broken" and code == 0
 
 
 def test_a_builder_library_that_is_missing_is_a_finding(tmp_path: Path) -> None:
-    """What PyPI has of tensorrt: bindings without libnvinfer."""
+    """PyPI has only the bindings of tensorrt, without libnvinfer."""
     source = "raise ImportError('libnvinfer.so.11: cannot open shared object file: No such file or directory')"
     plant(tmp_path, "tensorrt", source, distribution="tensorrt", metadata=metadata("tensorrt"))
-    found, _ = diagnosis(tmp_path)
+    found, _ = examination(tmp_path)
     broken = finding(found, "tensorrt")
     assert (broken["state"], broken["version"]) == ("broken", "9.0")
     assert "libnvinfer.so.11: cannot open shared object file" in broken["detail"]
@@ -165,7 +166,7 @@ def test_a_builder_library_that_is_missing_is_a_finding(tmp_path: Path) -> None:
 
 def test_a_torch_without_its_files_is_a_finding(tmp_path: Path) -> None:
     plant(tmp_path, "torch", "raise OSError('libtorch_cpu.so')")
-    found, code = diagnosis(tmp_path)
+    found, code = examination(tmp_path)
     assert code == 1
     assert finding(found, "torch")["state"] == "broken" and "version.py" in finding(found, "torch")["detail"]
     assert target(found, "cpu-fp32")["status"] == "runs"
@@ -176,14 +177,14 @@ def test_the_cuda_of_torch_is_read_without_importing_it(tmp_path: Path, written:
     plant(tmp_path, "torch", "raise OSError('imported')")
     lines = f"from typing import Optional\n__version__ = '2.13.0'\ncuda: Optional[str] = {written}\n"
     (tmp_path / "torch" / "version.py").write_text(lines, encoding="utf-8")
-    found, _ = diagnosis(tmp_path)
+    found, _ = examination(tmp_path)
     assert finding(found, "torch")["detail"] == said
     assert finding(found, "torch-cuda")["state"] == ("broken" if said == "CUDA 13.0" else "absent")
 
 
 def test_nvml_without_a_driver_and_a_broken_nvml_are_findings(tmp_path: Path) -> None:
     plant(tmp_path, "pynvml", "raise OSError('libnvidia-ml.so.1: cannot open shared object file')")
-    found, code = diagnosis(tmp_path)
+    found, code = examination(tmp_path)
     gpu = finding(found, "nvidia-gpu")
     assert code == 0 and not found["gpus"]
     assert gpu["detail"] == "no NVIDIA GPU" or "libnvidia-ml.so.1" in gpu["detail"]
@@ -191,7 +192,7 @@ def test_nvml_without_a_driver_and_a_broken_nvml_are_findings(tmp_path: Path) ->
 
 def test_a_plugin_provider_that_cannot_be_loaded_says_why(tmp_path: Path) -> None:
     plant(tmp_path, "onnxruntime_ep_nv_tensorrt_rtx", "def get_library_path():\n    return '/nowhere/librtx.so'\n")
-    found, _ = diagnosis(tmp_path)
+    found, _ = examination(tmp_path)
     provider = finding(found, "NvTensorRTRTXExecutionProvider")
     assert provider["state"] == "absent" and "/nowhere/librtx.so" in provider["detail"]
 
@@ -199,7 +200,7 @@ def test_a_plugin_provider_that_cannot_be_loaded_says_why(tmp_path: Path) -> Non
 def test_a_trial_that_hangs_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plant(tmp_path, "tensorrt", "import time; time.sleep(600)")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(tmp_path), str(ROOT))))
-    assert run_trial("tensorrt", "tensorrt", seconds=1) == "gave no answer within 1 s"
+    assert run_trial("tensorrt", "tensorrt", seconds=1) == NotMeasured("gave no answer within 1 s")
 
 
 def test_programs_that_are_missing_or_break(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,13 +231,13 @@ def plant_card(bus: Path) -> None:
 
 @pytest.mark.skipif(gpu_model() is not None, reason="there is a GPU here")
 def test_a_card_without_a_driver_brings_the_commands_for_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where there is no card, no command helps, and none is shown."""
+    """Without a card no command helps, and none is shown."""
     monkeypatch.setattr(look, "PCI", tmp_path / "nothing")
-    without = {each.name: each for each in diagnose().targets}
+    without = {each.name: each for each in examine().targets}
     plant_card(tmp_path)
     monkeypatch.setattr(look, "PCI", tmp_path)
     assert look.nvidia_cards() == ["0000:01:00.0"]
-    found = diagnose()
+    found = examine()
     states = {each.name: each for each in found.findings}
     assert states["nvidia-driver"].state == states["nvidia-gpu"].state == "broken"
     assert states["nvidia-driver"].fix and states["CUDAExecutionProvider"].fix

@@ -43,7 +43,7 @@ FLAT = (Profile(name="default", shapes={"x": ((1, 8), (4, 8), (16, 8))}),)
 
 @pytest.fixture(scope="module")
 def frozen() -> Mapping[int, ir.Model]:
-    """Of opset 20, where attention is spelled out, and of 23; both layers have heads and FFN."""
+    """Frozen graphs of opset 20, where attention is spelled out, and 23; both layers have heads and an FFN."""
     model = random_decoder(kv_heads=2, seed=1)
     model.select(random_selection(model, seed=5))
     return {opset: freeze(dynamic_graph(model, opset), 0).model for opset in (20, 23)}
@@ -90,7 +90,7 @@ def test_every_precision_for_three_generations(frozen: Mapping[int, ir.Model], o
         artifact = export(frozen[opset], folder, precision, progress=lambda *step, s=steps: s.append(step))
         assert steps and steps == sorted(steps) and steps[-1][0] <= steps[-1][1]
         assert (artifact.variant, artifact.runtime) == (f"tensorrt-rtx-{precision}", "tensorrt-rtx")
-        info = artifact.engine
+        info = artifact.plan
         assert info is not None and info.version == load_library("tensorrt-rtx").__version__
         assert info.capabilities == ("sm86", "sm89", "sm120")
         assert [(t.name, t.is_input, t.dtype, t.shape) for t in info.tensors] == [
@@ -113,14 +113,14 @@ def test_one_plan_holds_for_all_compute_capabilities(frozen: Mapping[int, ir.Mod
 def test_the_same_input_has_the_same_digests(tmp_path: Path) -> None:
     model = parse("(float[batch,sequence,8] x) => (float[batch,sequence,8] y) { y = MatMul(x, w) }", {"w": (8, 8)})
     first, second, other = (
-        export(model, tmp_path / name, ranges={"sequence": Range(1, 8, most)}).engine
+        export(model, tmp_path / name, ranges={"sequence": Range(1, 8, most)}).plan
         for name, most in (("a", 32), ("b", 32), ("c", 64))
     )
     assert first is not None and second is not None and other is not None
     assert first == second and first.settings_digest == second.settings_digest
     assert other.onnx_digest == first.onnx_digest and other.settings_digest != first.settings_digest
     model.graph.initializers["w"].const_value = ir.tensor(np.eye(8, dtype=np.float32), name="w")
-    changed = export(model, tmp_path / "d", ranges={"sequence": Range(1, 8, 32)}).engine
+    changed = export(model, tmp_path / "d", ranges={"sequence": Range(1, 8, 32)}).plan
     assert changed is not None and changed.onnx_digest != first.onnx_digest
     assert changed.settings_digest == first.settings_digest
 
@@ -133,7 +133,7 @@ CACHED = """(float[batch,2,sequence,64] q, float[batch,2,sequence,64] k, float[b
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_a_cache_has_a_profile_for_the_prompt_and_one_for_the_tokens_after_it(precision: str, tmp_path: Path) -> None:
-    info = export(parse(CACHED), tmp_path / "out", precision, ranges={"past": Range(1, 64, 512)}).engine
+    info = export(parse(CACHED), tmp_path / "out", precision, ranges={"past": Range(1, 64, 512)}).plan
     assert info is not None
     prefill, decode = info.profiles
     assert (prefill.name, decode.name) == ("prefill", "decode")
@@ -205,7 +205,7 @@ class TestRefusals:
         (tmp_path / "model.onnx").write_bytes(content)
         message = refused(tmp_path / "model.onnx")
         assert "cannot read model.onnx: " in message
-        assert "it is damaged, or no ONNX" in message or "Failed to parse the ONNX model" in message
+        assert "it is damaged or not ONNX" in message or "Failed to parse the ONNX model" in message
 
     def test_a_truncated_file(self, tmp_path: Path) -> None:
         path = write(
@@ -296,10 +296,11 @@ def test_a_full_disk_is_a_sentence(frozen: Mapping[int, ir.Model], tmp_path: Pat
     code = """
 import resource, signal, sys
 from pathlib import Path
-from cpcompile.errors import CpcompileError
+from cpcompile.core.errors import CpcompileError
 from cpcompile.exporters.tensorrt_exporter import build_plan
-from cpcompile.tensorrt_library import load_library
-from cpcompile.targets import Profile, parse_target
+from cpcompile.targets.plan_info import Profile
+from cpcompile.targets.requests import parse_target
+from cpcompile.targets.tensorrt_library import load_library
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, -1))
 onnx, plan = map(Path, sys.argv[1:])

@@ -134,7 +134,7 @@ def test_the_model_is_around_the_tensors_of_the_state(path: Path) -> None:
         (lambda state: state.pop("norm.weight"), "Missing key.*norm.weight"),
     ],
 )
-def test_a_garbled_state_is_refused(path: Path, change: Callable[[dict[str, object]], object], message: str) -> None:
+def test_a_malformed_state_is_refused(path: Path, change: Callable[[dict[str, object]], object], message: str) -> None:
     plain = torch.load(path, weights_only=True)
     change(plain["state"])
     torch.save(plain, path)
@@ -165,7 +165,7 @@ CHANGES: dict[str, tuple[str, object, str]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_garbled_field_is_refused(path: Path, change: str) -> None:
+def test_a_malformed_field_is_refused(path: Path, change: str) -> None:
     key, value, message = CHANGES[change]
     plain = torch.load(path, weights_only=True)
     plain[key] = value
@@ -175,7 +175,7 @@ def test_a_garbled_field_is_refused(path: Path, change: str) -> None:
 
 
 @pytest.mark.parametrize(("key", "value"), [("norm_eps", float("nan")), ("width", 64.5), ("layers", 10**9)])
-def test_a_garbled_architecture_is_refused(path: Path, key: str, value: object) -> None:
+def test_a_malformed_architecture_is_refused(path: Path, key: str, value: object) -> None:
     plain = torch.load(path, weights_only=True)
     plain["architecture"]["config"][key] = value
     torch.save(plain, path)

@@ -325,13 +325,13 @@ def test_what_is_no_program_of_ours(good: Path, tmp_path: Path) -> None:
         lambda record: record.pop("parameters"),
     ],
 )
-def test_a_garbled_record_is_refused(edit: Callable[[Any], None], good: Path, tmp_path: Path) -> None:
+def test_a_malformed_record_is_refused(edit: Callable[[Any], None], good: Path, tmp_path: Path) -> None:
     path = rewritten(good, tmp_path / "bad.pt2", edit_json(f"extra/{RECORD}", edit))
     with pytest.raises(UsageError, match="bad.pt2: "):
         load_program(path)
 
 
-def test_garbled_examples_are_refused(good: Path, tmp_path: Path) -> None:
+def test_malformed_examples_are_refused(good: Path, tmp_path: Path) -> None:
     change = lambda name, content: b"!" if name == f"extra/{EXAMPLES}" else content  # noqa: E731
     with pytest.raises(UsageError, match="bad.pt2: "):
         load_program(rewritten(good, tmp_path / "bad.pt2", change))

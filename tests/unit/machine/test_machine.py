@@ -11,6 +11,7 @@ import torch
 
 import cpcompile
 from cpcompile.core.errors import CpcompileError
+from cpcompile.core.measured import NotMeasured
 from cpcompile.machine.environment import available_cores, environment
 from cpcompile.machine.gpu import NO_GPU, video_memory
 from cpcompile.machine.memory import PrivatePeak, peak_resident_bytes, private_bytes, reset_peak, resident_bytes
@@ -21,6 +22,7 @@ needs_proc = pytest.mark.skipif(sys.platform != "linux", reason="the peak can on
 
 LOADS_96_RUNS_32 = """
 import dataclasses, json
+from cpcompile.core.json_form import to_json
 from cpcompile.machine.memory import measure_memory
 
 def touched(mebibytes):
@@ -31,7 +33,7 @@ def load():
     return touched(8)
 
 print("not the result")
-print(json.dumps(dataclasses.asdict(measure_memory(load, lambda loaded: touched(32)))))
+print(json.dumps(to_json(measure_memory(load, lambda loaded: touched(32)))))
 """
 
 
@@ -46,6 +48,7 @@ def test_a_fresh_process_measures_what_it_allocates() -> None:
 
 MAPS_OR_ALLOCATES = """
 import dataclasses, json, mmap, sys
+from cpcompile.core.json_form import to_json
 from cpcompile.machine.memory import measure_memory
 
 def mapped(path):
@@ -59,7 +62,7 @@ def read(path):
         return file.read()
 
 load = {"maps": mapped, "allocates": read}[sys.argv[1]]
-print(json.dumps(dataclasses.asdict(measure_memory(lambda: load(sys.argv[2]), len))))
+print(json.dumps(to_json(measure_memory(lambda: load(sys.argv[2]), len))))
 """
 
 
@@ -90,8 +93,8 @@ def test_samples_see_what_is_freed_again() -> None:
 
 
 def test_without_a_gpu_the_reason_says_so() -> None:
-    if environment()["gpu"] is None:
-        assert video_memory() == NO_GPU
+    if environment().gpu is None:
+        assert video_memory() == NotMeasured(NO_GPU)
     else:
         assert video_memory()
 
@@ -144,8 +147,8 @@ def test_measuring_and_reporting_do_without_torch() -> None:
 
 def test_environment_states_this_machine() -> None:
     facts = environment()
-    assert facts["cpu"] and facts["cores"] == available_cores() >= 1
-    versions = facts["versions"]
+    assert facts.cpu and facts.cores == available_cores() >= 1
+    versions = facts.versions
     assert versions["cpcompile"] == cpcompile.__version__
     assert versions["torch"] == torch.__version__
     assert versions["numpy"] == np.__version__

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cpcompile.core.selection import Selection
-from cpcompile.partitioning import PartitionedModule, capture_partitioned
+from cpcompile.frontend.capture import export_graph
+from cpcompile.partitioning import PartitionedModule
 from cpcompile.passes.freeze import freeze
 from tests.unit.passes.graph_text import run
 
@@ -109,6 +110,21 @@ def random_selection(module: PartitionedModule, seed: int = 0) -> Selection:
 
 def sizes(model: ir.Model) -> dict[str, int]:
     return {n: int(np.prod(v.const_value.shape.numpy())) for n, v in model.graph.initializers.items() if v.const_value}
+
+
+def capture_partitioned(module: PartitionedModule, *, opset: int = 23) -> ir.Model:
+    """The dynamic graph of `module`, with inputs named as in its forward function."""
+    first = {id(tensor): name for name, tensor in module.model.named_parameters()}
+    every = module.named_parameters(remove_duplicate=False)
+    return export_graph(
+        module.eval(),
+        module.example_inputs,
+        {name: first[id(tensor)] for name, tensor in every if id(tensor) in first},
+        opset=opset,
+        kwargs={"context": torch.tensor(0)},
+        input_names=[*module.input_names(), "context"],
+        dynamic_shapes=module.dynamic_shapes and {"inputs": module.dynamic_shapes, "context": None},
+    )
 
 
 def assert_freezes(

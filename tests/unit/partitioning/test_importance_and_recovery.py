@@ -11,8 +11,8 @@ from torch.export import Dim
 from cpcompile.core.errors import UsageError
 from cpcompile.core.selection import Selection, UnitKind
 from cpcompile.partitioning import PartitionedModule, partition
-from cpcompile.partitioning.importance import measure_group_importance, next_token_loss
 from cpcompile.partitioning.recover import recover_least_squares
+from cpcompile.training.importance import measure_group_importance
 from tests.unit.partitioning.models import WIDTH, Feed, SharedWeights, randomise
 
 SHAPES = ({0: Dim("batch"), 1: Dim("sequence")},)
@@ -26,6 +26,13 @@ def two_layers() -> PartitionedModule:
 
 def squares(output: Tensor, _inputs: tuple[Tensor, ...]) -> Tensor:
     return output.square().mean(dim=(1, 2)).sum()
+
+
+def next_token_loss(logits: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
+    """Cross-entropy of the next token, mean over tokens, summed over sequences; inputs[0] are token ids."""
+    ids = inputs[0]
+    losses = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    return losses.reshape(ids.shape[0], -1).mean(1).sum()
 
 
 def test_importance_is_the_mean_square_of_each_sequences_gradient() -> None:

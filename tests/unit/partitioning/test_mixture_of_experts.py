@@ -18,11 +18,11 @@ from torch.nn import functional as F
 
 from cpcompile.core.errors import UsageError
 from cpcompile.core.selection import BoolArray, Selection, UnitKind
-from cpcompile.partitioning import PartitionedModule, capture_partitioned, partition
-from cpcompile.partitioning.importance import measure_group_importance
+from cpcompile.partitioning import PartitionedModule, partition
 from cpcompile.partitioning.recover import recover_least_squares
 from cpcompile.passes.freeze import Frozen, freeze
-from tests.unit.partitioning.models import CONTEXTS, WIDTH, Feed, randomise, sizes
+from cpcompile.training.importance import measure_group_importance
+from tests.unit.partitioning.models import CONTEXTS, WIDTH, Feed, capture_partitioned, randomise, sizes
 from tests.unit.passes.graph_text import run
 
 EXPERTS, PICKED, HIDDEN = 8, 2, 24

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from cpcompile.core.selection import UnitKind
-from cpcompile.partitioning import capture_partitioned, partition
+from cpcompile.partitioning import partition
 from cpcompile.partitioning.hugging_face import load_hugging_face, text_encoder
+from tests.unit.partitioning.models import capture_partitioned
 from tests.unit.passes.graph_text import run
 
 transformers = pytest.importorskip("transformers", reason="needs the extra hf: pip install 'cpcompile[hf]'")

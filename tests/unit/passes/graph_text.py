@@ -142,7 +142,7 @@ def tensor(model: ir.Model, name: str) -> Array:
 
 
 def canonical(model: ir.Model | ir.Graph) -> list[tuple[object, ...]]:
-    """Inputs, outputs and nodes, also those of bodies; integer constants by what they hold."""
+    """Inputs, outputs and nodes, also those of subgraphs; integer constants by what they hold."""
     graph = model.graph if isinstance(model, ir.Model) else model
 
     def operand(value: ir.Value | None) -> object:

@@ -80,8 +80,8 @@ def test_expand_to_the_same_shape_goes(graphs):
     assert graphs.operators(model) == ["Neg"]
 
 
-def test_bodies_are_cleaned_too() -> None:
-    """What only a removed node in a body read from outside goes with it; inputs and outputs of a body stay."""
+def test_subgraphs_are_cleaned_too() -> None:
+    """What only a removed node in a subgraph read from outside goes with it; inputs and outputs of a subgraph stay."""
     head, tail = "(float[2,4] x, bool c) => (float[2,4] y) { h = Exp(x)", "y = Relu(z) }"
     before = f"""{head} e = Cos(h) z = If (c) <
             then_branch = one () => (float[2,4] a) <float[2,4] p, float[2,4] q, float[4] s = {{1, 1, 1, 1}}> {{

@@ -9,6 +9,7 @@ import pytest
 
 from cpcompile.passes.fold_gates import FoldGates, Folding
 from cpcompile.passes.freeze import freeze
+from cpcompile.passes.opset import OpsetError
 from tests.unit.passes.decoders import dynamic_graph, random_decoder, random_selection
 from tests.unit.passes.graph_text import Array, Weights, assert_same_values, canonical, parse, run, tensor
 
@@ -237,10 +238,11 @@ def test_half_precision_stays_half_precision() -> None:
 
 def test_operators_before_opset_13_are_left_alone() -> None:
     text = "(float[N,4] x) => (float[N,4] y) { m = Mul(x, g) y = MatMul(m, w) }"
-    result = FoldGates()(parse(text, {"g": GATE, "w": (4, 4)}, opset=12))
-    assert isinstance(result, Folding)
-    assert not result.modified
-    assert "opset 12" in result.refused[0][1]
+    model = parse(text, {"g": GATE, "w": (4, 4)}, opset=12)
+    before = ir.to_proto(model)
+    with pytest.raises(OpsetError, match="opset 12"):
+        FoldGates()(model)
+    assert ir.to_proto(model) == before
 
 
 @pytest.mark.parametrize(("opset", "kv_heads"), [(20, 4), (23, 2)])

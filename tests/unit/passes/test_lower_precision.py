@@ -121,7 +121,7 @@ def test_an_operator_that_is_not_in_the_type_stays() -> None:
         assert topk.outputs[0].dtype == dtype  # the standard has TopK in float16, not in bfloat16
 
 
-def test_bodies_stay_in_float32() -> None:
+def test_subgraphs_stay_in_float32() -> None:
     text = """(float[N,8] x, bool c) => (float[N,8] y) { a = MatMul(x, w) y = If(c)<
         then_branch = t () => (float[N,8] b) { b = MatMul(a, w) },
         else_branch = e () => (float[N,8] d) { d = Exp(a) }> }"""

@@ -28,12 +28,13 @@ from cpcompile.core.errors import CpcompileError
 from cpcompile.passes.channel_rules import RULES
 from cpcompile.passes.eliminate_dead_channels import EliminateDeadChannels
 from cpcompile.passes.merge_contexts import merge_contexts
-from cpcompile.passes.symbolic_shapes import SINCE
-from cpcompile.pipeline.optimize import DEFAULT, PASSES, optimize_file, parse_pass, prepare
+from cpcompile.passes.opset import MIN_OPSET
+from cpcompile.pipeline.optimize import DEFAULT, PASSES, apply_pass, optimize_file, parse_pass, prepare
 from tests.unit.passes import graph_text
 
 Feeds = Mapping[str, Any]
 FLOATS = (TensorProto.FLOAT, TensorProto.DOUBLE)
+CASE = Path("case.onnx")
 NEED_VALUES = ("bind_context", "trim_vocabulary")
 """Passes that need to be told what to do. No case looks up tables by token ids: `test_trim_vocabulary` has graphs."""
 
@@ -128,7 +129,7 @@ ALONE = [name for name in PASSES if name not in NEED_VALUES]
 def prepared(model: onnx.ModelProto) -> ir.Model:
     """As every pass gets it from `cpcompile opt`."""
     graph = ir.from_proto(model)
-    prepare(graph, Path("case.onnx"))
+    prepare(graph, CASE)
     return graph
 
 
@@ -136,7 +137,7 @@ def optimized(model: onnx.ModelProto, passes: Sequence[str]) -> onnx.ModelProto:
     """What `cpcompile opt` makes of the model in memory."""
     graph = prepared(model)
     for text in passes:
-        parse_pass(text)(graph)
+        apply_pass(parse_pass(text), graph, CASE, text)
     return ir.to_proto(graph)
 
 
@@ -162,7 +163,7 @@ def test_each_pass_alone_keeps_values_and_says_whether_it_did_something(passing:
             wrong.append((case.name, "prepare"))
         for name in ALONE:
             copy, each = model.clone(), parse_pass(name)
-            modified = each(copy).modified
+            modified = apply_pass(each, copy, CASE, name).modified
             after = ir.to_proto(copy)
             if modified != (after != before) or (modified and (case.wrong(after) or each(copy).modified)):
                 wrong.append((case.name, name))
@@ -321,7 +322,7 @@ def with_rule(cases: Sequence[Any]) -> Iterator[Any]:
     for case in cases:
         nodes = case.model.graph.node
         opset = max((o.version for o in case.model.opset_import if o.domain == ""), default=0)
-        if opset >= SINCE and len(nodes) == 1 and nodes[0].op_type in RULES:
+        if opset >= MIN_OPSET and len(nodes) == 1 and nodes[0].op_type in RULES:
             yield case
 
 

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from cpcompile.passes.eliminate_dead_channels import EliminateDeadChannels, find_channels
-from cpcompile.passes.symbolic_shapes import nodes_inside_out
+from cpcompile.passes.nodes import post_order
 from cpcompile.pipeline.optimize import DEFAULT, parse_pass, prepare
 
 WIDTH = 12
@@ -186,11 +186,11 @@ class _Writer:
         if kind in ("if", "loop"):
             h = self.add(f"MatMul({x}, {self.weight(WIDTH, 8)})")
             z = self.add(f"Mul({h}, {self.gate((8,))})")
-            bodies = [self.body(z, loops=kind == "loop") for _ in range(1 if kind == "loop" else 2)]
+            subgraphs = [self.body(z, loops=kind == "loop") for _ in range(1 if kind == "loop" else 2)]
             if kind == "if":
-                h = self.add(f"If (c) <then_branch = {bodies[0]}, else_branch = {bodies[1]}>")
+                h = self.add(f"If (c) <then_branch = {subgraphs[0]}, else_branch = {subgraphs[1]}>")
             else:
-                h = self.add(f"Loop ({self.constant(np.array(2))}, , {h}) <body = {bodies[0]}>")
+                h = self.add(f"Loop ({self.constant(np.array(2))}, , {h}) <body = {subgraphs[0]}>")
             h = self.add(f"Mul({h}, {self.gate((8,))})")
             return self.add(f"MatMul({h}, {self.weight(8, WIDTH)})")
         if kind == "bias":
@@ -253,7 +253,7 @@ def _unexplained(model: ir.Model) -> list[str]:
     """Sums that still add up a zero for which the table has no reason; a sum of nothing but zeros keeps one."""
     channels = find_channels(model.graph)
     left = []
-    for node in nodes_inside_out(model.graph):
+    for node in post_order(model.graph):
         if node.op_type == "MatMul":
             first, second = node.inputs
             at = len(channels.shape(first)) - 1, max(len(channels.shape(second)) - 2, 0)

@@ -13,6 +13,7 @@ from cpcompile.passes.canonicalize_shapes import CanonicalizeShapes
 from cpcompile.passes.clean_up import CleanUp
 from cpcompile.passes.fold_constants import FoldConstants
 from cpcompile.passes.freeze import freeze
+from cpcompile.passes.opset import OpsetError
 from cpcompile.passes.remove_empty_layers import EmptyLayers, RemoveEmptyLayers
 from tests.unit.passes.decoders import CONTEXTS, dynamic_graph, random_decoder
 from tests.unit.passes.graph_text import Weights, assert_same_values, canonical, parse, run, tensor
@@ -193,7 +194,11 @@ def test_multiplication_by_one_goes_unless_it_is_a_protected_parameter() -> None
 
 def test_operators_before_opset_13_are_left_alone() -> None:
     text = "(float[3,4] x) => (float[3,4] y) { m = Mul(x, gate) s = Add(x, m) y = Relu(s) }"
-    assert not RemoveEmptyLayers()(parse(text, {"gate": np.zeros(4)}, opset=12)).modified
+    model = parse(text, {"gate": np.zeros(4)}, opset=12)
+    before = ir.to_proto(model)
+    with pytest.raises(OpsetError, match="opset 12"):
+        RemoveEmptyLayers()(model)
+    assert ir.to_proto(model) == before
 
 
 @pytest.mark.parametrize("opset", [20, 23])

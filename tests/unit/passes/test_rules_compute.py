@@ -138,7 +138,7 @@ def test_norms_keep_their_axis_and_say_so(norm: str, inputs: str) -> None:
     )
     weights = {"a": (3, 4), "g": GATE, "s": (4,), "t": (4,), "b": (4, 2)}
     (only,) = whole(text, weights, ["a", "b"])
-    why = "it works along this axis" if "Softmax" in norm else "a norm over fewer channels is another norm"
+    why = "it works along this axis" if "Softmax" in norm else "a norm over fewer channels gives other values"
     assert (only.value, only.axis, only.channels, only.operator, only.reason) == ("z", 1, 2, norm, why)
 
 

@@ -39,7 +39,7 @@ def test_a_group_goes_with_its_data_and_its_weights(operator: str) -> None:
 
 
 def test_groups_lose_as_many_of_the_channels_they_make() -> None:
-    """Of 4 groups of 2 one goes, two lose different channels, the last has none to lose but one of the same number."""
+    """One of 4 groups of 2 is removed, two lose different channels, and the last must lose one for an equal number."""
     text = CONVOLVED.replace("GROUP", "2")
     made = {"a": (8, 3, 1), "f": gate(of=8, axes=1), "w": (8, 4, 1), "c": (8,), "b": (2, 8, 1)}
     left = [1, 2, 3, 4, 5, 7]
@@ -50,7 +50,7 @@ def test_groups_lose_as_many_of_the_channels_they_make() -> None:
     assert_becomes(text, text, made | {"g": gate(0, 6, of=8, axes=1)}, kept)
     result = eliminate(text, made | {"g": gate(0, 6, 7, of=8, axes=1)})
     assert [a.tolist() for a in result.kept["w"] if a is not None] == [left]
-    assert blocked_by(result) == [("v", 1, 1, "Conv", "its groups have to stay of one size")]
+    assert blocked_by(result) == [("v", 1, 1, "Conv", "its groups need the same size")]
 
 
 def test_groups_lose_the_same_channels_of_their_data() -> None:
@@ -94,7 +94,7 @@ def test_a_convolution_of_zeros_is_its_bias(operator: str) -> None:
         **{"g": gate(of=8, axes=1), "b": (2, 8, 1)},
     }
     result = eliminate(text, weights)
-    stuck = "its groups have to stay of one size" if operator == "Conv" else "its groups lose the same channels"
+    stuck = "its groups need the same size" if operator == "Conv" else "its groups lose the same channels"
     assert ("v", 1, 3, operator, stuck) in blocked_by(result)
 
 

@@ -208,7 +208,7 @@ def test_pad_with_what_is_there_keeps_its_axis_and_lets_the_others_go() -> None:
     assert_becomes(text, text, weights, {"a": (ALL, [0, 2]), "f": ([0, 2],), "b": ([0, 2], ALL)})
     (only,) = whole(text.replace("{0, 1, 0, 0, 1, 0}", "{0, 1, 1, 0, 1, 0}"), weights | {"b": (4, 2)}, ["a"])
     assert (only.value, only.operator) == ("k", "Pad")
-    assert only.reason == "it pads this axis with more than a constant, or crops it"
+    assert only.reason == "it crops this axis, or pads it with more than a constant"
 
 
 def test_slice_of_a_dynamic_axis_keeps_it_and_lets_the_others_go() -> None:
@@ -276,7 +276,7 @@ def test_shape_keeps_what_it_measures() -> None:
     cut = text.replace("START", "0").replace("END", "1")
     assert_becomes(cut, cut, weights, {"a": (ALL, [0, 2, 3]), "g": ([0, 2, 3],), "b": ([0, 2, 3], ALL)})
     (only,) = whole(text.replace("START", "1").replace("END", "2"), weights, ["a", "b"])
-    assert (only.value, only.operator, only.reason) == ("z", "Shape", "its length is asked for")
+    assert (only.value, only.operator, only.reason) == ("z", "Shape", "its length is read")
 
 
 def test_a_target_shape_that_cannot_be_said_blocks() -> None:
@@ -287,4 +287,4 @@ def test_a_target_shape_that_cannot_be_said_blocks() -> None:
     }"""
     (only,) = whole(text, {"a": (1, 4), "g": gate(1, of=4), "b": (4, 2)}, ["a", "b"])
     assert (only.value, only.operator) == ("z", "Expand")
-    assert only.reason == "the lengths of its dynamic axes are nowhere to be read"
+    assert only.reason == "the lengths of its dynamic axes cannot be read from any tensor"

@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from cpcompile.passes.axes import ONE, Axis, broadcast
 from cpcompile.passes.canonicalize_shapes import CanonicalizeShapes
 from cpcompile.passes.channels import from_grid, to_grid
 from cpcompile.passes.clean_up import CleanUp
-from cpcompile.passes.symbolic_shapes import ONE, Axis, ShapeTable, broadcast
+from cpcompile.passes.shape_rules import infer_symbolic_shapes
 from tests.unit.passes.graph_text import parse
 
 BATCH, SEQUENCE = Axis(("B",), 1), Axis(("S",), 1)
@@ -16,7 +17,7 @@ BATCH, SEQUENCE = Axis(("B",), 1), Axis(("S",), 1)
 
 def _shape(graphs, text, name, **constants):
     model = graphs.build(text, **constants)
-    table = ShapeTable(model.graph)
+    table = infer_symbolic_shapes(model.graph)
     return table.shape(next(out for node in model.graph for out in node.outputs if out.name == name))
 
 
@@ -105,4 +106,4 @@ def test_a_measured_length_keeps_its_rank(graphs):
 
 def test_a_default_says_nothing_of_the_shape_that_a_caller_gives():
     model = parse("(float[2,K] x, float[K] w) => (float[2,K] y) { y = Add(x, w) }", {"w": (3,)}, infer=False)
-    assert ShapeTable(model.graph).shape(model.graph.inputs[1]) == (Axis(("K",), 1),)
+    assert infer_symbolic_shapes(model.graph).shape(model.graph.inputs[1]) == (Axis(("K",), 1),)

@@ -1,4 +1,4 @@
-"""What the exporter noted for debugging goes, also in bodies; the module that a node came from stays."""
+"""What the exporter noted for debugging goes, also in subgraphs; the module that a node came from stays."""
 
 from __future__ import annotations
 

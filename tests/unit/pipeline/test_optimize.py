@@ -140,7 +140,35 @@ def test_every_spelling_of_an_old_model(tmp_path: Path) -> None:
     assert dict(model.graph.opset_imports) == {"": 13}
 
 
-def test_functions_in_bodies_and_in_functions_are_inlined(tmp_path: Path) -> None:
+def test_a_file_in_an_old_opset_keeps_what_a_pass_does_not_understand(tmp_path: Path) -> None:
+    source = write(tmp_path / "in.onnx", HEAD.replace("20", "11") + DEAD)
+    out = tmp_path / "out.onnx"
+    result = optimize_file(source, out, check=True)
+    assert result.comparison
+    assert result.comparison.verdict == "pass"
+    assert [step.modified for step in result.steps] == [False] * len(DEFAULT)
+    assert {tensor.name: tensor.size for tensor in tensors_of(load_onnx(out))} == {"a": 32, "g": 8, "b": 24}
+    skipped = ["the pass canonicalize_shapes needs opset 13", "the pass eliminate_dead_channels needs opset 13"]
+    assert [reason.partition(" or later")[0] for reason in result.skipped] == skipped
+    assert "opset 11" in result.blocked[0].reason
+    code, output = run(source, "-o", out, "--check", "--explain")
+    assert code == 0
+    words = " ".join(output.split())
+    assert all(f"skipped: {each} or later, and the model is in opset 11; convert it first" in words for each in skipped)
+    assert "no zero channel had to stay" not in words
+
+
+def test_a_file_in_an_old_opset_is_not_trimmed_by_half(tmp_path: Path) -> None:
+    """Skipped, the pass would leave a model that takes other token ids than were asked for."""
+    source = write(tmp_path / "in.onnx", HEAD.replace("20", "11") + LANGUAGE_MODEL, **TABLES)
+    kept = kept_ids(tmp_path / "kept.npy", [1, 2, 5])
+    code, output = run(source, "-o", tmp_path / "out.onnx", "--passes", f"trim_vocabulary:kept={kept}")
+    assert code == 1
+    assert "the pass trim_vocabulary needs opset 13 or later" in " ".join(output.split())
+    assert not (tmp_path / "out.onnx").exists()
+
+
+def test_functions_in_subgraphs_and_in_functions_are_inlined(tmp_path: Path) -> None:
     text = """<ir_version: 10, opset_import: ["" : 20, "own" : 1]> m (float[N,4] x, bool c) => (float[N,3] y) {
             y = If (c) <
                 then_branch = one () => (float[N,3] p) { p = own.Both <scale = 2.0> (x, a, g, b) },
@@ -192,7 +220,7 @@ def test_a_result_that_differs_is_not_written(tmp_path: Path) -> None:
     [
         (["missing.onnx", "-o", "out.onnx"], "missing.onnx: cannot be read"),
         (["in.onnx", "-o", "out.onnx", "--passes", "nope"], "there is no pass 'nope'"),
-        (["in.onnx", "-o", "out.onnx", "--input", "in.onnx"], "is no .npz"),
+        (["in.onnx", "-o", "out.onnx", "--input", "in.onnx"], "is not an .npz"),
         (["in.onnx", "-o", "out.onnx", "--input", "no.npz"], "no.npz: cannot be read"),
         (["in.onnx"], "Missing option '--out'"),
     ],

@@ -8,9 +8,10 @@ from typing import Any
 import jsonschema
 import pytest
 
-from cpcompile.report import SCHEMA, judge, make_report, mean_perplexity, training_summary
-from cpcompile.validation.validator import VariantResult
-from tests.unit.report.reports import TRAINING, arguments, complete, report, variant
+from cpcompile.core.json_form import to_json
+from cpcompile.core.measured import NotMeasured
+from cpcompile.report import SCHEMA, judge, make_report, mean_perplexity, summarize_training
+from tests.unit.report.reports import TRAINING, Engine, arguments, as_report, complete, report, variant
 
 VALIDATOR = jsonschema.Draft202012Validator(json.loads(SCHEMA.read_text(encoding="utf-8")))
 
@@ -140,9 +141,10 @@ DE = ("contexts", 0, "variants", 0)
 def test_verdict(change: Callable[[dict[str, Any]], None], verdict: str, reason: str | None) -> None:
     whole = complete()
     change(whole)
-    actual, reasons = judge(whole, 0.01)
+    made = as_report(whole)
+    actual, reasons = judge(made.contexts, made.bundle, 0.01)
     assert actual == verdict
-    assert (reasons == []) if reason is None else (len(reasons) == 1 and reason in reasons[0]), reasons
+    assert (reasons == ()) if reason is None else (len(reasons) == 1 and reason in reasons[0]), reasons
 
 
 def test_a_failure_outweighs_a_gap_and_both_are_told() -> None:
@@ -153,8 +155,7 @@ def test_a_failure_outweighs_a_gap_and_both_are_told() -> None:
 
 
 def test_plans_are_no_shared_weights_and_no_pass() -> None:
-    plan = VariantResult.not_run(
-        context="de",
+    plan = Engine.not_run(
         name="tensorrt-rtx-fp16",
         runtime="tensorrt-rtx",
         precision="fp16",
@@ -177,7 +178,7 @@ def test_an_unknown_size_of_the_dense_model_is_inconclusive() -> None:
 
 
 def test_a_selection_that_is_unknown_says_why() -> None:
-    unknown = make_report(**{**arguments(variant()), "selection": "an old program"})
+    unknown = to_json(make_report(**{**arguments(variant()), "selection": NotMeasured("an old program")}))
     assert unknown["selection"] == {"kinds": None, "not_measured": {"kinds": "an old program"}}
     VALIDATOR.validate(unknown)
 
@@ -195,7 +196,8 @@ def test_every_variant_is_judged_by_its_own_mean() -> None:
         worse["name"] = "cpu-int8"
         worse["quality"]["perplexity"] *= 1.5
         context["variants"].append(worse)
-    verdict, reasons = judge(whole, 0.01)
+    made = as_report(whole)
+    verdict, reasons = judge(made.contexts, made.bundle, 0.01)
     assert verdict == "fail"
     assert len(reasons) == 1 and reasons[0].startswith("cpu-int8: mean perplexity")
 
@@ -205,11 +207,11 @@ def test_the_mean_perplexity_is_that_of_the_mean_loss() -> None:
 
 
 def test_findings_say_which_branch_wins() -> None:
-    summary = training_summary(TRAINING, ("de", "en"))
+    summary = summarize_training(TRAINING, ("de", "en"))
     assert summary is not None
-    assert list(summary["controls"]) == ["dense-baseline", "partition", "small-dense", "one-mask"]
-    assert summary["controls"]["partition"]["mean_perplexity"] == pytest.approx((19 * 29) ** 0.5, rel=1e-12)
-    dense, small, one, best, swap = summary["findings"]
+    assert list(summary.controls) == ["dense-baseline", "partition", "small-dense", "one-mask"]
+    assert summary.controls["partition"].mean_perplexity == pytest.approx((19 * 29) ** 0.5, rel=1e-12)
+    dense, small, one, best, swap = summary.findings
     assert dense.startswith("The partitioned model beats dense-baseline (") and dense.endswith("(-4.2%).")
     assert small.startswith("The partitioned model loses to small-dense (") and small.endswith("(+4.6%).")
     assert one.startswith("The partitioned model cannot be told apart from one-mask (")
@@ -219,17 +221,17 @@ def test_findings_say_which_branch_wins() -> None:
 
 def test_findings_name_the_context_that_is_better_off_elsewhere() -> None:
     swapped = {**TRAINING, "swap_matrix": {"contexts": ["de", "en"], "perplexity": [[19.0, 18.0], [25.0, 29.0]]}}
-    summary = training_summary(swapped, ("de", "en"))
+    summary = summarize_training(swapped, ("de", "en"))
     assert summary is not None
-    assert summary["findings"][-2:] == [
+    assert summary.findings[-2:] == (
         "Text of de does better with the units of en (18) than with its own (19).",
         "Text of en does better with the units of de (25) than with its own (29).",
-    ]
+    )
 
 
 def test_training_results_are_optional() -> None:
-    assert training_summary({}, ("de",)) is None
-    bare = training_summary({"perplexity": {"dense-baseline": {"de": 20.0}}}, ("de",))
-    assert bare is not None and bare["swap_matrix"] is None and bare["findings"] == []
+    assert summarize_training({}, ("de",)) is None
+    bare = summarize_training({"perplexity": {"dense-baseline": {"de": 20.0}}}, ("de",))
+    assert bare is not None and bare.swap_matrix is None and bare.findings == ()
     for training in (None, bare):
-        VALIDATOR.validate({**complete(), "training": training})
+        VALIDATOR.validate({**complete(), "training": to_json(training)})

@@ -8,7 +8,7 @@ import pytest
 
 from cpcompile.report import compare_reports, render_difference, render_difference_page
 from cpcompile.report.difference import WHOLE, Change, Difference
-from tests.unit.report.reports import complete, report, skipped, variant
+from tests.unit.report.reports import as_report, complete, report, skipped, variant
 from tests.unit.report.test_terminal import text_of
 
 VARIANT = ("contexts", 0, "variants", 0)
@@ -23,7 +23,7 @@ def changed(*edits: tuple[tuple[Any, ...], dict[str, object]]) -> Difference:
         for step in path:
             node = node[step]
         node.update(values)
-    return compare_reports(complete(), after, ("before.json", "after.json"))
+    return compare_reports(as_report(complete()), as_report(after), ("before.json", "after.json"))
 
 
 def changes(difference: Difference) -> dict[str, Change]:
@@ -87,7 +87,7 @@ def test_numbers_of_the_whole_and_of_a_context() -> None:
 def test_what_appeared_and_what_disappeared() -> None:
     more = report(variant(), skipped(), variant("en", perplexity=29.0, dense="no baseline"))
     less = report(variant("en", perplexity=29.0, dense=30.0))
-    forth, back = (compare_reports(*pair, ("a", "b")) for pair in ((less, more), (more, less)))
+    forth, back = (compare_reports(*map(as_report, pair), ("a", "b")) for pair in ((less, more), (more, less)))
     assert forth.appeared == back.disappeared and forth.disappeared == back.appeared
     assert forth.appeared == ("de", "de cpu-fp32", "de tensorrt-fp16")
     assert "en cpu-fp32: quality dense perplexity" in forth.disappeared

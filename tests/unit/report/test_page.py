@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -11,12 +10,14 @@ import jsonschema
 import numpy as np
 import pytest
 
+from cpcompile.core.json_form import to_json
 from cpcompile.core.selection import Selection, UnitKind
 from cpcompile.report import SCHEMA, render_difference, render_difference_page, render_page, render_report
+from cpcompile.report.contents import LayerSelection
 from cpcompile.report.difference import compare_reports
 from cpcompile.report.page import selection_map
-from cpcompile.validation.diagnosis import Diagnosis
-from tests.unit.report.reports import SELECTION, complete, report, skipped, variant
+from cpcompile.report.results import Diagnosis
+from tests.unit.report.reports import SELECTION, as_report, complete, report, skipped, variant
 from tests.unit.report.test_terminal import text_of
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(1)>$x^{"
@@ -50,7 +51,7 @@ class Elements(HTMLParser):
 
 def diverged(sentence: str, layers: list[dict[str, Any]]) -> dict[str, Any]:
     """What a report holds of an engine that left the path."""
-    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(Diagnosis.without("no reference"))))
+    plain: dict[str, Any] = to_json(Diagnosis.without("no reference"))
     return {**plain, "sentence": sentence, "layers": layers, "not_measured": {}}
 
 
@@ -58,7 +59,7 @@ def hostile() -> dict[str, Any]:
     """A report in which everything that can be a name or a reason is an attack."""
     whole = complete()
     whole["contexts"][0]["variants"][0]["divergence"] = diverged(HOSTILE, [{**ERRORS[0], "module": HOSTILE}, *ERRORS])
-    whole["model"]["name"] = whole["reasons"][:] = [HOSTILE]
+    whole["model"]["name"], whole["reasons"] = HOSTILE, [HOSTILE]
     text = json.dumps(whole)
     for name in ("de", "layer 0", "capture", "cpu-fp32", "one-mask", "MatMul", "CPUExecutionProvider", "width"):
         assert json.dumps(name) in text
@@ -67,12 +68,16 @@ def hostile() -> dict[str, Any]:
     return found
 
 
+def layers_of(digits: list[dict[str, Any]]) -> list[LayerSelection]:
+    return [LayerSelection(**layer) for layer in digits]
+
+
 def difference() -> str:
-    return render_difference_page(compare_reports(complete(), hostile(), ("a", HOSTILE)))
+    return render_difference_page(compare_reports(as_report(complete()), as_report(hostile()), ("a", HOSTILE)))
 
 
 def test_the_page_has_every_section_and_what_is_in_the_report() -> None:
-    page = Elements(render_page(complete()))
+    page = Elements(render_page(as_report(complete())))
     assert set(SECTIONS) <= set(page.all("id"))
     words = " ".join(page.text.split())
     for part in (
@@ -87,7 +92,7 @@ def test_the_page_has_every_section_and_what_is_in_the_report() -> None:
         "The partitioned model loses to small-dense",
         "Not measured: it was not asked for",
         "engine, private 100.0 MB",
-        "requests a second, 2 at a time 800 eager 200 times as many 4.00 (3.80–4.10)",
+        "requests per second, 2 at a time 800 eager 200 times as many 4.00 (3.80–4.10)",
         "CPUExecutionProvider 1",
         "text of de 19.00 40.00",
     ):
@@ -97,16 +102,20 @@ def test_the_page_has_every_section_and_what_is_in_the_report() -> None:
 @pytest.mark.parametrize(
     ("verdict", "word"),
     [
-        ("fail", "Something that was measured is out of bounds"),
-        ("inconclusive", "not everything that decides could be measured"),
+        ("fail", "A check failed"),
+        ("inconclusive", "a required check could not be decided"),
     ],
 )
 def test_a_verdict_that_is_no_pass_comes_with_its_reasons(verdict: str, word: str) -> None:
-    text = Elements(render_page({**complete(), "verdict": verdict, "reasons": ["one", "another reason"]})).text
+    text = Elements(
+        render_page(as_report({**complete(), "verdict": verdict, "reasons": ["one", "another reason"]}))
+    ).text
     assert word in text and text.index("another reason") < text.index("Engines")
 
 
-@pytest.mark.parametrize("page_of", [lambda: render_page(complete()), lambda: render_page(hostile()), difference])
+@pytest.mark.parametrize(
+    "page_of", [lambda: render_page(as_report(complete())), lambda: render_page(as_report(hostile())), difference]
+)
 def test_the_page_is_one_file_without_scripts(page_of: Callable[[], str]) -> None:
     page = page_of()
     found = Elements(page)
@@ -119,12 +128,12 @@ def test_the_page_is_one_file_without_scripts(page_of: Callable[[], str]) -> Non
 
 def test_names_and_reasons_are_text() -> None:
     whole = hostile()
-    assert Elements(render_page(whole)).text.count(HOSTILE) > 20
+    assert Elements(render_page(as_report(whole))).text.count(HOSTILE) > 20
     assert HOSTILE in Elements(difference()).text
 
 
 def test_ids_are_unique_and_every_link_leads_somewhere() -> None:
-    page = render_page(complete())
+    page = render_page(as_report(complete()))
     found = Elements(page)
     ids = found.all("id")
     assert len(ids) == len(set(ids))
@@ -133,7 +142,7 @@ def test_ids_are_unique_and_every_link_leads_somewhere() -> None:
 
 
 def test_charts_are_named_painted_by_the_page_and_hold_text() -> None:
-    page = render_page({**complete(), "contexts": complete()["contexts"][:1]})
+    page = render_page(as_report({**complete(), "contexts": complete()["contexts"][:1]}))
     charts = re.findall(r"<svg .*?</svg>", page, flags=re.DOTALL)
     drawn = [chart for chart in charts if "aria-labelledby" in chart]
     assert len(drawn) == 3  # latency, speed, stages: of the only stage no memory is known
@@ -150,7 +159,7 @@ def test_errors_of_layers_are_drawn_where_they_were_measured() -> None:
     )
     other["divergence"] = diverged("", [])
     other["divergence"] |= {"sentence": None, "layers": None, "not_measured": {"layers": "no reference"}}
-    text = " ".join(Elements(render_page(whole)).text.split())
+    text = " ".join(Elements(render_page(as_report(whole))).text.split())
     assert "First divergence: node up differs first" in text
     assert "Relative error per layer; the largest is inf at the whole model" in text
     assert "the whole model not finite 2 layers.1 4e-07 2 layers.0 1e-07 2" in text
@@ -159,10 +168,10 @@ def test_errors_of_layers_are_drawn_where_they_were_measured() -> None:
 
 
 def test_every_reason_is_there_once_with_what_it_concerns() -> None:
-    text = " ".join(Elements(render_page(complete())).text.split())
-    gaps = text[text.rindex("What was not run and why") :]
+    text = " ".join(Elements(render_page(as_report(complete()))).text.split())
+    gaps = text[text.rindex("What was not measured, and why") :]
     assert gaps.count("there is no dense baseline") == 1
-    assert "speed ratio · de cpu-fp32, en cpu-fp32" in gaps
+    assert "speed ratio, speed ratio low, speed ratio high · de cpu-fp32, en cpu-fp32" in gaps
     assert "the whole engine (skipped) · de tensorrt-fp16" in gaps
     assert "openvino is not installed peer openvino · de cpu-fp32, en cpu-fp32" in gaps
 
@@ -179,31 +188,32 @@ def test_every_reason_is_there_once_with_what_it_concerns() -> None:
     ],
 )
 def test_a_report_with_gaps_is_a_page_as_well(change: dict[str, Any]) -> None:
-    assert set(SECTIONS) <= set(Elements(render_page({**complete(), **change})).all("id"))
+    assert set(SECTIONS) <= set(Elements(render_page(as_report({**complete(), **change}))).all("id"))
 
 
 def test_units_that_the_same_contexts_keep_are_one_run() -> None:
-    found = selection_map("ffn", SELECTION["ffn"])
-    assert found["rows"][0]["runs"] == [
+    found = selection_map("ffn", layers_of(SELECTION["ffn"]))
+    assert found.rows[0].runs == (
         (0, 1, "all", "de, en"),
         (1, 1, "own0", "de"),
         (2, 1, "own1", "en"),
         (3, 1, "none", "no context"),
-    ]
-    assert found["rows"][1]["runs"] == [(0, 1, "all", "de, en"), (1, 3, "own0", "de")]
-    assert [text for _, text in found["legend"]] == ["all contexts", "only de", "only en", "no context"]
+    )
+    assert found.rows[1].runs == ((0, 1, "all", "de, en"), (1, 3, "own0", "de"))
+    assert [text for _, text in found.legend] == ["all contexts", "only de", "only en", "no context"]
 
 
 def test_many_contexts_are_told_apart_by_how_many_keep_a_unit() -> None:
     kept = {f"c{i}": "1" if i < 4 else "0" for i in range(10)}
-    assert selection_map("ffn", [{"name": "layer 0", "kept": kept}])["rows"][0]["runs"][0][:3] == (0, 1, "share4")
+    assert selection_map("ffn", layers_of([{"name": "layer 0", "kept": kept}])).rows[0].runs[0][:3] == (0, 1, "share4")
 
 
 def test_the_overlap_is_that_of_the_selection() -> None:
     table = np.random.default_rng(0).random((3, 4, 9)) < 0.4
     selection = Selection(("a", "b", "c"), {UnitKind.FFN: table})
     digits = selection.digits({UnitKind.FFN: [(f"layer {i}", 9) for i in range(4)]})
-    assert np.allclose(selection_map("ffn", digits["ffn"])["overlap"], selection.overlap(UnitKind.FFN), rtol=1e-12)
+    jaccard = [[(one & other).sum() / (one | other).sum() for other in table] for one in table]
+    assert np.allclose(selection_map("ffn", layers_of(digits["ffn"])).overlap, jaccard, rtol=1e-12)
 
 
 VALIDATOR = jsonschema.Draft202012Validator(json.loads(SCHEMA.read_text(encoding="utf-8")))
@@ -234,5 +244,7 @@ def test_whatever_follows_the_schema_is_a_page(extreme: float | None) -> None:
         else:
             container[key] = before
     assert changed > 10
-    assert set(SECTIONS) <= set(Elements(render_page(whole)).all("id"))
-    assert text_of(render_report(whole)) and text_of(render_difference(compare_reports(complete(), whole, ("a", "b"))))
+    made = as_report(whole)
+    assert set(SECTIONS) <= set(Elements(render_page(made)).all("id"))
+    difference = compare_reports(as_report(complete()), made, ("a", "b"))
+    assert text_of(render_report(made)) and text_of(render_difference(difference))

@@ -8,13 +8,11 @@ from typing import Any
 import jsonschema
 from rich.console import Console
 
+from cpcompile.core.measured import NotMeasured
 from cpcompile.report import SCHEMA, controls_table, render_report
+from cpcompile.report.results import Diagnosis, LayerError, Memory, Parity
 from cpcompile.report.terminal import footnotes
-from cpcompile.validation.diagnosis import Diagnosis
-from cpcompile.validation.divergence import LayerError
-from cpcompile.validation.memory import compare_memory
-from cpcompile.validation.parity import Parity
-from tests.unit.report.reports import complete, report, variant
+from tests.unit.report.reports import as_report, complete, report, variant
 
 
 def text_of(renderable: Any, width: int = 200) -> str:
@@ -24,7 +22,7 @@ def text_of(renderable: Any, width: int = 200) -> str:
 
 
 def test_the_terminal_shows_what_the_report_holds() -> None:
-    text = text_of(render_report(complete()))
+    text = text_of(render_report(as_report(complete())))
     for part in (
         "of 4.00 M",
         "25%",
@@ -40,20 +38,20 @@ def test_the_terminal_shows_what_the_report_holds() -> None:
         "verdict: pass",
     ):
         assert part in text, part
-    failed = text_of(render_report(report(variant(), bundle_bytes=200_011)))
+    failed = text_of(render_report(as_report(report(variant(), bundle_bytes=200_011))))
     assert "verdict: fail" in failed and "200,011 bytes are more than" in failed
 
 
 def test_no_sentence_is_lost_on_a_narrow_terminal() -> None:
-    words = text_of(render_report(complete()), width=80).split()
+    words = text_of(render_report(as_report(complete())), width=80).split()
     for finding in complete()["training"]["findings"]:
         assert " ".join(finding.split()) in " ".join(words)
 
 
 def test_a_footnote_names_the_first_of_many_fields() -> None:
-    memory = compare_memory("nobody looked", "nobody looked")
+    memory = Memory.without("nobody looked")
     names = list(memory.not_measured)
-    found = " ".join(text_of(footnotes(report(dataclasses.replace(variant(), memory=memory)))).split())
+    found = " ".join(text_of(footnotes(as_report(report(dataclasses.replace(variant(), memory=memory))))).split())
     assert f"{', '.join(names[:4])} and {len(names) - 4} more: nobody looked" in found
 
 
@@ -62,7 +60,7 @@ def test_a_checkpoint_without_training_results_says_so() -> None:
 
 
 def test_the_first_divergence_stands_in_the_reasons_or_its_absence_in_the_footnotes() -> None:
-    parity = Parity.without_numbers("fail", "too far")
+    parity = Parity.without("too far", verdict="fail", reason="too far")
     found = Diagnosis(
         sentence="the first node that differs is MatMul m in layers.0: y differs by 1, allowed are 1e-06",
         node="m",
@@ -73,10 +71,10 @@ def test_the_first_divergence_stands_in_the_reasons_or_its_absence_in_the_footno
         max_abs_error=1.0,
         tolerance=1e-6,
         layers=(LayerError("layers.0", "y", None, 2.0),),
-        not_measured={"repro": "no folder was given"},
+        repro=NotMeasured("no folder was given"),
     )
     for divergence, reason in ((found, f"too far; {found.sentence}"), (Diagnosis.without("no reference"), "too far")):
         made = report(dataclasses.replace(variant(), parity=parity, divergence=divergence))
         jsonschema.validate(made, json.loads(SCHEMA.read_text(encoding="utf-8")))
         assert made["reasons"][0] == f"de cpu-fp32: parity fail: {reason}"
-        assert next(iter(divergence.not_measured.values())) in text_of(render_report(made))
+        assert next(iter(divergence.not_measured.values())) in text_of(render_report(as_report(made)))

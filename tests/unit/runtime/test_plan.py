@@ -1,4 +1,4 @@
-"""What of running plans needs no GPU: the choice of a profile, and what is said where there is none."""
+"""The parts of running plans that need no GPU: the choice of a profile, and the messages where there is no GPU."""
 
 import dataclasses
 import sys
@@ -11,7 +11,7 @@ from cpcompile.bundle.reader import Variant
 from cpcompile.core.errors import CpcompileError, UsageError
 from cpcompile.machine.gpu import gpu_model
 from cpcompile.runtime.plan import choose_profile, load_plan, why_not_here, why_not_taken
-from cpcompile.targets.plan_info import EngineInfo, Profile, Shapes
+from cpcompile.targets.plan_info import PlanInfo, Profile, Shapes
 from cpcompile.targets.tensorrt_library import load_library, logger_of
 from cpcompile.validation.runners import engine_runner
 
@@ -22,7 +22,7 @@ PROFILES = tuple(
     Profile(name=name, shapes={"input_ids": ids, "past": past})
     for name, ids, past in zip(("prefill", "decode"), IDS, PAST, strict=True)
 )
-INFO = EngineInfo(
+INFO = PlanInfo(
     flavour="tensorrt-rtx",
     version="1.7.1.116",
     capabilities=("sm86", "sm120"),
@@ -43,7 +43,7 @@ VARIANT = Variant(
     provider_options={},
     feeds={},
     bytes=1,
-    engine=INFO,
+    plan=INFO,
 )
 without_gpu = pytest.mark.skipif(gpu_model() is not None, reason="there is a GPU here")
 
@@ -74,7 +74,7 @@ def test_shapes_that_no_profile_takes_are_named(ids: tuple[int, ...], past: tupl
 def test_inputs_that_a_plan_takes_and_that_it_does_not() -> None:
     assert why_not_taken(VARIANT, {"input_ids": np.zeros((4, 128))}) is None
     assert "(5, 128); the engine takes" in str(why_not_taken(VARIANT, {"input_ids": np.zeros((5, 128))}))
-    assert why_not_taken(dataclasses.replace(VARIANT, engine=None), {"input_ids": np.zeros((5, 128))}) is None
+    assert why_not_taken(dataclasses.replace(VARIANT, plan=None), {"input_ids": np.zeros((5, 128))}) is None
 
 
 @without_gpu

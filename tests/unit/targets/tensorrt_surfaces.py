@@ -47,7 +47,7 @@ Surface = Mapping[str, list[str]]
 
 
 def surface_of(module: object) -> Surface:
-    """What an imported binding has."""
+    """The names of an imported binding."""
     found: dict[str, list[str]] = {"": [name for name in _public(module) if not _is_module(module, name)]}
     classes = {name: getattr(module, name) for name in found[""]}
     while classes:
@@ -107,7 +107,7 @@ def _read_wheel(requirement: str, folder: Path) -> Surface:
     for name in re.findall(r"NEEDED.*\[(lib(?:nv|tensorrt)\S+)\]", dynamic):
         subprocess.run(("cc", "-shared", "-fPIC", "-o", library.with_name(name), source), check=True)
     command = (sys.executable, __file__, str(folder), library.parent.name)
-    # Of the module's own runpath only some releases have its folder.
+    # Only some releases have the module's own folder in their runpath.
     done = subprocess.run(
         command, check=True, capture_output=True, text=True, env={"LD_LIBRARY_PATH": str(library.parent)}
     )

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from cpcompile.core.errors import UsageError
-from cpcompile.targets.plan_info import EngineInfo, Profile, TensorInfo
+from cpcompile.targets.plan_info import PlanInfo, Profile, TensorInfo
 from cpcompile.targets.requests import Added, Range, Target, parse_ranges, parse_target, parse_targets
 
-INFO = EngineInfo(
+INFO = PlanInfo(
     flavour="tensorrt-rtx",
     version="1.7.1.116",
     capabilities=("sm86", "sm120"),
@@ -31,7 +31,7 @@ def test_targets() -> None:
     for text, says in (
         ("tpu", "there is no target 'tpu'; there are tensorrt, tensorrt-rtx"),
         ("tensorrt-rtx=", "names no compute capability"),
-        ("tensorrt-rtx=8.6", "'8.6' is no compute capability; write it like sm86"),
+        ("tensorrt-rtx=8.6", "'8.6' is not a compute capability; write it like sm86"),
         ("tensorrt=sm90", "builds for the GPU in this machine"),
     ):
         with pytest.raises(UsageError, match=says):
@@ -41,16 +41,16 @@ def test_targets() -> None:
 def test_ranges() -> None:
     assert parse_ranges(["batch=1:2:8", "sequence=64"]) == {"batch": Range(1, 2, 8), "sequence": Range(64, 64, 64)}
     for texts, says in (
-        (["batch=8:1:1"], "--profile batch=8:1:1: lengths go from the smallest"),
+        (["batch=8:1:1"], "--profile batch=8:1:1: write the lengths in ascending order"),
         (["batch=" + "9" * 5000], "write the lengths of an axis as name=min:opt:max"),
-        (["batch=2:1:8"], "lengths go from the smallest"),
+        (["batch=2:1:8"], "write the lengths in ascending order"),
         (["batch=1:2"], "write the lengths of an axis as name=min:opt:max"),
         (["batch=1x1:1x2:1x3"], "write the lengths"),
         (["batch=-1:1:1"], "write the lengths"),
         (["=1:1:1"], "write the lengths"),
         (["batch"], "write the lengths"),
         (["batch=1", "batch=2"], "is given twice"),
-        ([f"batch=1:1:{2**40}"], "lengths go from"),
+        ([f"batch=1:1:{2**40}"], "write the lengths in ascending order"),
     ):
         with pytest.raises(UsageError, match=says):
             parse_ranges(texts)
@@ -63,10 +63,10 @@ def test_what_is_added() -> None:
     assert [target.flavour for target in added.targets] == ["tensorrt-rtx", "tensorrt"]
     assert added.precisions == ("fp32", "bf16") and added.ranges == {"batch": Range(2, 2, 2)}
     for arguments, says in (
-        (((), ("fp16",), ()), "--precision is of engines that --target adds"),
-        (((), None, ("batch=1",)), "--profile is of engines that --target adds"),
+        (((), ("fp16",), ()), "--precision applies to engines that --target adds"),
+        (((), None, ("batch=1",)), "--profile applies to engines that --target adds"),
         ((("tensorrt-rtx",), ("int8",), ()), "--precision 'int8' does not exist; there are fp32, fp16, bf16"),
-        ((("tensorrt-rtx=sm86", "tensorrt-rtx=sm89"), None, ()), "one per library"),
+        ((("tensorrt-rtx=sm86", "tensorrt-rtx=sm89"), None, ()), "give one per library"),
     ):
         with pytest.raises(UsageError, match=says):
             parse_targets(*arguments)
@@ -74,18 +74,18 @@ def test_what_is_added() -> None:
 
 def test_a_record_comes_back_from_json() -> None:
     plain = json.loads(json.dumps(INFO.to_plain()))
-    assert EngineInfo.from_plain(plain) == INFO
+    assert PlanInfo.from_plain(plain) == INFO
     assert plain["compute_capabilities"] == ["sm86", "sm120"] and len(plain["settings_digest"]) == 64
 
 
 @pytest.mark.parametrize("key", list(INFO.to_plain()))
-def test_a_garbled_record_is_refused(key: str) -> None:
+def test_a_malformed_record_is_refused(key: str) -> None:
     for wrong in (None, 5, "x", [], {}, [[1]], [{}], {"a": 1}):
         plain = INFO.to_plain() | {key: wrong}
         if (key, wrong) == ("onnx_digest", "x"):  # what a record may say
             continue
         with pytest.raises((KeyError, TypeError, ValueError, AttributeError)):
-            EngineInfo.from_plain(plain)
+            PlanInfo.from_plain(plain)
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_a_garbled_record_is_refused(key: str) -> None:
 )
 def test_a_record_that_was_sealed_anew_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"executor_info\.tensorrt"):
-        EngineInfo.from_plain(dataclasses.replace(INFO, **wrong).to_plain())
+        PlanInfo.from_plain(dataclasses.replace(INFO, **wrong).to_plain())
 
 
 def test_an_engine_of_another_version_or_gpu_says_what_it_is_and_how_to_build_it_again() -> None:
@@ -109,8 +109,8 @@ def test_an_engine_of_another_version_or_gpu_says_what_it_is_and_how_to_build_it
     with pytest.raises(UsageError) as raised:
         INFO.require_fit(PLAN, version="1.8.0.1", capability="sm86")
     assert str(raised.value) == (
-        f"{PLAN}: was built by tensorrt-rtx 1.7.1.116 for sm86, sm120, and here is 1.8.0.1, which cannot load it; "
-        "install that version, or build it again: "
+        f"{PLAN}: was built by tensorrt-rtx 1.7.1.116 for sm86, sm120; the installed 1.8.0.1 cannot load it. "
+        "Install version 1.7.1.116, or build it again: "
         "cpcompile build MODEL --target tensorrt-rtx=sm86,sm120 --precision fp16"
     )
     with pytest.raises(UsageError) as raised:

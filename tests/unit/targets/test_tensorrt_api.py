@@ -18,7 +18,7 @@ FILES = (
     "cpcompile/doctor/trials.py",
 )
 LIBRARY = {"trt", "library", "_library"}
-"""What a module of TensorRT is called there."""
+"""The names by which a TensorRT module is imported there."""
 RTX = {"tensorrt_rtx 1.7"}
 GUARDED: dict[str, set[str]] = {
     "ComputeCapability": RTX,
@@ -48,7 +48,7 @@ def releases_with(chain: tuple[str, ...]) -> set[str]:
 
 
 def releases_with_member(name: str) -> set[str]:
-    """Where any class has it; of an object's attribute the class is not known here."""
+    """The releases in which any class has it: the class of an object is not known here."""
     return {release for release, classes in TABLE.items() if any(name in names for names in classes.values())}
 
 

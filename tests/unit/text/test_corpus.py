@@ -107,8 +107,8 @@ def python(code: str, *arguments: object, **keywords: Any) -> subprocess.Complet
 LOAD = """
 import sys, os, json, resource, signal
 from pathlib import Path
-from cpcompile.errors import CpcompileError
-from cpcompile.training.corpus import load_corpus
+from cpcompile.core.errors import CpcompileError
+from cpcompile.text.corpus import load_corpus
 def load(data, cache, progress=None, **changes):
     keywords = dict(vocabulary=300, sequence=16, held_out_fraction=0.2, seed=0) | changes
     return load_corpus(Path(data), cache=Path(cache), progress=progress, **keywords)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from cpcompile.bundle.reader import Bundle
+from cpcompile.core.measured import NotMeasured
 from cpcompile.machine.gpu import video_memory
 from cpcompile.machine.memory import NO_PRIVATE, ProcessMemory
 from cpcompile.machine.subprocesses import in_fresh_process
@@ -46,24 +47,29 @@ def test_a_side_that_fails_is_the_reason(content: bytes, tmp_path: Path) -> None
     path = tmp_path / "model.pt"
     path.write_bytes(content)
     reason = measure_eager(path, FEEDS, threads=1)
-    assert isinstance(reason, str)
-    assert "UsageError" in reason and "model.pt" in reason
+    assert isinstance(reason, NotMeasured)
+    assert "UsageError" in reason.reason and "model.pt" in reason.reason
 
 
 def test_an_unknown_variant_is_the_reason(bundle: Bundle) -> None:
     reason = measure_engine(bundle.root, "de", "cuda-fp16", FEEDS, threads=1)
-    assert isinstance(reason, str)
-    assert "has no variant 'cuda-fp16'" in reason
+    assert isinstance(reason, NotMeasured)
+    assert "has no variant 'cuda-fp16'" in reason.reason
+
+
+def measured(**sampled: int) -> ProcessMemory:
+    own = {"base_rss_bytes": 1, "load_peak_rss_bytes": 2, "run_peak_rss_bytes": 3, "load_ms": 4.0, "first_run_ms": 5.0}
+    return ProcessMemory.without(NO_PRIVATE, vram_bytes=video_memory(), **own, **sampled)
 
 
 def test_a_missing_side_is_null_with_its_reason() -> None:
     sampled = {"base_private_bytes": 4, "load_peak_private_bytes": 5, "run_peak_private_bytes": 6}
-    engine = ProcessMemory(base_rss_bytes=1, load_peak_rss_bytes=2, run_peak_rss_bytes=3, **sampled)
-    memory = compare_memory(engine, "no baseline")
+    engine = measured(**sampled)
+    memory = compare_memory(engine, NotMeasured("no baseline"))
     assert (memory.base_rss_bytes, memory.load_peak_rss_bytes, memory.run_peak_rss_bytes) == (1, 2, 3)
     assert (memory.base_private_bytes, memory.load_peak_private_bytes, memory.run_peak_private_bytes) == (4, 5, 6)
-    assert memory.eager_run_peak_rss_bytes is None and memory.vram_bytes is None
-    assert memory.not_measured == {"vram_bytes": video_memory()} | {
+    assert isinstance(memory.eager_run_peak_rss_bytes, NotMeasured) and memory.vram_bytes == video_memory()
+    assert memory.not_measured == {"vram_bytes": str(video_memory())} | {
         f"eager_{when}_{what}_bytes": "no baseline"
         for when in ("base", "load_peak", "run_peak")
         for what in ("rss", "private")
@@ -71,7 +77,7 @@ def test_a_missing_side_is_null_with_its_reason() -> None:
 
 
 def test_a_system_that_does_not_tell_private_memory_is_the_reason() -> None:
-    engine = ProcessMemory(base_rss_bytes=1, load_peak_rss_bytes=2, run_peak_rss_bytes=3)
+    engine = measured()
     memory = compare_memory(engine, engine)
-    assert memory.run_peak_private_bytes is None
+    assert isinstance(memory.run_peak_private_bytes, NotMeasured)
     assert memory.not_measured["run_peak_private_bytes"] == NO_PRIVATE

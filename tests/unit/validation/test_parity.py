@@ -11,12 +11,17 @@ import pytest
 import torch
 
 from cpcompile.bundle.reader import Bundle
+from cpcompile.core.measured import NotMeasured, measurable
 from cpcompile.core.types import Feeds
 from cpcompile.frontend.checkpoint import Checkpoint
+from cpcompile.report.results import Parity
 from cpcompile.runtime.engine import load_engine
 from cpcompile.validation.language_reference import LanguageReference
-from cpcompile.validation.parity import LOGIT_NUMBERS, NUMBERS, Parity, check_parity
+from cpcompile.validation.parity import check_parity
 from cpcompile.validation.reference import Outputs, Run
+
+LOGITS = {"mean_kl", "top1_agreement", "top5_agreement", "tokens"}
+"""The numbers that only logits have."""
 
 POSITIONS = 4 * (1 + 16 + 24)
 NO_INPUTS = "nothing to compare on"
@@ -137,7 +142,7 @@ def test_outputs_that_cannot_be_compared_fail_with_the_reason(
     assert parity.verdict == "fail"
     assert re.search(reason, parity.reason), parity.reason
     assert parity.reason.startswith("input_ids [1, 1]: ")
-    assert all(getattr(parity, name) is None and parity.not_measured[name] == parity.reason for name in NUMBERS)
+    assert all(getattr(parity, name) == NotMeasured(parity.reason) for name in measurable(Parity))
 
 
 def test_an_engine_that_raises_fails(engine: Run, reference: LanguageReference) -> None:
@@ -181,7 +186,7 @@ def test_an_exact_model_is_allowed_a_rounding_of_its_largest_value() -> None:
         assert parity.verdict == verdict and parity.eager_float32_error == 0
         assert parity.tolerance == pytest.approx(8 * rounding)
         decibels = set() if difference else {"sqnr_db", "psnr_db"}
-        assert set(parity.not_measured) == {*LOGIT_NUMBERS, *decibels}
+        assert set(parity.not_measured) == {*LOGITS, *decibels}
 
 
 def test_of_several_outputs_the_worst_is_named_and_integers_are_equal() -> None:
@@ -228,7 +233,7 @@ def test_divergence_and_agreement_are_those_of_torch(reference: LanguageReferenc
 
 def test_without_inputs_nothing_is_concluded(engine: Run, reference: LanguageReference) -> None:
     parity = compare(engine, reference, inputs=())
-    assert parity == Parity.without_numbers("inconclusive", NO_INPUTS)
+    assert parity == Parity.without(NO_INPUTS, verdict="inconclusive", reason=NO_INPUTS)
     assert not parity
 
 
@@ -262,7 +267,7 @@ def test_ratios_of_known_signal_and_noise() -> None:
     assert parity.psnr_db == pytest.approx(10 * np.log10(4 * 16 / 0.26))
     dot, norms = float((exact * (exact + error)).sum()), np.linalg.norm(exact) * np.linalg.norm(exact + error)
     assert parity.cosine == pytest.approx(dot / norms)
-    assert set(parity.not_measured) == set(LOGIT_NUMBERS)
+    assert set(parity.not_measured) == LOGITS
 
 
 @pytest.mark.parametrize(("value", "reason"), [(0.0, "zero everywhere"), (2.0, "exactly equal")])
@@ -272,7 +277,7 @@ def test_ratios_that_do_not_exist_say_why(value: float, reason: str) -> None:
 
     parity = check_parity(constant, constant, constant, [{}], 8, logits=None, missing=NO_INPUTS)
     assert parity, parity.reason
-    assert parity.sqnr_db is None and reason in parity.not_measured["sqnr_db"]
+    assert isinstance(parity.sqnr_db, NotMeasured) and reason in parity.not_measured["sqnr_db"]
     assert parity.max_abs_error == 0
 
 

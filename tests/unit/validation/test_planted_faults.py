@@ -18,12 +18,13 @@ from cpcompile.core.errors import CpcompileError
 from cpcompile.core.selection import UnitKind
 from cpcompile.core.types import Feeds
 from cpcompile.frontend.checkpoint import Checkpoint
+from cpcompile.report.results import VariantResult
 from cpcompile.runtime.engine import create_session, load_engine, session_options
 from cpcompile.validation.language_reference import LanguageReference
 from cpcompile.validation.parity import check_parity
 from cpcompile.validation.reference import Outputs, Run, Timed
 from cpcompile.validation.speed import measure_speed
-from cpcompile.validation.validator import VariantResult, validate
+from cpcompile.validation.validator import validate
 from tests.unit.validation.conftest import CONFIG, KEPT, MakeBundle
 
 SHAPES = ((1, 1), (2, 8))
@@ -38,7 +39,7 @@ def judged(make_bundle: MakeBundle, checkpoint: Checkpoint, held_out) -> Callabl
     def judge(change: Change | None, config: ValidateConfig = QUICK) -> VariantResult:
         bundle = make_bundle(change, {"de": 0})
         reference = LanguageReference(checkpoint, None, config, held_out=held_out, sequence=16)
-        (result,) = validate(bundle, reference, config)
+        ((result,),) = validate(bundle, reference, config).values()
         return result
 
     return judge

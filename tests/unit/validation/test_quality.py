@@ -7,6 +7,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
+from cpcompile.core.measured import NotMeasured
 from cpcompile.frontend.checkpoint import Checkpoint
 from cpcompile.validation.language_reference import eager_run
 from cpcompile.validation.quality import NOT_ASKED, Score, compare_quality, cut_windows, measure_score
@@ -60,16 +61,16 @@ def test_windows_of_short_texts() -> None:
 
 
 def test_a_missing_side_is_null_with_its_reason() -> None:
-    quality = compare_quality(Score(perplexity=3.0, accuracy=0.5, tokens=10), "no baseline")
+    quality = compare_quality(Score(perplexity=3.0, accuracy=0.5, tokens=10), NotMeasured("no baseline"))
     assert (quality.perplexity, quality.accuracy, quality.tokens) == (3.0, 0.5, 10)
-    assert quality.dense_perplexity is None and quality.dense_accuracy is None
+    assert not quality.dense_perplexity and not quality.dense_accuracy
     assert quality.not_measured == {
-        "coherence": NOT_ASKED,
+        "coherence": NOT_ASKED.reason,
         "dense_coherence": "no baseline",
         "dense_perplexity": "no baseline",
         "dense_accuracy": "no baseline",
     }
-    assert compare_quality("no text", "no text").not_measured["tokens"] == "no text"
+    assert compare_quality(NotMeasured("no text"), NotMeasured("no text")).not_measured["tokens"] == "no text"
 
 
 @pytest.mark.parametrize("logits", [[np.nan, 0.0], [-np.inf, 0.0], [-5000.0, 0.0]])
@@ -77,5 +78,5 @@ def test_a_perplexity_that_is_no_number_is_null_with_its_reason(logits: list[flo
     with np.errstate(invalid="ignore"):
         score = measure_score(lambda ids: np.broadcast_to(np.array(logits), (*ids.shape, 2)), np.array([[0, 0, 0]]))
     quality = compare_quality(score, Score(perplexity=3.0, accuracy=0.5, tokens=2))
-    assert quality.perplexity is None
+    assert isinstance(quality.perplexity, NotMeasured)
     assert "perplexity is" in quality.not_measured["perplexity"]

@@ -8,14 +8,15 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from cpcompile.core.measured import NotMeasured
 from cpcompile.core.types import Feeds
+from cpcompile.report.results import Speed
 from cpcompile.validation.reference import Outputs, Run, Timed
 from cpcompile.validation.speed import (
     EAGER_FIELDS,
     LARGEST_FACTOR,
     NOTHING_DEMANDED,
     WARM_UP_RUNS,
-    Speed,
     interleave,
     measure_speed,
     ratio_interval,
@@ -91,7 +92,7 @@ def _timed(*shapes: tuple[int, int]) -> list[Timed]:
 
 def test_speed_has_a_row_per_shape_whose_numbers_fit_together() -> None:
     speed = measure_speed(_work, _work, _timed((1, 8), (2, 300)), rounds=9, threads=1, settle=0)
-    assert speed.shapes is not None and speed.threads == 1 and speed.not_measured == {"verdict": NOTHING_DEMANDED}
+    assert speed.shapes and speed.threads == 1 and speed.not_measured == {"verdict": NOTHING_DEMANDED}
     assert [(row.batch, row.sequence, row.rounds) for row in speed.shapes] == [(1, 8, 9), (2, 300, 9)]
     for row in speed.shapes:
         assert 0 < row.p50_ms <= row.p90_ms <= row.p99_ms
@@ -106,17 +107,17 @@ def test_speed_has_a_row_per_shape_whose_numbers_fit_together() -> None:
 
 
 def test_without_a_baseline_the_engine_is_timed_alone() -> None:
-    speed = measure_speed(_work, "no baseline", _timed((1, 8)), rounds=3, threads=1, settle=0)
+    speed = measure_speed(_work, NotMeasured("no baseline"), _timed((1, 8)), rounds=3, threads=1, settle=0)
     (row,) = speed.shapes
     assert row.p50_ms > 0
-    assert all(getattr(row, name) is None for name in EAGER_FIELDS)
+    assert all(isinstance(getattr(row, name), NotMeasured) for name in EAGER_FIELDS)
     assert row.not_measured == dict.fromkeys(EAGER_FIELDS, "no baseline")
 
 
 def test_inputs_that_are_no_text_have_no_sequence() -> None:
     timed = Timed(2, None, {"x": np.zeros((2, 3, 4))})
     (row,) = measure_speed(_work, _work, [timed], rounds=3, threads=1, settle=0).shapes
-    assert (row.batch, row.sequence) == (2, None)
+    assert row.batch == 2 and isinstance(row.sequence, NotMeasured)
     assert set(row.not_measured) == {"sequence"}
 
 
@@ -156,7 +157,9 @@ def test_what_the_interval_does_not_decide_is_measured_longer_and_then_inconclus
 
 
 def test_without_a_baseline_a_demanded_ratio_is_undecided() -> None:
-    speed = measure_speed(_work, "no baseline", _timed((1, 8)), rounds=2, threads=1, least_ratio=1, settle=0)
+    speed = measure_speed(
+        _work, NotMeasured("no baseline"), _timed((1, 8)), rounds=2, threads=1, least_ratio=1, settle=0
+    )
     assert speed.verdict == "inconclusive" and speed.reason == "1 x 8: no baseline"
 
 
@@ -182,8 +185,8 @@ def test_throughput_counts_what_several_workers_do_at_a_time() -> None:
 
 
 def test_throughput_of_an_engine_alone_and_of_one_that_raises() -> None:
-    alone = measure_throughput(lambda: time.sleep(0.001), "no baseline", workers=2, rounds=2, seconds=0.01)
+    alone = measure_throughput(lambda: time.sleep(0.001), NotMeasured("no baseline"), workers=2, rounds=2, seconds=0.01)
     assert alone.requests_per_second > 0 and set(alone.not_measured.values()) == {"no baseline"}
     turns = iter(range(3))
     with pytest.raises(StopIteration):
-        measure_throughput(lambda: next(turns), "no baseline", workers=2, rounds=2, seconds=0.01)
+        measure_throughput(lambda: next(turns), NotMeasured("no baseline"), workers=2, rounds=2, seconds=0.01)

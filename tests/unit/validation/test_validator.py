@@ -14,10 +14,10 @@ import torch
 from cpcompile.bundle.reader import Bundle
 from cpcompile.core.config import ValidateConfig
 from cpcompile.core.errors import UsageError
+from cpcompile.core.measured import NotMeasured
 from cpcompile.frontend.checkpoint import Checkpoint
+from cpcompile.report.results import PlacedNode, Results, VariantResult
 from cpcompile.validation.language_reference import NO_DENSE, NO_TEXT, LanguageReference
-from cpcompile.validation.placement import PlacedNode
-from cpcompile.validation.validator import VariantResult
 from cpcompile.validation.validator import validate as validate_against
 
 HeldOut = Mapping[str, npt.NDArray[np.int32]]
@@ -34,19 +34,18 @@ def validate(
     config: ValidateConfig,
     held_out: HeldOut,
     **more: Any,
-) -> tuple[VariantResult, ...]:
+) -> Results:
     reference = LanguageReference(checkpoint, dense, config, held_out=held_out, sequence=16)
     return validate_against(bundle, reference, config, **more)
 
 
 def unexplained(result: Any) -> Iterator[str]:
-    """Fields that are None without a reason, and reasons for fields that are not None."""
-    if not dataclasses.is_dataclass(result) or isinstance(result, type | PlacedNode):
+    """Fields that are None or not measured without a reason."""
+    if not dataclasses.is_dataclass(result) or isinstance(result, type | PlacedNode | NotMeasured):
         return
-    reasons = getattr(result, "not_measured", {})
     for field in dataclasses.fields(result):
         value = getattr(result, field.name)
-        if (value is None) != (field.name in reasons) and field.name not in EXPLAINED_BY_STATUS:
+        if (value is None and field.name not in EXPLAINED_BY_STATUS) or value == NotMeasured(""):
             yield f"{type(result).__name__}.{field.name}"
         for item in value if isinstance(value, tuple) else (value,):
             yield from unexplained(item)
@@ -60,8 +59,9 @@ def test_everything_is_measured_for_every_engine(
     results = validate(bundle, checkpoint, dense_path, SMALL, held_out, progress=lambda *step: steps.append(step))
     assert torch.get_num_threads() == threads
     assert steps == [("validate", 0, 2), ("validate", 1, 2), ("validate", 2, 2)]
-    assert [(r.context, r.name, r.status) for r in results] == [("de", "cpu-fp32", "ran"), ("en", "cpu-fp32", "ran")]
-    for result in results:
+    engines = [(context, result) for context, own in results.items() for result in own]
+    assert [(c, r.name, r.status) for c, r in engines] == [("de", "cpu-fp32", "ran"), ("en", "cpu-fp32", "ran")]
+    for context, result in engines:
         assert result.parity, result.parity.reason
         assert not result.quality.not_measured
         assert -1 <= result.quality.coherence <= 1 and -1 <= result.quality.dense_coherence <= 1
@@ -74,14 +74,14 @@ def test_everything_is_measured_for_every_engine(
         assert result.speed.threads == result.throughput.workers == 1
         assert result.throughput.ratio_low <= result.throughput.ratio <= result.throughput.ratio_high
         assert result.placement.verdict == "pass"
-        assert result.bytes == bundle.variant(result.context, result.name).bytes
+        assert result.bytes == bundle.variant(context, result.name).bytes
         assert list(unexplained(result)) == []
 
 
 def test_the_engine_has_the_quality_of_its_own_eager_model(
     bundle: Bundle, checkpoint: Checkpoint, held_out: HeldOut
 ) -> None:
-    (de, _) = validate(bundle, checkpoint, None, QUICK, held_out)
+    ((de,), _) = validate(bundle, checkpoint, None, QUICK, held_out).values()
     ids = torch.from_numpy(held_out["de"][:289].astype(np.int64))
     inputs = torch.stack([ids[start : start + 16] for start in range(0, 288, 16)])
     with torch.no_grad():
@@ -93,7 +93,7 @@ def test_the_engine_has_the_quality_of_its_own_eager_model(
 def test_what_is_switched_off_or_missing_has_its_reason(
     bundle: Bundle, checkpoint: Checkpoint, held_out: HeldOut
 ) -> None:
-    de, en = validate(bundle, checkpoint, None, QUICK, {"de": held_out["de"]})
+    (de,), (en,) = validate(bundle, checkpoint, None, QUICK, {"de": held_out["de"]}).values()
     assert de.parity and de.quality.not_measured["dense_perplexity"] == NO_DENSE
     assert de.speed.not_measured["shapes"] == "speed measurements were switched off"
     assert de.memory.not_measured["run_peak_rss_bytes"] == "memory measurements were switched off"
@@ -118,20 +118,21 @@ def _add_output(graph: ir.Graph) -> None:
 def test_an_engine_with_other_outputs_fails_and_is_not_measured_further(
     change, outputs: str, make_bundle, checkpoint: Checkpoint, dense_path: Path, held_out: HeldOut
 ) -> None:
-    (result,) = validate(make_bundle(change, {"de": 0}), checkpoint, dense_path, SMALL, held_out)
+    ((result,),) = validate(make_bundle(change, {"de": 0}), checkpoint, dense_path, SMALL, held_out).values()
     assert result.parity.verdict == "fail" and outputs in result.parity.reason
-    assert result.quality.perplexity is None and result.quality.dense_perplexity is not None
-    assert result.speed.shapes is None and result.memory.run_peak_rss_bytes is None
+    assert isinstance(result.quality.perplexity, NotMeasured) and isinstance(result.quality.dense_perplexity, float)
+    assert isinstance(result.speed.shapes, NotMeasured)
+    assert isinstance(result.memory.run_peak_rss_bytes, NotMeasured)
     assert list(unexplained(result)) == []
 
 
 def test_the_engine_of_another_context_fails_with_numbers(
     make_bundle, checkpoint: Checkpoint, held_out: HeldOut
 ) -> None:
-    (result,) = validate(make_bundle(None, {"de": 1}), checkpoint, None, QUICK, held_out)
+    ((result,),) = validate(make_bundle(None, {"de": 1}), checkpoint, None, QUICK, held_out).values()
     assert result.parity.verdict == "fail" and "exceeds the tolerance" in result.parity.reason
     assert result.parity.max_abs_error > result.parity.tolerance
-    assert result.quality.perplexity is not None
+    assert isinstance(result.quality.perplexity, float)
 
 
 def test_a_bundle_of_another_checkpoint_is_refused(make_bundle, checkpoint: Checkpoint, held_out: HeldOut) -> None:
@@ -141,7 +142,6 @@ def test_a_bundle_of_another_checkpoint_is_refused(make_bundle, checkpoint: Chec
 
 def test_a_skipped_engine_has_one_reason_for_everything() -> None:
     result = VariantResult.not_run(
-        context="de",
         name="tensorrt-fp16",
         runtime="tensorrt",
         precision="fp16",

@@ -6,11 +6,11 @@ import json
 
 import pytest
 
-from cpcompile.core.config import ValidateConfig
+from cpcompile.core.config import BuildConfig, ValidateConfig
 from cpcompile.core.errors import UsageError
-from cpcompile.pipeline.estimation import Estimate, Facts, Libraries, Plan, estimate
+from cpcompile.pipeline.estimation import Estimate, Facts, Libraries, RunShape, estimate
 from cpcompile.pipeline.estimation.facts import ContextFacts
-from cpcompile.pipeline.estimation.formula import BESIDE, HEAP
+from cpcompile.pipeline.estimation.formula import BESIDE, HEAP, ONE_SEQUENCE
 from cpcompile.pipeline.estimation.limit import memory_warning, require_memory
 
 MB = 10**6
@@ -34,9 +34,11 @@ FACTS = Facts(
 LIBRARIES = Libraries(build=400 * MB, validation=450 * MB, engine=70 * MB, eager=240 * MB)
 
 
-def estimated(plan: Plan | None = None, *, memory: bool = True, **changed: object) -> Estimate:
+def estimated(
+    config: BuildConfig | None = None, *, shape: RunShape = ONE_SEQUENCE, memory: bool = True, **changed: object
+) -> Estimate:
     facts = dataclasses.replace(FACTS, **changed)  # type: ignore[arg-type]
-    return estimate(facts, LIBRARIES, plan or Plan(), ValidateConfig(memory=memory))
+    return estimate(facts, LIBRARIES, config or BuildConfig(), ValidateConfig(memory=memory), shape)
 
 
 def peaks(made: Estimate) -> dict[str, int]:
@@ -44,7 +46,7 @@ def peaks(made: Estimate) -> dict[str, int]:
 
 
 def changes(made: Estimate) -> dict[str, int]:
-    """Of the peaks, against the plain build; those that are not 0."""
+    """Changes of the peaks against the plain build, if not 0."""
     before = peaks(estimated())
     return {name: more for name, peak in peaks(made).items() if (more := peak - before[name])}
 
@@ -64,8 +66,8 @@ def test_the_parts_are_those_of_the_docstring() -> None:
 
 @pytest.mark.parametrize("field", ["bytes", "tensors", "dense_bytes", "classes", "sequence", "union_bytes"])
 def test_more_of_anything_never_takes_less(field: str) -> None:
-    for plan in (Plan(), Plan(merged=True)):
-        sizes = [estimated(plan, **{field: getattr(FACTS, field) * times}) for times in (1, 3, 30)]
+    for config in (BuildConfig(), BuildConfig(merged=True)):
+        sizes = [estimated(config, **{field: getattr(FACTS, field) * times}) for times in (1, 3, 30)]
         for smaller, larger in itertools.pairwise(sizes):
             assert all(peaks(larger)[name] >= peak for name, peak in peaks(smaller).items())
             assert larger.bundle_bytes >= smaller.bundle_bytes
@@ -73,18 +75,18 @@ def test_more_of_anything_never_takes_less(field: str) -> None:
 
 
 def test_what_each_setting_adds_and_where() -> None:
-    assert changes(estimated(Plan(standalone=True))) == {"capture, freeze, export": 80 * MB}
+    assert changes(estimated(BuildConfig(standalone=True))) == {"capture, freeze, export": 80 * MB}
     # The merged engine has what any context keeps, and the head again.
-    assert changes(estimated(Plan(merged=True))) == {"validate: parity": 20 * MB, "validate: quality": 20 * MB}
+    assert changes(estimated(BuildConfig(merged=True))) == {"validate: parity": 20 * MB, "validate: quality": 20 * MB}
     after_load = {"capture, freeze, export", "validate: parity", "validate: quality", "validate: memory"}
-    assert changes(estimated(Plan(coverage=1.0))) == dict.fromkeys(after_load, 8 * MB)
+    assert changes(estimated(BuildConfig(vocabulary_coverage=1.0))) == dict.fromkeys(after_load, 8 * MB)
     traced = changes(estimated(model_type="llama"))
     assert traced == dict.fromkeys({"load"} | after_load, 250_000 * 50)
     assert "validate: memory" not in peaks(estimated(memory=False))
 
 
 def test_other_shapes_of_runs_change_the_processes_alone() -> None:
-    longer = estimated(Plan(batch=8, sequence=512))
+    longer = estimated(shape=RunShape(batch=8, sequence=512))
     assert longer.engines["a"].run_peak_rss_bytes - longer.engines["a"].load_peak_rss_bytes == (
         4 * 4096 * 2048 + HEAP  # activations no longer grow in the heap
     )
@@ -95,9 +97,11 @@ def test_other_shapes_of_runs_change_the_processes_alone() -> None:
 def test_the_bundle() -> None:
     graphs = 1_200 * 50
     assert estimated().bundle_bytes == 60 * MB + 2 * graphs + 100_000
-    assert estimated(Plan(standalone=True)).bundle_bytes == 70 * MB + 2 * graphs + 100_000
-    assert estimated(Plan(merged=True)).bundle_bytes == 60 * MB + 3 * graphs + 100_000
-    assert estimated(Plan(coverage=1.0)).bundle_bytes == 60 * MB + 2 * graphs + 150_000  # a tokenizer each
+    assert estimated(BuildConfig(standalone=True)).bundle_bytes == 70 * MB + 2 * graphs + 100_000
+    assert estimated(BuildConfig(merged=True)).bundle_bytes == 60 * MB + 3 * graphs + 100_000
+    assert (
+        estimated(BuildConfig(vocabulary_coverage=1.0)).bundle_bytes == 60 * MB + 2 * graphs + 150_000
+    )  # a tokenizer each
 
 
 def test_without_a_dense_baseline_and_for_a_program() -> None:

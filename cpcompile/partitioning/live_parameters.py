@@ -1,7 +1,7 @@
-"""Footprint: which elements of every parameter a set of units needs, from the graph alone.
+"""Live parameters: which elements of every parameter a set of units needs, from the graph alone.
 
 A position of a parameter goes with its unit. A tensor whose units are all gone is not computed, and what only it
-needs, such as the norm before it, goes too. This is what the frozen graph is held against.
+needs, such as the norm before it, goes too. The frozen graph is checked against this.
 """
 
 from __future__ import annotations
@@ -14,27 +14,27 @@ import numpy as np
 from torch import fx
 
 from cpcompile.core.selection import BoolArray
+from cpcompile.partitioning.channel_ids import Value
 from cpcompile.partitioning.groups import Group, IntArray
-from cpcompile.partitioning.labels import Value
 from cpcompile.partitioning.trace import Traced
 
 
 @dataclass(frozen=True)
-class Footprint:
-    """Units are numbered over all groups."""
+class LiveParameters:
+    """Which parameters stay alive with which units; units are numbered over all groups."""
 
     shapes: Mapping[str, tuple[int, ...]]
     cut: Mapping[str, tuple[IntArray | None, ...]]
     """Parameter -> per axis the unit of every position, -1 where none."""
     sources: tuple[tuple[int, ...], ...]
-    """What every tensor of the graph is made from, in the order of the graph."""
+    """Per tensor, in the order of the graph, the tensors that it is made from."""
     units: tuple[tuple[IntArray, ...], ...]
-    """Sets of units per tensor: with all units of one set the tensor is gone."""
+    """Per tensor sets of units: when all units of one set are gone, so is the tensor."""
     parameters: Mapping[int, str]
     outputs: tuple[int, ...]
 
     def kept(self, alive: BoolArray) -> dict[str, int]:
-        """Elements of every parameter that are needed when these units are `alive`."""
+        """The number of elements of every parameter that are needed while these units are `alive`."""
         needed = set(self.outputs)
         for index in range(len(self.sources) - 1, -1, -1):
             if index in needed:
@@ -51,8 +51,8 @@ class Footprint:
         return prod(lengths)
 
 
-def footprint(traced: Traced, groups: Sequence[Group], unit_of_root: Mapping[int, int]) -> Footprint:
-    """The footprint of `traced`; `unit_of_root` maps the components of all groups to their units."""
+def find_live_parameters(traced: Traced, groups: Sequence[Group], unit_of_root: Mapping[int, int]) -> LiveParameters:
+    """The live parameters of `traced`; `unit_of_root` maps the components of all groups to their units."""
     index: dict[fx.Node, int] = {}
     sources: list[tuple[int, ...]] = []
     units: list[tuple[IntArray, ...]] = []
@@ -72,7 +72,7 @@ def footprint(traced: Traced, groups: Sequence[Group], unit_of_root: Mapping[int
             before = cut.get(name, (None,) * len(axes))
             cut[name] = tuple(_joined(a, b, first) for a, b in zip(before, axes, strict=True))
         first += group.units
-    return Footprint(
+    return LiveParameters(
         {name: tuple(tensor.shape) for name, tensor in traced.parameters.items()},
         cut,
         tuple(sources),
@@ -83,7 +83,7 @@ def footprint(traced: Traced, groups: Sequence[Group], unit_of_root: Mapping[int
 
 
 def _joined(before: IntArray | None, own: IntArray | None, first: int) -> IntArray | None:
-    """Units of another group on the same axis."""
+    """The units of two groups on one axis; `own` counts from `first`."""
     if own is None:
         return before
     numbered = np.where(own >= 0, own + first, -1)
@@ -92,8 +92,8 @@ def _joined(before: IntArray | None, own: IntArray | None, first: int) -> IntArr
 
 def _removable(traced: Traced, value: Value, unit_of_root: Mapping[int, int]) -> tuple[IntArray, ...]:
     found = []
-    for facet in value.facets:
-        roots = np.unique(traced.flow.labels.find(facet)).tolist()
+    for ids in value.channel_ids:
+        roots = np.unique(traced.flow.coupling.find(ids)).tolist()
         if all(root in unit_of_root for root in roots):
             found.append(np.unique([unit_of_root[root] for root in roots]))
     return tuple(found)

@@ -1,4 +1,4 @@
-"""Findings -> what each target needs, what works, what mends the rest.
+"""Examine the machine: what each target needs, what works, and the commands that fix the rest.
 
 target            builds with                                runs with
 cpu-fp32          torch, onnx, onnx-ir, onnxscript           ONNX Runtime on the CPU
@@ -6,7 +6,7 @@ cpu-fp32-merged   the same                                   the same
 cuda-fp16         the same                                   its CUDA, TensorRT or TensorRT-RTX provider, a GPU
 tensorrt          the same, tensorrt and a GPU               a GPU, torch for CUDA
 tensorrt-rtx      the same and tensorrt-rtx                  a GPU, torch for CUDA
-openvino          nothing: it is a peer (`--peers openvino`) openvino
+openvino          never, it is a peer (`--peers openvino`)   openvino
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from cpcompile.core.errors import first_line
+from cpcompile.core.measured import NotMeasured
 from cpcompile.doctor import look
 from cpcompile.doctor.finding import Finding
 from cpcompile.doctor.trials import run_trial
@@ -43,13 +44,13 @@ Status = Literal["works", "builds", "runs", "no"]
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """What `build` makes or `validate` times, and the findings that it needs."""
+    """An engine that `build` makes or `validate` times, and the findings that it needs."""
 
     name: str
     builds_with: tuple[str, ...]
     runs_with: tuple[str, ...]
     any_of: tuple[str, ...] = ()
-    """One of these is enough to run it."""
+    """Findings of which one is enough to run it."""
 
 
 TARGETS = (
@@ -64,38 +65,38 @@ TARGETS = (
 
 @dataclass(frozen=True, kw_only=True)
 class TargetState:
-    """`builds` and `runs`: that much of it and no more."""
+    """How far a target works: `builds` means that it cannot be run, `runs` that it cannot be built."""
 
     name: str
     status: Status
     needs: tuple[str, ...]
     missing: tuple[str, ...]
-    """The needs that are not ok; of those of which one is enough, all."""
+    """The needs that are not ok; where one of several would do, all of them."""
     reason: str
     fix: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Diagnosis:
+class Examination:
     """Everything that was found."""
 
     findings: tuple[Finding, ...]
     targets: tuple[TargetState, ...]
     gpus: tuple[Mapping[str, Any], ...]
-    """name, compute_capability and memory_bytes of each."""
+    """The name, compute_capability and memory_bytes of each GPU."""
 
     @property
     def healthy(self) -> bool:
-        """Whether the CPU target is built and run here."""
+        """Whether this machine can build and run the CPU target."""
         return any(target.name == MAIN_TARGET and target.status == "works" for target in self.targets)
 
     def as_json(self) -> dict[str, Any]:
-        """With keys that stay: see SCHEMA_VERSION."""
+        """The findings for scripts; a change of keys changes SCHEMA_VERSION."""
         return {"schema_version": SCHEMA_VERSION, "healthy": self.healthy, **asdict(self)}
 
 
-def diagnose() -> Diagnosis:
-    """Look and try, everything at once; no package can make it fail."""
+def examine() -> Examination:
+    """Run all probes at once; no package can make this fail."""
     probes: Mapping[str, Callable[[], Sequence[Finding]]] = {
         "python": lambda: [look.python()],
         "onnxruntime": _onnxruntime,
@@ -123,7 +124,7 @@ def diagnose() -> Diagnosis:
         driver, gpus = card.result()
         findings = [*(finding for part in parts for finding in part), *driver]
     known = {finding.name: finding for finding in findings}
-    return Diagnosis(
+    return Examination(
         findings=tuple(findings), targets=tuple(_judge(target, known) for target in TARGETS), gpus=tuple(gpus)
     )
 
@@ -131,35 +132,34 @@ def diagnose() -> Diagnosis:
 def _guarded(name: str, probe: Callable[[], Sequence[Finding]]) -> Sequence[Finding]:
     try:
         return probe()
-    except Exception as error:  # metadata that is no text, a module that is a folder of nothing, ...
-        wrong = f"cannot be looked at ({type(error).__name__}: {first_line(error)})"
+    except Exception as error:  # metadata that is not text, a module that is an empty folder, ...
+        wrong = f"cannot be examined ({type(error).__name__}: {first_line(error)})"
         again = f"pip install --force-reinstall {name}"
         return [Finding(name=name, state="broken", detail=wrong, fix=(again,))]
 
 
 def _tried(found: Finding, trial: str, *arguments: str) -> Finding:
-    """What is there may not work."""
+    """`found`, or a broken finding where the trial fails."""
     if found.state != "ok":
         return found
     result = run_trial(trial, *arguments)
-    if isinstance(result, str):
+    if isinstance(result, NotMeasured):
         again = f"pip install --force-reinstall {found.name}"
-        return Finding(name=found.name, state="broken", version=found.version, detail=result, fix=(again,))
+        return Finding(name=found.name, state="broken", version=found.version, detail=result.reason, fix=(again,))
     return found
 
 
 def _onnxruntime() -> Sequence[Finding]:
-    """The wheel, and each of its providers."""
+    """The findings of the wheel and of each provider."""
     found = look.onnxruntime()
-    wrong = found.detail if found.state == "absent" else None
-    result = run_trial("onnxruntime") if wrong is None else wrong
-    if isinstance(result, str):
+    result = NotMeasured(found.detail) if found.state == "absent" else run_trial("onnxruntime")
+    if isinstance(result, NotMeasured):
         again = found.fix or ("pip install --force-reinstall onnxruntime",)
         broken = Finding(
             name="onnxruntime",
             state="absent" if found.state == "absent" else "broken",
             version=found.version,
-            detail=found.detail if found.state != "ok" else result,
+            detail=found.detail if found.state != "ok" else result.reason,
             fix=again,
         )
         because = "ONNX Runtime is not installed" if found.state == "absent" else "ONNX Runtime does not work"
@@ -178,9 +178,9 @@ def _provider(name: str, reason: str | None) -> Finding:
 
 
 def _nvidia() -> tuple[Sequence[Finding], Sequence[Mapping[str, Any]]]:
-    """Driver and GPU: cards are seen on the PCI bus even without a driver."""
+    """The findings of driver and GPU; the PCI bus shows a card even without a driver."""
     result = run_trial("nvidia")
-    if not isinstance(result, str):
+    if not isinstance(result, NotMeasured):
         names = ", ".join(f"{gpu['name']} (compute capability {gpu['compute_capability']})" for gpu in result["gpus"])
         driver = Finding(name=DRIVER, state="ok", version=result["driver"])
         gpu = Finding(name=GPU, state="ok" if names else "absent", detail=names or NO_GPU)
@@ -188,8 +188,8 @@ def _nvidia() -> tuple[Sequence[Finding], Sequence[Mapping[str, Any]]]:
     if not look.nvidia_here():
         absent = [Finding(name=name, state="absent", detail=NO_GPU) for name in (DRIVER, GPU)]
         return absent, []
-    install = ("pip install nvidia-ml-py",) if NO_NVML in result else ("sudo apt-get install nvidia-driver",)
-    detail = result.removeprefix("ValueError: ")
+    install = ("pip install nvidia-ml-py",) if NO_NVML in result.reason else ("sudo apt-get install nvidia-driver",)
+    detail = result.reason.removeprefix("ValueError: ")
     return [Finding(name=name, state="broken", detail=detail, fix=install) for name in (DRIVER, GPU)], []
 
 
@@ -205,15 +205,15 @@ def _judge(target: Target, known: Mapping[str, Finding]) -> TargetState:
     if runs or (builds and target.builds_with):
         status = "works" if runs and builds else "builds" if builds else "runs"
     missing = tuple(dict.fromkeys((*to_build, *to_run)))
-    first = [name for name in missing if name not in choice[1:]]  # of several ways one is enough
-    cures = first
-    if known[GPU].state == "absent":  # no command brings a GPU
-        cures = [] if GPU in to_build else list(to_build) if GPU in to_run else first
+    first = [name for name in missing if name not in choice[1:]]  # where one of several would do, the first
+    fixed = first
+    if known[GPU].state == "absent":  # no command adds a GPU
+        fixed = [] if GPU in to_build else list(to_build) if GPU in to_run else first
     return TargetState(
         name=target.name,
         status=status,
         needs=tuple(dict.fromkeys((*target.builds_with, *target.runs_with, *target.any_of))),
         missing=missing,
         reason="; ".join(known[name].detail if name == GPU else f"{name}: {known[name].detail}" for name in first),
-        fix=tuple(dict.fromkeys(command for name in cures for command in known[name].fix)),
+        fix=tuple(dict.fromkeys(command for name in fixed for command in known[name].fix)),
     )

@@ -1,4 +1,4 @@
-"""Channels that go into, through and out of the bodies of If, Loop and Scan. Before / expected."""
+"""Channels that go into, through and out of the subgraphs of If, Loop and Scan. Before / expected."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
-"""If, Loop and Scan: their bodies are part of the graph, and channels go through the borders.
+"""If, Loop and Scan: their subgraphs are part of the graph, and channels go through their inputs and outputs.
 
     If      output i = output i of either branch
     Loop    inputs (trip count, condition, states), body (iteration, condition, states) -> (condition, states, scans)
     Scan    inputs (states, scanned), body (states, elements) -> (states, elements)
 
-What runs along with each other (a state before, in and after an iteration) is one strand; scanned values have
-an axis more, along which the iterations are stacked. Values that a body reads from outside need no rule:
-they are the same values there. A body of any other operator keeps its inputs and outputs.
+A loop-carried state is the same tensor before, in and after an iteration, so its channels are coupled; scanned values
+have one more axis, along which the iterations are stacked. Values that a subgraph reads from outside need no rule:
+they are the same values there. A subgraph of any other operator keeps its inputs and outputs.
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ import onnx_ir as ir
 
 from cpcompile.passes.channel_rules.rule import Rule, value_of
 from cpcompile.passes.channels import Cell, Channels, Zeros
-from cpcompile.passes.symbolic_shapes import bodies_of, is_standard, nodes_inside_out, number_of
+from cpcompile.passes.nodes import int_attribute, post_order, subgraphs_of
+from cpcompile.passes.operators import is_standard
 
 Member = tuple[ir.Value, int | None]
 """A value, and the axis along which iterations are stacked."""
 
 
 @dataclass(frozen=True)
-class Strand:
-    """Values that run along with each other: what leaves the node and what enters its body is one of the sources."""
+class LoopCarried:
+    """Values with the same channels: what leaves the node (`out`) and what enters its body is one of the `sources`."""
 
     out: Member | None
     inside: Member | None
@@ -40,40 +41,40 @@ class Strand:
 
 
 def owners(graph: ir.Graph) -> dict[ir.Value, ir.Node]:
-    """Inputs and outputs of all bodies -> the node that the body belongs to."""
+    """Inputs and outputs of all subgraphs -> the node that the subgraph belongs to."""
     return {
         value: node
-        for node in nodes_inside_out(graph)
-        for body in bodies_of(node)
-        for value in (*body.inputs, *body.outputs)
+        for node in post_order(graph)
+        for subgraph in subgraphs_of(node)
+        for value in (*subgraph.inputs, *subgraph.outputs)
     }
 
 
-def strands_of(channels: Channels, node: ir.Node) -> list[Strand]:
-    """What runs along with each other: one strand per output, in their order, then those of scanned inputs."""
+def loop_carried_values(channels: Channels, node: ir.Node) -> list[LoopCarried]:
+    """Values with the same channels: one entry per output, in their order, then those of scanned inputs."""
     if not is_standard(node) or node.op_type not in RULES:
         return []
-    bodies = bodies_of(node)
+    subgraphs = subgraphs_of(node)
     if node.op_type == "If":
-        branches = zip(*(body.outputs for body in bodies), strict=True)
+        branches = zip(*(body.outputs for body in subgraphs), strict=True)
         pairs = zip(node.outputs, branches, strict=True)
-        return [Strand((out, None), None, tuple((value, None) for value in values)) for out, values in pairs]
-    (body,) = bodies
+        return [LoopCarried((out, None), None, tuple((value, None) for value in values)) for out, values in pairs]
+    (body,) = subgraphs
     loops = node.op_type == "Loop"
-    first, scanned = (2, 0) if loops else (0, number_of(node, "num_scan_inputs", 0))
+    first, scanned = (2, 0) if loops else (0, int_attribute(node, "num_scan_inputs", 0))
     states = len(node.inputs) - first - scanned
-    strands = []
+    carried = []
     for at in range(states):
         before, after = (value_of(node, first + at), None), (body.outputs[at + loops], None)
-        strands.append(Strand((node.outputs[at], None), (body.inputs[first + at], None), (before, after)))
+        carried.append(LoopCarried((node.outputs[at], None), (body.inputs[first + at], None), (before, after)))
     made, parts = node.outputs[states:], body.outputs[states + loops :]
     for out, part, axis in zip(made, parts, _axes(channels, node, "scan_output_axes", made), strict=True):
-        strands.append(Strand((out, axis), None, ((part, None),)))
+        carried.append(LoopCarried((out, axis), None, ((part, None),)))
     read, parts = node.inputs[first + states :], body.inputs[first + states :]
     for value, part, axis in zip(read, parts, _axes(channels, node, "scan_input_axes", read), strict=True):
         if value is not None:
-            strands.append(Strand(None, (part, None), ((value, axis),)))
-    return strands
+            carried.append(LoopCarried(None, (part, None), ((value, axis),)))
+    return carried
 
 
 def _axes(channels: Channels, node: ir.Node, name: str, values: Sequence[ir.Value | None]) -> list[int]:
@@ -84,23 +85,23 @@ def _axes(channels: Channels, node: ir.Node, name: str, values: Sequence[ir.Valu
 
 def _agree(channels: Channels, node: ir.Node) -> None:
     settings = list(node.inputs[: {"If": 1, "Loop": 2}.get(node.op_type, 0)])
-    for body in bodies_of(node) if node.op_type == "Loop" else ():
+    for body in subgraphs_of(node) if node.op_type == "Loop" else ():
         settings += [*body.inputs[:2], *body.outputs[:1]]
     for setting in settings:
         channels.keep(setting, node, "it counts or ends the iterations")
-    for strand in strands_of(channels, node):
-        cells = _aligned(channels, strand.members)
-        for value, stacked in strand.members:
+    for each in loop_carried_values(channels, node):
+        cells = _aligned(channels, each.members)
+        for value, stacked in each.members:
             if cells is None:
-                channels.keep(value, node, "shapes do not tell what goes in and out of its body")
+                channels.keep(value, node, "its shapes do not show how values enter and leave its body")
             elif stacked is not None:
                 channels.keep(value, node, "iterations are stacked along this axis", axes=[stacked])
-        for tied in cells or ():
-            channels.tie(tied, node)
+        for coupled in cells or ():
+            channels.couple(coupled, node)
 
 
 def _aligned(channels: Channels, members: Sequence[Member]) -> list[list[Cell]] | None:
-    """Per axis inside of the body the cells of all members; None if that is not known."""
+    """Per axis inside the subgraph the cells of all members; None if they are not known."""
     columns: list[list[Cell]] = []
     for value, stacked in members:
         shape = channels.shape(value)
@@ -112,7 +113,7 @@ def _aligned(channels: Channels, members: Sequence[Member]) -> list[list[Cell]] 
 
 
 def common_zeros(channels: Channels, target: Member, sources: Sequence[Member]) -> Zeros | None:
-    """What is zero of `target`, which is always one of the `sources`."""
+    """The zeros of `target`, which is always one of the `sources`."""
     shape, cells = channels.shape(target[0]), _aligned(channels, [target, *sources])
     if shape is None or cells is None:
         return None
@@ -125,8 +126,8 @@ def common_zeros(channels: Channels, target: Member, sources: Sequence[Member]) 
 
 
 def _zeros(channels: Channels, node: ir.Node) -> Sequence[Zeros] | None:
-    """Zero is what either branch makes zero, and what is zero before the first and after each iteration."""
-    found = [common_zeros(channels, strand.out, strand.sources) for strand in strands_of(channels, node) if strand.out]
+    """Zero is what both branches make zero, or what is zero before the first and after each iteration."""
+    found = [common_zeros(channels, each.out, each.sources) for each in loop_carried_values(channels, node) if each.out]
     return [zeros or Zeros.none(channels.shape(out) or ()) for out, zeros in zip(node.outputs, found, strict=True)]
 
 

@@ -1,0 +1,106 @@
+"""The comparisons of a training run: its branches side by side, the swap matrix, and the findings in sentences."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+PARTITION, DENSE = "partition", "dense-baseline"
+BRANCH_MEANING: Mapping[str, str] = {
+    PARTITION: "the partitioned model",
+    DENSE: "the dense parent trained on, ungated, for the same tokens and schedule",
+}
+NOISE = 0.002
+"""Relative difference of perplexities within the noise of a single seed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BranchSummary:
+    """A trained branch: held-out perplexity per context, and their geometric mean."""
+
+    description: str
+    perplexity: Mapping[str, float]
+    mean_perplexity: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class SwapMatrix:
+    """Perplexity of the text of each context (rows) with the units of each context (columns)."""
+
+    contexts: tuple[str, ...]
+    perplexity: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSummary:
+    """The branches by name, and the findings."""
+
+    controls: Mapping[str, BranchSummary]
+    swap_matrix: SwapMatrix | None
+    findings: tuple[str, ...]
+
+
+def mean_perplexity(perplexities: Sequence[float]) -> float:
+    """Geometric mean: exp of the mean loss."""
+    return math.exp(sum(math.log(value) for value in perplexities) / len(perplexities))
+
+
+def summarize_training(training: Mapping[str, Any], contexts: Sequence[str]) -> TrainingSummary | None:
+    """The branches of a training run side by side, and the findings; None if the checkpoint records none.
+
+    training: the metadata of a checkpoint, with `perplexity` and optionally `controls` and `swap_matrix`.
+    """
+    if "perplexity" not in training:
+        return None
+    branches = {
+        name: {"description": BRANCH_MEANING.get(name, name), "perplexity": perplexity}
+        for name, perplexity in training["perplexity"].items()
+    } | dict(training.get("controls", {}))
+    controls = {}
+    for name, branch in branches.items():
+        perplexity = {context: branch["perplexity"][context] for context in contexts}
+        controls[name] = BranchSummary(
+            description=branch["description"],
+            perplexity=perplexity,
+            mean_perplexity=mean_perplexity(list(perplexity.values())),
+        )
+    matrix = None
+    if swap := training.get("swap_matrix"):
+        matrix = SwapMatrix(contexts=tuple(swap["contexts"]), perplexity=tuple(map(tuple, swap["perplexity"])))
+    findings = (*_branch_findings(controls), *(_swap_findings(matrix) if matrix else ()))
+    return TrainingSummary(controls=controls, swap_matrix=matrix, findings=findings)
+
+
+def _branch_findings(controls: Mapping[str, BranchSummary]) -> Iterator[str]:
+    """The partitioned model against every other branch, and which branch is best."""
+    if PARTITION not in controls:
+        return
+    own = controls[PARTITION].mean_perplexity
+    for name, branch in controls.items():
+        if name == PARTITION:
+            continue
+        difference = own / branch.mean_perplexity - 1
+        verb = "cannot be told apart from" if abs(difference) < NOISE else "beats" if difference < 0 else "loses to"
+        yield (
+            f"The partitioned model {verb} {name} ({branch.description}): "
+            f"mean perplexity {own:.4g} against {branch.mean_perplexity:.4g} ({difference:+.1%})."
+        )
+    best = min(controls, key=lambda name: controls[name].mean_perplexity)
+    yield f"The lowest mean perplexity is that of {best}: {controls[best].mean_perplexity:.4g}."
+
+
+def _swap_findings(matrix: SwapMatrix) -> Iterator[str]:
+    """Whether each context does best with the units that were chosen for it."""
+    contexts, at_home = matrix.contexts, True
+    for index, (context, row) in enumerate(zip(contexts, matrix.perplexity, strict=True)):
+        best = row.index(min(row))
+        if row[best] < row[index]:
+            at_home = False
+            yield (
+                f"Text of {context} does better with the units of {contexts[best]} ({row[best]:.4g}) "
+                f"than with its own ({row[index]:.4g})."
+            )
+    if at_home:
+        yield "Every context does best with its own units: the smallest perplexity of each swap row is on the diagonal."

@@ -1,0 +1,43 @@
+"""What passes ask about nodes and values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import onnx_ir as ir
+
+
+def constant_of(value: ir.Value) -> ir.TensorProtocol | None:
+    """The tensor of a constant; None for an initializer that is also an input, because a caller may replace it."""
+    return None if value.is_graph_input() else value.const_value
+
+
+def int_attribute(node: ir.Node, name: str, default: int) -> int:
+    """An integer attribute or its default."""
+    attribute = node.attributes.get(name)
+    return default if attribute is None else attribute.as_int()
+
+
+def permutation(node: ir.Node, rank: int) -> list[int]:
+    """The axes of a Transpose."""
+    attribute = node.attributes.get("perm")
+    return list(attribute.as_ints()) if attribute is not None else list(range(rank))[::-1]
+
+
+def subgraphs_of(node: ir.Node) -> list[ir.Graph]:
+    """The sub-graphs of `node`."""
+    subgraphs: list[ir.Graph] = []
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH:
+            subgraphs.append(attribute.as_graph())
+        elif attribute.type == ir.AttributeType.GRAPHS:
+            subgraphs += attribute.as_graphs()
+    return subgraphs
+
+
+def post_order(graph: ir.Graph) -> Iterator[ir.Node]:
+    """All nodes in post-order: those of subgraphs before the node that has the subgraphs."""
+    for node in graph:
+        for subgraph in subgraphs_of(node):
+            yield from post_order(subgraph)
+        yield node
