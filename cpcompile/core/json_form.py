@@ -79,6 +79,8 @@ def _restore_union(arguments: tuple[Any, ...], content: Any, reason: str | None)
         if NotMeasured in arguments and (reason is not None or type(None) not in arguments):
             return NotMeasured(NO_REASON if reason is None else str(reason))
         return _require(type(None) in arguments, content, arguments)
+    if type(content) in arguments:
+        return content
     errors = []
     for kind in arguments:
         if kind in (NotMeasured, type(None)):

@@ -119,3 +119,12 @@ def test_a_reason_comes_back_as_the_value_that_is_not_there() -> None:
     assert parity.cosine == NotMeasured("tensorrt [the library] is not installed")
     assert parity.not_measured == content["contexts"][0]["variants"][0]["parity"]["not_measured"]
     assert to_json(made) == content
+
+
+def test_a_report_is_written_again_byte_for_byte(tmp_path: Path) -> None:
+    content = complete()
+    content["model"]["config"] |= {"rope_base": 10000.0, "layers": 4}
+    path = write_report(as_report(content), tmp_path)
+    text = path.read_bytes()
+    assert b'"rope_base": 10000.0' in text and b'"tied": true' in text
+    assert write_report(read_report(path), tmp_path).read_bytes() == text
