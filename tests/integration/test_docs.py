@@ -44,6 +44,8 @@ ROOT = Path(__file__).parents[2]
 GUIDES = ["README.md", *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md"))]
 """Pages whose blocks are run; those of CONTRIBUTING belong to one example, see test_contributing."""
 LINKED = [*GUIDES, "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"]
+QUICK_PAGES = ("README.md", "docs/getting-started.md", "docs/how-to/optimize-onnx.md", "docs/how-to/compare-files.md")
+"""The others train and build models of their own, and are left to `make test-all`."""
 NOT_RUN = ("Needs an NVIDIA GPU", "Takes a while")
 FENCE = re.compile(r'^```(\w+)(?: title="([^"]*)")?\n(.*?)^```$', re.MULTILINE | re.DOTALL)
 QUICK = "[train]\nheld_out_tokens = 512\nimportance_sequences = 4\nsnapshot_seconds = 0.001\n"
@@ -216,7 +218,10 @@ def parse(words: list[str]) -> None:
         parse_targets(context.params["targets"], names.split(",") if names else None, context.params["profiles"])
 
 
-@pytest.mark.parametrize("page", [page for page in GUIDES if blocks(page)])
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=() if page in QUICK_PAGES else pytest.mark.slow) for page in GUIDES if blocks(page)],
+)
 def test_the_blocks_of_a_page_run_one_after_the_other(
     page: str, workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
