@@ -22,6 +22,7 @@ FOLDERS = {
     "cpcompile/machine": ROOT / "cpcompile/machine",
     "cpcompile/models": ROOT / "models",
     "cpcompile/partitioning": ROOT / "cpcompile/partitioning",
+    "cpcompile/partitioning/rules": ROOT / "cpcompile/partitioning/rules",
     "cpcompile/passes": ROOT / "passes",
     "cpcompile/passes/channel_rules": ROOT / "passes/channel_rules",
     "cpcompile/pipeline": ROOT / "cpcompile/pipeline",

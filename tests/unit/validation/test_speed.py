@@ -165,7 +165,7 @@ def test_without_a_baseline_a_demanded_ratio_is_undecided() -> None:
 
 def test_peers_are_timed_in_the_same_rounds() -> None:
     (row,) = measure_speed(
-        _work, "no baseline", _timed((1, 8)), rounds=5, threads=1, peers={"slow": _slow}, settle=0
+        _work, NotMeasured("no baseline"), _timed((1, 8)), rounds=5, threads=1, peers={"slow": _slow}, settle=0
     ).shapes
     assert list(row.peers) == ["slow"]
     assert row.peers["slow"].p50_ms > 2 and row.peers["slow"].ratio_low > 2
