@@ -44,7 +44,7 @@ ROOT = Path(__file__).parents[2]
 GUIDES = ["README.md", *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md"))]
 """Pages whose blocks are run; those of CONTRIBUTING belong to one example, see test_contributing."""
 LINKED = [*GUIDES, "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"]
-QUICK_PAGES = ("README.md", "docs/getting-started.md", "docs/how-to/optimize-onnx.md", "docs/how-to/compare-files.md")
+QUICK_PAGES = ("README.md", "docs/how-to/optimize-onnx.md", "docs/how-to/compare-files.md")
 """The others train and build models of their own, and are left to `make test-all`."""
 NOT_RUN = ("Needs an NVIDIA GPU", "Takes a while")
 FENCE = re.compile(r'^```(\w+)(?: title="([^"]*)")?\n(.*?)^```$', re.MULTILINE | re.DOTALL)
