@@ -11,10 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 from filelock import FileLock
+from hypothesis import settings
 
 from cpcompile.core.config import ModelConfig, TrainConfig, preset
 from cpcompile.text.corpus import Corpus, load_corpus
 from cpcompile.text.installed_text import write_installed_corpus
+
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")  # a busy machine is no failure
 
 MODEL = preset("nano")
 TRAIN = TrainConfig(
