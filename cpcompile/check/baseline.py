@@ -165,10 +165,10 @@ def measured_of(
     if memory is not None:
         take("memory", memory.run_peak_rss_bytes)
         take("private_memory", memory.run_peak_private_bytes)
-    if speed is not None and isinstance(speed.shapes, NotMeasured):
-        missing["speed_ratio"] = speed.shapes.reason
-    elif speed is not None:
-        for shape in speed.timed:
+    if speed is not None:
+        if isinstance(speed.shapes, NotMeasured):
+            missing["speed_ratio"] = speed.shapes.reason
+        for shape in speed.shapes or ():
             where, bounded = f"speed_ratio[{_shape(shape)}]", ratio_with_bounds(shape)
             if isinstance(bounded, NotMeasured):
                 missing[where] = bounded.reason

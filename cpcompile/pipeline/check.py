@@ -168,7 +168,7 @@ def _placement_on_random_inputs(variant: Variant) -> Placement:
 def _file_snapshots(found: FileComparison, interference: str | None) -> tuple[Snapshot, Snapshot]:
     """The original and the candidate as a check compares them."""
     now = {}
-    for shape in found.speed.timed:
+    for shape in found.speed.shapes or ():
         if bounded := ratio_with_bounds(shape):
             ratio, low, high = bounded
             now["speed_ratio"] = Value(value=ratio, low=low, high=high, interference=interference)

@@ -149,11 +149,6 @@ class Speed(Measurements):
     shapes: tuple[ShapeSpeed, ...] | NotMeasured
     threads: int | NotMeasured
 
-    @property
-    def timed(self) -> tuple[ShapeSpeed, ...]:
-        """The shapes that were timed; none where nothing was."""
-        return () if isinstance(self.shapes, NotMeasured) else self.shapes
-
 
 @dataclass(frozen=True, kw_only=True)
 class Throughput(Measurements):
