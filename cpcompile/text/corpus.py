@@ -9,8 +9,9 @@ Each arrow is one pass over documents that are never all in memory.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -26,7 +27,13 @@ from cpcompile.text.documents import find_sources
 from cpcompile.text.stage_progress import StageProgress
 from cpcompile.text.survey import sample_all, survey_all
 from cpcompile.text.token_files import one_builder, sha256, write_token_files
-from cpcompile.text.tokenization import LEAST_VOCABULARY, parse_tokenizer, read_tokenizer, train_tokenizer
+from cpcompile.text.tokenization import (
+    LEAST_VOCABULARY,
+    leading_tokens,
+    parse_tokenizer,
+    read_tokenizer,
+    train_tokenizer,
+)
 from cpcompile.text.vocabulary import END
 
 IntArray = npt.NDArray[np.int64]
@@ -57,35 +64,46 @@ class Corpus:
     digests: Mapping[str, str]
     """SHA-256 of each context's documents in order, whatever files they came from."""
 
+    @cached_property
+    def leading(self) -> tuple[int, ...]:
+        """The ids with which every window starts, see `leading_tokens`; they are not in the token files."""
+        return leading_tokens(self.tokenizer)
+
     def batch(self, context: str, *, step: int, sequences: int, length: int, seed: int) -> IntArray:
         """Training windows (sequences, length + 1): a pure function of the arguments and the data."""
         ids = self.train[context].ids
-        _require_tokens(f"context {context!r}", "training", len(ids), length)
+        taken = _text_length(f"context {context!r}", "training", len(ids), length, self.leading)
         rng = np.random.default_rng([seed, step, self.contexts.index(context)])
-        return _windows(ids, rng.integers(len(ids) - length, size=sequences), length)
+        return cut_windows(ids, rng.integers(len(ids) - taken, size=sequences), taken, self.leading)
 
     def held_out_windows(self, context: str, *, length: int, tokens: int) -> IntArray:
         """Consecutive windows (n, length + 1) from the start of the held-out ids, for `tokens` predictions at most.
 
-        The last id of a window is the first of the next, so each token is predicted once. n is at least 1.
+        The last id of a window is the first of the text in the next, so each token is predicted once. n is at least 1.
         """
         ids = self.held_out[context].ids
-        _require_tokens(f"context {context!r}", "held-out", len(ids), length)
-        count = max(1, min(tokens, len(ids) - 1) // length)
-        return _windows(ids, np.arange(count) * length, length)
+        taken = _text_length(f"context {context!r}", "held-out", len(ids), length, self.leading)
+        count = max(1, min(tokens, len(ids) - 1) // taken)
+        return cut_windows(ids, np.arange(count) * taken, taken, self.leading)
 
 
-def _windows(ids: npt.NDArray[Any], starts: IntArray, length: int) -> IntArray:
-    return np.asarray(ids[starts[:, None] + np.arange(length + 1)], dtype=np.int64)
+def cut_windows(ids: npt.NDArray[Any], starts: IntArray, taken: int, leading: Sequence[int]) -> IntArray:
+    """Windows (starts, leading + taken + 1): the ids `leading`, then the `taken` + 1 ids from each start."""
+    text = np.asarray(ids[starts[:, None] + np.arange(taken + 1)], dtype=np.int64)
+    return np.concatenate([np.tile(np.asarray(leading, dtype=np.int64), (len(text), 1)), text], axis=1)
 
 
-def _require_tokens(where: str, side: str, tokens: int, length: int) -> None:
-    if tokens <= length:
+def _text_length(where: str, side: str, tokens: int, length: int, leading: Sequence[int]) -> int:
+    """How many tokens of a window of `length` are predicted; UsageError if there are none or too few tokens."""
+    if length <= len(leading):
+        raise UsageError(f"train.sequence is {length}: the tokenizer's own {len(leading)} leading tokens fill it")
+    if tokens <= length - len(leading):
         fraction = ", raise train.held_out_fraction" if side == "held-out" else ""
         raise UsageError(
             f"{where}: {tokens} {side} tokens are too few for one sequence of {length} and the token after it; "
             f"add text{fraction} or lower train.sequence"
         )
+    return length - len(leading)
 
 
 def load_corpus(
@@ -141,8 +159,8 @@ def load_corpus(
         raise CpcompileError(f"{folder}: the token files just written cannot be read; choose another cache folder")
     for source in sources:
         where = f"{source.path}: context {source.context!r}"
-        _require_tokens(where, "training", len(corpus.train[source.context].ids), sequence)
-        _require_tokens(where, "held-out", len(corpus.held_out[source.context].ids), sequence)
+        _text_length(where, "training", len(corpus.train[source.context].ids), sequence, corpus.leading)
+        _text_length(where, "held-out", len(corpus.held_out[source.context].ids), sequence, corpus.leading)
     return corpus
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterable
+from itertools import takewhile
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -62,6 +63,8 @@ def read_tokenizer(path: Path, vocabulary: int) -> Tokenizer:
             f"{path}: has {entries} entries with {END}, more than model.vocabulary {vocabulary}; "
             f"raise model.vocabulary to {entries} or give a smaller tokenizer"
         )
+    if unknown := [n for n in leading_tokens(tokenizer.to_str()) if tokenizer.id_to_token(n) is None]:
+        raise UsageError(f"{path}: puts the id {unknown[0]} in front of text, which no token has; correct the file")
     if tokenizer.decode(tokenizer.encode(PROBE, add_special_tokens=False).ids) not in (PROBE, COMPOSED_PROBE):
         raise UsageError(f"{path}: changes text (it normalises it or lacks bytes); give a byte-level tokenizer")
     return tokenizer
@@ -75,6 +78,20 @@ def parse_tokenizer(text: str) -> Tokenizer:
         raise ValueError(str(error)) from error
     tokenizer.encode_special_tokens = True  # not part of the JSON
     return tokenizer
+
+
+def leading_tokens(tokenizer_json: str) -> tuple[int, ...]:
+    """The ids that the tokenizer puts in front of every text, such as that of a BOS token; most tokenizers put none.
+
+    A model that was trained with them predicts badly where they are missing, so every window of its text starts with
+    them. They are given, never predicted.
+    """
+    tokenizer = parse_tokenizer(tokenizer_json)
+    tokenizer.no_padding()  # which may stand in front as well
+    tokenizer.no_truncation()
+    encoding = tokenizer.encode("a")
+    marked = zip(encoding.ids, encoding.special_tokens_mask, strict=True)
+    return tuple(number for number, _ in takewhile(lambda pair: pair[1], marked))
 
 
 def vocabulary_size(tokenizer: Tokenizer) -> int:

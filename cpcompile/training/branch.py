@@ -27,7 +27,7 @@ from cpcompile.frontend.checkpoint import load_plain, save_atomically
 from cpcompile.models.language_model import Kept, LanguageModel
 from cpcompile.text.corpus import Corpus
 from cpcompile.training.allocation import swap_units
-from cpcompile.training.importance import Importance, measure_importance, moving_average, stack_contexts
+from cpcompile.training.importance import Importance, measure_importance, moving_average, scored, stack_contexts
 from cpcompile.training.teacher import Teacher, divergence
 
 
@@ -144,13 +144,19 @@ class Branch:
                 corpus.contexts[context], step=step, sequences=config.batch, length=config.sequence, seed=config.seed
             )
         )
-        inputs, labels = windows[:, :-1], windows[:, 1:].flatten()
-        logits = self.state.model(inputs, self.state.model.gate_row(context), kept=kept).flatten(0, 1)
+        inputs, leading = windows[:, :-1], len(corpus.leading)
+        logits, labels = scored(
+            self.state.model(inputs, self.state.model.gate_row(context), kept=kept), windows, leading
+        )
         if self.teacher is None or step not in self.teacher.steps:
             return F.cross_entropy(logits, labels)
         log_probabilities = logits.log_softmax(-1)
         cross_entropy = F.nll_loss(log_probabilities, labels)
-        distance = divergence(log_probabilities, *self.teacher.targets(step, context, inputs))
+        ids, values = (
+            every.view(*inputs.shape, -1)[:, leading:].flatten(0, 1)
+            for every in self.teacher.targets(step, context, inputs)
+        )
+        distance = divergence(log_probabilities, ids, values)
         return (1 - config.distill) * cross_entropy + config.distill * distance
 
     def _leave_removed_units_alone(self) -> None:
@@ -184,7 +190,10 @@ class Branch:
         fresh = stack_contexts(
             [
                 measure_importance(
-                    state.model, importance_batches(corpus, config, context, salt=step), corpus.contexts.index(context)
+                    state.model,
+                    importance_batches(corpus, config, context, salt=step),
+                    corpus.contexts.index(context),
+                    leading=len(corpus.leading),
                 )
                 for context in corpus.contexts
             ]
@@ -288,7 +297,7 @@ def held_out_perplexity(
 ) -> dict[str, float]:
     """Perplexity per context on its held-out windows; `swap` evaluates a context with another's units."""
     result = {}
-    model = state.model.eval()
+    model, leading = state.model.eval(), len(corpus.leading)
     with torch.no_grad():
         for context in corpus.contexts:
             units_of = swap[context] if swap else context
@@ -298,8 +307,8 @@ def held_out_perplexity(
             total = 0.0
             for part in torch.split(windows, 16):
                 logits = model(part[:, :-1], index, kept=kept)
-                total += F.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="sum").item()
-            loss = total / (windows.shape[0] * (windows.shape[1] - 1))
+                total += F.cross_entropy(*scored(logits, part, leading), reduction="sum").item()
+            loss = total / windows[:, leading + 1 :].numel()
             if not loss < DIVERGED:
                 raise CpcompileError(
                     f"{context}: the held-out loss is {loss:.3g} per token: training has diverged; "

@@ -32,11 +32,13 @@ Loss = Callable[[Any, Inputs], Tensor]
 """loss(output of the model, inputs) -> scalar: the sum over sequences of the loss of each."""
 
 
-def measure_importance(model: LanguageModel, batches: Iterable[Tensor], context: int | None) -> Importance:
+def measure_importance(
+    model: LanguageModel, batches: Iterable[Tensor], context: int | None, *, leading: int = 0
+) -> Importance:
     """Importance of every unit for one context, arrays (layers, units).
 
-    `batches` are token windows (sequences, length + 1). With `context` the gates stand at the
-    model's table, else all at 1 (the dense parent).
+    `batches` are token windows (sequences, length + 1), of which the first `leading` ids are no text. With `context`
+    the gates stand at the model's table, else all at 1 (the dense parent).
     """
     gates = {units.kind: model.gates(units.kind) for units in model.units()}
 
@@ -44,11 +46,20 @@ def measure_importance(model: LanguageModel, batches: Iterable[Tensor], context:
         windows, remaining = inputs[0], iter(rows)
         logits = model(windows[:, :-1], rows={kind: [next(remaining) for _ in own] for kind, own in gates.items()})
         # Summed over tokens and sequences: each sequence's gates see their own loss alone.
-        return F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten(), reduction="sum") / windows.shape[1]
+        loss = F.cross_entropy(*scored(logits, windows, leading), reduction="sum")
+        return loss / (windows.shape[1] - leading)
 
     every = [gate for own in gates.values() for gate in own]
     scores = iter(_mean_square_gradients(every, ((windows,) for windows in batches), loss, context))
     return {kind: np.stack([next(scores) for _ in own]) for kind, own in gates.items()}
+
+
+def scored(logits: Tensor, windows: Tensor, leading: int) -> tuple[Tensor, Tensor]:
+    """Logits (tokens, vocabulary) and labels (tokens,) of all text in the windows but the first token of each.
+
+    logits (sequences, length, vocabulary); windows (sequences, length + 1), whose first `leading` ids are no text.
+    """
+    return logits[:, leading:].flatten(0, 1), windows[:, leading + 1 :].flatten()
 
 
 def measure_group_importance(

@@ -80,7 +80,7 @@ class Run:
         for done, context in enumerate(contexts):
             self.progress("importance", done, len(contexts))
             batches = importance_batches(self.corpus, self.config, context, salt=0)
-            measured.append(measure_importance(model, batches, None))
+            measured.append(measure_importance(model, batches, None, leading=len(self.corpus.leading)))
         self.progress("importance", len(contexts), len(contexts))
         importance = stack_contexts(measured)
         save_atomically({kind.value: torch.from_numpy(table) for kind, table in importance.items()}, path)

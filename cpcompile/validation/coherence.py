@@ -12,7 +12,7 @@ fine measure.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -21,21 +21,24 @@ from cpcompile.core.types import Array
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 16, 32, 24
 
 
-def measure_coherence(run: Callable[[Array], Array], ids: Array, embeddings: Array, *, seed: int = 0) -> float | None:
+def measure_coherence(
+    run: Callable[[Array], Array], ids: Array, embeddings: Array, *, leading: Sequence[int] = (), seed: int = 0
+) -> float | None:
     """Coherence of what `run` (ids (batch, sequence) -> logits) generates; None if the text holds no whole prompt.
 
-    ids: held-out text (1-D), of which prompts are taken at even distances. embeddings: (vocabulary, width), the rows in
-    the order of `ids`.
+    ids: held-out text (1-D), of which prompts are taken at even distances; `run` sees them after the ids `leading`.
+    embeddings: (vocabulary, width), the rows in the order of `ids`.
     """
     if len(ids) < PROMPT_TOKENS:
         return None
     starts = np.linspace(0, len(ids) - PROMPT_TOKENS, PROMPTS).astype(np.int64)
     prompts = np.stack([ids[start : start + PROMPT_TOKENS] for start in starts])
     common = embeddings[ids].mean(axis=0, dtype=np.float64)
-    text = _continue(run, prompts, np.random.default_rng(seed))
+    start = np.tile(np.asarray(leading, dtype=prompts.dtype), (PROMPTS, 1))
+    text = _continue(run, np.concatenate([start, prompts], axis=1), np.random.default_rng(seed))
     # Only of the tokens that occur: the whole table in float64 would be the largest array of all.
     before, after = (
-        embeddings[part].mean(axis=1, dtype=np.float64) - common for part in (prompts, text[:, PROMPT_TOKENS:])
+        embeddings[part].mean(axis=1, dtype=np.float64) - common for part in (prompts, text[:, -NEW_TOKENS:])
     )
     norms = np.linalg.norm(before, axis=1) * np.linalg.norm(after, axis=1)
     return float(((before * after).sum(axis=1) / np.maximum(norms, np.finfo(np.float64).tiny)).mean())

@@ -26,10 +26,18 @@ from cpcompile.frontend.checkpoint import Checkpoint, load_checkpoint
 from cpcompile.machine.memory import ProcessMemory, release_memory
 from cpcompile.models.language_model import LanguageModel
 from cpcompile.report.results import Quality
+from cpcompile.text.tokenization import leading_tokens
 from cpcompile.text.vocabulary import TrimmedVocabulary, reencode
 from cpcompile.validation.coherence import measure_coherence
 from cpcompile.validation.memory import measure_eager
-from cpcompile.validation.quality import SHORT_TEXT, IntArray, Score, compare_quality, cut_windows, measure_score
+from cpcompile.validation.quality import (
+    SHORT_TEXT,
+    IntArray,
+    Score,
+    compare_quality,
+    consecutive_windows,
+    measure_score,
+)
 from cpcompile.validation.reference import Outputs, Run, Timed
 
 INPUT, OUTPUT = "input_ids", "logits"
@@ -44,10 +52,20 @@ class _Text:
 
     ids: IntArray
     windows: IntArray
+    leading: tuple[int, ...]
+    """The ids with which every window starts."""
     token_ids: IntArray | None = None
     """The id of each of the engine's tokens in the whole vocabulary, if its own is trimmed."""
     ratio: float = 1.0
     """Tokens per token of the whole vocabulary."""
+
+    def fill(self, *shape: int) -> IntArray:
+        """Ids of that shape: sequences of `leading` and then the text, repeated if too short; 0 if there is none."""
+        *rows, sequence = shape
+        leading = np.asarray(self.leading[:sequence], dtype=np.int64)
+        ids = self.ids if len(self.ids) else np.zeros(1, dtype=np.int64)
+        text = np.resize(ids, (*rows, sequence - len(leading)))
+        return np.concatenate([np.broadcast_to(leading, (*rows, len(leading))), text], axis=-1)
 
 
 class LanguageReference:
@@ -72,16 +90,14 @@ class LanguageReference:
     ) -> None:
         self.contexts = checkpoint.contexts
         self._single = checkpoint.model
+        self._tokenizer = checkpoint.tokenizer
         self._dense = dense
         self._config = config
         self._sequence = sequence
         self._held_out = {c: np.asarray(held_out.get(c, ()), dtype=np.int64) for c in self.contexts}
         self._dense_scores: dict[str, Score | NotMeasured] = {}
         self._dense_memory: ProcessMemory | NotMeasured | None = None
-        self._texts = {
-            context: self._text(context, checkpoint.tokenizer, (trimmed or {}).get(context))
-            for context in self.contexts
-        }
+        self._texts = {context: self._text(context, (trimmed or {}).get(context)) for context in self.contexts}
 
     def masked(self, context: str) -> Run:
         return self._run(self._single, context)
@@ -120,15 +136,14 @@ class LanguageReference:
 
     def inputs(self, context: str) -> Iterator[Feeds]:
         """Each shape is filled BATCHES_PER_SHAPE times from the start of the text, which is repeated if too short."""
-        ids = self._texts[context].ids
-        for shape in self._config.shapes if len(ids) else ():
-            for filled in np.resize(ids, (BATCHES_PER_SHAPE, *shape)):
+        text = self._texts[context]
+        for batch, sequence in self._config.shapes if len(text.ids) else ():
+            for filled in text.fill(BATCHES_PER_SHAPE, batch, sequence):
                 yield {INPUT: filled}
 
     def timed(self, context: str) -> Sequence[Timed]:
-        ids = self._texts[context].ids
-        ids = ids if len(ids) else np.zeros(1, dtype=np.int64)
-        return [Timed(*shape, {INPUT: np.resize(ids, shape)}) for shape in self._config.speed_shapes]
+        text = self._texts[context]
+        return [Timed(*shape, {INPUT: text.fill(*shape)}) for shape in self._config.speed_shapes]
 
     def quality(self, context: str, engine: Run | NotMeasured) -> Quality:
         text = self._texts[context]
@@ -149,20 +164,23 @@ class LanguageReference:
         index = torch.tensor(self.contexts.index(context)) if model.contexts else None
         return self.as_engine(context, eager_run(model, index))
 
-    def _text(self, context: str, tokenizer: str, trimmed: TrimmedVocabulary | None) -> _Text:
+    def _text(self, context: str, trimmed: TrimmedVocabulary | None) -> _Text:
         ids = self._held_out[context]
         if trimmed is None:
-            return _Text(ids, cut_windows(ids, self._sequence))
-        own = reencode(ids, tokenizer, trimmed)
+            return self._cut(ids, self._tokenizer)
+        own = reencode(ids, self._tokenizer, trimmed)
         ratio = (len(own) - 1) / (len(ids) - 1) if len(ids) > 1 else 1.0
-        return _Text(own, cut_windows(own, self._sequence), trimmed.kept, ratio)
+        return replace(self._cut(own, trimmed.tokenizer_json), token_ids=trimmed.kept, ratio=ratio)
+
+    def _cut(self, ids: IntArray, tokenizer: str) -> _Text:
+        leading = leading_tokens(tokenizer)
+        return _Text(ids, consecutive_windows(ids, self._sequence, leading), leading)
 
     def _dense_score(self, context: str) -> Score | NotMeasured:
         if self._dense is None:
             return NotMeasured(NO_DENSE)
         if context not in self._dense_scores:
-            ids = self._held_out[context]
-            text = _Text(ids, cut_windows(ids, self._sequence))
+            text = self._cut(self._held_out[context], self._tokenizer)
             self._dense_scores[context] = self._score(eager_run(self._dense_model), text)
         return self._dense_scores[context]
 
@@ -170,13 +188,13 @@ class LanguageReference:
         if not len(text.windows):
             return NotMeasured(NO_TEXT)
         logits_of = _logits_of(run)
-        score = measure_score(logits_of, text.windows, ratio=text.ratio)
+        score = measure_score(logits_of, text.windows, leading=len(text.leading), ratio=text.ratio)
         if not self._config.coherence:
             return score
         if self._dense is None:
             return replace(score, coherence=NotMeasured(NO_DENSE))
         table = self._embeddings if text.token_ids is None else self._embeddings[text.token_ids]
-        coherence = measure_coherence(logits_of, text.ids, table)
+        coherence = measure_coherence(logits_of, text.ids, table, leading=text.leading)
         return replace(score, coherence=NotMeasured(SHORT_TEXT) if coherence is None else coherence)
 
     @property

@@ -6,13 +6,13 @@ An engine with a trimmed vocabulary may need more tokens for the same text: its 
 token of the whole vocabulary, so that both sides refer to the same text.
 
 Log-sum-exp and sums are float64, over the same windows on both sides: every token is predicted
-once, and the first token of a window is only context.
+once; the first token of text in a window is only context, and so are the tokenizer's own leading tokens before it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from cpcompile.core.measured import NotMeasured
 from cpcompile.report.results import Quality
+from cpcompile.text.corpus import cut_windows
 
 IntArray = npt.NDArray[np.int64]
 Run = Callable[[IntArray], npt.NDArray[Any]]
@@ -48,32 +49,31 @@ class Score:
     """Tokens of the text per token of the whole vocabulary; the perplexity is per the latter."""
 
 
-def cut_windows(ids: npt.NDArray[Any], sequence: int) -> IntArray:
-    """Consecutive windows (n, sequence + 1); the last id of one is the first of the next.
+def consecutive_windows(ids: npt.NDArray[Any], sequence: int, leading: Sequence[int] = ()) -> IntArray:
+    """Consecutive windows (n, sequence + 1) that start with `leading`; the last id of one is the next one's first text.
 
-    Text shorter than one window gives a single short window; fewer than two ids give none.
+    Text shorter than one window gives a single short window; fewer than two ids, or no room for text, give none.
     """
-    length = min(sequence, len(ids) - 1)
-    if length < 1:
+    taken = min(sequence - len(leading), len(ids) - 1)
+    if taken < 1:
         return np.zeros((0, sequence + 1), dtype=np.int64)
-    starts = np.arange((len(ids) - 1) // length) * length
-    windows: IntArray = ids.astype(np.int64)[starts[:, None] + np.arange(length + 1)]
-    return windows
+    return cut_windows(ids, np.arange((len(ids) - 1) // taken) * taken, taken, leading)
 
 
-def measure_score(run: Run, windows: IntArray, *, batch: int = BATCH, ratio: float = 1.0) -> Score:
-    """Score `run` on windows (n, length + 1), `batch` of them at a time.
+def measure_score(run: Run, windows: IntArray, *, leading: int = 0, batch: int = BATCH, ratio: float = 1.0) -> Score:
+    """Score `run` on windows (n, length + 1), `batch` of them at a time; their first `leading` ids are no text.
 
     ratio: tokens of the text here per token of the whole vocabulary; the perplexity is then per the latter.
     """
     loss, right = 0.0, 0
     for start in range(0, len(windows), batch):
         part = windows[start : start + batch]
-        for logits, labels in zip(run(part[:, :-1]), part[:, 1:], strict=True):  # in float64 one window at a time
+        for logits, labels in zip(run(part[:, :-1])[:, leading:], part[:, leading + 1 :], strict=True):
+            # In float64 one window at a time.
             log_probabilities = log_softmax(logits)
             loss -= float(np.take_along_axis(log_probabilities, labels[..., None], axis=-1).sum())
             right += int((log_probabilities.argmax(axis=-1) == labels).sum())
-    tokens = windows[:, 1:].size
+    tokens = windows[:, leading + 1 :].size
     return Score(perplexity=_exp(loss / tokens * ratio), accuracy=right / tokens, tokens=tokens, ratio=ratio)
 
 

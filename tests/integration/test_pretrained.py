@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from tokenizers import Tokenizer, processors
 
 from cpcompile.bundle.reader import open_bundle
 from cpcompile.cli import main
@@ -18,6 +19,7 @@ from cpcompile.partitioning.partitioned_module import PartitionedModule
 from cpcompile.partitioning.partitioner import partition
 from cpcompile.runtime.engine import load_engine
 from cpcompile.text.corpus import Corpus
+from cpcompile.text.tokenization import parse_tokenizer
 
 transformers = pytest.importorskip("transformers", reason="needs the extra hf: pip install 'cpcompile[hf]'")
 
@@ -148,6 +150,41 @@ def test_its_vocabulary_can_be_trimmed(model: Path, tmp_path: Path) -> None:
     (context,) = json.loads(result.stdout)["contexts"]
     assert context["variants"][0]["parity"]["verdict"] == "pass"
     assert context["parameters"]["removed_by_kind"]["vocabulary"] > 0
+
+
+def test_every_window_starts_with_the_tokens_that_the_tokenizer_puts_in_front(
+    corpus: Corpus, corpus_folder: Path, cache: Path, tmp_path: Path
+) -> None:
+    """From importance to the engine's quality, with a trimmed vocabulary as well."""
+    folder, model, bundle = tmp_path / "llama", tmp_path / "model.pt", tmp_path / "model.cpc"
+    torch.manual_seed(0)
+    MODELS["llama"]().save_pretrained(folder)
+    tokenizer = parse_tokenizer(corpus.tokenizer)
+    tokenizer.add_special_tokens(["<s>"])
+    bos = tokenizer.token_to_id("<s>")
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    seen: set[int] = set()
+
+    def embedded(module: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
+        if isinstance(module, torch.nn.Embedding) and inputs[0].shape[-1] == 32:
+            seen.update(inputs[0][:, 0].tolist())
+
+    with torch.nn.modules.module.register_module_forward_pre_hook(embedded):
+        train = ["train", "--data", corpus_folder, "--cache", cache, "--from-pretrained", folder, "-o", model]
+        result = run(*train, *SHORT, "--steps", 4, "--recover", "least-squares", "--controls", "one-mask")
+        assert result.exit_code == 0, result.output
+        assert seen == {bos}
+    flags = ("--vocabulary-coverage", 0.9, "--contexts", "english", "--no-speed", "--no-memory", "--json")
+    result = run("build", model, "-o", bundle, *flags)
+    assert result.exit_code in (0, 1), result.output
+    (context,) = json.loads(result.stdout)["contexts"]
+    (built,) = (path for path in tmp_path.iterdir() if path.name.startswith("model.cpc"))
+    trimmed = Tokenizer.from_file(str(open_bundle(built).tokenizer("english")))
+    assert trimmed.encode("a").tokens[0] == "<s>"
+    assert context["variants"][0]["quality"]["perplexity"] == pytest.approx(
+        load_checkpoint(model).training["perplexity"]["partition"]["english"], rel=0.2
+    )
 
 
 def test_what_is_no_model_is_refused(corpus_folder: Path, tmp_path: Path) -> None:

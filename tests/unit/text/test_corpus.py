@@ -21,13 +21,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from cpcompile.core.errors import UsageError
 from cpcompile.text import documents as text_sources
 from cpcompile.text.corpus import Corpus, load_corpus
 from cpcompile.text.documents import find_sources, pieces
-from cpcompile.text.tokenization import END, parse_tokenizer, train_tokenizer, vocabulary_size
+from cpcompile.text.tokenization import END, leading_tokens, parse_tokenizer, train_tokenizer, vocabulary_size
 
 ODD = (
     "\ufeffWindows\r\nline\r\n\x00\x07\x1b[0m tab\t trailing  \n\n\n"
@@ -340,6 +340,26 @@ class TestTokenizer:
         assert vocabulary_size(tokenizer) == 10
 
 
+def with_leading(tokenizer: Tokenizer, *tokens: str) -> Tokenizer:
+    """`tokenizer`, which now puts `tokens` in front of every text, and its last entry behind it."""
+    tokenizer.add_special_tokens([*tokens, "<end>"])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=[*tokens, "$A", "<end>"],
+        special_tokens=[(token, tokenizer.token_to_id(token)) for token in (*tokens, "<end>")],
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize("tokens", [(), ("<s>",), ("<s>", "<lang>")])
+def test_leading_tokens(tokens: tuple[str, ...]) -> None:
+    tokenizer = with_leading(train_tokenizer(documents_of("de"), 300), *tokens)
+    leading = tuple(tokenizer.token_to_id(token) for token in tokens)
+    assert leading_tokens(tokenizer.to_str()) == leading
+    tokenizer.enable_padding(direction="left", length=64)
+    tokenizer.enable_truncation(1)
+    assert leading_tokens(tokenizer.to_str()) == leading
+
+
 class TestWindows:
     def test_batch_is_a_pure_function(self, data: Path) -> None:
         corpus = load(data)
@@ -387,6 +407,24 @@ class TestWindows:
         assert corpus.held_out_windows("de", length=16, tokens=10**9).shape == ((len(ids) - 1) // 16, 17)
         whole = corpus.held_out_windows("de", length=len(ids) - 1, tokens=10**9)
         np.testing.assert_array_equal(whole, ids[None])
+
+    def test_leading_tokens_start_every_window(self, data: Path, tmp_path: Path) -> None:
+        made = with_leading(parse_tokenizer(load(data).tokenizer), "<s>", "<lang>")
+        made.save(str(tmp_path / "tokenizer.json"))
+        corpus = load(data, tokenizer=tmp_path / "tokenizer.json", vocabulary=600)
+        assert corpus.leading == tuple(made.token_to_id(token) for token in ("<s>", "<lang>"))
+        ids = corpus.held_out["de"].ids.astype(np.int64)
+        assert not np.isin(corpus.leading, ids).any()
+        windows = corpus.held_out_windows("de", length=16, tokens=100)
+        assert windows.shape == (7, 17)
+        np.testing.assert_array_equal(windows[:, :2], np.tile(corpus.leading, (7, 1)))
+        np.testing.assert_array_equal(windows[:, 3:].ravel(), ids[1:99])  # each token is predicted once
+        training = np.lib.stride_tricks.sliding_window_view(corpus.train["fr"].ids.astype(np.int64), 15)
+        for row in corpus.batch("fr", step=0, sequences=8, length=16, seed=0):
+            assert tuple(row[:2]) == corpus.leading
+            assert (training == row[2:]).all(axis=1).any()
+        with pytest.raises(UsageError, match=r"train\.sequence is 2: the tokenizer's own 2 leading tokens fill it"):
+            corpus.batch("fr", step=0, sequences=8, length=2, seed=0)
 
     def test_too_long(self, data: Path) -> None:
         corpus = load(data)

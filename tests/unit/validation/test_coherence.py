@@ -45,6 +45,17 @@ def test_prompts_are_spread_over_the_text_and_continued() -> None:
     assert shapes == [(PROMPTS, PROMPT_TOKENS + new) for new in range(NEW_TOKENS)]
 
 
+def test_leading_tokens_stand_before_every_prompt_and_are_no_text() -> None:
+    seen: list[Array] = []
+
+    def run(ids: Array) -> Array:
+        seen.append(ids)
+        return writer(0.5)(ids)
+
+    assert measure_coherence(run, IDS, EMBEDDINGS, leading=(7, 3)) == measure_coherence(writer(0.5), IDS, EMBEDDINGS)
+    assert all(np.array_equal(ids[:, :2], np.tile([7, 3], (PROMPTS, 1))) for ids in seen)
+
+
 @pytest.mark.parametrize(("length", "measured"), [(0, False), (PROMPT_TOKENS - 1, False), (PROMPT_TOKENS, True)])
 def test_text_without_a_prompt_has_no_coherence(length: int, measured: bool) -> None:
     assert (measure_coherence(writer(1.0), IDS[:length], EMBEDDINGS) is not None) is measured

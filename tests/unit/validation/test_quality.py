@@ -10,7 +10,7 @@ import torch
 from cpcompile.core.measured import NotMeasured
 from cpcompile.frontend.checkpoint import Checkpoint
 from cpcompile.validation.language_reference import eager_run
-from cpcompile.validation.quality import NOT_ASKED, Score, compare_quality, cut_windows, measure_score
+from cpcompile.validation.quality import NOT_ASKED, Score, compare_quality, consecutive_windows, measure_score
 
 
 def quarter(ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
@@ -37,7 +37,7 @@ def test_score_sums_over_batches_of_any_size() -> None:
 
 def test_score_of_the_eager_model_is_the_cross_entropy_of_torch(dense: Checkpoint) -> None:
     model = dense.model
-    windows = cut_windows(dense.held_out["de"], 16)
+    windows = consecutive_windows(dense.held_out["de"], 16)
     run = eager_run(model)
     score = measure_score(lambda ids: run({"input_ids": ids})["logits"], windows)
     ids = torch.from_numpy(windows)
@@ -48,16 +48,24 @@ def test_score_of_the_eager_model_is_the_cross_entropy_of_torch(dense: Checkpoin
 
 @pytest.mark.parametrize(("tokens", "sequence", "count"), [(33, 16, 2), (32, 16, 1), (17, 16, 1), (300, 7, 42)])
 def test_windows_predict_every_token_once(tokens: int, sequence: int, count: int) -> None:
-    windows = cut_windows(np.arange(tokens, dtype=np.int32), sequence)
+    windows = consecutive_windows(np.arange(tokens, dtype=np.int32), sequence)
     assert windows.shape == (count, sequence + 1) and windows.dtype == np.int64
     assert windows[:, 1:].flatten().tolist() == list(range(1, count * sequence + 1))
     assert windows[:, :-1].flatten().tolist() == list(range(count * sequence))
 
 
+def test_leading_tokens_start_every_window_and_are_not_scored() -> None:
+    windows = consecutive_windows(np.arange(1, 10), 6, leading=(100, 101))
+    assert windows.tolist() == [[100, 101, 1, 2, 3, 4, 5], [100, 101, 5, 6, 7, 8, 9]]
+    assert consecutive_windows(np.arange(9), 2, leading=(100, 101)).shape == (0, 3)  # no room for text
+    text = np.array([[1, 1, 0, 1, 1, 0]])
+    assert measure_score(quarter, text, leading=2) == measure_score(quarter, text[:, 2:])
+
+
 def test_windows_of_short_texts() -> None:
-    assert cut_windows(np.array([4, 5, 6]), 16).tolist() == [[4, 5, 6]]
-    assert cut_windows(np.array([4]), 16).shape == (0, 17)
-    assert cut_windows(np.zeros(0, dtype=np.int32), 16).shape == (0, 17)
+    assert consecutive_windows(np.array([4, 5, 6]), 16).tolist() == [[4, 5, 6]]
+    assert consecutive_windows(np.array([4]), 16).shape == (0, 17)
+    assert consecutive_windows(np.zeros(0, dtype=np.int32), 16).shape == (0, 17)
 
 
 def test_a_missing_side_is_null_with_its_reason() -> None:
