@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
 
 from cpcompile.core.config import PretrainedConfig, TrainConfig
 from cpcompile.core.selection import Selection, UnitKind
@@ -23,7 +25,9 @@ def random_corpus() -> Corpus:
         context: TokenFile(generator.integers(16 * index, 16 * (index + 1), size=400).astype(np.uint16), documents=1)
         for index, context in enumerate(CONTEXTS)
     }
-    return Corpus(CONTEXTS, tokenizer="{}", vocabulary=VOCABULARY, train=files, held_out=files, digests={})
+    return Corpus(
+        CONTEXTS, tokenizer=Tokenizer(BPE()).to_str(), vocabulary=VOCABULARY, train=files, held_out=files, digests={}
+    )
 
 
 def test_gates_of_a_pretrained_model_that_recalibration_closes_stay_closed(tmp_path: Path) -> None:

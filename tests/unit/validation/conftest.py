@@ -14,6 +14,8 @@ import numpy.typing as npt
 import onnx_ir as ir
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
 
 from cpcompile.bundle.reader import Bundle, open_bundle
 from cpcompile.bundle.writer import BundleWriter
@@ -57,7 +59,11 @@ def dense(held_out: Mapping[str, npt.NDArray[np.int32]]) -> Checkpoint:
     torch.manual_seed(3)
     model = _spread(Decoder(CONFIG))
     return Checkpoint(
-        config=CONFIG, state=model.state_dict(), contexts=CONTEXTS, tokenizer="{}", held_out=dict(held_out)
+        config=CONFIG,
+        state=model.state_dict(),
+        contexts=CONTEXTS,
+        tokenizer=Tokenizer(BPE()).to_str(),
+        held_out=dict(held_out),
     )
 
 
@@ -67,7 +73,13 @@ def checkpoint(dense: Checkpoint) -> Checkpoint:
     model = Decoder(CONFIG, contexts=len(CONTEXTS))
     model.load_state_dict(dict(dense.state), strict=False)
     model.select(selection)
-    return Checkpoint(config=CONFIG, state=model.state_dict(), contexts=CONTEXTS, tokenizer="{}", selection=selection)
+    return Checkpoint(
+        config=CONFIG,
+        state=model.state_dict(),
+        contexts=CONTEXTS,
+        tokenizer=Tokenizer(BPE()).to_str(),
+        selection=selection,
+    )
 
 
 @pytest.fixture(scope="session")
