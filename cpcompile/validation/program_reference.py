@@ -28,6 +28,7 @@ class ProgramReference:
         self.contexts = program.contexts
         self._path = path
         self._program = program
+        self._memory: dict[str, ProcessMemory | NotMeasured] = {}
 
     def masked(self, context: str) -> Run:
         return self._program.eager(context)
@@ -45,7 +46,10 @@ class ProgramReference:
         return run
 
     def dense_memory(self, context: str, *, threads: int) -> ProcessMemory | NotMeasured:
-        return measure_program(self._path, context, self.timed(context)[0].feeds, threads=threads)
+        if context not in self._memory:  # the same for all variants
+            feeds = self.timed(context)[0].feeds
+            self._memory[context] = measure_program(self._path, context, feeds, threads=threads)
+        return self._memory[context]
 
     def inputs(self, context: str) -> Iterator[Feeds]:
         """The examples, then the first of them with each of its free axes as short as may be, and twice as long."""

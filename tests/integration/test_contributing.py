@@ -51,6 +51,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_example_passes_its_test_and_the_linters(clone: Path) -> None:
     ran = []
     for language, _, text in FENCE.findall(CONTRIBUTING):

@@ -36,7 +36,6 @@ from cpcompile.pipeline.estimation import limit
 from cpcompile.targets.requests import parse_targets
 from cpcompile.text.corpus import Corpus
 from cpcompile.training.branch import StepReport
-from cpcompile.validation import coherence
 
 transformers = pytest.importorskip("transformers", reason="needs the extra hf: pip install 'cpcompile[hf]'")
 
@@ -44,7 +43,7 @@ ROOT = Path(__file__).parents[2]
 GUIDES = ["README.md", *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md"))]
 """Pages whose blocks are run; those of CONTRIBUTING belong to one example, see test_contributing."""
 LINKED = [*GUIDES, "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"]
-QUICK_PAGES = ("README.md", "docs/how-to/optimize-onnx.md", "docs/how-to/compare-files.md")
+QUICK_PAGES = ("README.md", "docs/how-to/optimize-onnx.md")
 """The others train and build models of their own, and are left to `make test-all`."""
 NOT_RUN = ("Needs an NVIDIA GPU", "Takes a while")
 FENCE = re.compile(r'^```(\w+)(?: title="([^"]*)")?\n(.*?)^```$', re.MULTILINE | re.DOTALL)
@@ -99,8 +98,6 @@ def workspace(corpus: Corpus, corpus_folder: Path, tmp_path_factory: pytest.Temp
     (folder / "SmolLM2-135M" / "tokenizer.json").write_text(corpus.tokenizer, encoding="utf-8")
     made = tmp_path_factory.mktemp("made")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(coherence, "PROMPTS", 2)
-        patch.setattr(coherence, "NEW_TOKENS", 2)
         patch.setattr(limit, "measure_libraries", functools.cache(limit.measure_libraries))
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         patch.setenv("MADE", str(made))

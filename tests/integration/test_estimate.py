@@ -42,7 +42,9 @@ def test_the_table(model: Path) -> None:
     assert files(model) == {"model.pt", "model.dense.pt"}
 
 
-@pytest.mark.parametrize("settings", [{"vocabulary_coverage": 0.9}, {"merged": True}])
+@pytest.mark.parametrize(
+    "settings", [{"vocabulary_coverage": 0.9}, pytest.param({"merged": True}, marks=pytest.mark.slow)]
+)
 def test_the_figures_are_those_of_a_build(model: Path, settings: dict[str, Any]) -> None:
     validation = ValidateConfig(speed=False, memory=False, coherence=False)
     config = BuildConfig(contexts=("cpp", "python"), **settings)
@@ -68,6 +70,7 @@ def test_a_limit_stops_a_build_before_it_writes(model: Path) -> None:
     assert result.stdout == "" and files(model) == {"model.pt", "model.dense.pt"}
 
 
+@pytest.mark.slow
 def test_what_fits_is_built_and_validation_has_the_same_limit(model: Path) -> None:
     built = run("build", model, "--max-memory", "100GB", "--contexts", "cpp", *FAST)
     assert built.exit_code in (0, 1, 3), built.output

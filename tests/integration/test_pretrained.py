@@ -46,7 +46,7 @@ def run(*arguments: object) -> Result:
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module", params=["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
 def folder(request: pytest.FixtureRequest, corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder as Hugging Face's `save_pretrained` writes it."""
     folder: Path = tmp_path_factory.mktemp(request.param)
@@ -205,6 +205,7 @@ def test_what_is_no_model_is_refused(corpus_folder: Path, tmp_path: Path) -> Non
         assert message in " ".join(result.output.split()), (arguments, result.output)
 
 
+@pytest.mark.slow
 def test_experts_are_removed_and_named(corpus: Corpus, corpus_folder: Path, cache: Path, tmp_path: Path) -> None:
     """A tiny Mixtral: two of eight experts stay for each context, as many as a token has."""
     folder = tmp_path / "mixtral"

@@ -69,7 +69,7 @@ def test_the_report_says_that_plans_were_built_and_not_run(bundle: Path) -> None
     assert not any("bundle" in reason for reason in report["reasons"])  # plans are not the weights that are shared
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "fp16"])
 def test_engines_of_cuda_are_built_and_compute_the_same(model: Path, tmp_path: Path, precision: str) -> None:
     """Without a GPU their graphs run on the CPU, which has kernels or conversions for half precision too."""
     target = ["--target", "cuda", "--precision", precision, "--contexts", "english"]
@@ -135,6 +135,7 @@ def test_validate_measures_what_can_run(bundle: Path) -> None:
         assert {statuses[name] for name in ENGINES} == {"built"}
 
 
+@pytest.mark.slow
 def test_check_never_calls_a_plan_that_did_not_run_a_pass(bundle: Path, tmp_path: Path) -> None:
     if gpu_model() is not None:
         pytest.skip("there is a GPU here")

@@ -75,7 +75,7 @@ class StopRunError(Exception):
 @pytest.mark.parametrize(
     ("branch", "step"),
     [
-        ("parent", 5),
+        pytest.param("parent", 5, marks=pytest.mark.slow),
         pytest.param("dense-baseline", 13, marks=pytest.mark.slow),
         ("partition", 19),
         pytest.param("one-mask", 24, marks=pytest.mark.slow),
@@ -143,6 +143,7 @@ def test_kill_between_the_two_checkpoints_and_resume(
     assert load_checkpoint(out).training["run"] == load_checkpoint(dense_path(out)).training["run"] == runs[1]
 
 
+@pytest.mark.slow
 def test_kill_9_and_resume(trained: Path, corpus_folder: Path, cache: Path, tmp_path: Path) -> None:
     """The real command, killed in the middle of the partition phase."""
     settings = tmp_path / "settings.toml"

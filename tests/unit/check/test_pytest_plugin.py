@@ -31,7 +31,7 @@ def files(pytester: pytest.Pytester) -> Path:
 ARGUMENTS = ("--cpcompile-baseline", "base.onnx", "--cpcompile-no-speed", "-v", "-p", "no:cacheprovider")
 
 
-@pytest.mark.parametrize("workers", [(), ("-p", "xdist", "-n", "2")])
+@pytest.mark.parametrize("workers", [(), pytest.param(("-p", "xdist", "-n", "2"), marks=pytest.mark.slow)])
 def test_every_criterion_is_a_test(files: Path, pytester: pytest.Pytester, workers: tuple[str, ...]) -> None:
     result = pytester.runpytest_subprocess("--cpcompile", "same.onnx", *ARGUMENTS, *workers)
     result.assert_outcomes(passed=4, skipped=1)
@@ -45,6 +45,7 @@ def test_a_failure_is_a_sentence(files: Path, pytester: pytest.Pytester) -> None
     assert "Traceback" not in result.stdout.str()
 
 
+@pytest.mark.slow
 def test_it_runs_beside_tests_of_the_project_and_one_alone(files: Path, pytester: pytest.Pytester) -> None:
     pytester.makepyfile("def test_own(): pass")
     both = pytester.runpytest_subprocess("--cpcompile", "same.onnx", *ARGUMENTS)

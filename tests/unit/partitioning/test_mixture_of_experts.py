@@ -74,7 +74,7 @@ def mask_routers(model: nn.Module, kept: BoolArray) -> None:
         router.forward = MethodType(forward, router)
 
 
-@pytest.mark.parametrize("make", [mixtral, qwen3])
+@pytest.mark.parametrize("make", [mixtral, pytest.param(qwen3, marks=pytest.mark.slow)])
 def test_experts_of_hugging_face_models(make: Callable[[Any], Any]) -> None:
     """Captured once; contexts keep as many as are picked, more, and in one layer all."""
     transformers = pytest.importorskip("transformers", reason="needs the extra hf: pip install 'cpcompile[hf]'")
@@ -301,6 +301,7 @@ class Shared(Mixture):
         return super().forward(super().forward(x))
 
 
+@pytest.mark.slow
 def test_a_layer_that_is_called_twice() -> None:
     model = Shared()
     randomise(model, 3)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 import numpy.typing as npt
@@ -39,13 +40,21 @@ NEED_VALUES = ("bind_context", "trim_vocabulary")
 """Passes that need to be told what to do. No case looks up tables by token ids: `test_trim_vocabulary` has graphs."""
 
 
+@pytest.fixture(scope="module", params=[4, pytest.param(1, marks=pytest.mark.slow)], ids=["quarter", "all"])
+def share(request: pytest.FixtureRequest) -> int:
+    """One case in how many is tried."""
+    every: int = request.param
+    return every
+
+
 @pytest.fixture(scope="module")
-def cases() -> Sequence[Any]:
+def cases(share: int) -> Sequence[Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from onnx.backend.test.case.node import collect_testcases
 
-        return [case for case in collect_testcases(None) if case.model is not None]
+        # By their names' digests: cases beside each other are alike.
+        return [c for c in collect_testcases(None) if c.model is not None and crc32(c.name.encode()) % share == 0]
 
 
 def run(model: onnx.ModelProto, feeds: Feeds) -> dict[str, Any] | None:
@@ -110,14 +119,14 @@ class Passing:
 
 
 @pytest.fixture(scope="module")
-def passing(cases: Sequence[Any]) -> Sequence[Passing]:
+def passing(cases: Sequence[Any], share: int) -> Sequence[Passing]:
     found = []
     for case in cases:
         feeds = feeds_of(case)
         before = run(case.model, feeds)
         if before is not None and reaches_reference(case, before):
             found.append(Passing(case.name, case.model, feeds, before))
-    assert len(found) >= 1_400
+    assert len(found) >= 1_300 / share
     assert len(found) >= 0.75 * len(cases)
     return found
 
@@ -216,7 +225,7 @@ def test_nothing_follows_from_a_default_that_the_caller_replaces(passing: Sequen
     assert not [case.name for case in found if case.wrong(optimized(case.model, ALONE))]
 
 
-def test_a_bound_input_of_a_case(passing: Sequence[Passing]) -> None:
+def test_a_bound_input_of_a_case(passing: Sequence[Passing], share: int) -> None:
     """`bind_context` on every case with an integer scalar: the value that the case has becomes a constant."""
     tried, wrong = 0, []
     for case in passing:
@@ -230,14 +239,14 @@ def test_a_bound_input_of_a_case(passing: Sequence[Passing]) -> None:
             if case.wrong(proto, feeds):
                 wrong.append((case.name, value.name))
     assert not wrong
-    assert tried >= 20
+    assert tried >= 16 / share
 
 
 def shapes_of(outputs: Mapping[str, Any]) -> list[object]:
     return [getattr(value, "shape", None) for value in outputs.values()]
 
 
-def test_two_contexts_with_weights_of_their_own(passing: Sequence[Passing]) -> None:
+def test_two_contexts_with_weights_of_their_own(passing: Sequence[Passing], share: int) -> None:
     """`merge_contexts` on every fourth case: with the constants of the case, and with others."""
     tried: Counter[str] = Counter()
     wrong = []
@@ -259,7 +268,7 @@ def test_two_contexts_with_weights_of_their_own(passing: Sequence[Passing]) -> N
             if Passing(case.name, merged, {}, expected).wrong(merged, {**feeds, "context": np.array(number)}):
                 wrong.append((case.name, number))
     assert not wrong
-    assert tried["merged"] >= 350, tried
+    assert tried["merged"] >= 300 / share, tried
     assert all("functions" in reason or "opset" in reason for reason in tried.keys() - {"merged"}), tried
 
 
@@ -326,7 +335,7 @@ def with_rule(cases: Sequence[Any]) -> Iterator[Any]:
             yield case
 
 
-def test_every_rule_keeps_values_between_dead_channels(cases: Sequence[Any]) -> None:
+def test_every_rule_keeps_values_between_dead_channels(cases: Sequence[Any], share: int) -> None:
     tried: Counter[str] = Counter()
     cut: Counter[str] = Counter()
     wrong = []
@@ -350,6 +359,6 @@ def test_every_rule_keeps_values_between_dead_channels(cases: Sequence[Any]) -> 
         if EliminateDeadChannels()(model).modified:
             wrong.append(f"{case.name}: a second run finds something")
     assert not wrong
-    assert sum(tried.values()) >= 695, tried
-    assert sum(cut.values()) >= 256, cut
-    assert len(+cut) >= 75, f"never cut: {tried.keys() - (+cut).keys()}"
+    assert sum(tried.values()) >= 600 / share, tried
+    assert sum(cut.values()) >= 220 / share, cut
+    assert share > 1 or len(+cut) >= 75, f"never cut: {tried.keys() - (+cut).keys()}"

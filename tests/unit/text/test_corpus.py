@@ -785,6 +785,7 @@ class TestScale:
         result = python(code, data, tmp_path / "cache")
         assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
+    @pytest.mark.slow
     def test_memory_does_not_grow_with_the_corpus(self, tmp_path: Path) -> None:
         """25 MB of text are built in the memory of 5 MB of text, up to noise."""
         code = """
