@@ -13,8 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from cpcompile.core.errors import UsageError
+from cpcompile.core.stage_progress import StageProgress
 from cpcompile.text.documents import Source, pieces
-from cpcompile.text.stage_progress import StageProgress
 
 SAMPLE = 4 * 2**20
 """Bytes per context that the tokenizer is trained on, at most."""

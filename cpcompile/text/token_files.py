@@ -20,9 +20,9 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from cpcompile.core.errors import CpcompileError, UsageError
+from cpcompile.core.stage_progress import StageProgress
 from cpcompile.files.whole_files import NO_ROOM, only_process
 from cpcompile.text.documents import Source, pieces
-from cpcompile.text.stage_progress import StageProgress
 from cpcompile.text.survey import Split, Survey
 from cpcompile.text.tokenization import vocabulary_size
 from cpcompile.text.vocabulary import end_of
