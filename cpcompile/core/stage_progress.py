@@ -32,6 +32,10 @@ class StageProgress:
         if self._done == self._total or time.perf_counter() - self._last >= 0.1:
             self.end()
 
+    def reach(self, done: int) -> None:
+        """`done` units are done, of all."""
+        self.add(done - self._done)
+
     def end(self) -> None:
         """Report at once."""
         self._last = time.perf_counter()
