@@ -18,6 +18,8 @@ Kept = Sequence[Any]
 """What a context keeps, layer by layer, in the form that its model's forward pass takes."""
 Rows = Mapping[UnitKind, Sequence[Tensor]]
 """Gate values by kind and layer: (units,), or (batch, units) for gates of each sequence."""
+LOGITS = 2**25
+"""Logits that a pass over several sequences gives at most (134 MB), or those of one sequence if it has more."""
 
 
 class Config(Protocol):
@@ -100,6 +102,10 @@ class LanguageModel(nn.Module):
         for kind, kept in selection.kept.items():
             for layer, gate in enumerate(self.gates(kind)):
                 gate.select(torch.from_numpy(kept[: self.contexts, layer].copy()))
+
+    def pieces(self, windows: Tensor) -> tuple[Tensor, ...]:
+        """Split windows (sequences, length) so that the logits of a pass are at most LOGITS."""
+        return torch.split(windows, max(1, LOGITS // (windows.shape[1] * self.config.vocabulary)))
 
     def parameter_sizes(self) -> dict[str, int]:
         """Elements of every parameter except the gates, by name."""

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from cpcompile.core.config import CONTEXT_NAME
 from cpcompile.core.errors import UsageError
+from cpcompile.files.pointers import require_fetched
 from cpcompile.files.whole_files import file_digest
 
 T = TypeVar("T")
@@ -72,6 +73,7 @@ def verify_file(path: Path, digest: str) -> None:
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror})") from error
     if actual != digest:
+        require_fetched(path)
         raise UsageError(
             f"{path}: differs from what was built (digest mismatch); build the bundle again or copy it whole"
         )
@@ -89,6 +91,7 @@ def read_json(path: Path) -> Any:
     try:
         if (size := path.stat().st_size) > MAX_JSON:
             raise ValueError(f"{size:,} bytes, more than {MAX_JSON:,}")
+        require_fetched(path)
         text = path.read_text(encoding="utf-8")
         return json.loads(text, object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant)
     except (OSError, ValueError, RecursionError) as error:

@@ -17,7 +17,7 @@ from cpcompile.bundle.artifact import Artifact
 from cpcompile.bundle.manifest import BUNDLE_VERSION, MANIFEST, REPORTS, manifest_digest, read_json
 from cpcompile.bundle.reader import PLAN, WEIGHTS_OPTION, Bundle, open_bundle
 from cpcompile.core.errors import CpcompileError, UsageError
-from cpcompile.files.whole_files import NO_ROOM, file_digest, remove_leftovers, temporary_path
+from cpcompile.files.whole_files import NO_ROOM, file_digest, remove_leftovers, unfinished
 
 
 class BundleWriter:
@@ -32,16 +32,15 @@ class BundleWriter:
         if not self.target.name:
             raise UsageError(f"{target}: cannot be a bundle; choose another output, such as model.cpc")
         self.failed = self.target.with_name(f"{self.target.name}.failed")
+        remove_leftovers(self.target.parent)
         for path in (self.target, self.failed):
             _require_replaceable(path)
         self._components: dict[str, dict[str, Any]] = {}
+        self._unfinished = unfinished(self.target, folder=True)
 
     def __enter__(self) -> BundleWriter:
-        self.root = temporary_path(self.target)
         try:
-            self.target.parent.mkdir(parents=True, exist_ok=True)
-            remove_leftovers(self.target)
-            self.root.mkdir()
+            self.root = self._unfinished.__enter__()
         except OSError as error:
             raise CpcompileError(
                 f"{self.target}: cannot be written ({error.strerror}); choose another output"
@@ -51,7 +50,7 @@ class BundleWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        shutil.rmtree(self.root, ignore_errors=True)
+        self._unfinished.__exit__(None, None, None)
         if isinstance(error, OSError) and error.errno in NO_ROOM:
             raise CpcompileError(
                 f"{self.target}: the disk is full; free space or choose another output (the previous bundle is intact)"
@@ -161,8 +160,7 @@ def _require_replaceable(target: Path) -> None:
     refusal = f"{target}: exists and is not a bundle; choose another output or remove it"
     if not target.is_dir():
         raise UsageError(refusal)
-    for report in REPORTS:
-        remove_leftovers(target / report)
+    remove_leftovers(target)  # of reports
     there = {path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_symlink() or path.is_file()}
     if not there and not any(target.iterdir()):
         return

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from cpcompile.bundle.reader import Bundle, open_bundle
 from cpcompile.cli.console import console, stage_progress
+from cpcompile.cli.interruption import left_behind
 from cpcompile.core.config import BuildConfig, TrainConfig, ValidateConfig, preset
 from cpcompile.pipeline.build import build_bundle
 from cpcompile.report import Report
@@ -39,6 +40,11 @@ def run_demo(folder: Path, *, train: Callable[..., None], show: Callable[[Report
 
     An interrupted demo resumes.
     """
+    with left_behind(lambda: f"{folder} keeps what was done; resume with the same command"):
+        return _run(folder, train, show)
+
+
+def _run(folder: Path, train: Callable[..., None], show: Callable[[Report], None]) -> Report:
     corpus, model, bundle = folder / "corpus", folder / "model.pt", folder / "model.cpc"
     if not corpus.exists():
         with stage_progress() as stage:
@@ -46,17 +52,19 @@ def run_demo(folder: Path, *, train: Callable[..., None], show: Callable[[Report
             partial = folder / "corpus.partial"
             shutil.rmtree(partial, ignore_errors=True)
             write_installed_corpus(partial).rename(corpus)
-    train(
-        corpus,
-        model,
-        preset("tiny"),
-        TRAIN,
-        tokenizer=None,
-        text_field="text",
-        cache=folder / "cache",
-        resume=work_path(model).exists(),
-        held_out=True,
-    )
+    trained = model.exists() and not work_path(model).exists()
+    if not trained or bundle.exists():  # a demo that was interrupted while it built need not train again
+        train(
+            corpus,
+            model,
+            preset("tiny"),
+            TRAIN,
+            tokenizer=None,
+            text_field="text",
+            cache=folder / "cache",
+            resume=work_path(model).exists(),
+            held_out=True,
+        )
     with stage_progress() as stage:
         report, built = build_bundle(
             model,

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from cpcompile.cli.interruption import message_and_exit_code, terminable
 from cpcompile.core.errors import CpcompileError, printable
 from cpcompile.core.version import __version__
 
@@ -17,11 +18,16 @@ NO_MEMORY = "not enough memory"
 
 
 class _Group(click.Group):
-    """Maps our errors to exit codes; tracebacks only with --debug."""
+    """Maps our errors and interruptions to exit codes; tracebacks only with --debug."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with terminable():
+                return super().invoke(ctx)
+        except KeyboardInterrupt as interruption:
+            message, exit_code = message_and_exit_code(interruption)
+            click.echo(message, err=True)
+            ctx.exit(exit_code)
         except CpcompileError as error:
             if ctx.params.get("debug"):
                 raise

@@ -7,10 +7,11 @@ from typing import Any
 
 import click
 
+from cpcompile.cli.interruption import STARTS_ANEW, left_behind
 from cpcompile.cli.options import FilePath
 from cpcompile.cli.settings import load_toml
 from cpcompile.core.config import CONTROLS, PRESETS, PRETRAINED_TRAIN, RECOVERIES, ModelConfig, TrainConfig, preset
-from cpcompile.core.errors import CpcompileError, UsageError
+from cpcompile.core.errors import UsageError
 from cpcompile.core.overrides import override
 
 
@@ -108,23 +109,30 @@ def run_training(
     from cpcompile.report import controls_table, summarize_training
     from cpcompile.training.trainer import planned_steps, work_path
 
-    try:
-        with stage_progress() as stage, TrainProgress(planned_steps(train_config)) as progress:
-            checkpoint = train_from_data(
-                data,
-                out,
-                source,
-                train_config,
-                tokenizer=tokenizer,
-                text_field=text_field,
-                cache=cache,
-                resume=resume,
-                held_out=held_out,
-                progress=stage,
-                observer=progress,
-            )
-    except KeyboardInterrupt:
-        kept = "; resume with the same command and --resume" if work_path(out).exists() else ""
-        raise CpcompileError(f"interrupted{kept}") from None
+    with (
+        left_behind(lambda: _kept(work_path(out))),
+        stage_progress() as stage,
+        TrainProgress(planned_steps(train_config)) as progress,
+    ):
+        checkpoint = train_from_data(
+            data,
+            out,
+            source,
+            train_config,
+            tokenizer=tokenizer,
+            text_field=text_field,
+            cache=cache,
+            resume=resume,
+            held_out=held_out,
+            progress=stage,
+            observer=progress,
+        )
     print_result(controls_table(summarize_training(checkpoint.training, checkpoint.contexts)))
     console.print(f"wrote {out} and {dense_path(out)}, its dense baseline")
+
+
+def _kept(work: Path) -> str:
+    """What an interrupted training leaves."""
+    if not work.exists():
+        return STARTS_ANEW
+    return f"{work} keeps what was done up to the last snapshot; resume with the same command and --resume"

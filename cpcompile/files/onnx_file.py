@@ -6,7 +6,6 @@ docs/ExternalData.md.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,8 @@ from pathlib import Path
 import onnx_ir as ir
 
 from cpcompile.core.errors import CpcompileError, UsageError, first_line
+from cpcompile.files.pointers import require_fetched
+from cpcompile.files.whole_files import unfinished
 
 PROTOBUF_LIMIT = 2**31 - 1
 """Bytes that one protobuf file can hold; the weights of larger models are in a file beside it."""
@@ -38,8 +39,10 @@ class Size:
 def load_onnx(path: Path, *, data: Path | None = None) -> ir.Model:
     """The model in `path`; UsageError if it is not a model, or its external data is missing, too short or elsewhere.
 
-    data: the folder of the external data, if it is not that of the model.
+    The file and its data may be links, as in the cache of the Hugging Face hub. data: the folder of the external data,
+    if it is not that of the model; links that leave it are refused.
     """
+    require_fetched(path)
     try:
         model = ir.load(path)
     except OSError as error:
@@ -61,9 +64,10 @@ def load_onnx(path: Path, *, data: Path | None = None) -> ir.Model:
                 f"{path}: nothing produces {value.name!r}, which a node reads; store sparse initializers as dense ones"
             )
     for tensor in external_tensors(model):
-        if data is not None:
-            tensor.base_dir = data
-        _require_data(path, tensor, data or path.parent)
+        tensor.base_dir = data or _data_folder(path, tensor)
+        _require_data(path, tensor, Path(tensor.base_dir), links=data is None)
+    if data is None:
+        _follow_links(model)
     return model
 
 
@@ -75,14 +79,13 @@ def save_onnx(model: ir.Model, path: Path, accept: Callable[[Path], bool] = lamb
     weights = sum(tensor.nbytes for tensor in tensors_of(model))
     beside = f"{path.name}.data" if weights > PROTOBUF_LIMIT - ROOM_FOR_THE_GRAPH else None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        with unfinished(path, folder=True) as folder:
             if beside is None:
                 _map_data(model)
-            ir.save(model, Path(folder) / path.name, format="protobuf", external_data=beside)
-            files = sorted(Path(folder).iterdir(), key=lambda file: file.name == path.name)
+            ir.save(model, folder / path.name, format="protobuf", external_data=beside)
+            files = sorted(folder.iterdir(), key=lambda file: file.name == path.name)
             written = sum(file.stat().st_size for file in files)
-            if not accept(Path(folder) / path.name):
+            if not accept(folder / path.name):
                 return 0
             for file in files:  # the graph last, after the file it refers to
                 file.replace(path.parent / file.name)
@@ -125,6 +128,34 @@ def module_of(node: ir.Node) -> str:
     return next((part for part in reversed(parts[:-1]) if part and not part.startswith(NO_MODULE)), "")
 
 
+def _follow_links(model: ir.Model) -> None:
+    """Refer to data that has several names by where it is, because onnx_ir reads no links and no hard links."""
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            if isinstance(tensor := value.const_value, ir.ExternalTensor):
+                value.const_value = _at_its_place(tensor)
+        for node in graph:
+            for name, attribute in list(node.attributes.items()):
+                if attribute.type == ir.AttributeType.TENSOR and isinstance(attribute.value, ir.ExternalTensor):
+                    node.attributes[name] = ir.AttrTensor(name, _at_its_place(attribute.value))
+
+
+def _at_its_place(tensor: ir.ExternalTensor) -> ir.ExternalTensor:
+    data = Path(tensor.path)
+    if data.stat().st_nlink == 1 and data.resolve().is_relative_to(Path(tensor.base_dir).resolve()):
+        return tensor
+    return ir.ExternalTensor(
+        str(data.resolve()),
+        tensor.offset,
+        tensor.length,
+        tensor.dtype,
+        shape=tensor.shape,
+        name=tensor.name or "",
+        doc_string=tensor.doc_string,
+        metadata_props=dict(tensor.metadata_props),
+    )
+
+
 def _map_data(model: ir.Model) -> None:
     """Replace external tensors by mapped tensors of this model, so that they are stored inside its file."""
     for graph in model.graphs():
@@ -133,13 +164,21 @@ def _map_data(model: ir.Model) -> None:
                 value.const_value = ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=tensor.name)
 
 
-def _require_data(path: Path, tensor: ir.ExternalTensor, folder: Path) -> None:
-    """UsageError unless the data of `tensor` is in `folder` and long enough."""
+def _data_folder(path: Path, tensor: ir.ExternalTensor) -> Path:
+    """Beside the model; or beside what the model is a link to, if the data is only there."""
+    beside, real = path.parent, path.resolve().parent
+    return real if not (beside / tensor.location).exists() and (real / tensor.location).exists() else beside
+
+
+def _require_data(path: Path, tensor: ir.ExternalTensor, folder: Path, *, links: bool) -> None:
+    """UsageError unless the data of `tensor` is in `folder`, possibly as one of the `links` there, and long enough."""
     data = Path(tensor.path)
-    if not data.resolve().is_relative_to(folder.resolve()):
+    inside = not Path(tensor.location).is_absolute() and ".." not in Path(tensor.location).parts
+    if not inside or not (links or data.resolve().is_relative_to(folder.resolve())):
         raise UsageError(f"{path}: the tensor {tensor.name} refers to {data}, outside of {folder}; it is refused")
     if not data.is_file():
         raise UsageError(f"{path}: the weights file {data} of the tensor {tensor.name} is missing; put it back")
+    require_fetched(data)
     end = (tensor.offset or 0) + (tensor.length if tensor.length is not None else tensor.nbytes)
     if (tensor.offset or 0) < 0 or end > data.stat().st_size or end - (tensor.offset or 0) < tensor.nbytes:
         raise UsageError(

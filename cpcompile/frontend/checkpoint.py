@@ -30,6 +30,7 @@ from cpcompile.core.config import ModelConfig, PretrainedConfig, TrainConfig, re
 from cpcompile.core.errors import CpcompileError, UsageError
 from cpcompile.core.overrides import override
 from cpcompile.core.selection import Selection
+from cpcompile.files.pointers import require_fetched
 from cpcompile.files.whole_files import require_regular_file, whole_file
 from cpcompile.models.decoder import Decoder
 from cpcompile.models.language_model import LanguageModel
@@ -219,6 +220,7 @@ def save_atomically(plain: object, path: Path) -> None:
 def load_plain(path: Path, *, mapped: bool = False) -> Any:
     """`torch.load(weights_only=True)` with errors that help."""
     require_regular_file(path, "a checkpoint is a file such as model.pt")
+    require_fetched(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickles from other writers, which are refused below

@@ -16,6 +16,7 @@ import torch
 
 from cpcompile.core.errors import UsageError
 from cpcompile.core.types import Array, Feeds
+from cpcompile.files.pointers import require_fetched
 from cpcompile.files.whole_files import require_regular_file
 
 FORMAT, VERSION = "cpcompile-program", 1
@@ -51,6 +52,7 @@ TENSOR = re.compile(r"(weight|tensor)_\d+", re.ASCII)
 def inspect_program(path: Path) -> tuple[dict[str, Any], dict[str, tuple[Feeds, ...]]]:
     """Our own files of the archive, after checking what torch.export.load would run."""
     require_regular_file(path, "a program is a file such as model.pt2")
+    require_fetched(path)
     try:
         archive = _open_archive(path)
         names = archive.get_all_records()

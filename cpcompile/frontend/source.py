@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from cpcompile.core.errors import UsageError
 from cpcompile.core.measured import NotMeasured
 from cpcompile.core.selection import Digits, Selection, UnitKind
 from cpcompile.core.types import Progress
+from cpcompile.files.whole_files import scratch_folder
 from cpcompile.frontend.capture import capture, capture_dense
 from cpcompile.frontend.checkpoint import Checkpoint, architecture, dense_path, load_checkpoint
 from cpcompile.frontend.program import Program, load_program
@@ -243,7 +243,7 @@ def tokenizer_file(text: str | None) -> Iterator[Path | None]:
     if text is None:
         yield None
         return
-    with tempfile.TemporaryDirectory(prefix="cpcompile-") as folder:
-        path = Path(folder) / "tokenizer.json"
+    with scratch_folder("tokenizer") as folder:
+        path = folder / "tokenizer.json"
         path.write_text(text, encoding="utf-8")
         yield path

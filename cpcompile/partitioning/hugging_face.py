@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from cpcompile.core.errors import UsageError
+from cpcompile.files.pointers import require_fetched_model
 from cpcompile.partitioning.trace import Forward
 
 
@@ -49,6 +50,7 @@ def load_hugging_face(folder: Path, *, gguf_file: str | None = None) -> Ready:
     transformers = transformers_package()
     if not folder.is_dir():
         raise UsageError(f"{folder}: there is no such folder; models are read from disk, never downloaded")
+    require_fetched_model(folder)
     settings: dict[str, Any] = {"local_files_only": True, "dtype": torch.float32}
     if gguf_file is not None:
         settings["gguf_file"] = gguf_file

@@ -10,7 +10,7 @@ fitted as it is reached, the layers before it already cut and fitted. r = ridge 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from cpcompile.core.errors import UsageError
 from cpcompile.core.selection import Selection, UnitKind
+from cpcompile.core.types import Steps, unwatched
 from cpcompile.partitioning.gating import GroupGate
 from cpcompile.partitioning.partitioned_module import PartitionedModule
 
@@ -31,13 +32,15 @@ def recover_least_squares(
     selection: Selection,
     *,
     ridge: float = 1e-3,
+    progress: Steps = unwatched,
 ) -> tuple[str, ...]:
     """Re-fit in place the weights of all consumers that lose channels; returns the names of these parameters.
 
     inputs: those of one forward pass, sequences along the first axis; contexts: the context of every sequence.
     Consumers are linear layers (nn.Linear, or (in, out) weights as in GPT-2); others, such as convolutions and experts,
     and those that are called or share their weight more than once keep their weights. Columns of channels that no
-    context keeps stay as they are. Learned scales of gates stay.
+    context keeps stay as they are. Learned scales of gates stay. `progress` is called with the number of fitted
+    parameters and of all to fit.
     """
     if not contexts or any(len(contexts) != value.shape[0] for value in inputs):
         raise UsageError("recovery needs sequences, and the context of each")
@@ -45,8 +48,13 @@ def recover_least_squares(
         module.with_rows(*(value[:1] for value in inputs), rows=[gate.table[0] for gate in module.group_gates])
     users = Counter(consumer.parameter for group in module.groups for consumer in group.consumers)
     parameters: dict[str, Tensor] = dict(module.model.named_parameters())
-    rows, fits = [], []
+    rows: list[Tensor] = []
+    fits: list[tuple[str, nn.Module, _Fit]] = []
     pending: set[str] = set()
+
+    def fitted(left: int) -> None:
+        progress(len(fits) - left, len(fits))
+
     alive = {c: torch.split(torch.from_numpy(module.alive(selection, c)), _units(module)) for c in set(contexts)}
     for index, gate in enumerate(module.group_gates):
         whole = torch.stack([_scale(gate, selection.contexts.index(c), module.contexts) for c in contexts])
@@ -59,7 +67,11 @@ def recover_least_squares(
                 layer = module.model.get_submodule(consumer.module)
                 values = (gate.per_channel(whole, number), gate.per_channel(rows[-1], number))
                 pending.add(consumer.parameter)
-                fits.append((consumer.parameter, layer, _Fit(consumer.parameter, weight, *values, ridge, pending)))
+                fit = _Fit(consumer.parameter, weight, *values, ridge, pending, fitted)
+                fits.append((consumer.parameter, layer, fit))
+    if not fits:
+        return ()
+    fitted(len(fits))
     handles = [layer.register_forward_pre_hook(fit, prepend=True) for _, layer, fit in fits]
     try:
         with torch.no_grad(), suppress(_AllFitted):
@@ -87,6 +99,8 @@ class _Fit:
     ridge: float
     pending: set[str]
     """Parameters of all consumers that are not fitted yet."""
+    fitted: Callable[[int], None]
+    """Called with their number."""
 
     def __call__(self, layer: nn.Module, read: tuple[Any, ...]) -> None:
         hidden: Tensor = read[0].flatten(1, -2) if read[0].ndim > 2 else read[0][:, None]
@@ -103,6 +117,7 @@ class _Fit:
         weight = self.weight if isinstance(layer, nn.Linear) else self.weight.T
         weight[:, used] = torch.linalg.solve(moments, across @ weight.double().T).T.to(weight.dtype)
         self.pending.discard(self.name)
+        self.fitted(len(self.pending))
         if not self.pending:
             raise _AllFitted
 

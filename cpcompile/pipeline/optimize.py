@@ -22,6 +22,7 @@ from onnx_ir.passes.common import InlinePass, LiftConstantsToInitializersPass
 from cpcompile.core.errors import CpcompileError, UsageError
 from cpcompile.core.types import Feeds, Progress
 from cpcompile.files.onnx_file import Size, load_onnx, save_onnx, size_of
+from cpcompile.files.pointers import require_fetched
 from cpcompile.files.whole_files import require_file_path
 from cpcompile.passes.bind_context import BindContext
 from cpcompile.passes.canonicalize_shapes import CanonicalizeShapes
@@ -150,6 +151,7 @@ def optimize_file(
 
 def load_inputs(path: Path) -> Feeds:
     """The arrays of an .npz file by name; never a pickle."""
+    require_fetched(path)
     try:
         with np.load(path, allow_pickle=False) as file:
             if isinstance(file, np.ndarray):
@@ -163,6 +165,7 @@ def load_inputs(path: Path) -> Feeds:
 
 def load_ids(path: str) -> tuple[int, ...]:
     """The whole numbers of an .npy file of one axis; never a pickle. ValueError for anything else."""
+    require_fetched(Path(path))
     try:
         ids = np.load(path, allow_pickle=False)
     except (OSError, EOFError) as error:

@@ -35,8 +35,9 @@ def train_from_data(
     source: the shape of a model to train from scratch, or the folder of a pretrained one.
     """
     require_outputs(out)
-    if out.resolve().is_relative_to(data.resolve()):
-        raise UsageError(f"{out}: lies in {data}, where every file is text; choose another --out")
+    for folder in (data, *(data.iterdir() if data.is_dir() else ())):  # whose entries may be links
+        if out.resolve().is_relative_to(folder.resolve()):
+            raise UsageError(f"{out}: lies in {folder}, where every file is text; choose another --out")
     pretrained = None
     model_config: ModelConfig | PretrainedConfig
     if isinstance(source, Path):

@@ -21,10 +21,10 @@ import numpy.typing as npt
 import tokenizers
 
 from cpcompile.core.errors import CpcompileError, UsageError
+from cpcompile.core.stage_progress import StageProgress
 from cpcompile.core.types import Progress
 from cpcompile.files.whole_files import cache_folder
 from cpcompile.text.documents import find_sources
-from cpcompile.text.stage_progress import StageProgress
 from cpcompile.text.survey import sample_all, survey_all
 from cpcompile.text.token_files import one_builder, sha256, write_token_files
 from cpcompile.text.tokenization import (

@@ -7,8 +7,8 @@
 
 Documents are generators: one document (of a Parquet file: one row group) is in memory at a time.
 Text is strict UTF-8 and stays as it is, line ends included; a document of white space alone is
-left out. Hidden files are skipped, and so are links that lead out of DIR; links to folders are
-not followed, so that no text is read twice. Nothing else is skipped silently.
+left out. Links are followed wherever they lead, but no file or folder is read twice for one context.
+Hidden files are skipped. Nothing else is skipped silently.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from pathlib import Path
 
 from cpcompile.core.config import require_context_name
 from cpcompile.core.errors import UsageError
+from cpcompile.files.pointers import require_fetched
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
 TEXT_DOCUMENT = 8192
@@ -51,6 +52,8 @@ class Source:
         return (text for text in self._texts() if text and not text.isspace())
 
     def _texts(self) -> Iterator[str]:
+        for path in self.files:
+            require_fetched(path)
         if self.path.is_dir():
             for path in self.files:
                 yield "".join(_decoded(path))
@@ -62,6 +65,11 @@ class Source:
             yield from _parquet(self.path, self.text_field)
         else:
             yield from _json_lines(self.path, self.text_field)
+
+    def size(self) -> int:
+        """Bytes of all files."""
+        with _reading(self.path):
+            return sum(path.stat().st_size for path in self.files)
 
     def fingerprint(self) -> str:
         """SHA-256 of names, sizes and contents; above `CONTENT_LIMIT` of modification times instead of contents."""
@@ -81,12 +89,12 @@ def find_sources(data: Path, text_field: str = "text") -> tuple[Source, ...]:
     """The contexts in the folder `data`, sorted by name; UsageError if there are not at least two."""
     if not data.is_dir():
         raise UsageError(f"{data}: is not a folder; give a folder with one sub-folder or file of text per context")
-    root = data.resolve()
     sources: dict[str, Source] = {}
     with _reading(data):
         entries = sorted(entry for entry in data.iterdir() if not entry.name.startswith("."))
     for path in entries:
-        source = Source(_context(path), path, _files(path, root), text_field)
+        _require_there(path)
+        source = Source(_context(path), path, _files(path), text_field)
         if source.context in sources:
             raise UsageError(
                 f"{path} and {sources[source.context].path} are both the context {source.context!r}; "
@@ -145,29 +153,40 @@ def _suffix(path: Path) -> str:
     return next((suffix for suffix in SUFFIXES if path.name.lower().endswith(suffix)), "")
 
 
-def _files(path: Path, root: Path) -> tuple[Path, ...]:
-    """The files of one entry of the data folder, in a fixed order.
-
-    An entry that is itself a link out of the folder is an error: skipping it would lose a whole context.
-    """
-    with _reading(path):
-        target = path.resolve()
-    if not target.is_relative_to(root):
-        raise UsageError(f"{path}: is a link that leaves {root}; move or copy what it points to into the folder")
+def _files(path: Path) -> tuple[Path, ...]:
+    """The files of one entry of the data folder, in a fixed order."""
     if not path.is_dir():
         if not path.is_file():
             raise UsageError(f"{path}: is not a regular file; put the text itself there")
         return (path,)
+    real = os.path.realpath(path)
+    return tuple(sorted(_below(path, real, {real}), key=lambda file: file.relative_to(path).as_posix()))
 
-    def fail(error: OSError) -> None:
-        raise UsageError(f"{error.filename}: cannot be read ({error.strerror})") from error
 
-    files = []
-    for folder, folders, names in os.walk(path, onerror=fail):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        candidates = (Path(folder, name) for name in names if not name.startswith("."))
-        files += [file for file in candidates if file.is_file() and file.resolve().is_relative_to(root)]
-    return tuple(sorted(files, key=lambda file: file.relative_to(path).as_posix()))
+def _below(folder: Path, real: str, seen: set[str]) -> Iterator[Path]:
+    """The regular files below `folder`, which is `real` without links; each but those `seen`, which grows."""
+    with _reading(folder):
+        names = sorted(entry.name for entry in os.scandir(folder) if not entry.name.startswith("."))
+    entries = [folder / name for name in names]
+    for path in sorted(entries, key=lambda path: path.is_symlink()):  # a link to a neighbour gives way to it
+        _require_there(path)
+        own = os.path.realpath(path) if path.is_symlink() else f"{real}/{path.name}"
+        if own in seen:
+            continue
+        seen.add(own)
+        if path.is_dir():
+            yield from _below(path, own, seen)
+        elif path.is_file():
+            yield path
+
+
+def _require_there(path: Path) -> None:
+    """UsageError for a link that leads nowhere: skipping it would lose text."""
+    if path.is_symlink() and not path.exists():
+        raise UsageError(
+            f"{path}: is a link to {path.readlink()}, which is not there; fetch that (`git annex get` or the like), "
+            "or remove the link"
+        )
 
 
 @contextmanager

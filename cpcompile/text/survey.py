@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from cpcompile.core.errors import UsageError
+from cpcompile.core.stage_progress import StageProgress
 from cpcompile.text.documents import Source, pieces
-from cpcompile.text.stage_progress import StageProgress
 
 SAMPLE = 4 * 2**20
 """Bytes per context that the tokenizer is trained on, at most."""
@@ -66,15 +66,18 @@ def _line_end(text: str, target: int) -> int:
 
 def survey_all(sources: Sequence[Source], seed: int, fraction: float, report: StageProgress) -> dict[str, Survey]:
     """The survey of every source, by context."""
-    report.stage("read", None)
+    sizes = [source.size() for source in sources]
+    report.stage("read", sum(sizes))
     surveys = {}
-    for source in sources:
-        surveys[source.context] = _survey(source, seed, fraction, report)
-        report.end()
+    for number, source in enumerate(sources):
+        before, size = sum(sizes[:number]), sizes[number]
+        # Records have other bytes than their text, and packed ones fewer: a context is never more than its files.
+        surveys[source.context] = _survey(source, seed, fraction, lambda read: report.reach(before + min(read, size)))  # noqa: B023
+        report.reach(before + size)
     return surveys
 
 
-def _survey(source: Source, seed: int, fraction: float, report: StageProgress) -> Survey:
+def _survey(source: Source, seed: int, fraction: float, reached: Callable[[int], None]) -> Survey:
     """Count, digest, and the threshold that leaves a document on each side if two differ."""
     digest = hashlib.sha256()
     split = Split(seed, fraction, round(fraction * PLACES))
@@ -89,7 +92,7 @@ def _survey(source: Source, seed: int, fraction: float, report: StageProgress) -
         held_out += len(raw) * (place < split.threshold)
         ends[place] = ends.get(place, 0) + len(raw)
         ends = {end: ends[end] for end in {min(ends), max(ends)}}
-        report.add(len(raw))
+        reached(total)
     if not total:
         raise UsageError(f"{source.path}: context {source.context!r} has no text; add some, or take it away")
     low, high = min(ends), max(ends)

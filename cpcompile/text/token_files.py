@@ -20,9 +20,9 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from cpcompile.core.errors import CpcompileError, UsageError
-from cpcompile.files.whole_files import NO_ROOM, only_process
+from cpcompile.core.stage_progress import StageProgress
+from cpcompile.files.whole_files import NO_ROOM, only_process, unfinished
 from cpcompile.text.documents import Source, pieces
-from cpcompile.text.stage_progress import StageProgress
 from cpcompile.text.survey import Split, Survey
 from cpcompile.text.tokenization import vocabulary_size
 from cpcompile.text.vocabulary import end_of
@@ -83,33 +83,29 @@ def write_token_files(
     folder: Path, sources: Sequence[Source], surveys: Mapping[str, Survey], tokenizer: Tokenizer, report: StageProgress
 ) -> None:
     """Write the cache `folder` whole or not at all."""
-    partial = folder.with_name(f"{folder.name}.partial")
     total = sum(survey.bytes for survey in surveys.values())
     vocabulary = vocabulary_size(tokenizer)
     dtype = np.dtype(np.uint16 if vocabulary <= 2**16 else np.uint32)
     report.stage("tokens", total)
     try:
-        for stale in partial, folder:  # left by a killed build, or damaged
-            if stale.exists():
-                shutil.rmtree(stale)
-        contexts = {}
-        for source in sources:
-            survey = surveys[source.context]
-            sides = _write_context(partial / "ids" / source.context, source, survey.split, tokenizer, dtype, report)
-            contexts[source.context] = {"digest": survey.digest} | sides
-            report.end()
-        text = tokenizer.to_str()
-        index = {"tokenizer": sha256(text), "vocabulary": vocabulary, "dtype": dtype.name, "contexts": contexts}
-        for name, content in (("tokenizer.json", text), ("index.json", json.dumps(index, indent=1))):
-            with (partial / name).open("wb") as stream:
-                stream.write(content.encode())
-                _sync(stream)
-        partial.rename(folder)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise _cannot_write(folder.parent, error, total // BYTES_PER_TOKEN * dtype.itemsize) from error
-        raise
+        if folder.exists():  # damaged
+            shutil.rmtree(folder)
+        with unfinished(folder, folder=True) as partial:
+            contexts = {}
+            for source in sources:
+                survey = surveys[source.context]
+                sides = _write_context(partial / "ids" / source.context, source, survey.split, tokenizer, dtype, report)
+                contexts[source.context] = {"digest": survey.digest} | sides
+                report.end()
+            text = tokenizer.to_str()
+            index = {"tokenizer": sha256(text), "vocabulary": vocabulary, "dtype": dtype.name, "contexts": contexts}
+            for name, content in (("tokenizer.json", text), ("index.json", json.dumps(index, indent=1))):
+                with (partial / name).open("wb") as stream:
+                    stream.write(content.encode())
+                    _sync(stream)
+            partial.rename(folder)
+    except OSError as error:
+        raise _cannot_write(folder.parent, error, total // BYTES_PER_TOKEN * dtype.itemsize) from error
 
 
 def _write_context(

@@ -15,6 +15,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from cpcompile.core.errors import UsageError
+from cpcompile.files.pointers import require_fetched
 from cpcompile.text.vocabulary import END, end_of
 
 LEAST_VOCABULARY = 257
@@ -48,6 +49,7 @@ def read_tokenizer(path: Path, vocabulary: int) -> Tokenizer:
     UsageError if it cannot be read, has more than `vocabulary` entries or changes text (but to another
     spelling of the same characters: Unicode's composed form).
     """
+    require_fetched(path)
     try:
         tokenizer = parse_tokenizer(path.read_text(encoding="utf-8"))
     except OSError as error:

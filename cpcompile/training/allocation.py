@@ -17,7 +17,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from cpcompile.core.selection import BoolArray, Selection, UnitKind
+from cpcompile.core.selection import BoolArray, Selection, UnitKind, Units
 from cpcompile.training.importance import Importance, Scores
 
 
@@ -87,6 +87,11 @@ def kept_units(shape: tuple[int, ...], budget: float) -> int:
     return max(layers, round(layers * units * budget))
 
 
+def keeps_all(units: Units, budget: float) -> bool:
+    """Whether nothing competes, so that importance decides nothing."""
+    return kept_units((units.layers, units.count), budget) == units.layers * units.count
+
+
 def floor_units(shape: tuple[int, ...], budget: float, floor: float) -> int:
     """Units that every layer keeps at least."""
     return max(1, int(shape[-1] * budget * floor))
@@ -107,6 +112,8 @@ def _allocate_kind(
     share = shares_of_context(importance)
     keep = kept_units(shape, budget)
     least = floor_units(shape, budget, floor)
+    if keep == layers * units:  # no competition, and no long draft
+        return np.ones_like(importance, dtype=np.bool_)
 
     logarithm = np.log(share + 1e-12)
     common = logarithm.mean(axis=0)
@@ -144,6 +151,14 @@ def _top(score: Scores, count: int, least: int) -> BoolArray:
     kept = np.zeros(score.shape, dtype=np.bool_)
     kept.flat[np.argsort(-floor_first, axis=None, kind="stable")[:count]] = True
     return kept
+
+
+def can_swap(selection: Selection) -> bool:
+    """Whether recalibration can change anything: a context has own units, and there are units that no context holds."""
+    return any(
+        (table.any(axis=0) & ~table.all(axis=0)).any() and not table.any(axis=0).all()
+        for table in selection.kept.values()
+    )
 
 
 def swap_units(selection: Selection, importance: Importance, *, fraction: float, floor: float) -> tuple[Selection, int]:

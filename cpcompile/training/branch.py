@@ -26,9 +26,9 @@ from cpcompile.core.selection import Selection
 from cpcompile.frontend.checkpoint import load_plain, save_atomically
 from cpcompile.models.language_model import Kept, LanguageModel
 from cpcompile.text.corpus import Corpus
-from cpcompile.training.allocation import swap_units
+from cpcompile.training.allocation import can_swap, swap_units
 from cpcompile.training.importance import Importance, measure_importance, moving_average, scored, stack_contexts
-from cpcompile.training.teacher import Teacher, divergence
+from cpcompile.training.teacher import Targets, Teacher, divergence
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,16 +102,14 @@ class Branch:
                 group["lr"] = rate
             losses = []
             for context in contexts:
-                loss = self._loss(corpus, config, step, context, kept[context])
-                torch.autograd.backward(loss / len(contexts))
-                losses.append(loss.item())
+                losses.append(self._backward(corpus, config, step, context, kept[context]))
             self._leave_removed_units_alone()
             self._refuse_non_finite(step, losses, config, folder)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             step += 1
             speeds.append(len(contexts) * config.batch * config.sequence / (time.perf_counter() - started))
-            if self.recalibrate and (fraction := swap_fraction(step - self.first, self.last - self.first, config)):
+            if fraction := self._swap_fraction(step, config):
                 self._recalibrate(corpus, config, optimizer, step, fraction)
                 kept = self._kept(contexts)
             if observer:
@@ -138,26 +136,43 @@ class Branch:
         snapshot.unlink(missing_ok=True)
         return self.state
 
-    def _loss(self, corpus: Corpus, config: TrainConfig, step: int, context: int, kept: Kept | None) -> Tensor:
+    def _backward(self, corpus: Corpus, config: TrainConfig, step: int, context: int, kept: Kept | None) -> float:
+        """Add the gradient of a context's loss to those of the other contexts; returns the loss."""
+        name = corpus.contexts[context]
         windows = torch.from_numpy(
-            corpus.batch(
-                corpus.contexts[context], step=step, sequences=config.batch, length=config.sequence, seed=config.seed
-            )
+            corpus.batch(name, step=step, sequences=config.batch, length=config.sequence, seed=config.seed)
         )
-        inputs, leading = windows[:, :-1], len(corpus.leading)
+        targets = None
+        if self.teacher is not None and step in self.teacher.steps:
+            targets = self.teacher.targets(step, context, windows[:, :-1])
+        mean, first, leading = 0.0, 0, len(corpus.leading)
+        for piece in self.state.model.pieces(windows):
+            last = first + piece[:, 1:].numel()
+            own = (targets[0][first:last], targets[1][first:last]) if targets else None
+            loss = self._loss(piece, leading, config, context, kept, own) * (len(piece) / len(windows))
+            torch.autograd.backward(loss / len(corpus.contexts))
+            mean, first = mean + loss.item(), last
+        return mean
+
+    def _loss(
+        self,
+        windows: Tensor,
+        leading: int,
+        config: TrainConfig,
+        context: int,
+        kept: Kept | None,
+        targets: Targets | None,
+    ) -> Tensor:
+        inputs = windows[:, :-1]
         logits, labels = scored(
             self.state.model(inputs, self.state.model.gate_row(context), kept=kept), windows, leading
         )
-        if self.teacher is None or step not in self.teacher.steps:
+        if targets is None:
             return F.cross_entropy(logits, labels)
         log_probabilities = logits.log_softmax(-1)
         cross_entropy = F.nll_loss(log_probabilities, labels)
-        ids, values = (
-            every.view(*inputs.shape, -1)[:, leading:].flatten(0, 1)
-            for every in self.teacher.targets(step, context, inputs)
-        )
-        distance = divergence(log_probabilities, ids, values)
-        return (1 - config.distill) * cross_entropy + config.distill * distance
+        ids, values = (every.view(*inputs.shape, -1)[:, leading:].flatten(0, 1) for every in targets)
+        return (1 - config.distill) * cross_entropy + config.distill * divergence(log_probabilities, ids, values)
 
     def _leave_removed_units_alone(self) -> None:
         """Clear the gradients of closed gates: where all units are computed, they would open the gates again."""
@@ -180,6 +195,12 @@ class Branch:
         if selection is None:
             return [None for _ in contexts]
         return [model.kept(selection, context) for context in selection.contexts]
+
+    def _swap_fraction(self, step: int, config: TrainConfig) -> float:
+        """The part of its own units that a context may swap after `step`; 0 where nothing could change."""
+        if not self.recalibrate or self.state.selection is None or not can_swap(self.state.selection):
+            return 0.0
+        return swap_fraction(step - self.first, self.last - self.first, config)
 
     def _recalibrate(
         self, corpus: Corpus, config: TrainConfig, optimizer: torch.optim.Optimizer, step: int, fraction: float
@@ -293,9 +314,18 @@ def importance_batches(corpus: Corpus, config: TrainConfig, context: str, *, sal
 
 
 def held_out_perplexity(
-    state: BranchState, corpus: Corpus, config: TrainConfig, *, tokens: int, swap: Mapping[str, str] | None = None
+    state: BranchState,
+    corpus: Corpus,
+    config: TrainConfig,
+    *,
+    tokens: int,
+    swap: Mapping[str, str] | None = None,
+    measured: Callable[[int], None] = lambda _windows: None,
 ) -> dict[str, float]:
-    """Perplexity per context on its held-out windows; `swap` evaluates a context with another's units."""
+    """Perplexity per context on its held-out windows; `swap` evaluates a context with another's units.
+
+    measured: called after each pass with the number of its windows.
+    """
     result = {}
     model, leading = state.model.eval(), len(corpus.leading)
     with torch.no_grad():
@@ -305,9 +335,10 @@ def held_out_perplexity(
             index = model.gate_row(corpus.contexts.index(units_of))
             windows = torch.from_numpy(corpus.held_out_windows(context, length=config.sequence, tokens=tokens))
             total = 0.0
-            for part in torch.split(windows, 16):
+            for part in (piece for some in torch.split(windows, 16) for piece in model.pieces(some)):
                 logits = model(part[:, :-1], index, kept=kept)
                 total += F.cross_entropy(*scored(logits, part, leading), reduction="sum").item()
+                measured(len(part))
             loss = total / windows[:, leading + 1 :].numel()
             if not loss < DIVERGED:
                 raise CpcompileError(

@@ -44,7 +44,7 @@ class ControlTrainer:
             first = 0 if control.from_scratch else run.config.dense_steps
             teacher = self.teacher if control.distilled else None
             state = run.branch(control.name, state, first=first, teacher=teacher)
-        return run.perplexity(state)
+        return run.perplexities(control.name, state)[0]
 
     def _choose(self, choice: Choice) -> Selection | None:
         contexts, config = self.run.corpus.contexts, self.run.config

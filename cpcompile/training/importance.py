@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cpcompile.core.selection import UnitKind
+from cpcompile.core.selection import UnitKind, Units
 from cpcompile.models.gates import Gate
 from cpcompile.models.language_model import LanguageModel
 from cpcompile.partitioning.partitioned_module import PartitionedModule
@@ -50,7 +50,8 @@ def measure_importance(
         return loss / (windows.shape[1] - leading)
 
     every = [gate for own in gates.values() for gate in own]
-    scores = iter(_mean_square_gradients(every, ((windows,) for windows in batches), loss, context))
+    pieces = ((piece,) for windows in batches for piece in model.pieces(windows))
+    scores = iter(_mean_square_gradients(every, pieces, loss, context))
     return {kind: np.stack([next(scores) for _ in own]) for kind, own in gates.items()}
 
 
@@ -109,3 +110,8 @@ def stack_contexts(per_context: list[Importance]) -> Importance:
 def moving_average(old: Importance, new: Importance, weight: float) -> Importance:
     """`weight` of the new importance, the rest of the old."""
     return {kind: (1 - weight) * old[kind] + weight * new[kind] for kind in old}
+
+
+def equal_importance(units: Iterable[Units], contexts: int) -> Importance:
+    """The importance of units that need not be measured, because their budgets keep them all."""
+    return {own.kind: np.ones((contexts, own.layers, own.count)) for own in units}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from cpcompile.core.config import ModelConfig, PretrainedConfig, TrainConfig
 from cpcompile.core.errors import UsageError
 from cpcompile.core.selection import Selection, UnitKind
+from cpcompile.core.stage_progress import StageProgress
 from cpcompile.core.types import Progress
 from cpcompile.frontend.checkpoint import load_plain, make_model, save_atomically
 from cpcompile.models.language_model import LanguageModel
@@ -75,14 +77,12 @@ class Run:
         if path.exists():
             plain = load_plain(path)
             return {UnitKind(kind): table.numpy() for kind, table in plain.items()}
-        contexts = self.corpus.contexts
-        measured = []
-        for done, context in enumerate(contexts):
-            self.progress("importance", done, len(contexts))
-            batches = importance_batches(self.corpus, self.config, context, salt=0)
-            measured.append(measure_importance(model, batches, None, leading=len(self.corpus.leading)))
-        self.progress("importance", len(contexts), len(contexts))
-        importance = stack_contexts(measured)
+        batches = {c: importance_batches(self.corpus, self.config, c, salt=0) for c in self.corpus.contexts}
+        report, leading = StageProgress(self.progress), len(self.corpus.leading)
+        report.stage("importance", sum(map(len, batches.values())))
+        importance = stack_contexts(
+            [measure_importance(model, report.each(own), None, leading=leading) for own in batches.values()]
+        )
         save_atomically({kind.value: torch.from_numpy(table) for kind, table in importance.items()}, path)
         return importance
 
@@ -90,14 +90,23 @@ class Run:
         """Fit the weights of `model` to what `selection` leaves, on training text of all contexts."""
         if not isinstance(model, PretrainedDecoder):
             raise UsageError("train.recover: least squares are for pretrained models; one from scratch is trained")
-        self.progress("least squares", 0, 1)
         config, contexts = self.config, self.corpus.contexts
         draw = {"step": 0, "sequences": config.recover_sequences, "length": config.sequence, "seed": config.seed + 1}
         windows = [torch.from_numpy(self.corpus.batch(context, **draw)) for context in contexts]
         of_sequence = [context for context in contexts for _ in range(config.recover_sequences)]
-        recover_least_squares(model.partitioned, (torch.cat(windows)[:, :-1],), of_sequence, selection)
-        self.progress("least squares", 1, 1)
+        inputs = (torch.cat(windows)[:, :-1],)
+        fitted = partial(self.progress, "least squares")
+        recover_least_squares(model.partitioned, inputs, of_sequence, selection, progress=fitted)
 
-    def perplexity(self, state: BranchState, swap: Mapping[str, str] | None = None) -> dict[str, float]:
-        """Held-out perplexity per context."""
-        return held_out_perplexity(state, self.corpus, self.config, tokens=self.config.held_out_tokens, swap=swap)
+    def perplexities(
+        self, name: str, state: BranchState, swaps: Sequence[Mapping[str, str] | None] = (None,)
+    ) -> list[dict[str, float]]:
+        """Held-out perplexity per context, for each of `swaps`: with the units of other contexts, or its own (None)."""
+        tokens, length = self.config.held_out_tokens, self.config.sequence
+        windows = sum(len(self.corpus.held_out_windows(c, length=length, tokens=tokens)) for c in self.corpus.contexts)
+        report = StageProgress(self.progress)
+        report.stage(f"evaluate {name}", len(swaps) * windows)
+        return [
+            held_out_perplexity(state, self.corpus, self.config, tokens=tokens, swap=swap, measured=report.add)
+            for swap in swaps
+        ]

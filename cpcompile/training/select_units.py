@@ -12,7 +12,7 @@ from cpcompile.core.errors import UsageError
 from cpcompile.core.selection import BoolArray, Selection, UnitKind
 from cpcompile.partitioning.partitioned_module import PartitionedModule
 from cpcompile.training.allocation import allocate
-from cpcompile.training.importance import Loss, measure_group_importance, stack_contexts
+from cpcompile.training.importance import Loss, equal_importance, measure_group_importance, stack_contexts
 
 
 def select_units(
@@ -32,7 +32,8 @@ def select_units(
     specificity: -1 chooses the same units for all contexts, 0 for each its own best, above 0 units that differ
     floor: part of the budget that every layer keeps at least
 
-    Layers with equally many units share their budget. UsageError: contexts or kinds that the module does not have.
+    Layers with equally many units share their budget; where all budgets are 1, nothing is measured. UsageError:
+    contexts or kinds that the module does not have.
     """
     contexts = tuple(batches)
     for context in contexts:
@@ -47,7 +48,10 @@ def select_units(
             raise UsageError(f"budgets: {kind} = {budget}; it lies above 0 and up to 1")
     if not -1 <= specificity <= 1:
         raise UsageError(f"specificity is {specificity}: it lies from -1 to 1")
-    measured = stack_contexts([measure_group_importance(module, batches[context], loss, None) for context in contexts])
+    if all(budget == 1 for budget in budgets.values()):
+        measured = equal_importance(module.units(), len(contexts))
+    else:
+        measured = stack_contexts([measure_group_importance(module, batches[c], loss, None) for c in contexts])
     kept: dict[UnitKind, BoolArray] = {}
     for name, budget in budgets.items():
         kind = UnitKind(name)

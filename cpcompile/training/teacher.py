@@ -19,6 +19,9 @@ from torch import Tensor
 from cpcompile.core.errors import CpcompileError
 from cpcompile.models.language_model import LanguageModel
 
+Targets = tuple[Tensor, Tensor]
+"""Token ids and log-probabilities of the best guesses, both (tokens, top)."""
+
 
 class Teacher:
     """Targets for `steps` x `contexts` batches of `tokens` tokens, `top` log-probabilities each."""
@@ -35,14 +38,17 @@ class Teacher:
         self._values = _open(folder / "log_probabilities", np.float16, shape)
         self._there = _open(folder / "there", np.uint8, shape[:2])
 
-    def targets(self, step: int, context: int, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Token ids and log-probabilities of the teacher's best guesses, both (tokens, top)."""
+    def targets(self, step: int, context: int, input_ids: Tensor) -> Targets:
+        """The teacher's best guesses."""
         at = (step - self.steps.start, context)
         if not self._there[at]:
             with torch.no_grad():
-                log_probabilities = self.model(input_ids).flatten(0, 1).log_softmax(-1)
-            values, ids = log_probabilities.topk(self._ids.shape[-1], dim=-1)
-            self._ids[at], self._values[at] = ids.numpy(), values.numpy()
+                best = [
+                    self.model(piece).flatten(0, 1).log_softmax(-1).topk(self._ids.shape[-1], dim=-1)
+                    for piece in self.model.pieces(input_ids)
+                ]
+            self._ids[at] = torch.cat([each.indices for each in best]).numpy()
+            self._values[at] = torch.cat([each.values for each in best]).numpy()
             self._there[at] = 1
         # Always read back, so that a resumed run sees the same rounding as the first.
         return torch.from_numpy(self._ids[at].astype(np.int64)), torch.from_numpy(self._values[at].astype(np.float32))

@@ -28,9 +28,10 @@ from cpcompile.core.types import Progress
 from cpcompile.files.whole_files import require_file_path
 from cpcompile.frontend.checkpoint import Checkpoint, dense_path, load_checkpoint, save_checkpoint
 from cpcompile.text.corpus import Corpus
-from cpcompile.training.allocation import allocate
+from cpcompile.training.allocation import allocate, keeps_all
 from cpcompile.training.branch import BranchState, Observer
 from cpcompile.training.controls import ControlTrainer
+from cpcompile.training.importance import equal_importance
 from cpcompile.training.run import Run
 from cpcompile.training.teacher import Teacher
 from cpcompile.training.work_folder import digest_of, plain_settings, run_identity, work_folder
@@ -74,8 +75,12 @@ def _train(run: Run, out: Path, identity: Mapping[str, Any], *, held_out: bool) 
     parent = run.branch("parent", run.fresh(), first=0, last=config.dense_steps)
     baseline = run.branch("dense-baseline", run.dense(parent))
     partition = run.gated(parent)
-    importance = run.importance(partition.model)
-    budgets = {kind: budget for kind, budget in budgets.items() if kind in importance}
+    units = {own.kind: own for own in partition.model.units()}
+    budgets = {kind: budget for kind, budget in budgets.items() if kind in units}
+    if all(keeps_all(units[kind], budget) for kind, budget in budgets.items()):
+        importance = equal_importance(units.values(), len(corpus.contexts))
+    else:
+        importance = run.importance(partition.model)
     selection = allocate(
         corpus.contexts,
         importance,
@@ -85,7 +90,7 @@ def _train(run: Run, out: Path, identity: Mapping[str, Any], *, held_out: bool) 
         floor=config.floor,
     )
     teacher = None
-    if config.steps > config.dense_steps:
+    if config.steps > config.dense_steps and config.distill > 0:
         teacher = Teacher(
             baseline.model.eval(),
             run.folder / "teacher",
@@ -110,8 +115,10 @@ def _train(run: Run, out: Path, identity: Mapping[str, Any], *, held_out: bool) 
         teacher=teacher,
     )
     controls = {name: trainer.perplexity(CONTROLS[name]) for name in config.controls}
-    run.progress("evaluation", 0, 1 + len(corpus.contexts))
-    perplexity = {"dense-baseline": run.perplexity(baseline), "partition": run.perplexity(partition)}
+    perplexity = {
+        name: run.perplexities(name, state)[0]
+        for name, state in (("dense-baseline", baseline), ("partition", partition))
+    }
     training = {
         "run": digest_of(identity),
         "settings": plain_settings(config),
@@ -161,18 +168,23 @@ def work_path(out: Path) -> Path:
     return out.with_name(f"{out.name}.work")
 
 
-def swap_matrix(run: Run, state: BranchState, own: Mapping[str, float]) -> dict[str, Any]:
-    """Perplexity of context i (row) with the units of context j (column); with its `own` on the diagonal."""
+def swap_matrix(run: Run, state: BranchState, own: Mapping[str, float]) -> dict[str, Any] | None:
+    """Perplexity of context i (row) with the units of context j (column); with its `own` on the diagonal.
+
+    None if all contexts have the same units.
+    """
+    assert state.selection is not None
+    if all((table == table[0]).all() for table in state.selection.kept.values()):
+        return None
     contexts = run.corpus.contexts
     count = len(contexts)
     matrix = [[own[context] for _ in contexts] for context in contexts]
-    for shift in range(1, count):
-        run.progress("evaluation", 1 + shift, 1 + count)
-        units_of = {context: contexts[(row + shift) % count] for row, context in enumerate(contexts)}
-        swapped = run.perplexity(state, swap=units_of)
+    swaps = [
+        {context: contexts[(row + shift) % count] for row, context in enumerate(contexts)} for shift in range(1, count)
+    ]
+    for shift, swapped in enumerate(run.perplexities("swapped units", state, swaps), 1):
         for row, context in enumerate(contexts):
             matrix[row][(row + shift) % count] = swapped[context]
-    run.progress("evaluation", 1 + count, 1 + count)
     return {"contexts": list(contexts), "perplexity": matrix}
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -21,6 +20,7 @@ import numpy as np
 from cpcompile.core.errors import CpcompileError
 from cpcompile.core.json_form import from_json, to_json
 from cpcompile.core.measured import NotMeasured, measurable
+from cpcompile.files.whole_files import scratch_folder
 from cpcompile.machine.memory import ProcessMemory, measure_memory
 from cpcompile.machine.subprocesses import in_fresh_process
 from cpcompile.report.results import Memory, Start
@@ -71,8 +71,8 @@ def measure_program(program: Path, context: str, feeds: Feeds, *, threads: int) 
 
 
 def _measure(side: str, feeds: Feeds, threads: int, *arguments: str) -> ProcessMemory | NotMeasured:
-    with tempfile.TemporaryDirectory(prefix="cpcompile-inputs-") as folder:
-        inputs = Path(folder) / "inputs.npz"
+    with scratch_folder("inputs") as folder:
+        inputs = folder / "inputs.npz"
         np.savez(inputs, **dict(feeds))  # type: ignore[arg-type]
         command = ("-m", "cpcompile.validation.memory", side, str(inputs), str(threads), *arguments)
         try:

@@ -14,13 +14,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import onnx_ir as ir
 
 from cpcompile.bundle.reader import Variant
 from cpcompile.core.config import OPSETS, ValidateConfig
 from cpcompile.core.errors import CpcompileError, UsageError
+from cpcompile.files.whole_files import scratch_folder
 from cpcompile.frontend.source import Source
 from cpcompile.machine.environment import available_cores
 from cpcompile.validation.reference import Reference, Run
@@ -36,8 +36,8 @@ def open_peers(config: ValidateConfig, source: Source, reference: Reference) -> 
     for name in names:
         if name not in NAMES:
             raise UsageError(f"there is no peer {name!r}; there are {', '.join(NAMES)}, and 'all' for all of them")
-    with TemporaryDirectory(prefix="cpcompile-peers-") as folder:
-        yield Peers(names, source, reference, Path(folder), config.threads or available_cores())
+    with scratch_folder("peers") as folder:
+        yield Peers(names, source, reference, folder, config.threads or available_cores())
 
 
 class Peers:

@@ -11,13 +11,13 @@ anything but integers and truth values in an engine for another provider has fal
 from __future__ import annotations
 
 import json
-import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 from cpcompile.bundle.reader import Variant
 from cpcompile.core.types import Feeds
+from cpcompile.files.whole_files import scratch_folder
 from cpcompile.report.results import PlacedNode, Placement
 from cpcompile.runtime.engine import Engine, create_session, session_options
 
@@ -28,10 +28,10 @@ INTEGERS = ("int64", "int32", "bool", None)
 
 def measure_placement(variant: Variant, feeds: Feeds) -> Placement:
     """Profile one run of `variant` in a session of its own."""
-    with tempfile.TemporaryDirectory(prefix="cpcompile-profile-") as folder:
+    with scratch_folder("profile") as folder:
         options = session_options(variant, threads=1)
         options.enable_profiling = True
-        options.profile_file_prefix = str(Path(folder) / "run")
+        options.profile_file_prefix = str(folder / "run")
         session = create_session(variant, options)
         Engine(variant, session).outputs(feeds)
         events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))

@@ -175,7 +175,7 @@ def interrupt(words: list[str]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TrainProgress, "__call__", progress)
         result = CliRunner().invoke(main, words)
-    assert result.exit_code == 1 and "--resume" in result.output, result.output
+    assert result.exit_code == 130 and "--resume" in result.output, result.output
 
 
 def run_cpcompile(words: list[str]) -> None:

@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 
 from cpcompile.core.errors import CpcompileError, UsageError
 from cpcompile.files.onnx_file import load_onnx, save_onnx, tensors_of
+from cpcompile.validation.output_comparison import compare_files
 
 TEXT = '<ir_version: 10, opset_import: ["" : 20]> g (float[N,4] x) => (float[N,3] y) { y = MatMul(x, w) }'
 WEIGHT = np.random.default_rng(0).standard_normal((4, 3)).astype(np.float32)
@@ -88,6 +90,66 @@ def test_weights_outside_of_the_folder_are_refused(tmp_path: Path, location: str
     model.graph.initializer[0].external_data[0].value = location
     path.write_bytes(model.SerializeToString())
     with pytest.raises(UsageError, match="outside of "):
+        load_onnx(path)
+
+
+def hub(path: Path, tmp_path: Path) -> Path:
+    """The model `path` as the cache of the Hugging Face hub keeps it: links into a folder of digests."""
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "4d7a" / "onnx"
+    blobs.mkdir()
+    snapshot.mkdir(parents=True)
+    for number, name in enumerate((path.name, "w.bin")):
+        (blobs / str(number)).write_bytes((path.parent / name).read_bytes())
+        (snapshot / name).symlink_to(f"../../../blobs/{number}")
+    return snapshot / path.name
+
+
+def linked_data(path: Path, tmp_path: Path) -> Path:
+    (tmp_path / "elsewhere").mkdir()
+    (path.parent / "w.bin").rename(tmp_path / "elsewhere" / "w.bin")
+    (path.parent / "w.bin").symlink_to(tmp_path / "elsewhere" / "w.bin")
+    return path
+
+
+def linked_model(path: Path, tmp_path: Path) -> Path:
+    (tmp_path / "b.onnx").symlink_to(path)
+    return tmp_path / "b.onnx"
+
+
+def hard_links(path: Path, tmp_path: Path) -> Path:
+    (tmp_path / "copy.bin").hardlink_to(path.parent / "w.bin")
+    return path
+
+
+@pytest.mark.parametrize("arrange", [hub, linked_data, linked_model, hard_links])
+def test_a_users_own_model_may_be_linked(tmp_path: Path, arrange: Callable[[Path, Path], Path]) -> None:
+    folder = tmp_path / "own"
+    folder.mkdir()
+    path = arrange(write(folder / "a.onnx", external=True), tmp_path)
+    out = tmp_path / "out.onnx"
+    save_onnx(load_onnx(path), out)
+    assert np.array_equal(next(tensors_of(load_onnx(out))).numpy(), WEIGHT)
+    compared = compare_files(path, out)
+    if arrange in (hub, hard_links):
+        assert compared.verdict == "pass"
+    else:  # these ONNX Runtime refuses
+        assert (compared.verdict, "cannot load the original" in str(compared.reason)) == ("inconclusive", True)
+
+
+@pytest.mark.parametrize("arrange", [hub, linked_data])
+def test_links_that_leave_a_bundle_are_refused(tmp_path: Path, arrange: Callable[[Path, Path], Path]) -> None:
+    folder = tmp_path / "own"
+    folder.mkdir()
+    path = arrange(write(folder / "a.onnx", external=True), tmp_path)
+    with pytest.raises(UsageError, match="outside of "):
+        load_onnx(path, data=path.parent)
+
+
+@pytest.mark.parametrize("name", ["a.onnx", "w.bin"])
+def test_a_pointer_is_to_be_fetched_and_not_exported_again(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path / "a.onnx", external=True)
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 48\n")
+    with pytest.raises(UsageError, match=rf"{name}: is a pointer of Git LFS.*`git lfs pull`"):
         load_onnx(path)
 
 

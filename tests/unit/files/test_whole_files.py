@@ -1,11 +1,19 @@
+import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from cpcompile.core.errors import CpcompileError, UsageError
-from cpcompile.files.whole_files import only_process, require_file_path, temporary_path, whole_file
+from cpcompile.files.whole_files import (
+    only_process,
+    remove_leftovers,
+    require_file_path,
+    scratch_folder,
+    whole_file,
+)
 
 
 def test_the_old_file_stays_until_the_new_one_is_complete(tmp_path: Path) -> None:
@@ -66,17 +74,51 @@ def test_a_folder_that_cannot_be_written_is_a_sentence(tmp_path: Path) -> None:
         pass
 
 
-def test_what_a_killed_process_left_goes_and_what_a_living_one_writes_stays(tmp_path: Path) -> None:
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    target = tmp_path / "a"
-    living = temporary_path(target)
-    living.touch()
-    for name in (f".a.building-{dead.pid}-1", f".a.building-{dead.pid}-2"):
-        (tmp_path / name).mkdir()
-    with whole_file(target):
+HOLD = """
+import sys, pathlib, cpcompile.files.whole_files as f
+with f.unfinished(pathlib.Path(sys.argv[1]), folder=sys.argv[2] == "folder") as path:
+    (path / "half" if path.is_dir() else path).write_text("half")
+    print(path.name, flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_a_killed_process_left_goes_and_what_a_living_one_writes_stays(tmp_path: Path, kind: str) -> None:
+    """Whatever is written next in that folder, whoever has the process ids now."""
+    command = [sys.executable, "-c", HOLD, str(tmp_path / "a"), kind]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        name = holder.stdout.readline().strip()
+        elsewhere = tmp_path / f".a.building-1-{'0' * 8}"  # as another container knows that process
+        (tmp_path / name).rename(elsewhere)
+        with whole_file(tmp_path / "b"):
+            pass
+        assert {path.name for path in tmp_path.iterdir()} == {"b", elsewhere.name}
+        holder.kill()
+    again = tmp_path / f".a.building-{os.getpid()}-{'0' * 8}"  # the killed process had the id of this one
+    elsewhere.rename(again)
+    with whole_file(tmp_path / "b"):
         pass
-    assert {path.name for path in tmp_path.iterdir()} == {"a", living.name}
+    assert {path.name for path in tmp_path.iterdir()} == {"b"}
+
+
+def test_only_unfinished_work_is_taken_for_a_leftover(tmp_path: Path) -> None:
+    names = {".a.building-1", ".a.building-1-1", "a.building-1-00000000", ".building-1-00000000", ".a"}
+    for name in names:
+        (tmp_path / name).mkdir()
+    remove_leftovers(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == names
+    remove_leftovers(tmp_path / "nowhere")
+
+
+def test_temporary_files_are_private_and_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / ".cpcompile-old.building-1-00000000").mkdir()
+    with scratch_folder("test") as folder:
+        assert [*tmp_path.iterdir()] == [folder]
+        assert folder.stat().st_mode & 0o777 == 0o700
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_second_process_is_refused(tmp_path: Path) -> None:

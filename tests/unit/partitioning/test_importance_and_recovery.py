@@ -87,8 +87,12 @@ def test_recovery_comes_closer_on_other_text() -> None:
     before = {name: p.clone() for name, p in module.named_parameters()}
     wanted = outputs(module, inputs[16:], [1.0] * 4)
     cut = outputs(module, inputs[16:], [1.0, 1.0, 0.0, 0.0])
-    names = recover_least_squares(module, (inputs[:16],), ["a"] * 16, Selection(("a",), {UnitKind.FFN: kept}))
+    selection, seen = Selection(("a",), {UnitKind.FFN: kept}), list[tuple[int, int]]()
+    names = recover_least_squares(
+        module, (inputs[:16],), ["a"] * 16, selection, progress=lambda *state: seen.append(state)
+    )
     assert names == ("0.down.weight", "1.down.weight")
+    assert seen == [(0, 2), (1, 2), (2, 2)]
     recovered = outputs(module, inputs[16:], [1.0, 1.0, 0.0, 0.0])
     assert (wanted - recovered).square().sum() < 0.1 * (wanted - cut).square().sum()
     for name, p in module.named_parameters():
@@ -147,6 +151,9 @@ def test_what_is_called_twice_keeps_its_weights() -> None:
 def test_nothing_to_recover() -> None:
     module = two_layers()
     whole = Selection(("a",), {UnitKind.FFN: np.ones((1, 2, 4), dtype=np.bool_)})
-    assert recover_least_squares(module, (torch.randn(1, 3, WIDTH),), ["a"], whole) == ()
+    layer, batches = module.model.get_submodule("0.down"), list[int]()
+    layer.register_forward_pre_hook(lambda _module, args: batches.append(args[0].shape[0]))
+    assert recover_least_squares(module, (torch.randn(4, 3, WIDTH),), ["a"] * 4, whole) == ()
+    assert batches == [1]  # the calls were counted, nothing else was run
     with pytest.raises(UsageError, match="recovery needs sequences"):
         recover_least_squares(module, (torch.randn(2, 3, WIDTH),), ["a"], whole)

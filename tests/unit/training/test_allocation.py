@@ -8,6 +8,7 @@ from cpcompile.training.allocation import (
     allocate,
     allocate_one_for_all,
     allocate_random,
+    can_swap,
     floor_units,
     kept_units,
     swap_units,
@@ -103,6 +104,24 @@ def test_recalibration_swaps_the_worst_own_unit_for_a_better_free_one() -> None:
     assert swaps == 1
     assert after.kept[UnitKind.FFN].astype(int).tolist() == [[[1, 0, 0, 1, 0, 0]], [[1, 0, 1, 0, 0, 0]]]
     assert np.array_equal(selection.kept[UnitKind.FFN], kept), "the old selection must not change"
+
+
+@given(seed=st.integers(0, 1000), kept=st.sampled_from([0.0, 0.3, 0.7, 1.0]), alike=st.booleans())
+def test_where_nothing_can_be_swapped_nothing_is(seed: int, kept: float, alike: bool) -> None:
+    generator = np.random.default_rng(seed)
+    table = generator.random((3, 2, 4)) < kept
+    selection = Selection(NAMES[:3], {UnitKind.FFN: np.repeat(table[:1], 3, axis=0) if alike else table})
+    scores = {UnitKind.FFN: generator.random((3, 2, 4))}
+    _, swaps = swap_units(selection, scores, fraction=1.0, floor=0.0)
+    assert can_swap(selection) or swaps == 0
+    assert not (can_swap(selection) and (alike or kept == 1.0))
+
+
+def test_a_budget_of_one_takes_no_draft() -> None:
+    """With 60,000 units the draft would take hours."""
+    table = importance(3, 2, 30_000)
+    selection = allocate(NAMES[:3], table, {UnitKind.FFN: 1.0}, core_fractions={UnitKind.FFN: 0.5}, floor=0.5)
+    assert selection.kept[UnitKind.FFN].all()
 
 
 def test_recalibration_keeps_budgets_and_floors() -> None:

@@ -1,0 +1,116 @@
+"""A run does what its settings need and no more, says how far it is, and never makes too many logits at once."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cpcompile.core.config import ModelConfig, TrainConfig, preset
+from cpcompile.core.selection import UnitKind
+from cpcompile.frontend.checkpoint import Checkpoint
+from cpcompile.models import language_model
+from cpcompile.models.decoder import Decoder
+from cpcompile.text.corpus import Corpus
+from cpcompile.training.branch import StepReport
+from cpcompile.training.importance import measure_importance
+from cpcompile.training.trainer import train, work_path
+
+SHORT = TrainConfig(steps=2, sequence=16, batch=2, importance_sequences=4, held_out_tokens=64, recalibrations=1)
+
+
+class Seen:
+    """The stages of a run: for each the last report, and whether the branches had a teacher."""
+
+    def __init__(self, out: Path) -> None:
+        self.stages: dict[str, tuple[int, int | None]] = {}
+        self.taught = False
+        self._teacher = work_path(out) / "teacher"
+
+    def progress(self, name: str, done: int, total: int | None) -> None:
+        self.stages[name] = (done, total)
+
+    def observe(self, _report: StepReport) -> None:
+        self.taught |= self._teacher.exists()
+
+
+def run(corpus: Corpus, model: ModelConfig, out: Path, **settings: object) -> tuple[Checkpoint, Seen]:
+    seen = Seen(out)
+    config = dataclasses.replace(SHORT, **settings)  # type: ignore[arg-type]
+    return train(corpus, model, config, out, progress=seen.progress, observer=seen.observe), seen
+
+
+@pytest.mark.parametrize(
+    ("settings", "stages"),
+    [
+        ({}, {"importance", "evaluate swapped units"}),
+        ({"budgets": {"ffn": 1.0, "head": 0.5}}, {"importance", "evaluate swapped units"}),
+        ({"specificity": -1.0}, {"importance"}),
+        ({"budgets": {"ffn": 1.0, "head": 1.0}}, set()),
+        ({"budgets": {"ffn": 0.99, "head": 1.0}}, set()),  # of 32 blocks all are left
+    ],
+)
+def test_only_what_the_budgets_need_is_measured(
+    settings: dict[str, object], stages: set[str], corpus: Corpus, model_config: ModelConfig, tmp_path: Path
+) -> None:
+    checkpoint, seen = run(corpus, model_config, tmp_path / "model.pt", **settings)
+    assert seen.stages.keys() - stages == {"evaluate dense-baseline", "evaluate partition"}
+    assert stages <= seen.stages.keys()
+    assert (checkpoint.training["swap_matrix"] is None) == ("evaluate swapped units" not in stages)
+    assert checkpoint.selection is not None
+    whole = all(table.all() for table in checkpoint.selection.kept.values())
+    assert whole == ("importance" not in stages)
+
+
+def test_every_stage_counts_up_to_its_total(corpus: Corpus, model_config: ModelConfig, tmp_path: Path) -> None:
+    _, seen = run(corpus, model_config, tmp_path / "model.pt")
+    assert seen.stages["importance"] == (6, 6)  # two batches of three contexts
+    assert seen.stages["evaluate partition"] == (12, 12)  # four windows of three contexts
+    assert seen.stages["evaluate swapped units"] == (24, 24)  # with the units of two other contexts
+
+
+@pytest.mark.parametrize("distill", [0.0, 0.5])
+def test_a_teacher_is_asked_only_where_it_counts(
+    distill: float, corpus: Corpus, model_config: ModelConfig, tmp_path: Path
+) -> None:
+    _, seen = run(corpus, model_config, tmp_path / "model.pt", distill=distill)
+    assert seen.taught == (distill > 0)
+
+
+class Logits:
+    """The largest number of logits that any model has made in one pass."""
+
+    def __init__(self) -> None:
+        self.most = 0
+
+    def __call__(self, module: nn.Module, _inputs: object, output: object) -> None:
+        if isinstance(module, Decoder):
+            assert isinstance(output, Tensor)
+            self.most = max(self.most, output.numel())
+
+
+def test_logits_of_a_large_vocabulary_are_made_in_pieces(
+    corpus: Corpus, model_config: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, _ = run(corpus, model_config, tmp_path / "whole.pt")
+    monkeypatch.setattr(language_model, "LOGITS", 1)
+    logits = Logits()
+    with torch.nn.modules.module.register_module_forward_hook(logits):
+        pieces, _ = run(corpus, model_config, tmp_path / "pieces.pt")
+    assert logits.most == SHORT.sequence * model_config.vocabulary  # of one sequence
+    for branch, expected in whole.training["perplexity"].items():
+        assert pieces.training["perplexity"][branch] == pytest.approx(expected, rel=1e-4)
+
+
+def test_importance_in_pieces_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    config = preset("nano")
+    model, windows = Decoder(config, contexts=1).double(), torch.randint(0, config.vocabulary, (5, 9))
+    whole = measure_importance(model, [windows], None)
+    monkeypatch.setattr(language_model, "LOGITS", 2 * 9 * config.vocabulary)
+    assert [len(piece) for piece in model.pieces(windows)] == [2, 2, 1]
+    pieces = measure_importance(model, [windows], None)
+    for kind in (UnitKind.FFN, UnitKind.HEAD):
+        assert np.allclose(whole[kind], pieces[kind], rtol=1e-9, atol=0)
