@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,7 @@ from cpcompile.bundle.manifest import (
     require_name,
     verify_file,
 )
+from cpcompile.core.coercion import as_path
 from cpcompile.core.errors import UsageError
 from cpcompile.files.external_data import references_of
 from cpcompile.targets.plan_info import PlanInfo
@@ -105,6 +107,7 @@ class Bundle:
 
     def tokenizer(self, context: str) -> Path:
         """The verified tokenizer.json of `context`; UsageError if the model does not read text."""
+        self._require_context(context)
         if context not in self.metadata["tokenizers"]:
             raise UsageError(f"{self.root}: has no tokenizer of {context!r}; it was built from a program")
         path = self._asset(self.metadata["tokenizers"][context]) / "tokenizer.json"
@@ -113,6 +116,7 @@ class Bundle:
 
     def token_ids(self, context: str) -> npt.NDArray[np.int64] | None:
         """The id of each token of `context` in the full vocabulary; None if the vocabulary was not trimmed."""
+        self._require_context(context)
         if context not in self.metadata["tokenizers"]:
             return None
         path = self._asset(self.metadata["tokenizers"][context]) / TOKEN_IDS
@@ -134,8 +138,7 @@ class Bundle:
 
     def variants(self, context: str) -> tuple[Variant, ...]:
         """The engines of `context`; UsageError lists the contexts that exist."""
-        if context not in self.contexts:
-            raise UsageError(f"{self.root}: has no context {context!r}; it has {', '.join(self.contexts)}")
+        self._require_context(context)
         own = [self._variant(context, context, name) for name in self.components[context]["variants"]]
         routed = self.components.get(ROUTER, {"variants": {}})["variants"]
         served = [name for name in routed if context in routed[name]["executor_info"]["cpcompile"]["contexts"]]
@@ -148,10 +151,12 @@ class Bundle:
             raise UsageError(f"{self.root}: {context} has no variant {name!r}; it has {', '.join(variants)}")
         return variants[name]
 
-    def verify(self, *paths: Path) -> None:
+    def verify(self, *paths: str | PathLike[str]) -> None:
         """Compare files, or all files of folders, with the digests in the manifest."""
         digests = self.metadata["files"]
-        for path in paths:
+        for path in map(Path, paths):
+            if not path.is_relative_to(self.root):
+                raise UsageError(f"{path}: lies outside of {self.root}; give a path that begins with it")
             relative = path.relative_to(self.root).as_posix()
             expected = {name for name in digests if name == relative or name.startswith(f"{relative}/")}
             if not expected:
@@ -171,6 +176,10 @@ class Bundle:
         """Check the files that loading `variant` opens, its model and weights, and that it refers to no others."""
         self.verify(variant.model, *([variant.weights] if variant.weights else []))
         self._verify_references(variant)
+
+    def _require_context(self, context: str) -> None:
+        if context not in self.contexts:
+            raise UsageError(f"{self.root}: has no context {context!r}; it has {', '.join(self.contexts)}")
 
     def _verify_references(self, variant: Variant) -> None:
         """Check that every external tensor lies within a file of its weights that the manifest lists."""
@@ -219,8 +228,9 @@ class Bundle:
         return inside(self.root, f"shared_assets/{uri.replace(':', '-')}")
 
 
-def open_bundle(path: Path) -> Bundle:
+def open_bundle(path: str | PathLike[str]) -> Bundle:
     """Open and check the manifest and the components of the bundle `path`."""
+    path = as_path(path, "open_bundle")
     if not inside(path, MANIFEST).is_file():
         kind = "there is no such folder" if not path.exists() else f"is not a bundle (no {MANIFEST} in it)"
         raise UsageError(f"{path}: {kind}; `cpcompile build model.pt -o model.cpc` makes one")

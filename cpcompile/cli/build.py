@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -11,18 +12,13 @@ from cpcompile.cli.options import (
     FilePath,
     beside,
     exit_with,
-    max_memory_option,
     names_in,
     print_report,
     validate_config,
+    validation_options,
     warn_of_memory,
 )
-from cpcompile.core.config import (
-    LARGEST,
-    OPSETS,
-    BuildConfig,
-    ValidateConfig,
-)
+from cpcompile.core.config import LARGEST, OPSETS, BuildConfig, ValidateConfig
 from cpcompile.core.errors import UsageError
 from cpcompile.targets.requests import parse_targets
 
@@ -61,16 +57,7 @@ from cpcompile.targets.requests import parse_targets
     metavar="AXIS=MIN:OPT:MAX",
     help="Axis lengths that the added engines accept; repeatable.",
 )
-@click.option("--data", type=FilePath, help="Corpus whose held-out text replaces that of the checkpoint.")
-@click.option("--rounds", default=ValidateConfig.rounds, help="Interleaved timing rounds per shape.")
-@click.option("--min-speed-ratio", default=0.0, help="Minimum speedup over the eager dense model.")
-@click.option("--peers", metavar="NAMES", help="Peers to time with the engines, or 'all'; see `validate --help`.")
-@click.option("--no-speed", is_flag=True, help="Skip the timings.")
-@click.option("--no-memory", is_flag=True, help="Skip the memory measurements.")
-@click.option("--no-layers", is_flag=True, help="Skip the errors of single layers.")
-@click.option("--repro", type=FilePath, metavar="DIR", help="Folder for a minimal repro if parity fails.")
-@max_memory_option
-@click.option("--json", "as_json", is_flag=True, help="Print report.json instead of tables.")
+@validation_options
 def build(
     model: Path,
     out: Path | None,
@@ -83,15 +70,11 @@ def build(
     precisions: str | None,
     profiles: tuple[str, ...],
     data: Path | None,
-    rounds: int,
-    min_speed_ratio: float,
-    peers: str | None,
-    no_speed: bool,
-    no_memory: bool,
-    no_layers: bool,
+    config: Path | None,
     repro: Path | None,
     max_memory: int | None,
     as_json: bool,
+    **settings: Any,
 ) -> None:
     """Compile every context of MODEL into an engine of its own, and validate it against the eager model.
 
@@ -104,6 +87,7 @@ def build(
       cpcompile build model.pt --vocabulary-coverage 1  # only the tokens that occur in a context's text
       cpcompile build model.pt --json > report.json
       cpcompile build model.pt --peers all            # also time torch.compile and others, see validate --help
+      cpcompile build model.pt --max-perplexity-increase 0.05   # 5 % above the dense baseline is no failure
       cpcompile build model.pt2                       # your own module, see `cpcompile.save_program`
 
     \b
@@ -115,7 +99,7 @@ def build(
     from cpcompile.cli.console import stage_progress
     from cpcompile.pipeline.build import build_bundle
 
-    config = BuildConfig(
+    plan = BuildConfig(
         contexts=names_in(contexts),
         opset=int(opset),
         standalone=standalone,
@@ -125,16 +109,16 @@ def build(
         precisions=names_in(precisions),
         profiles=profiles,
     )
-    validation = validate_config(
-        rounds, min_speed_ratio, peers, no_speed=no_speed, no_memory=no_memory, layers=not no_layers
-    )
-    parse_targets(config.targets, config.precisions, config.profiles)  # refused before anything is measured
+    validation = validate_config(config, **settings)
+    parse_targets(plan.targets, plan.precisions, plan.profiles)  # refused before anything is measured
     if targets and max_memory is not None:
         raise UsageError("--max-memory covers CPU engines only, not the engines of --target; leave one of them out")
     out = out or beside(model, ".cpc")
-    warn_of_memory(model, max_memory, config, validation)
+    if out.suffix in (".onnx", ".pt", ".pt2"):
+        raise UsageError(f"{out}: a bundle is a folder; give a name such as {out.with_suffix('.cpc').name}")
+    warn_of_memory(model, max_memory, plan, validation)
     with stage_progress() as stage:
-        report, bundle = build_bundle(model, out, config, validation, progress=stage, data=data, repro=repro)
+        report, bundle = build_bundle(model, out, plan, validation, progress=stage, data=data, repro=repro)
     stays = f"; {out} is unchanged" if out.exists() else ""
     click.echo(f"wrote {bundle}" + (f" (the verdict is fail{stays})" if report.verdict == "fail" else ""), err=True)
     print_report(report, as_json=as_json)

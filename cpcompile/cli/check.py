@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cpcompile.cli.options import VERDICT_EXIT_CODES, FilePath, model_of
+from cpcompile.cli.options import VERDICT_EXIT_CODES, FilePath, model_of, validation_table
 from cpcompile.cli.settings import load_toml
 from cpcompile.core.config import CheckConfig
 from cpcompile.core.errors import CpcompileError, UsageError
@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 @click.option("--model", type=FilePath, help="Model that BUNDLE was built from.  [default: BUNDLE with .pt or .pt2]")
 @click.option("--without-model", is_flag=True, help="Check sizes, counts and placement only.")
 @click.option("--data", type=FilePath, help="Corpus whose held-out text replaces that of the checkpoint.")
-@click.option("--config", type=FilePath, help="TOML file with the table [check].  [default: cpcompile.toml, if any]")
+@click.option(
+    "--config", type=FilePath, help="TOML file with [check] and [validate].  [default: cpcompile.toml, if any]"
+)
 @click.option("--rounds", type=int, help=f"Interleaved timing rounds per shape.  [default: {CheckConfig.rounds}]")
 @click.option("--no-speed", is_flag=True, help="Skip the timings.")
 @click.option("--no-memory", is_flag=True, help="Skip the memory measurements.")
@@ -67,20 +69,22 @@ def check(
       cpcompile check model.cpc --baseline base.json --without-model
       cpcompile check new.onnx --baseline old.onnx
 
-    Speed is the speedup over the dense model, with both timed now. A noisy value that misses its limit is measured
-    again; it fails if its whole interval lies beyond the limit. Exit codes: 0 pass, 1 fail,
-    2 usage, 3 inconclusive.
+    Speed is the speedup over the eager dense model, with both timed now. A noisy value that misses its limit is
+    measured again; it fails if its whole interval lies beyond the limit. Exit codes: 0 pass, 1 fail, 2 usage, 3
+    inconclusive.
     """
     from cpcompile.check.baseline import read_baseline, write_baseline
     from cpcompile.check.criteria import left_out
     from cpcompile.cli.console import stage_progress
     from cpcompile.pipeline.check import check_bundle, check_file
 
+    if without_model and model:
+        raise UsageError(f"--model {model} and --without-model contradict each other; leave one of them out")
     targets = _targets(formats)
     own = Path("cpcompile.toml")
     file = config or (own if own.exists() else None)
     settings = override(CheckConfig(), load_toml(file).get("check", {}) if file else {}, where=f"{file}: check")
-    settings = override(settings, {"rounds": rounds}, where="check")
+    settings = override(settings, {"rounds": rounds}, where="options")
     if subject.suffix == ".onnx":
         if update_baseline:
             raise UsageError(f"{subject}: the baseline of an ONNX file is an ONNX file; copy it to {baseline}")
@@ -96,6 +100,7 @@ def check(
                 baseline=baseline,
                 data=data,
                 config=settings,
+                validation=validation_table(file),
                 speed=not no_speed,
                 memory=not no_memory,
                 progress=stage,

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from rich.console import Console, RenderableType
 from rich.progress import (
@@ -20,7 +20,9 @@ from rich.progress import (
 from rich.table import Column
 
 from cpcompile.core import types
-from cpcompile.training.branch import StepReport
+
+if TYPE_CHECKING:
+    from cpcompile.training.branch import StepReport  # torch, without which `doctor` prints its tables as well
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 """Progress and messages go to standard error, one record per line however long; results go to standard output."""

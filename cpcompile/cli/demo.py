@@ -85,5 +85,5 @@ def show_samples(bundle: Bundle) -> None:
         tokenizer = parse_tokenizer(bundle.tokenizer(context).read_text(encoding="utf-8"))
         prompt = PROMPTS.get(context, "The ")
         engine = load_engine(bundle, context)
-        ids = list(engine.generate(tokenizer.encode(prompt).ids, tokens=80, temperature=0.6))
+        ids = list(engine.generate(tokenizer.encode(prompt).ids, tokens=80, temperature=0.6, seed=0))
         console.print(Panel(Text(prompt, style="bold").append(tokenizer.decode(ids), style="not bold"), title=context))

@@ -41,10 +41,15 @@ def doctor(as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(examination.as_json(), indent=1))
     else:
-        from cpcompile.cli.console import print_result
-        from cpcompile.doctor.table import render_examination
+        try:
+            from cpcompile.cli.console import print_result
+            from cpcompile.doctor.table import render_examination
+        except ImportError:  # without rich, which is among the findings then
+            from cpcompile.doctor.plain import plain_examination
 
-        print_result(render_examination(examination))
+            click.echo(plain_examination(examination))
+        else:
+            print_result(render_examination(examination))
     sys.exit(0 if examination.healthy else 1)
 
 

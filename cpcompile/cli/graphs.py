@@ -122,13 +122,13 @@ def compare(
     from cpcompile.pipeline.compare import compare_models
     from cpcompile.pipeline.optimize import load_inputs
 
-    checked = ValidateConfig(rounds=rounds, min_speed_ratio=min_speed_ratio)
+    checked = ValidateConfig(rounds=rounds, min_speed_ratio=min_speed_ratio, speed=not no_speed)
     with stage_progress() as stage:
         result = compare_models(
             original,
             candidate,
             inputs=[load_inputs(path) for path in inputs],
-            rounds=None if no_speed else checked.rounds,
+            rounds=checked.rounds if checked.speed else None,
             min_speed_ratio=checked.min_speed_ratio,
             progress=stage,
         )

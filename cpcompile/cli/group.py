@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from cpcompile.cli.interruption import message_and_exit_code, terminable
-from cpcompile.core.errors import CpcompileError, printable
+from cpcompile.core.errors import CpcompileError, first_line, printable
 from cpcompile.core.version import __version__
 
 NO_MEMORY = "not enough memory"
@@ -33,6 +33,13 @@ class _Group(click.Group):
                 raise
             click.echo(f"Error: {printable(str(error))}", err=True)
             ctx.exit(error.exit_code)
+        except ImportError as error:  # of a package that is not installed, or half
+            if ctx.params.get("debug") or error.name is None or error.name.partition(".")[0] == "cpcompile":
+                raise
+            click.echo(
+                f"Error: {first_line(error)}; `cpcompile doctor` says what is missing and how to install it", err=True
+            )
+            ctx.exit(1)
         except OSError as error:
             if ctx.params.get("debug") or error.errno == errno.EPIPE:  # click ends quietly when the reader is gone
                 raise

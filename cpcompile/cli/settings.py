@@ -9,7 +9,7 @@ from typing import Any
 from cpcompile.core.errors import UsageError
 from cpcompile.files.whole_files import read_text
 
-TABLES = ("model", "train", "check")
+TABLES = ("model", "train", "validate", "check")
 """The tables of a TOML file; each command reads those that it uses."""
 _TABLE_NAMES = ", ".join(f"[{name}]" for name in TABLES)
 

@@ -8,11 +8,12 @@ from typing import Any
 import click
 
 from cpcompile.cli.interruption import STARTS_ANEW, left_behind
-from cpcompile.cli.options import FilePath
+from cpcompile.cli.options import FilePath, names_in
 from cpcompile.cli.settings import load_toml
 from cpcompile.core.config import CONTROLS, PRESETS, PRETRAINED_TRAIN, RECOVERIES, ModelConfig, TrainConfig, preset
 from cpcompile.core.errors import UsageError
 from cpcompile.core.overrides import override
+from cpcompile.files.whole_files import require_file_path
 
 
 @click.command(context_settings={"show_default": True})
@@ -31,7 +32,7 @@ from cpcompile.core.overrides import override
 @click.option(
     "--recover", type=click.Choice(RECOVERIES), help="How to refit a pretrained model after units are removed."
 )
-@click.option("--controls", default="", metavar="NAMES", help=f"Comma-separated, or 'all': {', '.join(CONTROLS)}.")
+@click.option("--controls", metavar="NAMES", help=f"Comma-separated, or 'all': {', '.join(CONTROLS)}.")
 @click.option("--tokenizer", type=FilePath, help="A tokenizer.json instead of one trained on the data.")
 @click.option("--text-field", default="text", help="Field of the records in .jsonl and .parquet.")
 @click.option("--cache", type=FilePath, help="Folder that caches token ids.  [default: ~/.cache/cpcompile]")
@@ -43,7 +44,7 @@ def train(
     config: Path | None,
     preset_name: str | None,
     from_pretrained: Path | None,
-    controls: str,
+    controls: str | None,
     tokenizer: Path | None,
     text_field: str,
     cache: Path | None,
@@ -64,6 +65,9 @@ def train(
 
     DATA has one entry per context: a subfolder of text files, or a .txt, .jsonl, .jsonl.gz or .parquet file.
     """
+    require_file_path(out, ".pt")
+    if not text_field:
+        raise UsageError("--text-field is empty; name a field of the records")
     tables = load_toml(config) if config else {}
     if from_pretrained and (preset_name or tokenizer or tables.get("model")):
         raise UsageError("--from-pretrained sets shape and tokenizer; leave out --preset, [model] and --tokenizer")
@@ -73,10 +77,8 @@ def train(
     budgets = dict(train_config.budgets) | {
         kind: budget for kind, budget in (("ffn", ffn_budget), ("head", head_budget)) if budget is not None
     }
-    names = CONTROLS if controls == "all" else tuple(name.strip() for name in controls.split(",") if name.strip())
-    train_config = override(
-        train_config, flags | {"budgets": budgets, "controls": names or train_config.controls}, where="train"
-    )
+    names = CONTROLS if controls == "all" else names_in(controls)
+    train_config = override(train_config, flags | {"budgets": budgets, "controls": names}, where="options")
     run_training(
         data,
         out,
@@ -107,6 +109,7 @@ def run_training(
     from cpcompile.frontend.checkpoint import dense_path
     from cpcompile.pipeline.train import train_from_data
     from cpcompile.report import controls_table, summarize_training
+    from cpcompile.training.branch import EVALUATION_TOKENS
     from cpcompile.training.trainer import planned_steps, work_path
 
     with (
@@ -128,6 +131,11 @@ def run_training(
             observer=progress,
         )
     print_result(controls_table(summarize_training(checkpoint.training, checkpoint.contexts)))
+    if train_config.steps and train_config.held_out_tokens != EVALUATION_TOKENS:
+        console.print(
+            f"Perplexities during training were those of the first {EVALUATION_TOKENS:,} held-out tokens of each "
+            "context, so they differ from the table."
+        )
     console.print(f"wrote {out} and {dense_path(out)}, its dense baseline")
 
 

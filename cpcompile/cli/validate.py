@@ -5,50 +5,35 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 
 from cpcompile.cli.options import (
     FilePath,
     exit_with,
-    max_memory_option,
     model_of,
     print_report,
     validate_config,
+    validation_options,
     warn_of_memory,
 )
-from cpcompile.core.config import (
-    BuildConfig,
-    ValidateConfig,
-)
+from cpcompile.core.config import BuildConfig
 
 
 @click.command(context_settings={"show_default": True})
 @click.argument("bundle", type=FilePath)
 @click.option("--model", type=FilePath, help="Model that BUNDLE was built from.  [default: BUNDLE with .pt or .pt2]")
-@click.option("--data", type=FilePath, help="Corpus whose held-out text replaces that of the checkpoint.")
-@click.option("--rounds", default=ValidateConfig.rounds, help="Interleaved timing rounds per shape.")
-@click.option("--min-speed-ratio", default=0.0, help="Minimum speedup over the eager dense model.")
-@click.option("--peers", metavar="NAMES", help="Peers to time with the engines, or 'all'; see `validate --help`.")
-@click.option("--no-speed", is_flag=True, help="Skip the timings.")
-@click.option("--no-memory", is_flag=True, help="Skip the memory measurements.")
-@click.option("--no-layers", is_flag=True, help="Skip the errors of single layers.")
-@click.option("--repro", type=FilePath, metavar="DIR", help="Folder for a minimal repro if parity fails.")
-@max_memory_option
-@click.option("--json", "as_json", is_flag=True, help="Print report.json instead of tables.")
+@validation_options
 def validate(
     bundle: Path,
     model: Path | None,
     data: Path | None,
-    rounds: int,
-    min_speed_ratio: float,
-    peers: str | None,
-    no_speed: bool,
-    no_memory: bool,
-    no_layers: bool,
+    config: Path | None,
     repro: Path | None,
     max_memory: int | None,
     as_json: bool,
+    **settings: Any,
 ) -> None:
     """Compare the engines of BUNDLE with the eager model on parity, quality, memory and speed.
 
@@ -61,8 +46,8 @@ def validate(
 
     \b
     Peers:
+      onnx-dense     the dense baseline as one plain export in ONNX Runtime, timed by default
       torch-compile  the dense baseline through torch.compile
-      onnx-dense     the dense baseline as one plain export in ONNX Runtime
       onnx-dynamic   the graph of all contexts in ONNX Runtime, with the context as an input
       openvino       the engine's own graph in OpenVINO
     """
@@ -71,16 +56,14 @@ def validate(
     from cpcompile.pipeline.validate import validate_bundle
     from cpcompile.report import write_report
 
-    config = validate_config(
-        rounds, min_speed_ratio, peers, no_speed=no_speed, no_memory=no_memory, layers=not no_layers
-    )
+    validation = validate_config(config, **settings)
     model = model or model_of(bundle)
     if model.exists():  # if not, validation says so
-        warn_of_memory(model, max_memory, BuildConfig(merged=ROUTER in open_bundle(bundle).components), config)
+        warn_of_memory(model, max_memory, BuildConfig(merged=ROUTER in open_bundle(bundle).components), validation)
     with stage_progress() as stage:
-        report = validate_bundle(bundle, model, data=data, config=config, progress=stage, repro=repro)
+        report = validate_bundle(bundle, model, data=data, config=validation, progress=stage, repro=repro)
     print_report(report, as_json=as_json)
-    if no_speed or no_memory or no_layers:
+    if not all((validation.speed, validation.memory, validation.layers, validation.coherence)):
         click.echo(f"{bundle / 'report.json'} is unchanged: not everything was measured this time", err=True)
     else:
         write_report(report, bundle)

@@ -6,33 +6,34 @@ each validates itself on construction and says how to correct a wrong value.
     preset -> ModelConfig
     TOML [model], [train] < flags -> TrainConfig
     TOML [check] < flags -> CheckConfig
+    TOML [validate] < flags -> ValidateConfig
 """
 
 from __future__ import annotations
 
-import math
 import re
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 from cpcompile.core import controls
+from cpcompile.core.coercion import LARGEST as LARGEST
+from cpcompile.core.coercion import coerce_fields, require, require_range
 from cpcompile.core.errors import UsageError
-
-T = TypeVar("T")
 
 CONTEXT_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}")
 RESERVED_NAMES = ("router", "shared_assets", "manifest.json", "report.json", "report.html")
 """Files and folders of a bundle that are not contexts."""
 OPSETS = (20, 23)
 """With opset 23 attention and RMSNorm are single operators; 20 spells them out."""
-LARGEST = 2**31 - 1
-"""Largest integer setting that all libraries support."""
 
 RECOVERIES = ("none", "least-squares")
 CONTROLS = tuple(controls.CONTROLS)
 """Names of the controls, which `cpcompile.core.controls` explains."""
+DENSE_PEER = "onnx-dense"
+PEERS = (DENSE_PEER, "torch-compile", "onnx-dynamic", "openvino")
+"""What an engine can be timed with, which `cpcompile.validation.peers` explains."""
 
 
 def require_context_name(name: object, where: str) -> None:
@@ -42,12 +43,6 @@ def require_context_name(name: object, where: str) -> None:
         f"{where}: {name!r} cannot name a context; a name has lower-case letters, digits, and . _ - after the first, "
         f"at most 100 characters, and is none of {', '.join(RESERVED_NAMES)}; rename it",
     )
-
-
-def require(condition: bool, message: str) -> None:
-    """UsageError with `message` unless `condition` holds."""
-    if not condition:
-        raise UsageError(message)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,11 +63,10 @@ class ModelConfig:
     norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
-        for name in ("vocabulary", "width", "layers", "heads", "kv_heads", "ffn", "align"):
-            require(getattr(self, name) >= 1, f"model.{name} is {getattr(self, name)}: it has to be at least 1")
-        for name in ("rope_base", "norm_eps"):
-            value = getattr(self, name)
-            require(0 < value < math.inf, f"model.{name} is {value}: it has to be positive")
+        coerce_fields(self, "model")
+        sizes = "vocabulary width layers heads kv_heads ffn align"
+        require_range(self, "model", sizes, lambda size: size >= 1, "has to be at least 1")
+        require_range(self, "model", "rope_base norm_eps", lambda value: value > 0, "has to be positive")
         require(self.width % self.heads == 0, f"model.width {self.width} is not a multiple of heads {self.heads}")
         require(self.head_dim % 2 == 0, f"model: head_dim {self.head_dim} is odd; rotary positions need pairs")
         require(
@@ -177,35 +171,19 @@ class TrainConfig:
     """Extra branches to train and compare with; see CONTROLS."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "sequence",
-            "batch",
-            "importance_sequences",
-            "recover_sequences",
-            "teacher_top",
-            "held_out_tokens",
-        ):
-            require(getattr(self, name) >= 1, f"train.{name} is {getattr(self, name)}: it has to be at least 1")
-        for name in ("learning_rate", "clip", "snapshot_seconds"):
-            require(getattr(self, name) > 0, f"train.{name} is {getattr(self, name)}: it has to be positive")
+        coerce_fields(self, "train")
+        counts = "sequence batch importance_sequences recover_sequences teacher_top held_out_tokens"
+        require_range(self, "train", counts, lambda count: count >= 1, "has to be at least 1")
+        positive = "learning_rate clip snapshot_seconds"
+        require_range(self, "train", positive, lambda value: value > 0, "has to be positive")
         require(
             0 < self.held_out_fraction < 1,
             f"train.held_out_fraction is {self.held_out_fraction}: it has to be between 0 and 1",
         )
-        for name in (
-            "dense_fraction",
-            "warmup_fraction",
-            "decay_fraction",
-            "floor",
-            "distill",
-            "swap_fraction",
-            "recalibrate_until",
-        ):
-            require(0 <= getattr(self, name) <= 1, f"train.{name} is {getattr(self, name)}: it has to be from 0 to 1")
-        require(self.seed >= 0, f"train.seed is {self.seed}: it cannot be negative")
-        require(self.recalibrations >= 0, f"train.recalibrations is {self.recalibrations}: it cannot be negative")
-        require(self.weight_decay >= 0, f"train.weight_decay is {self.weight_decay}: it cannot be negative")
-        require(self.steps >= 0, f"train.steps is {self.steps}: it cannot be negative")
+        parts = "dense_fraction warmup_fraction decay_fraction floor distill swap_fraction recalibrate_until"
+        require_range(self, "train", parts, lambda part: 0 <= part <= 1, "has to be from 0 to 1")
+        natural = "seed recalibrations weight_decay steps"
+        require_range(self, "train", natural, lambda value: value >= 0, "cannot be negative")
         require(
             self.steps >= 2 or self.dense_fraction == 0,
             f"train.steps is {self.steps}: at least one dense step and one partition step are needed",
@@ -270,7 +248,12 @@ class BuildConfig:
     """Ranges of axis lengths that the added engines accept, AXIS=MIN:OPT:MAX."""
 
     def __post_init__(self) -> None:
+        coerce_fields(self, "build")
         require(self.opset in OPSETS, f"build.opset is {self.opset}: it has to be one of {', '.join(map(str, OPSETS))}")
+        require(
+            self.vocabulary_coverage is None or 0 < self.vocabulary_coverage <= 1,
+            f"build.vocabulary_coverage is {self.vocabulary_coverage}: it has to be above 0 and at most 1",
+        )
         require(
             not (self.merged and self.standalone),
             "--merged is one engine whose weights all contexts share; leave out --standalone",
@@ -302,10 +285,12 @@ class ValidateConfig:
     """Interleaved timing rounds of engine and eager model."""
     threads: int = 0
     """Threads of engine and eager model; 0 takes all cores."""
-    peers: tuple[str, ...] = ()
-    """Peers that are timed along with the engines (`cpcompile.validation.peers.NAMES`)."""
+    peers: tuple[str, ...] = (DENSE_PEER,)
+    """Peers that are timed along with the engines; `("all",)` takes all of PEERS, `("none",)` or `()` none."""
     memory: bool = True
+    """Whether memory is measured, in processes of its own."""
     speed: bool = True
+    """Whether the engines are timed."""
     coherence: bool = True
     """Whether text is generated to measure whether it stays on topic."""
     layers: bool = True
@@ -316,13 +301,26 @@ class ValidateConfig:
     """Part by which the mean perplexity over the contexts may exceed that of the dense baseline."""
 
     def __post_init__(self) -> None:
+        coerce_fields(self, "validate")
+        peers = tuple(dict.fromkeys(self.peers))
+        peers = PEERS if peers == ("all",) else () if peers == ("none",) else peers
+        object.__setattr__(self, "peers", peers)
+        for peer in peers:
+            require(peer in PEERS, f"there is no peer {peer!r}; there are {', '.join(PEERS)}, or 'all' or 'none' alone")
+        for name in ("shapes", "speed_shapes"):
+            shapes = getattr(self, name)
+            require(
+                bool(shapes) and all(length >= 1 for shape in shapes for length in shape),
+                f"validate.{name} is {shapes}: pairs of batch and sequence are needed, each at least 1",
+            )
+        require_range(self, "validate", "tolerance_multiple", lambda value: value > 0, "has to be positive")
         require(self.rounds >= 2, f"validate.rounds is {self.rounds}: an interval needs at least 2")
-        require(self.min_speed_ratio >= 0, f"validate.min_speed_ratio is {self.min_speed_ratio}: it cannot be negative")
+        natural = "threads min_speed_ratio max_perplexity_increase"
+        require_range(self, "validate", natural, lambda value: value >= 0, "cannot be negative")
         require(
             self.speed or not self.min_speed_ratio,
             f"validate.min_speed_ratio is {self.min_speed_ratio}, but speed is not measured: leave one of them out",
         )
-        require(self.threads >= 0, f"validate.threads is {self.threads}: it cannot be negative")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -367,6 +365,7 @@ class CheckConfig:
     """How often speed and memory beyond their limits are measured again, each time with twice the rounds."""
 
     def __post_init__(self) -> None:
+        coerce_fields(self, "check")
         require(self.rounds >= 2, f"check.rounds is {self.rounds}: an interval needs at least 2")
         require(self.attempts >= 0, f"check.attempts is {self.attempts}: it cannot be negative")
         for criterion, limits in vars(self).items():

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-import typing
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
-from cpcompile.core.config import LARGEST, T, require
+from cpcompile.core.coercion import coerce, require
+from cpcompile.core.errors import UsageError
+from cpcompile.core.measured import field_types
+
+T = TypeVar("T")
 
 
 def override(config: T, values: Mapping[str, Any], *, where: str) -> T:
     """A copy of the dataclass `config` with `values` in place of its own; None leaves a field alone.
 
-    A table replaces only the entries that it contains.
+    A table replaces only the entries that it contains. where: "TABLE" or "FILE: TABLE", for errors.
     """
     assert dataclasses.is_dataclass(config) and not isinstance(config, type)
-    hints = typing.get_type_hints(type(config))
+    hints = field_types(type(config))
     changes: dict[str, Any] = {}
     for name, value in values.items():
         if value is None:
@@ -25,26 +27,13 @@ def override(config: T, values: Mapping[str, Any], *, where: str) -> T:
         require(name in hints, f"{where}: there is no setting {name!r}; there are {', '.join(hints)}")
         own = getattr(config, name)
         if dataclasses.is_dataclass(own) and not isinstance(own, type):
-            require(isinstance(value, Mapping), f"{where}.{name} is {value!r}: a table is needed")
+            require(isinstance(value, Mapping), f"{where}.{name} is {value!r:.80}: a table is needed")
             changes[name] = override(own, value, where=f"{where}.{name}")
             continue
-        new = _coerce(value, hints[name], f"{where}.{name}")
+        new = coerce(value, hints[name], f"{where}.{name}")
         changes[name] = {**own, **new} if isinstance(new, dict) else new
-    return dataclasses.replace(config, **changes)
-
-
-def _coerce(value: Any, hint: Any, where: str) -> Any:
-    origin = typing.get_origin(hint)
-    if origin is tuple:
-        require(isinstance(value, list | tuple), f"{where} is {value!r}: a list is needed")
-        return tuple(value)
-    if origin is not None:
-        require(isinstance(value, Mapping), f"{where} is {value!r}: a table is needed")
-        item = typing.get_args(hint)[1]
-        return {key: _coerce(each, item, f"{where}.{key}") for key, each in value.items()}
-    if type(value) is int:
-        require(abs(value) <= LARGEST, f"{where}: is beyond {LARGEST:,} in size")
-        value = float(value) if hint is float else value
-    require(type(value) is hint, f"{where} is {value!r}: {hint.__name__} is needed")
-    require(hint is not float or math.isfinite(value), f"{where} is {value}: a finite number is needed")
-    return value
+    try:
+        return dataclasses.replace(config, **changes)
+    except UsageError as error:  # which names the table itself
+        file, separator, _ = where.rpartition(": ")
+        raise UsageError(f"{file}{separator}{error}") from error

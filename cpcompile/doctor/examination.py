@@ -1,7 +1,7 @@
 """Examine the machine: what each target needs, what works, and the commands that fix the rest.
 
 target            builds with                                runs with
-cpu-fp32          torch, onnx, onnx-ir, onnxscript           ONNX Runtime on the CPU
+cpu-fp32          the dependencies of cpcompile              ONNX Runtime on the CPU
 cpu-fp32-merged   the same                                   the same
 cuda-fp16         the same                                   its CUDA, TensorRT or TensorRT-RTX provider, a GPU
 tensorrt          the same, tensorrt and a GPU               a GPU, torch for CUDA
@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Literal
 
 from cpcompile.core.errors import first_line
@@ -24,7 +25,11 @@ from cpcompile.doctor.trials import run_trial
 from cpcompile.machine.gpu import NO_GPU, NO_NVML
 
 SCHEMA_VERSION = 1
-EXPORT = ("torch", "onnx", "onnx-ir", "onnxscript")
+DEPENDENCIES = (
+    *("torch", "onnx", "onnx-ir", "onnxscript", "numpy", "click"),
+    *("rich", "jinja2", "matplotlib", "jsonschema", "tokenizers"),
+)
+"""What every installation brings, by pyproject.toml."""
 GPU_PROVIDERS = ("CUDAExecutionProvider", "TensorrtExecutionProvider", "NvTensorRTRTXExecutionProvider")
 PROVIDERS = ("CPUExecutionProvider", *GPU_PROVIDERS)
 PROVIDER_FIXES: Mapping[str, tuple[str, ...]] = {
@@ -54,11 +59,11 @@ class Target:
 
 
 TARGETS = (
-    Target(name=MAIN_TARGET, builds_with=EXPORT, runs_with=("CPUExecutionProvider",)),
-    Target(name="cpu-fp32-merged", builds_with=EXPORT, runs_with=("CPUExecutionProvider",)),
-    Target(name="cuda-fp16", builds_with=EXPORT, runs_with=(GPU,), any_of=GPU_PROVIDERS),
-    Target(name="tensorrt", builds_with=(*EXPORT, "tensorrt", GPU), runs_with=(GPU, "torch-cuda")),
-    Target(name="tensorrt-rtx", builds_with=(*EXPORT, "tensorrt-rtx"), runs_with=(GPU, "torch-cuda")),
+    Target(name=MAIN_TARGET, builds_with=DEPENDENCIES, runs_with=("CPUExecutionProvider",)),
+    Target(name="cpu-fp32-merged", builds_with=DEPENDENCIES, runs_with=("CPUExecutionProvider",)),
+    Target(name="cuda-fp16", builds_with=DEPENDENCIES, runs_with=(GPU,), any_of=GPU_PROVIDERS),
+    Target(name="tensorrt", builds_with=(*DEPENDENCIES, "tensorrt", GPU), runs_with=(GPU, "torch-cuda")),
+    Target(name="tensorrt-rtx", builds_with=(*DEPENDENCIES, "tensorrt-rtx"), runs_with=(GPU, "torch-cuda")),
     Target(name="openvino", builds_with=(), runs_with=("openvino",)),
 )
 
@@ -90,6 +95,16 @@ class Examination:
         """Whether this machine can build and run the CPU target."""
         return any(target.name == MAIN_TARGET and target.status == "works" for target in self.targets)
 
+    @property
+    def fixes(self) -> dict[tuple[str, ...], list[str]]:
+        """Each list of commands once, with the names of what it fixes: broken findings, and targets."""
+        fixes: dict[tuple[str, ...], list[str]] = {}
+        broken = [finding for finding in self.findings if finding.state == "broken"]
+        for name, fix in [(each.name, each.fix) for each in broken] + [(each.name, each.fix) for each in self.targets]:
+            if fix and name not in fixes.setdefault(fix, []):
+                fixes[fix].append(name)
+        return fixes
+
     def as_json(self) -> dict[str, Any]:
         """The findings for scripts; a change of keys changes SCHEMA_VERSION."""
         return {"schema_version": SCHEMA_VERSION, "healthy": self.healthy, **asdict(self)}
@@ -102,9 +117,7 @@ def examine() -> Examination:
         "onnxruntime": _onnxruntime,
         "torch": lambda: [look.torch()],
         "torch-cuda": lambda: [_tried(look.torch_cuda(), "torch-cuda")],
-        "onnx": lambda: [look.package("onnx", "onnx")],
-        "onnx-ir": lambda: [look.package("onnx-ir", "onnx_ir")],
-        "onnxscript": lambda: [look.package("onnxscript", "onnxscript")],
+        **{name: partial(_dependency, name) for name in DEPENDENCIES if name != "torch"},
         "tensorrt": lambda: [_tried(look.package("tensorrt", "tensorrt", extra="tensorrt"), "tensorrt", "tensorrt")],
         "tensorrt-rtx": lambda: [
             _tried(look.package("tensorrt-rtx", "tensorrt_rtx", extra="tensorrt-rtx"), "tensorrt", "tensorrt_rtx")
@@ -127,6 +140,10 @@ def examine() -> Examination:
     return Examination(
         findings=tuple(findings), targets=tuple(_judge(target, known) for target in TARGETS), gpus=tuple(gpus)
     )
+
+
+def _dependency(name: str) -> Sequence[Finding]:
+    return [look.package(name, name.replace("-", "_"))]
 
 
 def _guarded(name: str, probe: Callable[[], Sequence[Finding]]) -> Sequence[Finding]:

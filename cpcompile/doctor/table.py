@@ -23,15 +23,8 @@ def render_examination(examination: Examination) -> RenderableType:
     for finding in examination.findings:
         state = Text(finding.state, style=STYLES[finding.state])
         findings.add_row(Text(finding.name), state, Text(finding.version or ""), Text(finding.detail))
-    broken = [finding for finding in examination.findings if finding.state == "broken"]
-    fixes: dict[tuple[str, ...], list[str]] = {}
-    for name, fix in [(each.name, each.fix) for each in broken] + [
-        (each.name, each.fix) for each in examination.targets
-    ]:
-        if fix:
-            fixes.setdefault(fix, []).append(name)
-    commands = Text()
+    commands, fixes = Text(), examination.fixes
     for fix, names in fixes.items():
-        commands.append(f"{', '.join(dict.fromkeys(names))}:\n", style="bold")
+        commands.append(f"{', '.join(names)}:\n", style="bold")
         commands.append("".join(f"  {command}\n" for command in fix))
     return Group(targets, findings, commands) if fixes else Group(targets, findings)

@@ -32,7 +32,7 @@ MOST_TEXT = 1 << 28
 
 
 def require_file_path(path: Path, suffix: str | None = None) -> Path:
-    """`path` without links; UsageError unless it is free, or a regular file (whose name ends in `suffix`)."""
+    """`path` without links; UsageError unless it is free or a regular file, and its name ends in `suffix`."""
     if not path.name or path.is_dir():
         raise UsageError(f"{path}: is a folder; give the path of a file")
     target = Path(os.path.realpath(path))
@@ -40,6 +40,8 @@ def require_file_path(path: Path, suffix: str | None = None) -> Path:
         raise UsageError(f"{path}: is not a regular file; choose another output")
     if suffix and target.exists() and target.suffix != suffix:
         raise UsageError(f"{path}: exists and is not named {suffix}, so it is kept; choose another output or remove it")
+    if suffix and path.suffix != suffix:
+        raise UsageError(f"{path}: is not named {suffix}, as what is written has to be; choose another name")
     return target
 
 

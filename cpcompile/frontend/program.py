@@ -1,6 +1,6 @@
 """`model.pt2`: a `torch.export` program with gates, and the record that a build needs of them.
 
-    save_program(partitioned, selection, Path("model.pt2"), examples={"de": [...], "fr": [...]})
+    save_program(partitioned, selection, "model.pt2", examples={"de": [...], "fr": [...]})
     program = load_program(Path("model.pt2"))
 
 The archive is what `torch.export.save` writes, with two more files: `cpcompile.json` (contexts, names, what each
@@ -19,6 +19,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
+from cpcompile.core.coercion import as_path
 from cpcompile.core.config import require_context_name
 from cpcompile.core.errors import UsageError
 from cpcompile.core.selection import Digits, Selection, UnitKind
@@ -36,6 +38,7 @@ from cpcompile.core.types import Array, Feeds
 from cpcompile.files.whole_files import require_file_path, whole_file
 from cpcompile.frontend.capture import export_graph
 from cpcompile.frontend.program_archive import EXAMPLES, FORMAT, RECORD, VERSION, damaged, inspect_program
+from cpcompile.partitioning.arguments import as_inputs
 from cpcompile.partitioning.partitioned_module import PartitionedModule
 from cpcompile.partitioning.trace import quiet
 
@@ -141,7 +144,7 @@ class Program:
 def save_program(
     module: PartitionedModule,
     selection: Selection,
-    path: Path,
+    path: str | PathLike[str],
     *,
     examples: Mapping[str, Sequence[tuple[Tensor, ...]]] | None = None,
 ) -> None:
@@ -150,7 +153,7 @@ def save_program(
     examples: real inputs per context, on which engines are compared with the model; by default its example inputs.
     UsageError: contexts that do not fit, a model that cannot be exported, a path that is not a .pt2 file.
     """
-    target = require_file_path(path, ".pt2")
+    target = require_file_path(as_path(path, "save_program"), ".pt2")
     if len(selection.contexts) != module.contexts:
         raise UsageError(f"the module has gates for {module.contexts} contexts, the selection {selection.contexts}")
     for context in selection.contexts:
@@ -160,6 +163,10 @@ def save_program(
             raise UsageError(f"examples of {context!r}, which is none of {', '.join(selection.contexts)}")
         if not given:
             raise UsageError(f"examples of {context!r} are none; give one at least, or leave the context out")
+    given_inputs = {
+        context: [as_inputs(inputs, f"examples: {context}[{number}]") for number, inputs in enumerate(given)]
+        for context, given in (examples or {}).items()
+    }
     module.eval().select(selection)
     dynamic = module.dynamic_shapes
     try:
@@ -193,7 +200,7 @@ def save_program(
     arrays = {
         f"{context}/{number}/{name}": tensor.detach().numpy()
         for context in selection.contexts
-        for number, inputs in enumerate((examples or {}).get(context, [module.example_inputs]))
+        for number, inputs in enumerate(given_inputs.get(context, [module.example_inputs]))
         for name, tensor in zip(names, inputs, strict=True)
     }
     packed = io.BytesIO()

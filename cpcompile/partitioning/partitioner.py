@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from cpcompile.core.coercion import coerce, require
 from cpcompile.core.errors import CpcompileError, UsageError
 from cpcompile.core.selection import UnitKind
+from cpcompile.partitioning.arguments import as_inputs, as_kinds
 from cpcompile.partitioning.experts import find_experts
 from cpcompile.partitioning.gating import has_gates
 from cpcompile.partitioning.groups import find_groups
@@ -22,13 +24,13 @@ from cpcompile.partitioning.trace import Forward, trace
 
 def partition(
     model: nn.Module,
-    example_inputs: tuple[Tensor, ...],
+    example_inputs: Tensor | Sequence[Tensor],
     *,
     contexts: int = 1,
     forward: Forward | None = None,
     dynamic_shapes: tuple[Any, ...] | None = None,
     align: int = 32,
-    kinds: Collection[UnitKind] = (UnitKind.FFN, UnitKind.HEAD, UnitKind.EXPERT),
+    kinds: Collection[UnitKind | str] = (UnitKind.FFN, UnitKind.HEAD, UnitKind.EXPERT),
 ) -> PartitionedModule:
     """`model` with gates on all its coupled channel groups, one row of them per context, all at 1.
 
@@ -40,6 +42,11 @@ def partition(
 
     UsageError: the model cannot be exported, has gates already, or has nothing to gate.
     """
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"model is a {type(model).__name__}: a torch.nn.Module is needed")
+    example_inputs, kinds = as_inputs(example_inputs, "example_inputs"), as_kinds(kinds)
+    for name, number in (("contexts", contexts), ("align", align)):
+        require(coerce(number, int, name) >= 1, f"{name} is {number}: it has to be at least 1")
     if has_gates(model):
         raise UsageError(f"{type(model).__name__} has gates already: partition a fresh copy of it")
     training = [module for module in model.modules() if module.training]

@@ -52,6 +52,7 @@ def check_bundle(
     baseline: Path,
     data: Path | None,
     config: CheckConfig,
+    validation: ValidateConfig | None = None,
     speed: bool = True,
     memory: bool = True,
     progress: Progress,
@@ -59,7 +60,8 @@ def check_bundle(
     """Measure the bundle `path` and judge it against `before`, which is in the file `baseline`.
 
     Without `before` there is nothing to judge: the snapshot will become the baseline. model: None skips what cannot be
-    measured without it; a file that does not exist is reported as the reason why it is not measured.
+    measured without it; a file that does not exist is the reason why it is not measured. validation: shapes, threads
+    and tolerance of the measurements.
     """
     waived = (() if model else NEEDS_MODEL) + (() if speed else ("speed_ratio",))
     waived += () if memory else ("memory", "private_memory")
@@ -75,7 +77,15 @@ def check_bundle(
     if before:
         require_same_model(before, baseline, architecture=source.architecture, contexts=bundle.contexts)
     rounds = config.rounds if before else 2 * config.rounds
-    settings = ValidateConfig(rounds=rounds, speed=speed, memory=memory, coherence=False, layers=False)
+    settings = dataclasses.replace(
+        validation or ValidateConfig(),
+        rounds=rounds,
+        speed=speed,
+        memory=memory,
+        coherence=False,
+        layers=False,
+        min_speed_ratio=0.0,
+    )
     reference = open_reference(source, settings, data=data, trimmed=trimmed_vocabularies(bundle), progress=progress)
     with watch_machine() as machine:
         results = validate(bundle, reference, settings, progress=progress)

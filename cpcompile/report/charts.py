@@ -18,6 +18,7 @@ from xml.etree import ElementTree
 
 from markupsafe import Markup
 
+from cpcompile.core.config import DENSE_PEER
 from cpcompile.report.contents import BuildStage
 from cpcompile.report.formats import megabytes, milliseconds, module_name, number, shape_name, short
 from cpcompile.report.results import LayerError, ShapeSpeed, ratio_with_bounds
@@ -84,29 +85,37 @@ def latency_chart(shapes: Sequence[ShapeSpeed], key: str) -> Markup:
 
 
 def ratio_chart(shapes: Sequence[ShapeSpeed], key: str) -> Markup:
-    """How many times as fast as eager, with the 95 % interval; empty where eager was not timed."""
-    known = [(shape_name(shape), bounded) for shape in shapes if (bounded := ratio_with_bounds(shape))]
+    """How many times as fast as the dense model in ONNX Runtime and as eager, with 95 % intervals; or nothing."""
+    known: list[tuple[str, str, tuple[float, float, float], str]] = []
+    for shape in shapes:
+        sides: list[tuple[str, tuple[float, float, float], str]] = []
+        if (peer := shape.peers.get(DENSE_PEER)) is not None:
+            sides.append(("ONNX", (peer.ratio, peer.ratio_low, peer.ratio_high), ACCENT))
+        if bounded := ratio_with_bounds(shape):
+            sides.append(("eager", bounded, NEUTRAL))
+        known += [(shape_name(shape) if side is sides[0] else "", *side) for side in sides]
     if not known:
         return Markup()
     with _style():
-        figure, axes = _rows(len(known), left=70, right=116)
-        for row, (name, (ratio, low, high)) in enumerate(known):
-            axes.plot((low, high), (row, row), color=ACCENT, linewidth=3, solid_capstyle="butt")
-            axes.plot((ratio,), (row,), "o", color=ACCENT, markersize=8)
-            _label(axes, -70, row, name, weight="bold")
+        figure, axes = _rows(len(known), left=104, right=112)
+        for row, (name, side, (ratio, low, high), colour) in enumerate(known):
+            axes.plot((low, high), (row, row), color=colour, linewidth=3, solid_capstyle="butt")
+            axes.plot((ratio,), (row,), "o", color=colour, markersize=8)
+            _label(axes, -104, row, name, weight="bold")
+            _label(axes, -8, row, side, align="right", colour=MUTED)
             text = f"{short(ratio)} ({short(low)}–{short(high)})"
-            _label(axes, 116, row, text, align="right", side=1)
+            _label(axes, 112, row, text, align="right", side=1)
         axes.axvline(1, color=NEUTRAL, linewidth=1.5)
-        bounds = [1.0, *(bound for _, (_, low, high) in known for bound in (low, high))]
+        bounds = [1.0, *(bound for *_, (_, low, high), _ in known for bound in (low, high))]
         if max(bounds) > WIDE * min(bounds):
             axes.set_xscale("log")
             _log_ticks(axes, bounds)
         else:
             axes.set_xlim(0, 1.06 * max(bounds))
             _few_ticks(axes)
-        axes.set_xlabel("times as fast as eager")
-        said = "; ".join(f"{name} {ratio:.2f}" for name, (ratio, _, _) in known)
-        return _inline(figure, f"Times as fast as the eager model: {said}", key)
+        axes.set_xlabel("times as fast")
+        said = "; ".join(f"{name} {side} {ratio:.2f}".strip() for name, side, (ratio, _, _), _ in known)
+        return _inline(figure, f"Times as fast as the dense model in ONNX Runtime and as eager: {said}", key)
 
 
 def layer_chart(errors: Sequence[LayerError], key: str) -> Markup:

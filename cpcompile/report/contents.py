@@ -14,7 +14,7 @@ from cpcompile.machine.environment import Environment
 from cpcompile.report.results import VariantResult, Verdict
 from cpcompile.report.training_summary import TrainingSummary
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 SCHEMA = Path(__file__).with_name("report.schema.json")
 
 

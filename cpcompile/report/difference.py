@@ -7,6 +7,7 @@ A change of a number exceeds the measured noise if
     ratio              the 95 % intervals of both reports do not overlap
     parity errors      it is larger than the tolerance of parity
     perplexity         it is larger than 0.2 %, the noise of a single seed
+    coherence          it is larger than twice its standard error
     counts and sizes   they differ at all: they have no noise
 
 The noise of other numbers (times, memory, accuracy) was not measured, and none is claimed.
@@ -14,6 +15,7 @@ The noise of other numbers (times, memory, accuracy) was not measured, and none 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -34,8 +36,11 @@ SKIPPED = (
     "not_measured",
     "divergence",
     "removed_experts",
+    "coherence_error",
+    "dense_coherence_error",
+    "coherence_difference_error",
 )
-"""Lists and texts, which are not single numbers."""
+"""Lists and texts, which are not single numbers, and the errors of other numbers."""
 
 
 Keys = tuple[str, ...]
@@ -167,6 +172,9 @@ def _beyond_noise(path: Keys, before: Mapping[str, Any], after: Mapping[str, Any
         return bool(abs(new[name] - old[name]) > max(tolerances)) if tolerances else None
     if name.endswith("perplexity"):
         return bool(abs(new[name] / old[name] - 1) > NOISE)
+    if name.endswith("coherence"):
+        errors = [side[f"{name}_error"] for side in (old, new)]
+        return None if None in errors else bool(abs(new[name] - old[name]) > 2 * math.hypot(*errors))
     return True if path[0] in EXACT or path == ("bytes",) else None
 
 

@@ -16,12 +16,13 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cpcompile.core.config import DENSE_PEER
 from cpcompile.core.measured import NotMeasured
 from cpcompile.report import charts, formats
 from cpcompile.report.contents import LayerSelection, Report
 from cpcompile.report.difference import Difference
 from cpcompile.report.results import LayerError, VariantResult
-from cpcompile.report.training_summary import PARTITION, mean_perplexity
+from cpcompile.report.training_summary import DENSE, LIKE_FOR_LIKE, PARTITION, TrainingSummary, mean_perplexity
 from cpcompile.report.verdict import measured_pairs, perplexities
 
 if TYPE_CHECKING:
@@ -110,6 +111,9 @@ def environment() -> Environment:
     }
     env.globals |= {
         "change": formats.change,
+        "dense_peer": DENSE_PEER,
+        "difference_of": formats.difference,
+        "with_error": formats.with_error,
         "charts": charts,
         "kind_names": formats.KINDS,
         "layer_errors": layer_errors,
@@ -136,18 +140,20 @@ def key_figures(report: Report) -> list[tuple[str, str, str]]:
         if len(measured := measured_pairs(pairs)) == len(pairs):
             own, dense = (mean_perplexity(side) for side in zip(*measured.values(), strict=True))
             against = f"mean perplexity of {name}; dense {dense:.2f} ({formats.change(dense, own)})"
-            figures.append(("Quality", f"{own:.2f}", against))
+            figures.append(("Quality", f"{own:.2f}", against + _like_for_like(report.training)))
             break
     first = [variant.speed.shapes[0] for variant in ran if variant.speed.shapes]
-    ratios = [shape.ratio for shape in first if not isinstance(shape.ratio, NotMeasured)]
-    if ratios:
-        figures.append(
-            (
-                "Speed",
-                f"{_span(ratios, formats.short)}\N{NO-BREAK SPACE}×",
-                f"as fast as eager at {formats.shape_name(first[0])}",
-            )
-        )
+    peers = [shape.peers[DENSE_PEER].ratio for shape in first if DENSE_PEER in shape.peers]
+    eagers = [shape.ratio for shape in first if not isinstance(shape.ratio, NotMeasured)]
+    spans = [
+        (f"{_span(ratios, formats.short)}\N{NO-BREAK SPACE}×", side)
+        for ratios, side in ((peers, "the dense model in ONNX Runtime"), (eagers, "eager"))
+        if ratios
+    ]
+    if spans:
+        (figure, side), *others = spans
+        against = f"as fast as {side} at {formats.shape_name(first[0])}"
+        figures.append(("Speed", figure, against + "".join(f"; {span} as fast as {other}" for span, other in others)))
     peaks = [
         (memory.run_peak_rss_bytes, memory.eager_run_peak_rss_bytes)
         for memory in (variant.memory for variant in ran)
@@ -161,6 +167,17 @@ def key_figures(report: Report) -> list[tuple[str, str, str]]:
     dense_size = f"; dense model {formats.megabytes(bundle.dense_bytes)}" if bundle.dense_bytes else ""
     figures.append(("Size", formats.megabytes(bundle.bytes), f"all contexts{dense_size}"))
     return figures
+
+
+def _like_for_like(training: TrainingSummary | None) -> str:
+    """What has to be known beside a comparison of a distilled model with its dense baseline."""
+    if training is None or not training.distilled or not {PARTITION, DENSE} <= training.controls.keys():
+        return ""
+    like = training.controls.get(LIKE_FOR_LIKE[DENSE])
+    if like is None:
+        return ", which is not distilled as the engine's model is"
+    own = training.controls[PARTITION].mean_perplexity
+    return f"; against the dense model distilled alike {formats.change(like.mean_perplexity, own)} in training"
 
 
 def unmeasured(report: Report) -> list[tuple[str, list[str], list[str]]]:

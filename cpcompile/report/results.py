@@ -69,7 +69,12 @@ class Quality(Measurements):
     dense_accuracy: float | NotMeasured
     tokens: int | NotMeasured
     coherence: float | NotMeasured
+    coherence_error: float | NotMeasured
+    """Standard error of the mean over the prompts."""
     dense_coherence: float | NotMeasured
+    dense_coherence_error: float | NotMeasured
+    coherence_difference_error: float | NotMeasured
+    """Standard error of the difference between both."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,11 +9,12 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from cpcompile.core.config import DENSE_PEER
 from cpcompile.core.measured import NotMeasured
 from cpcompile.report.contents import ParameterCounts, Report
 from cpcompile.report.difference import Difference
-from cpcompile.report.formats import arrow, count, gaps, megabytes, number, plain, shape_name, signed
-from cpcompile.report.results import Memory, ShapeSpeed, Throughput, VariantResult, ratio_with_bounds
+from cpcompile.report.formats import NOTHING, arrow, count, gaps, megabytes, number, plain, shape_name, signed
+from cpcompile.report.results import Memory, PeerSpeed, ShapeSpeed, Throughput, VariantResult, ratio_with_bounds
 from cpcompile.report.training_summary import PARTITION, TrainingSummary
 
 VERDICT_STYLE = {"pass": "bold green", "fail": "bold red", "inconclusive": "bold yellow"}
@@ -32,8 +33,12 @@ def render_report(report: Report) -> RenderableType:
 
 
 def contexts_table(report: Report) -> Table:
-    """A row per engine: its parameters and size, and the engine against the eager model."""
-    title = Text(f"{report.model.name}: engine against eager model")
+    """A row per engine: its parameters and size, its correctness and cost, and its speed.
+
+    The speed is compared with the dense model in ONNX Runtime where that was timed, otherwise with the eager model.
+    """
+    title = Text(f"{report.model.name}: engines")
+    against_peer = _is_timed(report, DENSE_PEER)
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 1, 0), pad_edge=False)
     for column in (
         "context",
@@ -42,7 +47,7 @@ def contexts_table(report: Report) -> Table:
         "parity\nerror",
         "perplexity",
         "run\nmemory",
-        "times as fast\nas eager",
+        "times as fast as\ndense ONNX Runtime" if against_peer else "times as fast\nas eager",
     ):
         first = column == "context"
         table.add_column(column, justify="left" if first else "right", overflow="fold" if first else "ellipsis")
@@ -52,29 +57,34 @@ def contexts_table(report: Report) -> Table:
                 f"{context.name}\n{variant.name}",
                 _parameters_cell(context.parameters),
                 megabytes(variant.bytes),
-                *(_measured_cells(variant) if variant.status == "ran" else [variant.status, "–", "–", "–"]),
+                *(
+                    [*_measured_cells(variant), _speed_cell(variant, against_peer=against_peer)]
+                    if variant.status == "ran"
+                    else [variant.status, "–", "–", "–"]
+                ),
             ]
             table.add_row(*(Text(cell) for cell in cells))
     return table
 
 
 def peers_table(report: Report) -> Table:
-    """A row per engine and shape: its latency, and how many times as fast it is as each peer."""
+    """A row per engine and shape: its latency, and how many times as fast it is as each peer and as eager."""
     variants = [(context, v) for context in report.contexts for v in context.variants if v.peers]
-    names = dict.fromkeys(peer.name for _, variant in variants for peer in variant.peers)
-    title = "p50 of the engine, and how many times as fast it is as its peers"
+    names = list(dict.fromkeys(peer.name for _, variant in variants for peer in variant.peers))
+    names.sort(key=lambda name: name != DENSE_PEER)
+    title = "p50 of the engine, and how many times as fast it is as other ways to run the model"
     table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ("context", "batch x\nsequence", "engine", "eager", *names):
+    for column in ("context", "batch x\nsequence", "engine", *names[:1], "eager", *names[1:]):
         table.add_column(Text(column), justify="left" if column == "context" else "right")
     for context, variant in variants:
         for shape in variant.speed.shapes or ():
-            ratios = [shape.ratio, *(shape.peers[name].ratio if name in shape.peers else None for name in names)]
-            cells = [
-                context.name,
-                shape_name(shape),
-                f"{shape.p50_ms:.3g} ms",
-                *(number(r, ".2f") for r in ratios),
-            ]
+            ratios = [number(shape.peers[name].ratio if name in shape.peers else None, ".2f") for name in names]
+            cells = [context.name, shape_name(shape), f"{shape.p50_ms:.3g} ms"]
+            cells += [*ratios[:1], _bounded(shape) or NOTHING, *ratios[1:]]
+            table.add_row(*(Text(cell) for cell in cells))
+        if throughput := _bounded(variant.throughput):
+            rate = f"{number(variant.throughput.requests_per_second, '.3g')} / s"
+            cells = [context.name, f"{variant.throughput.workers} at a time", rate, NOTHING, throughput]
             table.add_row(*(Text(cell) for cell in cells))
     return table
 
@@ -84,7 +94,8 @@ def controls_table(training: TrainingSummary | None) -> RenderableType:
     if training is None:
         return Text("this checkpoint records no training results", style="dim")
     controls = training.controls
-    table = Table(title="held-out perplexity")
+    tokens = training.held_out_tokens
+    table = Table(title="held-out perplexity" + (f" of up to {tokens:,} tokens per context" if tokens else ""))
     table.add_column("branch")
     table.add_column("mean", justify="right")
     for context in next(iter(controls.values())).perplexity:
@@ -161,15 +172,13 @@ def verdict_text(report: Report) -> Text:
 
 
 def _measured_cells(variant: VariantResult) -> list[str]:
-    """Parity, perplexity, memory and speed of an engine that ran."""
+    """Parity, perplexity and memory of an engine that ran."""
     parity, quality, memory = variant.parity, variant.quality, variant.memory
-    shapes = variant.speed.shapes
     error, tolerance = number(parity.max_abs_error_float64, ".2g"), number(parity.tolerance, ".2g")
     return [
         f"{error}\nof {tolerance}\n{parity.verdict}",
         f"{number(quality.perplexity, '.2f')}\ndense {number(quality.dense_perplexity, '.2f')}",
         f"{_memory_lines(memory, '')}\neager {_memory_lines(memory, 'eager_')}",
-        "\n".join([*map(_speed_line, shapes), *_throughput_line(variant.throughput)]) if shapes else "–",
     ]
 
 
@@ -178,18 +187,32 @@ def _memory_lines(memory: Memory, side: str) -> str:
     return f"{resident}\nprivate {private}"
 
 
-def _speed_line(shape: ShapeSpeed) -> str:
-    if not (bounded := ratio_with_bounds(shape)):
-        return f"{shape_name(shape)}: {shape.p50_ms:.2f} ms"
-    ratio, low, high = bounded
-    return f"{shape_name(shape)}: {ratio:.2f} ({low:.2f}–{high:.2f})"
+def _is_timed(report: Report, peer: str) -> bool:
+    variants = (variant for context in report.contexts for variant in context.variants)
+    return any(peer in shape.peers for variant in variants for shape in variant.speed.shapes or ())
 
 
-def _throughput_line(throughput: Throughput) -> list[str]:
-    if not (bounded := ratio_with_bounds(throughput)):
-        return []
+def _speed_cell(variant: VariantResult, *, against_peer: bool) -> str:
+    """A line per shape, with the latency where there is no ratio."""
+    lines = []
+    for shape in variant.speed.shapes or ():
+        ratio = _interval(shape.peers.get(DENSE_PEER)) if against_peer else _bounded(shape)
+        lines.append(f"{shape_name(shape)}: {ratio or f'{shape.p50_ms:.2f} ms'}")
+    if not against_peer and lines and (ratio := _bounded(variant.throughput)):
+        lines.append(f"{variant.throughput.workers} at a time: {ratio}")
+    return "\n".join(lines) or NOTHING
+
+
+def _interval(peer: PeerSpeed | None) -> str:
+    return f"{peer.ratio:.2f} ({peer.ratio_low:.2f}–{peer.ratio_high:.2f})" if peer is not None else ""
+
+
+def _bounded(timed: ShapeSpeed | Throughput) -> str:
+    """The ratio of engine and eager model with its interval; empty where it is unknown."""
+    if not (bounded := ratio_with_bounds(timed)):
+        return ""
     ratio, low, high = bounded
-    return [f"{throughput.workers} at a time: {ratio:.2f} ({low:.2f}–{high:.2f})"]
+    return f"{ratio:.2f} ({low:.2f}–{high:.2f})"
 
 
 def _parameters_cell(parameters: ParameterCounts) -> str:

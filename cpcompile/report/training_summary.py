@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 PARTITION, DENSE = "partition", "dense-baseline"
+LIKE_FOR_LIKE: Mapping[str, str] = {DENSE: "dense-distilled", "small-dense": "small-dense-distilled"}
+"""Branches that are not distilled, and the controls that are the same with distillation."""
 BRANCH_MEANING: Mapping[str, str] = {
     PARTITION: "the partitioned model",
     DENSE: "the dense parent trained on, ungated, for the same tokens and schedule",
@@ -40,6 +42,10 @@ class TrainingSummary:
     controls: Mapping[str, BranchSummary]
     swap_matrix: SwapMatrix | None
     findings: tuple[str, ...]
+    distilled: bool
+    """Whether the partitioned model learned from the dense baseline, which then cannot show alone what gates cost."""
+    held_out_tokens: int | None
+    """Tokens per context that the perplexities are of, or fewer where there are fewer; None if unknown."""
 
 
 def mean_perplexity(perplexities: Sequence[float]) -> float:
@@ -50,7 +56,7 @@ def mean_perplexity(perplexities: Sequence[float]) -> float:
 def summarize_training(training: Mapping[str, Any], contexts: Sequence[str]) -> TrainingSummary | None:
     """The branches of a training run side by side, and the findings; None if the checkpoint records none.
 
-    training: the metadata of a checkpoint, with `perplexity` and optionally `controls` and `swap_matrix`.
+    training: the metadata of a checkpoint, with `perplexity` and optionally `controls`, `swap_matrix` and `settings`.
     """
     if "perplexity" not in training:
         return None
@@ -69,11 +75,19 @@ def summarize_training(training: Mapping[str, Any], contexts: Sequence[str]) -> 
     matrix = None
     if swap := training.get("swap_matrix"):
         matrix = SwapMatrix(contexts=tuple(swap["contexts"]), perplexity=tuple(map(tuple, swap["perplexity"])))
-    findings = (*_branch_findings(controls), *(_swap_findings(matrix) if matrix else ()))
-    return TrainingSummary(controls=controls, swap_matrix=matrix, findings=findings)
+    settings = training.get("settings", {})
+    distilled = settings.get("distill", 0) > 0 and settings.get("steps", 0) > 0
+    findings = (*_branch_findings(controls, distilled=distilled), *(_swap_findings(matrix) if matrix else ()))
+    return TrainingSummary(
+        controls=controls,
+        swap_matrix=matrix,
+        findings=findings,
+        distilled=distilled,
+        held_out_tokens=settings.get("held_out_tokens"),
+    )
 
 
-def _branch_findings(controls: Mapping[str, BranchSummary]) -> Iterator[str]:
+def _branch_findings(controls: Mapping[str, BranchSummary], *, distilled: bool) -> Iterator[str]:
     """The partitioned model against every other branch, and which branch is best."""
     if PARTITION not in controls:
         return
@@ -83,12 +97,22 @@ def _branch_findings(controls: Mapping[str, BranchSummary]) -> Iterator[str]:
             continue
         difference = own / branch.mean_perplexity - 1
         verb = "cannot be told apart from" if abs(difference) < NOISE else "beats" if difference < 0 else "loses to"
-        yield (
-            f"The partitioned model {verb} {name} ({branch.description}): "
-            f"mean perplexity {own:.4g} against {branch.mean_perplexity:.4g} ({difference:+.1%})."
-        )
-    best = min(controls, key=lambda name: controls[name].mean_perplexity)
-    yield f"The lowest mean perplexity is that of {best}: {controls[best].mean_perplexity:.4g}."
+        figures = f"mean perplexity {own:.4g} against {branch.mean_perplexity:.4g} ({difference:+.1%})"
+        if distilled and name in LIKE_FOR_LIKE and verb != "loses to":
+            like = LIKE_FOR_LIKE[name]
+            yield (
+                f"The partitioned model is distilled, {name} ({branch.description}) is not: {figures}. "
+                + (f"Like for like, compare with {like}." if like in controls else _unknown_part(like))
+            )
+        else:
+            yield f"The partitioned model {verb} {name} ({branch.description}): {figures}."
+    if len(controls) > 2:
+        best = min(controls, key=lambda name: controls[name].mean_perplexity)
+        yield f"The lowest mean perplexity is that of {best}: {controls[best].mean_perplexity:.4g}."
+
+
+def _unknown_part(like: str) -> str:
+    return f"How much of the difference is due to the distillation is not known; --controls {like} measures it."
 
 
 def _swap_findings(matrix: SwapMatrix) -> Iterator[str]:
@@ -103,4 +127,4 @@ def _swap_findings(matrix: SwapMatrix) -> Iterator[str]:
                 f"than with its own ({row[index]:.4g})."
             )
     if at_home:
-        yield "Every context does best with its own units: the smallest perplexity of each swap row is on the diagonal."
+        yield "Every context does best with its own units: those of no other context give its text a lower perplexity."

@@ -64,7 +64,8 @@ def judge(
         if mean > (1 + max_perplexity_increase) * dense:
             failures.append(
                 f"{name}: mean perplexity {mean:.4g} is {mean / dense - 1:.1%} above the dense baseline's {dense:.4g}; "
-                f"{max_perplexity_increase:.1%} are allowed: train longer, or with larger budgets"
+                f"{max_perplexity_increase:.1%} are allowed: train longer, or with larger budgets, or allow more with "
+                "--max-perplexity-increase"
             )
     # Plans, and engines of other precisions, have weights of their own.
     variants = [variant for context in contexts for variant in context.variants]

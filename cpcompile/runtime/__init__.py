@@ -1,6 +1,6 @@
 """Run the engines of a bundle with ONNX Runtime and without torch; `plan`, which runs TensorRT plans, needs torch.
 
-bundle = open_bundle(Path("model.cpc"))
+bundle = open_bundle("model.cpc")
 engine = load_engine(bundle, "english")
 logits = engine.run(input_ids)
 """

@@ -1,6 +1,6 @@
 """Run the engines of a bundle with ONNX Runtime, without torch and without experimental APIs.
 
-bundle = open_bundle(Path("model.cpc"))
+bundle = open_bundle("model.cpc")
 engine = load_engine(bundle, "english")
 logits = engine.run(input_ids)
 """
@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import importlib
 import io
-from collections.abc import Iterator, Mapping
+import operator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import cached_property
+from os import PathLike
 from types import ModuleType
 from typing import Any
 
@@ -20,7 +22,8 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from cpcompile.bundle.reader import WEIGHTS_OPTION, Bundle, Variant
+from cpcompile.bundle.reader import WEIGHTS_OPTION, Bundle, Variant, open_bundle
+from cpcompile.core.coercion import coerce, require
 from cpcompile.core.errors import CpcompileError, UsageError, first_line
 from cpcompile.core.measured import NotMeasured
 from cpcompile.core.types import Array, Feeds
@@ -28,6 +31,22 @@ from cpcompile.core.types import Array, Feeds
 PLUGINS: Mapping[str, str] = {"NvTensorRTRTXExecutionProvider": "onnxruntime_ep_nv_tensorrt_rtx"}
 """Execution providers that come in packages of their own, which the standard onnxruntime loads."""
 CPU_PROVIDER = "CPUExecutionProvider"
+INPUT, OUTPUT = "input_ids", "logits"
+TYPES: Mapping[str, type[np.generic]] = {
+    "tensor(float)": np.float32,
+    "tensor(double)": np.float64,
+    "tensor(float16)": np.float16,
+    "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
+    "tensor(int16)": np.int16,
+    "tensor(int8)": np.int8,
+    "tensor(uint64)": np.uint64,
+    "tensor(uint32)": np.uint32,
+    "tensor(uint16)": np.uint16,
+    "tensor(uint8)": np.uint8,
+    "tensor(bool)": np.bool_,
+}
+"""The types of arrays by their names in ONNX Runtime."""
 DOCTOR = "`cpcompile doctor` says what this machine lacks"
 
 
@@ -38,23 +57,82 @@ class Engine:
     variant: Variant
     session: Any
 
-    def run(self, input_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-        """Logits (batch, sequence, vocabulary) of input_ids (batch, sequence)."""
-        if input_ids.ndim != 2 or input_ids.dtype != np.int64:
-            raise UsageError(
-                f"input_ids is {input_ids.dtype} of shape {input_ids.shape}; int64 (batch, sequence) is needed"
-            )
-        (logits,) = self._run(["logits"], {"input_ids": input_ids})
+    def run(self, input_ids: npt.ArrayLike) -> npt.NDArray[np.float32]:
+        """Logits (batch, sequence, vocabulary) of input_ids (batch, sequence), an array or lists of token ids.
+
+        UsageError: other shapes, no tokens, or ids that the vocabulary of this context does not have.
+        """
+        (logits,) = self._run([OUTPUT], {INPUT: self._tokens(input_ids)})
         result: npt.NDArray[np.float32] = logits
         return result
 
-    def outputs(self, feeds: Feeds) -> dict[str, Array]:
-        """Every output of the graph by name, for `feeds`: the inputs by name, without the context."""
-        return dict(zip(self._names, self._run(self._names, feeds), strict=True))
+    @cached_property
+    def vocabulary(self) -> int | None:
+        """How many tokens the engine knows; None where its graph does not say."""
+        shape = next((output.shape for output in self.session.get_outputs() if output.name == OUTPUT), None)
+        return shape[-1] if shape and isinstance(shape[-1], int) else None
+
+    def outputs(self, feeds: Mapping[str, npt.ArrayLike]) -> dict[str, Array]:
+        """Every output of the graph by name, for `feeds`: the inputs by name, without the context.
+
+        UsageError: inputs that are missing, unknown, or of another type or shape.
+        """
+        if not isinstance(feeds, Mapping) or feeds.keys() != self._inputs.keys():
+            given = ", ".join(map(str, feeds)) if isinstance(feeds, Mapping) else type(feeds).__name__
+            needed = ", ".join(self._inputs)
+            raise UsageError(f"{self.variant.model}: needs its inputs by name, {needed}; given: {given or 'nothing'}")
+        arrays = {name: self._array(name, value) for name, value in feeds.items()}
+        return dict(zip(self._names, self._run(self._names, arrays), strict=True))
 
     @cached_property
     def _names(self) -> list[str]:
         return [output.name for output in self.session.get_outputs()]
+
+    @cached_property
+    def _inputs(self) -> dict[str, Any]:
+        """The inputs by name, without those that select the context."""
+        return {each.name: each for each in self.session.get_inputs() if each.name not in self.variant.feeds}
+
+    def _tokens(self, ids: npt.ArrayLike) -> Array:
+        """`ids` (batch, sequence) as the engine reads them, each in its vocabulary."""
+        if INPUT not in self._inputs or OUTPUT not in self._names:
+            raise UsageError(
+                f"{self.variant.model}: is no language model, its inputs are {', '.join(self._inputs)}: use `outputs`"
+            )
+        tokens = self._array(INPUT, ids)
+        if not tokens.size:
+            raise UsageError(f"{INPUT} has the shape {tokens.shape} and holds no token; give at least one")
+        low, high = tokens.min(), tokens.max()
+        if low < 0 or (self.vocabulary is not None and high >= self.vocabulary):
+            raise UsageError(
+                f"{INPUT} has the token {low if low < 0 else high}; those of {self.variant.context} are 0 to "
+                f"{'the last of its vocabulary' if self.vocabulary is None else self.vocabulary - 1}"
+            )
+        return tokens
+
+    def _array(self, name: str, value: npt.ArrayLike) -> Array:
+        """`value` in the type of the input `name`, whose shape it has to fit; integers have to stay what they are."""
+        declared = self._inputs[name]
+        if (kind := TYPES.get(declared.type)) is None:
+            return np.asarray(value)
+        try:
+            array = np.asarray(value)
+        except ValueError as error:  # lists of different lengths
+            raise UsageError(f"{name}: cannot be made an array of {kind.__name__} ({error})") from error
+        real = np.issubdtype(kind, np.floating)
+        converted = array.astype(kind, copy=False) if array.dtype.kind in ("iuf" if real else "biu") else None
+        if converted is None or not (real or np.array_equal(array, converted)):
+            if array.size:
+                raise UsageError(f"{name} is {array.dtype}; {kind.__name__} is needed")
+            converted = np.zeros(array.shape, kind)  # of empty lists, whose type is unknown
+        shape = declared.shape
+        fits = len(shape) == array.ndim and all(
+            not isinstance(size, int) or size == length for size, length in zip(shape, array.shape, strict=True)
+        )
+        if not fits:
+            needed = ", ".join(str(size) for size in shape)
+            raise UsageError(f"{name} has the shape {array.shape}; ({needed}) is needed")
+        return converted
 
     def _run(self, names: list[str], feeds: Feeds) -> list[Array]:
         """Run the session with the input that selects the context, where the engine serves several."""
@@ -67,12 +145,34 @@ class Engine:
             ) from error
         return outputs
 
-    def generate(self, prompt: list[int], *, tokens: int, temperature: float = 0.0, seed: int = 0) -> Iterator[int]:
-        """Continue `prompt` by `tokens` ids: the most likely ones, or samples if `temperature` > 0."""
-        generator = np.random.default_rng(seed)
-        ids = list(prompt)
+    def generate(
+        self, prompt: Sequence[int] | Array, *, tokens: int, temperature: float = 0.0, seed: int | None = None
+    ) -> Iterator[int]:
+        """Continue `prompt` by `tokens` ids: the most likely ones, or samples if `temperature` > 0.
+
+        Samples differ from call to call unless a `seed` is given. UsageError: a prompt without tokens, or with others
+        than those of the vocabulary; a negative number of tokens or temperature.
+        """
+        try:
+            ids = [operator.index(token) for token in prompt]
+        except TypeError as error:
+            raise UsageError(
+                f"the prompt is {prompt!r:.80}; token ids are needed, as the tokenizer of the context makes of text"
+            ) from error
+        if not ids:
+            raise UsageError("the prompt is empty; give at least one token, such as the one that texts begin with")
+        self._tokens([ids])
+        tokens = coerce(tokens, int, "tokens")
+        temperature, seed = coerce(temperature, float, "temperature"), coerce(seed, int | None, "seed")
+        for name, number in (("tokens", tokens), ("temperature", temperature), ("seed", seed or 0)):
+            require(number >= 0, f"{name} is {number}: it cannot be negative")
+        return self._continue(ids, tokens, temperature, np.random.default_rng(seed))
+
+    def _continue(
+        self, ids: list[int], tokens: int, temperature: float, generator: np.random.Generator
+    ) -> Iterator[int]:
         for _ in range(tokens):
-            logits = self.run(np.asarray([ids], dtype=np.int64))[0, -1].astype(np.float64)
+            logits = self.run([ids])[0, -1].astype(np.float64)
             if temperature > 0:
                 noise = generator.gumbel(size=logits.shape)
                 logits = logits / temperature + noise
@@ -80,8 +180,10 @@ class Engine:
             yield ids[-1]
 
 
-def load_engine(bundle: Bundle, context: str, variant: str = "cpu-fp32", *, threads: int = 0) -> Engine:
-    """Verify and load one engine; `threads` 0 leaves the number to ONNX Runtime.
+def load_engine(
+    bundle: Bundle | str | PathLike[str], context: str, variant: str = "cpu-fp32", *, threads: int = 0
+) -> Engine:
+    """Verify and load one engine of a bundle or of its path; `threads` 0 leaves the number to ONNX Runtime.
 
     UsageError: no such context or variant, a damaged or missing file, a reference to a file that is not its own.
     CpcompileError: ONNX Runtime refuses the model, or falls back to another provider.
@@ -89,6 +191,9 @@ def load_engine(bundle: Bundle, context: str, variant: str = "cpu-fp32", *, thre
     ONNX Runtime parses the graph in this process. A graph from a stranger can take any amount of time and memory, so
     load it where that does no harm.
     """
+    threads = coerce(threads, int, "threads")
+    require(threads >= 0, f"threads is {threads}: it cannot be negative; 0 leaves the number to ONNX Runtime")
+    bundle = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
     chosen = bundle.variant(context, variant)
     if chosen.plan:
         raise UsageError(f"{chosen.model}: is a plan of {chosen.runtime}, which ONNX Runtime does not run")

@@ -47,6 +47,8 @@ class StepReport:
 
 
 Observer = Callable[[StepReport], None]
+EVALUATION_TOKENS = 2048
+"""Held-out tokens per context of the perplexities during training; those at the end are of `held_out_tokens`."""
 DIVERGED = 100.0
 """Nats per token above which a perplexity is meaningless: chance is the logarithm of the vocabulary, about 10."""
 Moments = dict[str, dict[str, Tensor]]
@@ -115,7 +117,7 @@ class Branch:
             if observer:
                 perplexity = None
                 if step == self.last or (step - self.first) % max(1, (self.last - self.first) // 8) == 0:
-                    perplexity = held_out_perplexity(self.state, corpus, config, tokens=2048)
+                    perplexity = held_out_perplexity(self.state, corpus, config, tokens=EVALUATION_TOKENS)
                 observer(
                     StepReport(
                         branch=self.name,

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 from torch import Tensor
 
+from cpcompile.core.coercion import coerce, require
 from cpcompile.core.config import require_context_name
 from cpcompile.core.errors import UsageError
 from cpcompile.core.selection import BoolArray, Selection, UnitKind
+from cpcompile.partitioning.arguments import as_inputs
 from cpcompile.partitioning.partitioned_module import PartitionedModule
 from cpcompile.training.allocation import allocate
 from cpcompile.training.importance import Loss, equal_importance, measure_group_importance, stack_contexts
@@ -35,12 +37,15 @@ def select_units(
     Layers with equally many units share their budget; where all budgets are 1, nothing is measured. UsageError:
     contexts or kinds that the module does not have.
     """
+    require(isinstance(batches, Mapping), f"batches is a {type(batches).__name__}: a dict by context is needed")
     contexts = tuple(batches)
     for context in contexts:
         require_context_name(context, "batches")
     if len(contexts) != module.contexts:
         raise UsageError(f"the module has gates for {module.contexts} contexts, the batches are of {len(contexts)}")
     kinds = {units.kind for units in module.units()}
+    budgets = coerce(budgets, dict[str, float], "budgets")
+    specificity, floor = coerce(specificity, float, "specificity"), coerce(floor, float, "floor")
     for kind, budget in budgets.items():
         if kind not in kinds:
             raise UsageError(f"budgets: the module has no units of kind {kind!r}; it has {', '.join(sorted(kinds))}")
@@ -48,10 +53,13 @@ def select_units(
             raise UsageError(f"budgets: {kind} = {budget}; it lies above 0 and up to 1")
     if not -1 <= specificity <= 1:
         raise UsageError(f"specificity is {specificity}: it lies from -1 to 1")
+    if not 0 <= floor <= 1:
+        raise UsageError(f"floor is {floor}: it lies from 0 to 1")
+    inputs = {context: _inputs_of(context, batches[context]) for context in contexts}
     if all(budget == 1 for budget in budgets.values()):
         measured = equal_importance(module.units(), len(contexts))
     else:
-        measured = stack_contexts([measure_group_importance(module, batches[c], loss, None) for c in contexts])
+        measured = stack_contexts([measure_group_importance(module, inputs[c], loss, None) for c in contexts])
     kept: dict[UnitKind, BoolArray] = {}
     for name, budget in budgets.items():
         kind = UnitKind(name)
@@ -72,3 +80,11 @@ def select_units(
     selection = Selection(contexts, kept)
     module.select(selection)
     return selection
+
+
+def _inputs_of(context: str, batches: Iterable[tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, ...]]:
+    """The batches one by one; UsageError if there is none."""
+    number = -1
+    for number, batch in enumerate(batches):
+        yield as_inputs(batch, f"batches: {context}[{number}]")
+    require(number >= 0, f"batches: {context!r} has none; give one at least")

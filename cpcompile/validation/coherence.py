@@ -1,13 +1,13 @@
 """Coherence: does generated text stay on topic?
 
-    prompt -> continuation, sampled at temperature 1     coherence = mean cos(e(prompt), e(continuation))
+    prompt -> continuation, sampled at temperature 1     coherence of a prompt = cos(e(prompt), e(continuation))
 
 e is the mean of the dense baseline's token embeddings minus the mean over the held-out text, so that what all text has
 in common does not count. Engine and dense baseline continue the same prompts with the same
 random numbers. After Li et al., Contrastive Decoding (arXiv 2210.15097), who take SimCSE for e.
 
-A number near that of the dense baseline is good. With so few prompts it is a check on generation as a whole, not a
-fine measure.
+A mean near that of the dense baseline is good. With so few prompts it is a check on generation as a whole, not a fine
+measure: `quality` gives the standard errors of the means and of their difference.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 16, 32, 24
 
 def measure_coherence(
     run: Callable[[Array], Array], ids: Array, embeddings: Array, *, leading: Sequence[int] = (), seed: int = 0
-) -> float | None:
-    """Coherence of what `run` (ids (batch, sequence) -> logits) generates; None if the text holds no whole prompt.
+) -> Array | None:
+    """Coherence of what `run` (ids (batch, sequence) -> logits) generates, by prompt; None for text below one prompt.
 
     ids: held-out text (1-D), of which prompts are taken at even distances; `run` sees them after the ids `leading`.
     embeddings: (vocabulary, width), the rows in the order of `ids`.
@@ -41,7 +41,8 @@ def measure_coherence(
         embeddings[part].mean(axis=1, dtype=np.float64) - common for part in (prompts, text[:, -NEW_TOKENS:])
     )
     norms = np.linalg.norm(before, axis=1) * np.linalg.norm(after, axis=1)
-    return float(((before * after).sum(axis=1) / np.maximum(norms, np.finfo(np.float64).tiny)).mean())
+    cosines: Array = (before * after).sum(axis=1) / np.maximum(norms, np.finfo(np.float64).tiny)
+    return cosines
 
 
 def _continue(run: Callable[[Array], Array], prompts: Array, rng: np.random.Generator) -> Array:

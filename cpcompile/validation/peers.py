@@ -1,11 +1,12 @@
 """Peers: alternatives to an engine of a bundle, timed along with it.
 
+    onnx-dense      the dense baseline as one plain export in ONNX Runtime; the one that is timed by default
     torch-compile   the dense baseline through torch.compile
-    onnx-dense      the dense baseline as one plain export in ONNX Runtime
     onnx-dynamic    the graph of all contexts in ONNX Runtime, with the context as an input: any context, full cost
     openvino        the engine's own graph in OpenVINO
 
-Graphs are made for the first engine that needs them, and shared by all.
+Graphs are made for the first engine that needs them, and shared by all. Peers run on the CPU, so engines for GPUs have
+none; an engine of all contexts has only those that compute the dense model.
 """
 
 from __future__ import annotations
@@ -18,26 +19,23 @@ from pathlib import Path
 import onnx_ir as ir
 
 from cpcompile.bundle.reader import Variant
-from cpcompile.core.config import OPSETS, ValidateConfig
-from cpcompile.core.errors import CpcompileError, UsageError
+from cpcompile.core.config import DENSE_PEER, OPSETS, ValidateConfig
+from cpcompile.core.errors import CpcompileError
 from cpcompile.files.whole_files import scratch_folder
 from cpcompile.frontend.source import Source
 from cpcompile.machine.environment import available_cores
+from cpcompile.runtime.engine import CPU_PROVIDER
 from cpcompile.validation.reference import Reference, Run
 from cpcompile.validation.runners import Computes, Runner, callable_runner, onnx_runner, openvino_runner
 
-NAMES = ("torch-compile", "onnx-dense", "onnx-dynamic", "openvino")
+DENSE = (DENSE_PEER, "torch-compile")
 
 
 @contextmanager
 def open_peers(config: ValidateConfig, source: Source, reference: Reference) -> Iterator[Peers]:
     """The peers that `config` names of the engines that `source` was built into; their files are temporary."""
-    names = NAMES if config.peers == ("all",) else config.peers
-    for name in names:
-        if name not in NAMES:
-            raise UsageError(f"there is no peer {name!r}; there are {', '.join(NAMES)}, and 'all' for all of them")
     with scratch_folder("peers") as folder:
-        yield Peers(names, source, reference, folder, config.threads or available_cores())
+        yield Peers(config.peers, source, reference, folder, config.threads or available_cores())
 
 
 class Peers:
@@ -51,21 +49,21 @@ class Peers:
         self._threads = threads
 
     def __call__(self, variant: Variant) -> tuple[Runner, ...]:
-        if variant.feeds:  # a merged engine is itself the peer of the single ones
+        if variant.provider != CPU_PROVIDER:
             return ()
         makers: dict[str, Callable[[Variant], Runner]] = {
+            DENSE_PEER: self._dense_graph,
             "torch-compile": self._compiled,
-            "onnx-dense": self._dense_graph,
             "onnx-dynamic": self._dynamic_graph,
             "openvino": self._openvino,
         }
-        return tuple(makers[name](variant) for name in self._names)
+        return tuple(makers[name](variant) for name in self._names if name in DENSE or not variant.feeds)
 
     def _compiled(self, variant: Variant) -> Runner:
         return callable_runner("torch-compile", "dense", lambda: self._reference.compiled(variant.context))
 
     def _dense_graph(self, variant: Variant) -> Runner:
-        return self._onnx("onnx-dense", variant, "dense", lambda: self._dense_file)
+        return self._onnx(DENSE_PEER, variant, "dense", lambda: self._dense_file)
 
     def _dynamic_graph(self, variant: Variant) -> Runner:
         index = self._source.contexts.index(variant.context)
@@ -93,7 +91,7 @@ class Peers:
         def load() -> Iterator[Run]:
             file = path()
             if file is None:
-                raise CpcompileError("there is no dense baseline beside the model")
+                raise CpcompileError("there is no dense baseline beside the model; the peer onnx-dynamic needs none")
             with onnx_runner(name, file, threads=self._threads, computes=computes, bound=bound).load() as run:
                 yield self._reference.as_engine(variant.context, run, all_logits=computes == "dense")
 

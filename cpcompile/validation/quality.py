@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cpcompile.core.measured import NotMeasured
+from cpcompile.core.types import Array
 from cpcompile.report.results import Quality
 from cpcompile.text.corpus import cut_windows
 
@@ -43,8 +44,8 @@ class Score:
     accuracy: float
     """Fraction of tokens that the likeliest logit names."""
     tokens: int
-    coherence: float | NotMeasured = NOT_ASKED
-    """See `coherence`."""
+    coherence: Array | NotMeasured = NOT_ASKED
+    """Of every prompt, see `coherence`."""
     ratio: float = 1.0
     """Tokens of the text per token of the whole vocabulary; the perplexity is per the latter."""
 
@@ -79,18 +80,47 @@ def measure_score(run: Run, windows: IntArray, *, leading: int = 0, batch: int =
 
 def compare_quality(engine: Score | NotMeasured, dense: Score | NotMeasured) -> Quality:
     """Combine both sides."""
-    sides: dict[str, Any] = {}
+    sides: dict[str, Any] = _coherence(engine, dense)
     for prefix, side in (("", engine), ("dense_", dense)):
-        for name in ("perplexity", "accuracy", "coherence"):
+        for name in ("perplexity", "accuracy"):
             value = side if isinstance(side, NotMeasured) else getattr(side, name)
             if name == "accuracy" and isinstance(engine, Score) and engine.ratio != 1:
                 value = NotMeasured(
                     f"the trimmed vocabulary cuts the text into {engine.ratio:.3f} times the tokens: not comparable"
                 )
-            if isinstance(value, float) and not math.isfinite(value):
-                value = NotMeasured(f"{name} is {value}: the logits are not finite or rule out a token that occurs")
             sides[prefix + name] = value
+    for name, value in sides.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            sides[name] = NotMeasured(f"{name} is {value}: the logits are not finite or rule out a token that occurs")
     return Quality(**sides, tokens=engine if isinstance(engine, NotMeasured) else engine.tokens)
+
+
+def _coherence(engine: Score | NotMeasured, dense: Score | NotMeasured) -> dict[str, Any]:
+    """The means over the prompts with their standard errors, and the standard error of their difference.
+
+    Both sides continue the same prompts, so the difference is taken prompt by prompt. A trimmed vocabulary cuts the
+    text into other prompts; then the errors of both sides add up.
+    """
+    own, other = (side if isinstance(side, NotMeasured) else side.coherence for side in (engine, dense))
+    found: dict[str, Any] = {}
+    for prefix, values in (("", own), ("dense_", other)):
+        found[f"{prefix}coherence"] = values if isinstance(values, NotMeasured) else float(values.mean())
+        found[f"{prefix}coherence_error"] = values if isinstance(values, NotMeasured) else standard_error(values)
+    error: float | NotMeasured
+    if isinstance(own, NotMeasured):
+        error = own
+    elif isinstance(other, NotMeasured):
+        error = other
+    elif isinstance(engine, Score) and engine.ratio != 1:
+        error = math.hypot(standard_error(own), standard_error(other))
+    else:
+        error = standard_error(own - other)
+    return found | {"coherence_difference_error": error}
+
+
+def standard_error(values: Array) -> float:
+    """The standard error of the mean of independent `values`."""
+    return float(values.std(ddof=1) / math.sqrt(len(values)))
 
 
 def log_softmax(logits: npt.NDArray[Any]) -> npt.NDArray[np.float64]:

@@ -101,7 +101,7 @@ def test_peers_are_run_beside_the_engines(model: Path, tmp_path: Path) -> None:
 
 def test_an_unknown_peer_and_a_ratio_that_cannot_be(model: Path, bundle: Path) -> None:
     result = run("validate", bundle, "--model", model, "--peers", "tvm")
-    assert result.exit_code == 2 and "there is no peer 'tvm'; there are torch-compile, onnx-dense" in result.output
+    assert result.exit_code == 2 and "there is no peer 'tvm'; there are onnx-dense, torch-compile" in result.output
     result = run("validate", bundle, "--model", model, "--min-speed-ratio", -1)
     assert result.exit_code == 2 and "cannot be negative" in result.output
 
@@ -396,12 +396,12 @@ def test_a_damaged_bundle_is_named_and_refused(
         graph.write_bytes(graph.read_bytes()[:-100])
     for command in (
         ["validate", damaged, "--model", model, *FAST],
-        ["export", damaged, "english", "-o", tmp_path / "x"],
+        ["export", damaged, "english", "-o", tmp_path / "x.onnx"],
     ):
         result = run(*command)
         assert result.exit_code == 2
         assert message in result.output
-    assert not (tmp_path / "x").exists()
+    assert not (tmp_path / "x.onnx").exists()
 
 
 def test_errors_of_the_command_line(model: Path, bundle: Path, tmp_path: Path) -> None:
@@ -411,6 +411,7 @@ def test_errors_of_the_command_line(model: Path, bundle: Path, tmp_path: Path) -
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "precious").write_text("mine")
     (tmp_path / "config.toml").write_text("[train]\nsteps = 5\n")
+    (tmp_path / "validate.toml").write_text("[validate]\nshapes = [[1]]\n")
     (tmp_path / "deep.toml").write_text("x = " + "[" * 5000)
     (tmp_path / "huge.toml").write_text(f"[train]\nlearning_rate = {10**400}\n")
     cases = {
@@ -431,7 +432,25 @@ def test_errors_of_the_command_line(model: Path, bundle: Path, tmp_path: Path) -
         ("build", model, "--contexts", ","): "names nothing",
         ("build", model, "-o", "/"): "choose another output",
         ("validate", bundle, "--model", tmp_path / "nowhere.pt"): "--model names the model",
-        ("train", "--data", tmp_path, "-o", tmp_path / "config.toml"): "It stays as it is: choose another --out",
+        ("train", "--data", tmp_path, "-o", tmp_path / "evil.pt"): "It stays as it is: choose another --out",
+        ("train", "--data", tmp_path, "-o", tmp_path / "config.toml"): "config.toml: exists and is not named .pt",
+        ("train", "--data", tmp_path, "-o", tmp_path / "m.safetensors"): "m.safetensors: is not named .pt",
+        ("train", "--data", tmp_path, "--text-field", ""): "--text-field is empty",
+        ("train", "--data", tmp_path, "--controls", ","): "names nothing",
+        ("build", model, "-o", tmp_path / "model.onnx"): "a bundle is a folder; give a name such as model.cpc",
+        ("build", model, "--max-perplexity-increase", "-1"): "max_perplexity_increase is -1.0: it cannot be negative",
+        ("build", model, "--max-perplexity-increase", "nan"): "a finite number is needed",
+        ("validate", bundle, "--no-speed", "--peers", "all"): "needs timings: leave out --no-speed or --peers",
+        (
+            "validate",
+            bundle,
+            "--config",
+            tmp_path / "validate.toml",
+        ): "validate.toml: validate.shapes[0] is [1]",
+        ("report", bundle, "-o", tmp_path / "x.pdf"): "x.pdf: is not named .html",
+        ("export", bundle, "english", "-o", tmp_path / "english.ort"): "english.ort: is not named .onnx",
+        ("compare", model, model, "--no-speed", "--min-speed-ratio", "2"): "speed is not measured",
+        ("check", bundle, "--baseline", "b.json", "--model", model, "--without-model"): "contradict each other",
         ("train", "--data", tmp_path, "-o", tmp_path / "folder"): "folder: is a folder",
         ("train", "--data", tmp_path, "-o", ""): "is a folder",
         ("train", "--data", tmp_path, "-o", tmp_path / "new.pt"): "where every file is text",

@@ -29,7 +29,7 @@ from click.testing import CliRunner
 from cpcompile.cli import main
 from cpcompile.cli.console import TrainProgress
 from cpcompile.cli.settings import load_toml
-from cpcompile.core.config import CheckConfig, TrainConfig, preset
+from cpcompile.core.config import CheckConfig, TrainConfig, ValidateConfig, preset
 from cpcompile.core.overrides import override
 from cpcompile.files.whole_files import file_digest
 from cpcompile.pipeline.estimation import limit
@@ -283,6 +283,8 @@ def test_the_settings_of_the_documentation_are_settings(tmp_path: Path) -> None:
     assert override(preset("tiny"), tables["model"], where="model").layers == 6
     assert override(TrainConfig(), tables["train"], where="train").steps == 5000
     assert override(CheckConfig(), tables["check"], where="check") == CheckConfig()
+    validation = override(ValidateConfig(), tables["validate"], where="validate")
+    assert (validation.max_perplexity_increase, validation.speed_shapes) == (0.05, ((1, 128), (8, 256)))
 
 
 @pytest.mark.parametrize("page", GUIDES)

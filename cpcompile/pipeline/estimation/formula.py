@@ -7,6 +7,7 @@ is tied to the embedding), n positions per run and V logits per position:
     build      L + M + (P + G) T + R                graphs share the weights; R: the vocabulary in a new order
     parity     L'+ M + (P + G) T + R + K + 2M + W(16 n V)     float64; logits in float32, float64 and of the engine
     quality    L'+ M + (P + G) T + R + K + D + W(4 n' V) + 24 s V   windows of s tokens in float64, three arrays
+    timing     L'+ M + (P + G) T + R + K + D + D' + W(4 n V)     D': the dense baseline in ONNX Runtime
     measuring  L'+ M + (P + G) T + R + D  in this process, and next to it the larger of
                engine  E + K + W(4 n V)             eager  A + D + W(4 n V)
 
@@ -24,7 +25,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cpcompile.core.config import BuildConfig, ValidateConfig
+from cpcompile.core.config import DENSE_PEER, BuildConfig, ValidateConfig
 from cpcompile.pipeline.estimation.facts import Facts
 from cpcompile.pipeline.estimation.libraries import Libraries
 from cpcompile.validation.coherence import NEW_TOKENS, PROMPT_TOKENS, PROMPTS
@@ -41,7 +42,7 @@ ENGINE_GRAPH = 1_200
 """Bytes of an engine's file per tensor."""
 DURATIONS = ((30_000_000, "about a minute"), (300_000_000, "minutes"))
 """(parameters up to which it holds, duration on two cores with validation)."""
-NOT_COUNTED = ("peers of --peers", "text that --data reads")
+NOT_COUNTED = (f"peers of --peers but {DENSE_PEER}", "text that --data reads")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,6 +164,12 @@ def estimate(
         _stage("validate: parity", here | {"engine": engine} | in_float64),
         _stage("validate: quality", here | {"engine": engine, "dense": dense, "results": _held(in_quality) + window}),
     ]
+    if validation.speed and DENSE_PEER in validation.peers and dense:
+        timed = _held(_results(facts, max(batch * sequence for batch, sequence in validation.speed_shapes)))
+        dense_engine = {"dense in ONNX Runtime": dense + largest.head_bytes}
+        validating.append(
+            _stage("validate: speed", here | {"engine": engine, "dense": dense} | dense_engine | {"results": timed})
+        )
     engines = {
         name: _process(libraries.engine + context.engine_bytes, _results(facts, shape.positions, context.classes))
         for name, context in facts.contexts.items()

@@ -21,7 +21,9 @@ from cpcompile.core.overrides import override
         ({"budgets": {"layer": 0.5}}, "'layer' is none of the kinds ffn, head, expert"),
         ({"core_fractions": {"head": float("nan")}}, "core_fractions.head is nan"),
         ({"controls": "one-mask"}, "controls is 'one-mask': a list is needed"),
-        ({"controls": [1]}, "1 is none of one-mask"),
+        ({"controls": [1]}, "controls[0] is 1: str is needed"),
+        ({"controls": ["no-mask"]}, "'no-mask' is none of one-mask"),
+        ({"steps": -1}, "steps is -1: it cannot be negative"),
         ({"stepz": 5}, "there is no setting 'stepz'"),
     ],
 )

@@ -2,17 +2,20 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
+import click
 import onnx
 import pytest
 
 from cpcompile.core.measured import NotMeasured
 from cpcompile.doctor import look
-from cpcompile.doctor.examination import TARGETS, examine
+from cpcompile.doctor.examination import DEPENDENCIES, TARGETS, examine
 from cpcompile.doctor.trials import TWO_NODES, run_trial
 from cpcompile.machine.gpu import gpu_model
 
@@ -246,3 +249,28 @@ def test_a_card_without_a_driver_brings_the_commands_for_gpus(tmp_path: Path, mo
             assert each.status != "works" and each.fix, each
             assert "no NVIDIA GPU" in without[each.name].reason, each
     assert not without["cuda-fp16"].fix and not without["tensorrt"].fix
+
+
+def test_the_dependencies_are_those_of_the_package() -> None:
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
+    assert {re.split("[<>=!~]", each)[0] for each in declared} == set(DEPENDENCIES)
+
+
+def test_with_click_alone_the_doctor_says_what_is_missing_and_so_does_every_command(tmp_path: Path) -> None:
+    """As after `pip install --no-deps`: the tables need rich, and almost everything else needs numpy and torch."""
+    for folder in Path(click.__file__).parents[1].glob("click*"):
+        (tmp_path / folder.name).symlink_to(folder)
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-S", "-P", "-m", "cpcompile", *arguments]  # -S: without site-packages
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(tmp_path), str(ROOT)))}
+        return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+
+    done = run("doctor")
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert re.search(r"^rich +absent +- not installed$", done.stdout, re.MULTILINE), done.stdout
+    assert re.search(r"^click +ok ", done.stdout, re.MULTILINE) and "  pip install cpcompile\n" in done.stdout
+    assert re.search(r"^cpu-fp32 +\w+ +torch: not installed; onnx: not installed", done.stdout, re.MULTILINE)
+    done = run("passes")
+    assert done.returncode == 1
+    assert re.fullmatch(r"Error: No module named '\w+'; `cpcompile doctor` says .* how to install it\n", done.stderr)

@@ -65,7 +65,8 @@ def test_another_suffix_stays(tmp_path: Path) -> None:
     (tmp_path / "config.toml").touch()
     with pytest.raises(UsageError, match=r"config.toml: exists and is not named .onnx"):
         require_file_path(tmp_path / "config.toml", ".onnx")
-    assert require_file_path(tmp_path / "new.toml", ".onnx").name == "new.toml"
+    with pytest.raises(UsageError, match=r"new.toml: is not named .onnx, as what is written has to be"):
+        require_file_path(tmp_path / "new.toml", ".onnx")
 
 
 def test_a_folder_that_cannot_be_written_is_a_sentence(tmp_path: Path) -> None:

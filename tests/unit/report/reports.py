@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import numpy as np
+
 from cpcompile.core.json_form import from_json, to_json
 from cpcompile.core.measured import NotMeasured
 from cpcompile.machine.environment import environment
@@ -54,6 +56,10 @@ SELECTION = {
     ],
     "head": [{"name": "layer 0", "kept": {"de": "10", "en": "01"}}],
 }
+
+
+COHERENCE = np.array([0.2, 0.4, 0.5, 0.7])
+"""Of four prompts."""
 
 
 def quantiles(median: float) -> tuple[float, ...]:
@@ -111,8 +117,10 @@ def variant(context: str = "de", *, perplexity: float = 19.0, dense: float | str
             tokens=100,
         ),
         quality=compare_quality(
-            Score(perplexity=perplexity, accuracy=0.3, tokens=100),
-            Score(perplexity=dense, accuracy=0.25, tokens=100) if isinstance(dense, float) else NotMeasured(dense),
+            Score(perplexity=perplexity, accuracy=0.3, tokens=100, coherence=COHERENCE),
+            Score(perplexity=dense, accuracy=0.25, tokens=100, coherence=COHERENCE[::-1])
+            if isinstance(dense, float)
+            else NotMeasured(dense),
         ),
         memory=compare_memory(*PROCESSES),
         start=compare_start(*PROCESSES),

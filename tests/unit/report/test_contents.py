@@ -83,7 +83,7 @@ def test_the_schema_rejects_every_wrong_type() -> None:
 @pytest.mark.parametrize(
     ("path", "key", "value"),
     [
-        ((), "schema_version", 2),
+        ((), "schema_version", 1),
         ((), "verdict", "maybe"),
         (("bundle",), "bytes", None),
         (("contexts", 0), "name", "Not A Context"),
@@ -217,6 +217,45 @@ def test_findings_say_which_branch_wins() -> None:
     assert one.startswith("The partitioned model cannot be told apart from one-mask (")
     assert best == "The lowest mean perplexity is that of small-dense: 22.45."
     assert swap.startswith("Every context does best with its own units")
+
+
+def findings(settings: dict[str, object], **more: dict[str, float]) -> tuple[str, ...]:
+    controls = {name: {"description": name, "perplexity": values} for name, values in more.items()}
+    perplexity = {"dense-baseline": {"de": 20.0}, "partition": {"de": 18.0}}
+    summary = summarize_training({"perplexity": perplexity, "controls": controls, "settings": settings}, ("de",))
+    assert summary is not None
+    assert summary.distilled is (settings == DISTILLED)
+    return summary.findings
+
+
+DISTILLED = {"distill": 0.5, "steps": 1000, "held_out_tokens": 4096}
+
+
+def test_a_distilled_model_is_not_said_to_beat_what_is_not_distilled() -> None:
+    """A gain over the dense baseline may be the distillation's alone."""
+    (alone,) = findings(DISTILLED)
+    assert alone == (
+        "The partitioned model is distilled, dense-baseline (the dense parent trained on, ungated, for the same tokens "
+        "and schedule) is not: mean perplexity 18 against 20 (-10.0%). How much of the difference is due to the "
+        "distillation is not known; --controls dense-distilled measures it."
+    )
+    found = findings(DISTILLED, **{"dense-distilled": {"de": 17.0}, "small-dense": {"de": 19.0}})
+    assert found[0].endswith("(-10.0%). Like for like, compare with dense-distilled.")
+    assert found[1].startswith("The partitioned model loses to dense-distilled (")
+    assert found[2].endswith("--controls small-dense-distilled measures it.")
+    assert found[3] == "The lowest mean perplexity is that of dense-distilled: 17."
+    assert not any("beats" in each for each in found)
+
+
+@pytest.mark.parametrize("settings", [{}, {"distill": 0.0, "steps": 1000}, {"distill": 0.5, "steps": 0}])
+def test_without_distillation_the_comparison_is_fair(settings: dict[str, object]) -> None:
+    assert findings(settings)[0].startswith("The partitioned model beats dense-baseline (")
+
+
+def test_a_model_that_loses_in_spite_of_its_distillation_loses() -> None:
+    lost = {"perplexity": {"dense-baseline": {"de": 17.0}, "partition": {"de": 18.0}}, "settings": DISTILLED}
+    summary = summarize_training(lost, ("de",))
+    assert summary is not None and summary.findings[0].startswith("The partitioned model loses to dense-baseline (")
 
 
 def test_findings_name_the_context_that_is_better_off_elsewhere() -> None:

@@ -53,6 +53,9 @@ def test_equal_reports_differ_in_nothing() -> None:
         ((*VARIANT, "quality"), {"perplexity": 19.03}, "quality perplexity", False),
         ((*VARIANT, "quality"), {"perplexity": 19.05}, "quality perplexity", True),
         ((*VARIANT, "quality"), {"accuracy": 0.1}, "quality accuracy", None),
+        # The standard error is 0.104 on both sides.
+        ((*VARIANT, "quality"), {"coherence": 0.7}, "quality coherence", False),
+        ((*VARIANT, "quality"), {"dense_coherence": 0.1}, "quality dense coherence", True),
         ((*VARIANT, "memory"), {"run_peak_rss_bytes": 9}, "memory run peak rss bytes", None),
         (VARIANT, {"bytes": 1_000_001}, "bytes", True),
         ((*VARIANT, "placement", "operators"), {"MatMul": 2}, "placement operators MatMul", True),

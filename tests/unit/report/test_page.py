@@ -12,12 +12,19 @@ import pytest
 
 from cpcompile.core.json_form import to_json
 from cpcompile.core.selection import Selection, UnitKind
-from cpcompile.report import SCHEMA, render_difference, render_difference_page, render_page, render_report
+from cpcompile.report import (
+    SCHEMA,
+    render_difference,
+    render_difference_page,
+    render_page,
+    render_report,
+    summarize_training,
+)
 from cpcompile.report.contents import LayerSelection
 from cpcompile.report.difference import compare_reports
 from cpcompile.report.page import selection_map
 from cpcompile.report.results import Diagnosis
-from tests.unit.report.reports import SELECTION, as_report, complete, report, skipped, variant
+from tests.unit.report.reports import SELECTION, TRAINING, as_report, complete, report, skipped, variant
 from tests.unit.report.test_terminal import text_of
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(1)>$x^{"
@@ -83,6 +90,8 @@ def test_the_page_has_every_section_and_what_is_in_the_report() -> None:
     for part in (
         "Every engine that ran computes what its eager model computes",
         "mean perplexity of cpu-fp32; dense 24.49 (−4.2 %)",
+        "as fast as the dense model in ONNX Runtime at 1×128; 3.00 × as fast as eager",
+        "coherence 0.450 ± 0.104 0.450 ± 0.104 +0.000 ± 0.187",
         "1.00 M 25 % of 4.00 M",
         "removed FFN blocks: 3.00 M (75 %)",
         "3.00 (2.90–3.10)",
@@ -97,6 +106,27 @@ def test_the_page_has_every_section_and_what_is_in_the_report() -> None:
         "text of de 19.00 40.00",
     ):
         assert part in words, part
+
+
+@pytest.mark.parametrize(
+    ("controls", "says"),
+    [
+        ({}, "dense 24.49 (−4.2 %), which is not distilled as the engine's model is"),
+        ({"dense-distilled": 20.0}, "against the dense model distilled alike +17.4 % in training"),
+    ],
+)
+def test_the_quality_of_a_distilled_model_is_put_into_proportion(controls: dict[str, float], says: str) -> None:
+    training = {
+        **TRAINING,
+        "settings": {"distill": 0.5, "steps": 9},
+        "controls": {
+            name: {"description": name, "perplexity": dict.fromkeys(("de", "en"), value)}
+            for name, value in controls.items()
+        },
+    }
+    whole = {**complete(), "training": to_json(summarize_training(training, ("de", "en")))}
+    text = " ".join(Elements(render_page(as_report(whole))).text.split())
+    assert says in text and "was also distilled from the baseline" in text
 
 
 @pytest.mark.parametrize(

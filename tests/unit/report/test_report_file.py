@@ -53,7 +53,7 @@ def edited(change: Callable[[dict[str, Any]], object]) -> str:
         ("[" * 100_000, "is not complete JSON"),
         ("[1, 2]", "is not a report of cpcompile; give a bundle or its report.json"),
         ('{"schema_version": "1.0", "components": {}}', "is not a report of cpcompile"),
-        (edited(lambda r: r.update(schema_version=7)), "has schema version 7, this cpcompile reads 1"),
+        (edited(lambda r: r.update(schema_version=7)), "has schema version 7, this cpcompile reads 2"),
         (edited(lambda r: r.pop("verdict")), "'verdict' is a required property"),
         (edited(lambda r: r["build"].update(seconds=float("nan"))), "NaN is not a number"),
         (edited(lambda r: r["build"].update(seconds=1)).replace('"seconds": 1,', '"seconds": 1e999,'), "1e999 is no"),

@@ -9,10 +9,10 @@ import jsonschema
 from rich.console import Console
 
 from cpcompile.core.measured import NotMeasured
-from cpcompile.report import SCHEMA, controls_table, render_report
-from cpcompile.report.results import Diagnosis, LayerError, Memory, Parity
+from cpcompile.report import SCHEMA, controls_table, render_report, summarize_training
+from cpcompile.report.results import Diagnosis, LayerError, Memory, Parity, Speed
 from cpcompile.report.terminal import footnotes
-from tests.unit.report.reports import as_report, complete, report, variant
+from tests.unit.report.reports import TRAINING, as_report, complete, report, variant
 
 
 def text_of(renderable: Any, width: int = 200) -> str:
@@ -30,7 +30,10 @@ def test_the_terminal_shows_what_the_report_holds() -> None:
         "dense 20.00",
         "150.0 MB",
         "600.0 MB",
-        "1×128: 3.00 (2.90–3.10)",
+        "1×128: 2.00 (1.90–2.10)",
+        "3.00 (2.90–3.10)",
+        "800 / s",
+        "4.00 (3.80–4.10)",
         "1×1: 0.25 ms",
         "tensorrt [the library] is not installed",
         "loses to small-dense",
@@ -78,3 +81,24 @@ def test_the_first_divergence_stands_in_the_reasons_or_its_absence_in_the_footno
         jsonschema.validate(made, json.loads(SCHEMA.read_text(encoding="utf-8")))
         assert made["reasons"][0] == f"de cpu-fp32: parity fail: {reason}"
         assert next(iter(divergence.not_measured.values())) in text_of(render_report(as_report(made)))
+
+
+def test_the_first_speed_is_against_dense_onnx_runtime_and_the_second_against_eager() -> None:
+    text = text_of(render_report(as_report(complete())))
+    assert "dense ONNX Runtime" in text and text.index("2.00 (1.90") < text.index("3.00 (2.90")
+    header = next(line for line in text.splitlines() if "sequence" in line and "eager" in line)
+    assert header.index("onnx-dense") < header.index("eager")
+    alone = dataclasses.replace(variant(), peers=(), speed=without_peers(variant().speed))
+    text = text_of(render_report(as_report(report(alone))))
+    assert "as eager" in text and "1×128: 3.00 (2.90–3.10)" in text and "2 at a time: 4.00 (3.80–4.10)" in text
+
+
+def without_peers(speed: Speed) -> Speed:
+    assert not isinstance(speed.shapes, NotMeasured)
+    return dataclasses.replace(speed, shapes=tuple(dataclasses.replace(shape, peers={}) for shape in speed.shapes))
+
+
+def test_the_table_of_branches_says_what_its_perplexities_are_of() -> None:
+    known = {**TRAINING, "settings": {"held_out_tokens": 16384}}
+    text = text_of(controls_table(summarize_training(known, ("de", "en"))))
+    assert "held-out perplexity of up to 16,384 tokens per context" in " ".join(text.split())

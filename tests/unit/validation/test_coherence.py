@@ -27,11 +27,12 @@ def writer(stays: float) -> Any:
 
 
 def test_text_that_stays_with_its_subject_is_coherent() -> None:
-    found = [measure_coherence(writer(stays), IDS, EMBEDDINGS) for stays in (1.0, 0.95, 0.0)]
+    found = [measure_coherence(writer(stays), IDS, EMBEDDINGS).mean() for stays in (1.0, 0.95, 0.0)]
     assert found[0] > 0.98
     assert found[0] > found[1] > found[2] + 0.2
     assert abs(found[2]) < 0.3
-    assert measure_coherence(writer(0.5), IDS, EMBEDDINGS) == measure_coherence(writer(0.5), IDS, EMBEDDINGS)
+    twice = [measure_coherence(writer(0.5), IDS, EMBEDDINGS) for _ in range(2)]
+    assert twice[0].shape == (PROMPTS,) and np.array_equal(*twice)
 
 
 def test_prompts_are_spread_over_the_text_and_continued() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -74,11 +75,26 @@ def test_a_missing_side_is_null_with_its_reason() -> None:
     assert not quality.dense_perplexity and not quality.dense_accuracy
     assert quality.not_measured == {
         "coherence": NOT_ASKED.reason,
+        "coherence_error": NOT_ASKED.reason,
+        "coherence_difference_error": NOT_ASKED.reason,
         "dense_coherence": "no baseline",
+        "dense_coherence_error": "no baseline",
         "dense_perplexity": "no baseline",
         "dense_accuracy": "no baseline",
     }
     assert compare_quality(NotMeasured("no text"), NotMeasured("no text")).not_measured["tokens"] == "no text"
+
+
+def test_the_error_of_a_difference_is_that_of_pairs_where_the_prompts_are_the_same() -> None:
+    own = np.random.default_rng(0).normal(0.4, 0.2, 16)
+    engine = Score(perplexity=3.0, accuracy=0.5, tokens=10, coherence=own)
+    dense = Score(perplexity=3.0, accuracy=0.5, tokens=10, coherence=own + 0.1)
+    found = compare_quality(engine, dense)
+    assert found.coherence == pytest.approx(own.mean(), rel=1e-12)
+    assert found.coherence_error == pytest.approx(own.std(ddof=1) / 4, rel=1e-12)
+    assert found.coherence_difference_error == pytest.approx(0, abs=1e-12)  # every prompt differs by the same
+    trimmed = compare_quality(dataclasses.replace(engine, ratio=1.25), dense)
+    assert trimmed.coherence_difference_error == pytest.approx(2**0.5 * own.std(ddof=1) / 4, rel=1e-12)
 
 
 @pytest.mark.parametrize("logits", [[np.nan, 0.0], [-np.inf, 0.0], [-5000.0, 0.0]])
