@@ -18,7 +18,7 @@ from torch.export import ExportedProgram
 from cpcompile.core.config import OPSETS
 from cpcompile.core.errors import CpcompileError
 from cpcompile.models.language_model import LanguageModel
-from cpcompile.partitioning.trace import quiet
+from cpcompile.partitioning.trace import quiet, sources_of
 
 
 def capture(model: LanguageModel, *, opset: int = OPSETS[-1]) -> ir.Model:
@@ -52,13 +52,13 @@ def export_graph(
     own_names: Mapping[str, str],
     *,
     opset: int,
-    empty: Collection[str] = (),
+    absent: Collection[str] = (),
     **options: Any,
 ) -> ir.Model:
     """The graph that torch.onnx.export makes of `model`, with parameters under their own names.
 
     own_names: name of a parameter in the export -> its own name; a parameter under two names goes by the first.
-    empty: own names of parameters without elements, which the exporter may leave out.
+    absent: own names of parameters that the exporter may leave out, as those without elements.
     options: further arguments of torch.onnx.export, such as the names of inputs and outputs.
     """
     with quiet():
@@ -68,10 +68,41 @@ def export_graph(
     if program is None:
         raise CpcompileError("torch.onnx.export gave no program; this torch is not supported")
     captured: ir.Model = program.model
-    for name, value in list(captured.graph.initializers.items()):
-        if name in own_names:
-            value.name = own_names[name]
-    missing = set(own_names.values()) - set(captured.graph.initializers) - set(empty)
+    _free_names(captured.graph, set(own_names.values()))
+    own = [(value, own_names[name]) for name, value in captured.graph.initializers.items() if name in own_names]
+    for number, (value, _) in enumerate(own):  # one may have the name that another is going to have
+        value.name = f"parameter:{number}"
+    for value, name in own:
+        value.name = name
+    read = {own_names[name] for name in _parameters_read(program.exported_program) if name in own_names}
+    missing = read - set(captured.graph.initializers) - set(absent)
     if missing:
         raise CpcompileError(f"capture lost the parameters {', '.join(sorted(missing))}; this is a defect of cpcompile")
     return captured
+
+
+def _free_names(graph: ir.Graph, names: Collection[str]) -> None:
+    """Rename the results of nodes that have one of `names`."""
+    taken = {value.name for node in graph.all_nodes() for value in node.outputs} | set(names)
+    outputs = set(graph.outputs)
+    for value in (value for node in graph.all_nodes() for value in node.outputs):
+        name = value.name
+        if name is not None and name in names and value not in outputs:
+            while name in taken:
+                name += "_"
+            value.name = name
+            taken.add(name)
+
+
+def _parameters_read(program: ExportedProgram | None) -> set[str]:
+    """The parameters whose elements have a part in the outputs of `program`."""
+    if program is None:
+        return set()
+    (end,) = (node for node in program.graph.nodes if node.op == "output")
+    waiting, seen = [end], {end}
+    while waiting:
+        found = [node for node in sources_of(waiting.pop()) if node not in seen]
+        seen.update(found)
+        waiting += found
+    parameters = program.graph_signature.inputs_to_parameters
+    return {parameters[node.name] for node in seen if node.name in parameters}

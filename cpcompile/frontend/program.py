@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
@@ -63,6 +63,8 @@ class Program:
     examples: Mapping[str, tuple[Feeds, ...]]
     selection: Digits | None
     """`Selection.digits`, one layer per group; None if the file has none."""
+    unused: tuple[str, ...] = ()
+    """Parameters that the forward pass does not read; the graph does not have them."""
 
     def parameter_sizes(self) -> dict[str, int]:
         """Elements of every parameter except the gates, by name."""
@@ -109,7 +111,7 @@ class Program:
             (),
             self.parameters,
             opset=opset,
-            empty=[name for name, size in self.parameter_sizes().items() if not size],
+            absent=[*self.unused, *(name for name, size in self.parameter_sizes().items() if not size)],
             input_names=[*self.inputs, "context"],
             output_names=list(self.outputs),
         )
@@ -141,6 +143,17 @@ class Program:
         return module
 
 
+class _Flat(nn.Module):
+    """`module` with its outputs as a plain tuple of tensors."""
+
+    def __init__(self, module: PartitionedModule) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *inputs: Tensor, context: Tensor) -> tuple[Tensor, ...]:
+        return self.module.outputs.of(self.module(*inputs, context=context))
+
+
 def save_program(
     module: PartitionedModule,
     selection: Selection,
@@ -168,11 +181,11 @@ def save_program(
         for context, given in (examples or {}).items()
     }
     module.eval().select(selection)
-    dynamic = module.dynamic_shapes
+    dynamic, flat = module.dynamic_shapes, _Flat(module)
     try:
         with quiet():
             program = torch.export.export(
-                module,
+                flat,
                 module.example_inputs,
                 kwargs={"context": torch.tensor(0)},
                 dynamic_shapes=None if dynamic is None else {"inputs": dynamic, "context": None},
@@ -181,16 +194,17 @@ def save_program(
     except Exception as error:  # any kind of error: torch.export runs the model's own code
         raise UsageError(f"{type(module.model).__name__}: torch.export cannot export it with gates: {error}") from error
     own_names = {id(tensor): name for name, tensor in reversed(list(module.model.named_parameters()))}
-    every = dict(module.named_parameters(remove_duplicate=False))
+    every = dict(flat.named_parameters(remove_duplicate=False))
     names = module.input_names()
     record = {
         "format": FORMAT,
         "version": VERSION,
         "contexts": selection.contexts,
         "inputs": names,
-        "outputs": _output_names(program),
+        "outputs": module.output_names(),
         "axes": _axis_names(names, dynamic),
         "parameters": {n: own_names[id(every[n])] for n in program.state_dict if id(every.get(n)) in own_names},
+        "unused": module.unused,
         "kept": {context: module.kept_sizes(selection, context) for context in selection.contexts},
         "selection": selection.digits(
             {kind: [(g.name, g.units) for g in module.groups if g.kind is kind] for kind in selection.kept}
@@ -231,6 +245,7 @@ def load_program(path: Path) -> Program:
             kinds={name: UnitKind(kind) for name, kind in record["kinds"].items()},
             examples=examples,
             selection=record.get("selection"),
+            unused=tuple(record.get("unused", ())),
         )
         _require_consistent(program)
     except (KeyError, TypeError, ValueError, AttributeError, UsageError) as error:
@@ -245,6 +260,8 @@ def _require_consistent(program: Program) -> None:
     if not program.contexts or len(set(program.contexts)) < len(program.contexts):
         raise ValueError(f"contexts {list(program.contexts)} are none or not distinct")
     sizes = program.parameter_sizes()
+    if not sizes.keys() >= set(program.unused):
+        raise ValueError("unused parameters that the program does not have")
     for context in program.contexts:
         kept = program.kept[context]
         if kept.keys() != sizes.keys() or any(not 0 <= int(kept[name]) <= sizes[name] for name in sizes):
@@ -259,15 +276,6 @@ def _require_consistent(program: Program) -> None:
     users = len(program.exported.graph_signature.user_inputs)
     if users != len(program.inputs) + 1 or len(program.exported.graph_signature.user_outputs) != len(program.outputs):
         raise ValueError("names of inputs or outputs do not fit the program")
-
-
-def _output_names(program: ExportedProgram) -> list[str]:
-    """The keys of a dict, otherwise output, or output_0, output_1, …"""
-    spec = program.call_spec.out_spec
-    count = len(program.graph_signature.user_outputs)
-    if spec is not None and spec.type is dict and spec.num_children == count:
-        return [str(key) for key in spec.context]
-    return ["output"] if count == 1 else [f"output_{number}" for number in range(count)]
 
 
 def _axis_names(inputs: Sequence[str], dynamic: tuple[Any, ...] | None) -> dict[str, dict[str, str]]:

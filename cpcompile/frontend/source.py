@@ -23,6 +23,7 @@ from cpcompile.frontend.capture import capture, capture_dense
 from cpcompile.frontend.checkpoint import Checkpoint, architecture, dense_path, load_checkpoint
 from cpcompile.frontend.program import Program, load_program
 from cpcompile.models.language_model import LanguageModel
+from cpcompile.partitioning.pretrained import PretrainedDecoder
 from cpcompile.text.corpus import load_corpus
 from cpcompile.text.tokenization import parse_tokenizer, vocabulary_size
 from cpcompile.text.vocabulary import TrimmedVocabulary, cut_tokenizer, needed_tokens, order_tokens
@@ -72,6 +73,11 @@ class Source(ABC):
     @abstractmethod
     def parameter_kind(self, name: str) -> UnitKind | None:
         """The kind of unit whose removal makes the parameter `name` smaller; None if nothing does."""
+
+    @property
+    def unused(self) -> frozenset[str]:
+        """Parameters that the forward pass does not read, by name."""
+        return frozenset()
 
     @abstractmethod
     def trim(
@@ -158,6 +164,11 @@ class TrainedSource(Source):
     def parameter_kind(self, name: str) -> UnitKind | None:
         return self._eager.parameter_kind(name)
 
+    @property
+    def unused(self) -> frozenset[str]:
+        model = self._eager
+        return frozenset(model.partitioned.unused if isinstance(model, PretrainedDecoder) else ())
+
     def trim(
         self, contexts: Sequence[str], coverage: float
     ) -> tuple[npt.NDArray[np.int64], dict[str, TrimmedVocabulary]]:
@@ -205,7 +216,8 @@ class ProgramSource(Source):
         self.config = {}
         unknown = NotMeasured("the program was saved without its selection; save it again")
         self.selection = unknown if self.program.selection is None else self.program.selection
-        self.dense_bytes = sum(self.parameter_sizes().values()) * FLOAT32_BYTES
+        sizes = self.parameter_sizes()
+        self.dense_bytes = sum(sizes[name] for name in sizes.keys() - self.unused) * FLOAT32_BYTES
 
     def capture(self, *, opset: int) -> ir.Model:
         return self.program.capture(opset=opset)
@@ -218,6 +230,10 @@ class ProgramSource(Source):
 
     def parameter_kind(self, name: str) -> UnitKind | None:
         return self.program.kinds.get(name)
+
+    @property
+    def unused(self) -> frozenset[str]:
+        return frozenset(self.program.unused)
 
     def trim(
         self, contexts: Sequence[str], coverage: float

@@ -5,18 +5,25 @@
                           over the others; the weight of an expert that is picked is multiplied by its gate
 
 The gate of an expert is a learned scale of what it adds, and its gradient is the importance of the expert.
+
+A backward pass may run modules again (gradient checkpointing, reversible layers). They read the gates of the forward
+pass that is being differentiated: the gradient of its output arrives before anything of it is computed again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd import Variable
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 from cpcompile.core.errors import UsageError
 from cpcompile.core.selection import UnitKind
@@ -48,10 +55,59 @@ class Active:
 
     rows: Sequence[Tensor] | None = None
     """Gate values per group: (units,), or (batch, units) for gates per sequence."""
+    again: Sequence[Tensor] | None = None
+    """The gates for modules that run again, in a backward pass."""
     calls: dict[tuple[int, int], int] = field(default_factory=dict)
     """(group, consumer) -> number of times that its gates were applied."""
     routers: list[TorchFunctionMode] = field(default_factory=list)
     """The masks of the routers that are running."""
+
+    def row(self, group: int, consumer: int) -> Tensor | None:
+        """The gates of a group, where a consumer reads them; counts the call. None outside of the passes."""
+        if self.rows is not None:
+            self.calls[group, consumer] = self.calls.get((group, consumer), 0) + 1
+            return self.rows[group]
+        return _renewed(self.again[group]) if self.again is not None and _in_backward() else None
+
+    @contextmanager
+    def forward_pass(self, rows: Sequence[Tensor]) -> Iterator[None]:
+        """Consumers read `rows`."""
+        before, self.rows = self.rows, rows
+        self.calls.clear()
+        if not _in_backward():
+            self.again = None  # of a backward pass that failed
+        try:
+            yield
+        finally:
+            self.rows = before
+
+    def keep(self, rows: Sequence[Tensor], inputs: object, outputs: object) -> None:
+        """Let modules that run again while `outputs` are differentiated read `rows`."""
+        given = {id(value) for value in pytree.tree_leaves(inputs)}
+        for value in pytree.tree_leaves(outputs):
+            if isinstance(value, Tensor) and value.grad_fn is not None and id(value) not in given:
+                value.register_hook(lambda _: self._differentiate(rows))  # type: ignore[no-untyped-call]
+
+    def _differentiate(self, rows: Sequence[Tensor]) -> None:
+        self.again = rows
+        Variable._execution_engine.queue_callback(self._finish)
+
+    def _finish(self) -> None:
+        self.again = None
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() >= 0
+
+
+def _renewed(row: Tensor) -> Tensor:
+    """`row` as a leaf that passes its gradient on: each segment differentiates `row` by itself, and frees no graph."""
+    if row.grad_fn is None:
+        return row
+    leaf = row.detach().requires_grad_()
+    pass_on = partial(torch.autograd.backward, row, retain_graph=True)
+    leaf.register_hook(pass_on)  # type: ignore[no-untyped-call]
+    return leaf
 
 
 @dataclass(frozen=True)
@@ -65,12 +121,11 @@ class Hook:
     module: str
 
     def row(self) -> Tensor:
-        """The gates of the group in the running forward pass; counts the call."""
-        if self.active.rows is None:
+        """The gates of the group in the pass that is running."""
+        row = self.active.row(self.group, self.consumer)
+        if row is None:
             raise UsageError(f"{self.module} has gates: call the PartitionedModule, with a context")
-        key = (self.group, self.consumer)
-        self.active.calls[key] = self.active.calls.get(key, 0) + 1
-        return self.active.rows[self.group]
+        return row
 
 
 @dataclass(frozen=True)

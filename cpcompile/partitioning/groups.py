@@ -8,7 +8,7 @@ All consumers of a group, the contractions in which its channels end, get the sa
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -52,12 +52,14 @@ class Group:
 
 @dataclass(frozen=True)
 class Refused:
-    """Channels that a linear layer or convolution reads, and why they cannot be gated."""
+    """Channels that cannot be gated, and why: those that a linear layer or convolution reads, or of a parameter."""
 
     name: str
     channels: int
     consumers: tuple[str, ...]
     reason: str
+    parameters: tuple[str, ...] = ()
+    """Parameters with these channels."""
 
     def __str__(self) -> str:
         return f"{self.name} ({self.channels} channels): {self.reason}"
@@ -137,6 +139,31 @@ def find_groups(traced: Traced, align: int) -> Found:
         once = tuple({consumer.module: consumer for consumer in consumers}.values())
         groups.append(Group(common_name(cut, once), kind, units, width, once, cut))
     return Found(_with_own_names(groups), tuple(refused), tuple(numbers), tuple(calls))
+
+
+def find_whole(traced: Traced, groups: Sequence[Group], found: Found, unused: Collection[str]) -> tuple[Refused, ...]:
+    """Why the parameters with more than one axis stay whole that are in none of `groups` and not refused yet."""
+    whole = []
+    for group in (group for group in found.groups if group not in groups):
+        modules = tuple(consumer.module for consumer in group.consumers)
+        why = f"kinds leaves out {group.kind}"
+        whole.append(Refused(group.name, group.units * group.width, modules, why, tuple(group.parameters)))
+    known = {name for group in groups for name in group.parameters}
+    known |= {name for refused in (*found.refused, *whole) for name in refused.parameters}
+    blocked, merged = traced.flow.coupling.blocked(), traced.flow.coupling.merged()
+    for name, axes in traced.parameter_axes.items():
+        if len(axes) < 2 or name in known:
+            continue
+        roots = [int(root) for ids in axes if ids is not None for root in np.unique(traced.flow.coupling.find(ids))]
+        reasons = [why[root] for why in (blocked, merged) for root in roots if root in why]
+        reason = _UNUSED if name in unused else next(iter(reasons), _NO_READER)
+        shape = traced.parameters[name].shape
+        whole.append(Refused(name, max(shape), (name.rpartition(".")[0] or name,), reason, (name,)))
+    return tuple(whole)
+
+
+_UNUSED = "the forward pass does not read it"
+_NO_READER = "no linear layer or convolution reads its channels"
 
 
 def _candidates(traced: Traced) -> list[_Candidate]:
@@ -276,4 +303,5 @@ def _refused(traced: Traced, candidate: _Candidate, roots: Sequence[int], reason
         traced.parameter_of(contraction.weight) or place(contraction.node) for contraction in candidate.contractions
     ]
     modules = tuple(dict.fromkeys(name.rpartition(".")[0] or name for name in names))
-    return Refused(modules[0], _channels(traced.flow, candidate.contractions[0], roots), modules, reason)
+    own = tuple(_cut_of(traced, dict.fromkeys(roots, 0)))
+    return Refused(modules[0], _channels(traced.flow, candidate.contractions[0], roots), modules, reason, own)

@@ -16,7 +16,7 @@ from torch import fx
 from cpcompile.core.selection import BoolArray
 from cpcompile.partitioning.channel_ids import Value
 from cpcompile.partitioning.groups import Group, IntArray
-from cpcompile.partitioning.trace import Traced
+from cpcompile.partitioning.trace import Traced, sources_of
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,11 @@ class LiveParameters:
         names = {self.parameters[index] for index in needed if index in self.parameters}
         return {name: self._size(name, alive) if name in names else 0 for name in self.shapes}
 
+    def unused(self, units: int) -> tuple[str, ...]:
+        """Parameters that the forward pass does not read, with all `units` alive."""
+        kept = self.kept(np.ones(units, dtype=np.bool_))
+        return tuple(name for name, shape in self.shapes.items() if kept[name] < prod(shape))
+
     def _size(self, name: str, alive: BoolArray) -> int:
         axes = self.cut.get(name, (None,) * len(self.shapes[name]))
         lengths = (
@@ -58,7 +63,7 @@ def find_live_parameters(traced: Traced, groups: Sequence[Group], unit_of_root: 
     units: list[tuple[IntArray, ...]] = []
     outputs: list[int] = []
     for node in traced.graph.nodes:
-        read = tuple(index[source] for source in node.all_input_nodes)
+        read = tuple(index[source] for source in sources_of(node))
         index[node] = len(sources)
         sources.append(read)
         value = traced.flow.values.get(node)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from cpcompile.core.errors import UsageError
 from cpcompile.core.selection import BoolArray, Selection, UnitKind, Units
+from cpcompile.partitioning.forms import Outputs
 from cpcompile.partitioning.gating import Active, GroupGate, add_gates
 from cpcompile.partitioning.groups import Group, Refused
 from cpcompile.partitioning.live_parameters import LiveParameters
@@ -37,6 +38,8 @@ class PartitionedModule(nn.Module):
         groups: tuple[Group, ...],
         refused: tuple[Refused, ...],
         live_parameters: LiveParameters,
+        unused: tuple[str, ...],
+        outputs: Outputs,
         example_inputs: tuple[Tensor, ...],
         dynamic_shapes: tuple[Any, ...] | None,
     ) -> None:
@@ -46,6 +49,9 @@ class PartitionedModule(nn.Module):
         self.groups = groups
         self.refused = refused
         self.live_parameters = live_parameters
+        self.outputs = outputs
+        self.unused = unused
+        """Parameters that the forward pass does not read: no engine has them."""
         self.example_inputs = example_inputs
         self.dynamic_shapes = dynamic_shapes
         self.gates = nn.ModuleList(GroupGate(contexts, group) for group in groups)
@@ -64,18 +70,36 @@ class PartitionedModule(nn.Module):
 
     def with_rows(self, *inputs: Tensor, rows: Sequence[Tensor]) -> Any:
         """The same with gate values given per group: (units,), or (batch, units) for gates per sequence."""
-        self._active.rows = rows
-        self._active.calls.clear()
-        try:
-            return self.model(*inputs) if self._forward is None else self._forward(self.model, *inputs)
-        finally:
-            self._active.rows = None
+        with self._active.forward_pass(rows):
+            output = self.model(*inputs) if self._forward is None else self._forward(self.model, *inputs)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._active.keep(rows, inputs, output)
+        return output
 
     def input_names(self) -> list[str]:
-        """Names of the inputs except `context`, as in the forward function."""
-        forward = self._forward
-        names = list(inspect.signature(self.model.forward if forward is None else forward).parameters)
-        return names[0 if forward is None else 1 :][: len(self.example_inputs)]
+        """Names of the inputs except `context`, as in the forward function where they are free there."""
+        forward = self.model.forward if self._forward is None else self._forward
+        own = inspect.signature(forward).parameters.values()
+        named = [p.name for p in own if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        named = named[0 if self._forward is None else 1 :]
+        count = len(self.example_inputs)
+        named += [f"input_{number}" for number in range(len(named), count)]
+        return self._free(named[:count], {"context"})
+
+    def output_names(self) -> list[str]:
+        """Names of the outputs; see `Outputs`."""
+        return self._free(self.outputs.names, {"context", *self.input_names()})
+
+    def _free(self, names: Sequence[str], taken: set[str]) -> list[str]:
+        """`names`, made longer where a parameter or one of `taken` has the same."""
+        taken = taken | {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
+        found: list[str] = []
+        for name in names:
+            while name in taken:
+                name += "_"
+            taken.add(name)
+            found.append(name)
+        return found
 
     @property
     def calls(self) -> dict[tuple[str, str], int]:

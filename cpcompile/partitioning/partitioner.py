@@ -15,8 +15,9 @@ from cpcompile.core.errors import CpcompileError, UsageError
 from cpcompile.core.selection import UnitKind
 from cpcompile.partitioning.arguments import as_inputs, as_kinds
 from cpcompile.partitioning.experts import find_experts
+from cpcompile.partitioning.forms import outputs_of, require_supported
 from cpcompile.partitioning.gating import has_gates
-from cpcompile.partitioning.groups import find_groups
+from cpcompile.partitioning.groups import find_groups, find_whole
 from cpcompile.partitioning.live_parameters import find_live_parameters
 from cpcompile.partitioning.partitioned_module import PartitionedModule
 from cpcompile.partitioning.trace import Forward, trace
@@ -40,23 +41,30 @@ def partition(
     align: channels of a unit; a head or an expert is always one unit
     kinds: the kinds of groups to gate
 
-    UsageError: the model cannot be exported, has gates already, or has nothing to gate.
+    UsageError: a form of model, input or output that has no engine, a model that cannot be exported, that has gates
+    already, or that has nothing to gate.
     """
-    if not isinstance(model, nn.Module):
-        raise UsageError(f"model is a {type(model).__name__}: a torch.nn.Module is needed")
     example_inputs, kinds = as_inputs(example_inputs, "example_inputs"), as_kinds(kinds)
     for name, number in (("contexts", contexts), ("align", align)):
         require(coerce(number, int, name) >= 1, f"{name} is {number}: it has to be at least 1")
+    require_supported(model, example_inputs)
     if has_gates(model):
         raise UsageError(f"{type(model).__name__} has gates already: partition a fresh copy of it")
     training = [module for module in model.modules() if module.training]
-    model.eval()
+    try:
+        model.eval()
+    except NotImplementedError as error:
+        name = type(model).__name__
+        raise UsageError(f"{name} is an exported program; partition the module that it was made from") from error
     try:
         traced = trace(model, example_inputs, forward, dynamic_shapes)
         found = find_groups(traced, align) + find_experts(traced)
         groups = tuple(group for group in found.groups if group.kind in kinds)
+        live = find_live_parameters(traced, groups, found.unit_numbers(groups))
+        unused = live.unused(sum(group.units for group in groups))
+        refused = found.refused + find_whole(traced, groups, found, unused)
         if not groups:
-            reasons = "".join(f"\n  {refused}" for refused in found.refused)
+            reasons = "".join(f"\n  {each}" for each in refused)
             raise UsageError(f"{type(model).__name__} has no channels that can be gated{reasons}")
         with torch.no_grad():
             before = forward(model, *example_inputs) if forward else model(*example_inputs)
@@ -65,8 +73,10 @@ def partition(
             forward,
             contexts=contexts,
             groups=groups,
-            refused=found.refused,
-            live_parameters=find_live_parameters(traced, groups, found.unit_numbers(groups)),
+            refused=refused,
+            live_parameters=live,
+            unused=unused,
+            outputs=outputs_of(model, before, traced.graph),
             example_inputs=example_inputs,
             dynamic_shapes=dynamic_shapes,
         )

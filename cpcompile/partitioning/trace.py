@@ -69,7 +69,7 @@ def trace(
             )
     except Exception as error:  # of any kind: torch.export runs the model's own code
         raise UsageError(
-            f"{type(model).__name__}: torch.export cannot export it: {str(error).splitlines()[0]}; "
+            f"{type(model).__name__}: torch.export cannot export it: {reason_of(error)}; "
             "make the example inputs, dynamic_shapes and forward fit the model"
         ) from error
     signature = program.graph_signature
@@ -100,6 +100,28 @@ def trace(
         elif node.op == "output":
             flow.block_all(flow.tensors(node), "it is an output of the model")
     return Traced(model, program.graph, flow, parameters, axes, placeholders)
+
+
+def reason_of(error: Exception) -> str:
+    """The first line of what `error` says, or its type."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def sources_of(node: fx.Node) -> list[fx.Node]:
+    """The nodes whose elements `node` reads: of some it needs the shape or the type alone."""
+    name = str(node.target).removeprefix("aten.").split(".")[0] if node.op == "call_function" else ""
+    if name in _READS_NO_ELEMENTS:
+        return []
+    return node.all_input_nodes[:1] if name in _READS_THE_FIRST else node.all_input_nodes
+
+
+_READS_NO_ELEMENTS = frozenset(
+    [
+        *("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like"),
+        *("new_zeros", "new_ones", "new_full", "new_empty", "sym_size", "sym_numel", "sym_stride"),
+    ]
+)
+_READS_THE_FIRST = frozenset(["expand_as", "view_as", "reshape_as", "type_as"])
 
 
 def _along(ids: ChannelIds, axis: int, rank: int) -> ChannelIds:

@@ -56,11 +56,13 @@ def account(
     expected: Mapping[str, int],
     kinds: Mapping[str, str],
     used: Callable[[], Mapping[str, int]],
+    dynamic: ir.Graph | None = None,
 ) -> Accounting:
     """Compare the frozen `graph` of `context` with the parameters that it should hold.
 
     total: elements by name in the eager model; expected: elements that the selection keeps; used: elements that any
-    context may read, called only if a parameter has fewer than the selection keeps.
+    context may read, called only if a parameter has fewer than the selection keeps; dynamic: the graph of all contexts,
+    by which buffers and other constants are told from parameters under another name.
     CpcompileError names every parameter that does not add up.
     """
     sizes = {
@@ -84,9 +86,28 @@ def account(
         and value.const_value is not None
         and value.const_value.dtype.is_floating_point()
         and np.count_nonzero(np.asarray(value.const_value.shape.numpy()) > 1) > 1
+        and not (dynamic is not None and _is_constant(dynamic, name, total))
     ]
     if wrong:
         raise CpcompileError(
             f"{context}: parameters do not add up after freezing; the bundle is not written.\n  " + "\n  ".join(wrong)
         )
     return Accounting(total_by_name=dict(total), kept_by_name=kept, kinds=dict(kinds))
+
+
+def _is_constant(dynamic: ir.Graph, name: str, parameters: Mapping[str, int]) -> bool:
+    """Whether `dynamic` computes the value `name` without any input or parameter."""
+    values = {value.name: value for node in dynamic for value in node.outputs} | dict(dynamic.initializers)
+    if name not in values:
+        return False
+    waiting = [values[name]]
+    seen = set(waiting)
+    while waiting:
+        value = waiting.pop()
+        node = value.producer()
+        if value.is_graph_input() or value.name in parameters or (node is None and value.const_value is None):
+            return False
+        found = {source for source in (node.inputs if node is not None else ()) if source is not None} - seen
+        seen |= found
+        waiting += found
+    return True

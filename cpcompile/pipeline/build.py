@@ -14,6 +14,8 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
+import onnx_ir as ir
+
 from cpcompile.bundle.writer import BundleWriter
 from cpcompile.core.config import BuildConfig, ValidateConfig
 from cpcompile.core.types import Progress
@@ -69,7 +71,7 @@ def build_bundle(
             tokens = rows[trimmed[context].kept].tolist() if rows is not None else None
             frozen[context] = freeze(prepared, source.contexts.index(context), tokens)
             used = partial(used_sizes, prepared)
-            accounts[context] = _account(context, frozen[context], source, tokens and len(tokens), used)
+            accounts[context] = _account(context, frozen[context], source, tokens and len(tokens), used, dynamic)
     with BundleWriter(out) as writer:
         whole = {context: each.model.clone() for context, each in frozen.items()} if added.targets else {}
         with stages("export"):
@@ -92,14 +94,21 @@ def build_bundle(
 
 
 def _account(
-    context: str, frozen: Frozen, source: Source, tokens: int | None, used: Callable[[], Mapping[str, int]]
+    context: str,
+    frozen: Frozen,
+    source: Source,
+    tokens: int | None,
+    used: Callable[[], Mapping[str, int]],
+    dynamic: ir.Model,
 ) -> Accounting:
     total = source.parameter_sizes()
+    kinds: dict[str, str] = {name: kind for name in total if (kind := source.parameter_kind(name)) is not None}
     return account(
         context,
         frozen.model.graph,
         total=total,
         expected=source.kept_sizes(context, tokens),
-        kinds={name: kind for name in total if (kind := source.parameter_kind(name)) is not None},
+        kinds=kinds | dict.fromkeys(source.unused, "unused"),
         used=used,
+        dynamic=dynamic.graph,
     )

@@ -51,7 +51,7 @@ def export_engines(
         permutations = {n: order for f in frozen.values() for n, order in f.permutations.items()}
         plan = plan_runs(
             {c: {n: kept for n, kept in f.kept.items() if n in parameters} for c, f in frozen.items()},
-            {name: _whole(dynamic, permutations, name).shape for name in parameters},
+            {n: _whole(dynamic, permutations, n).shape for n in parameters if n in dynamic.graph.initializers},
         )
         runs = [run for runs in plan.values() for run in runs]
         staging = writer.stage("weights")

@@ -131,6 +131,7 @@ def assert_freezes(
     module: PartitionedModule, selection: Selection, inputs: tuple[Tensor, ...], opset: int = 23
 ) -> dict[str, dict[str, int]]:
     """Every context: as small as the selection says, same values as the masked module. Returns the kept sizes."""
+    assert_accounted(module)
     module.eval()
     with torch.no_grad():
         for gate in module.group_gates:
@@ -152,3 +153,11 @@ def assert_freezes(
         assert output.shape == expected.shape and np.isfinite(expected).all()
         assert np.abs(output - expected).max() <= 1e-5 * np.abs(expected).max()
     return kept
+
+
+def assert_accounted(module: PartitionedModule) -> None:
+    """Every parameter with more than one axis is in a group, or refused with a reason."""
+    known = {name for group in module.groups for name in group.parameters}
+    known |= {name for refused in module.refused if refused.reason for name in refused.parameters}
+    matrices = {name for name, parameter in module.model.named_parameters() if parameter.ndim > 1}
+    assert matrices <= known, sorted(matrices - known)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
 from torch.nn import functional as F
+from torch.nn.utils import parametrizations, weight_norm
 
 from cpcompile.core.errors import UsageError
 from cpcompile.core.selection import Selection, UnitKind
@@ -19,6 +23,7 @@ from tests.unit.partitioning.models import (
     Feed,
     GatedConvolution,
     SharedWeights,
+    assert_accounted,
     assert_freezes,
     random_selection,
     randomise,
@@ -194,3 +199,84 @@ def test_misuse_is_said() -> None:
         partition(Feed(), (torch.zeros(2, 3),), align=8)
     with pytest.raises(UsageError, match="removes units of kind head, of which the model has none"):
         module.select(Selection(("a",), {UnitKind.HEAD: np.zeros((1, 1, 4), dtype=np.bool_)}))
+
+
+class Beside(Feed):
+    """A feed-forward network that can be gated, beside a layer that may not."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x)
+        return super().forward(x) + (y[0] if isinstance(y, tuple) else y)
+
+
+class Weights(nn.Module):
+    """Weights that a function reads."""
+
+    def __init__(self, shape: tuple[int, ...], read: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.w, self.read = nn.Parameter(torch.rand(shape)), read
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.read(x, self.w)
+
+
+SQUARE = (WIDTH, WIDTH)
+BESIDE: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "weight norm": (lambda: parametrizations.weight_norm(nn.Linear(*SQUARE)), "_weight_norm"),
+    "old weight norm": (lambda: weight_norm(nn.Linear(*SQUARE)), "_weight_norm"),
+    "spectral norm": (lambda: parametrizations.spectral_norm(nn.Linear(*SQUARE)), "dot|mv|linalg"),
+    "low rank": (lambda: Weights(SQUARE, lambda x, w: F.linear(x, w @ w.T)), "."),
+    "einsum": (lambda: Weights(SQUARE, lambda x, w: torch.einsum("bsi,io->bso", x, w)), "einsum"),
+    "einsum of heads": (
+        lambda: Weights((4, WIDTH, 4), lambda x, w: torch.einsum("bsi,hio->bsho", x, w).flatten(2)),
+        "einsum",
+    ),
+    "product": (lambda: Weights(SQUARE, lambda x, w: x @ w), "reads channels that no parameter makes"),
+    "product from the left": (lambda: Weights((3, 6), lambda x, w: F.pad(w @ x, (0, 0, 0, 3))), "."),
+    "batched product": (lambda: Weights((2, WIDTH, WIDTH), lambda x, w: (x.unsqueeze(1) @ w).sum(1)), "."),
+    "vector": (lambda: Weights(SQUARE, lambda x, w: x + x[0, 0] @ w), "is of a vector"),
+    "tensordot": (lambda: Weights(SQUARE, lambda x, w: torch.tensordot(x, w, dims=1)), "."),
+    "transposed convolution": (
+        lambda: Weights((WIDTH, WIDTH, 1), lambda x, w: F.conv_transpose1d(x.transpose(1, 2), w).transpose(1, 2)),
+        "no rule for conv_transpose1d",
+    ),
+    "bilinear": (lambda: Weights((WIDTH, WIDTH, WIDTH), lambda x, w: F.bilinear(x, x, w)), "no rule for bilinear"),
+    "recurrent": (lambda: nn.GRU(WIDTH, WIDTH, batch_first=True), "no rule for gru"),
+    "table": (lambda: Weights(SQUARE, lambda x, w: x + F.embedding(x[..., 0].abs().long() % WIDTH, w)), "."),
+    "rows": (lambda: Weights((9, WIDTH), lambda x, w: x + w[: x.shape[1]]), "."),
+    "scale": (lambda: Weights((1, WIDTH), lambda x, w: x * w), "."),
+    "attention of torch": (lambda: nn.MultiheadAttention(WIDTH, 1, batch_first=True), "."),
+}
+
+
+@pytest.mark.parametrize("name", BESIDE)
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_every_matrix_is_in_a_group_or_refused(name: str) -> None:
+    make, reason = BESIDE[name]
+    layer = make()
+    if name == "attention of torch":
+        attention = layer
+        layer = Weights((1,), lambda x, _: attention(x, x, x)[0])
+        layer.attention = attention
+    model = Beside(layer)
+    module = partition(model, hidden(), align=8)
+    assert_accounted(module)
+    assert [group.name for group in module.groups if group.kind is UnitKind.FFN] == ["down"]
+    matrices = {f"layer.{n}" for n, p in layer.named_parameters() if p.ndim > 1}
+    grouped = {n for group in module.groups for n in group.parameters}
+    for each in matrices - grouped:
+        assert any(each in r.parameters and re.search(reason, r.reason) for r in module.refused), module.refused
+
+
+def test_kinds_that_are_left_out_are_refused() -> None:
+    module = partition(GatedConvolution(), hidden(), align=4, kinds=[UnitKind.FFN])
+    assert reasons(module)["out"] == "kinds leaves out head"
+    assert_accounted(module)
+    with pytest.raises(
+        UsageError, match=r"has no channels that can be gated\n(.*\n)*  out \(16 channels\): kinds leaves"
+    ):
+        partition(GatedConvolution(), hidden(), align=4, kinds=[UnitKind.EXPERT])
