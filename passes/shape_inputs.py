@@ -30,19 +30,22 @@ def set_integers(node: ir.Node, index: int, numbers: npt.ArrayLike) -> None:
     node.replace_input_with(index, _constant(node, f"input{index}", array))
 
 
-def pick_channels(node: ir.Node, axis: int, indices: npt.NDArray[np.intp]) -> None:
-    """Let `node` read only these channels of its first input."""
+def pick_channels(node: ir.Node, axis: int, indices: npt.NDArray[np.intp], shape: Shape) -> Shape:
+    """Let `node` read only these channels of its first input, which has this `shape`; returns the new one."""
     value = node.inputs[0]
     assert value is not None
     picked = _constant(node, "picked", np.asarray(indices, dtype=np.int64))
     gather = ir.node("Gather", [value, picked], {"axis": axis})
     out, graph = gather.outputs[0], node.graph
     assert isinstance(graph, ir.Graph)
-    out.name, out.type = f"{node.outputs[0].name}.channels", value.type
-    if value.shape is not None:
-        out.shape = ir.Shape([indices.size if at == axis else length for at, length in enumerate(value.shape)])
+    name = f"{node.outputs[0].name}.channels"
+    again = (value.name or "").startswith(name)
+    out.name, out.type = f"{value.name}.{axis}" if again else name, value.type
+    picks = (*shape[:axis], Axis((), indices.size), *shape[axis + 1 :])
+    out.shape = ir.Shape(length.dimension for length in picks)
     graph.insert_before(node, gather)
     node.replace_input_with(0, out)
+    return picks
 
 
 Piece = int | tuple[ir.Value, int]

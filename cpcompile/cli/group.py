@@ -55,7 +55,7 @@ def main(debug: bool) -> None:
     cpcompile report before.json model.cpc        # what changed
     cpcompile check model.cpc --baseline base.json
     cpcompile export model.cpc english -o english.onnx
-    cpcompile opt any.onnx -o smaller.onnx --check
+    cpcompile opt any.onnx -o smaller.onnx
     cpcompile compare any.onnx smaller.onnx
     cpcompile doctor                              # what works here, and the commands that fix the rest
     """

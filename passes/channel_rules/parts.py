@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from cpcompile.passes.channel_rules.rule import Rule, keep_all, value_of
+from cpcompile.passes.channel_rules.rule import Rule, keep_all, remaining, value_of
 from cpcompile.passes.channels import Channels, Mask, Zeros
 from cpcompile.passes.nodes import constant_of, int_attribute
 from cpcompile.passes.shape_inputs import pick_channels, set_integers
@@ -178,7 +178,10 @@ def _zeros_slice(channels: Channels, node: ir.Node) -> Sequence[Zeros] | None:
 
 
 def _rewrite_slice(channels: Channels, node: ir.Node) -> None:
-    """Take what is left of each window: with bounds and a step if they can express it, else with a Gather in front."""
+    """Take what is left of each window: with bounds and a step if they can express it, else with a Gather in front.
+
+    All bounds are written anew, because those that count from the end would mean other channels of a shorter axis.
+    """
     value, window = value_of(node, 0), _window(channels, node)
     shape = channels.shape(value)
     if window is None or shape is None or not any(channels.cut(value, axis).any() for axis in window):
@@ -186,6 +189,7 @@ def _rewrite_slice(channels: Channels, node: ir.Node) -> None:
     axes = axes_of(channels.table, node, len(shape), index=3) or []
     starts, ends = channels.table.integers(node.inputs[1]) or [], channels.table.integers(node.inputs[2]) or []
     steps = (channels.table.integers(node.inputs[4]) if len(node.inputs) > 4 else None) or [1] * len(starts)
+    left = remaining(channels, value)
     for at, axis in enumerate(axes):
         if axis not in window or shape[axis].outer:
             continue
@@ -194,9 +198,11 @@ def _rewrite_slice(channels: Channels, node: ir.Node) -> None:
         asked = position[window[axis][~gone[window[axis]]]]
         gaps = np.unique(np.diff(asked))
         if gaps.size > 1:
-            pick_channels(node, axis, asked)
+            left = pick_channels(node, axis, asked, left)
             starts[at], ends[at], steps[at] = 0, asked.size, 1
-        elif asked.size:
+        elif not asked.size:
+            starts[at], ends[at] = 0, 0
+        else:
             steps[at] = int(gaps[0]) if gaps.size else 1
             beyond = int(asked[-1]) + steps[at]
             starts[at], ends[at] = int(asked[0]), beyond if beyond >= 0 else -1 - int((~gone).sum())
@@ -261,15 +267,16 @@ def _zeros_gather(channels: Channels, node: ir.Node) -> Sequence[Zeros] | None:
 
 
 def _rewrite_gather(channels: Channels, node: ir.Node) -> None:
+    """Count from 0 in what is left: a negative index would name another row of a shorter axis."""
     data, out, chosen = value_of(node, 0), node.outputs[0], _chosen(channels, node)
     shape = channels.shape(data)
     if shape is None or chosen is None:
         return
     axis = int_attribute(node, "axis", 0) % len(shape)
     asked = chosen[~channels.cut(out, axis)] if chosen.ndim == 1 else chosen
-    position = np.cumsum(~channels.cut(data, axis)) - 1
-    if asked.size < chosen.size or np.any(position[asked] != asked):
-        set_integers(node, 1, position[asked])
+    gone = channels.cut(data, axis)
+    if asked.size < chosen.size or gone.any():
+        set_integers(node, 1, (np.cumsum(~gone) - 1)[asked])
 
 
 def _agree_shape(channels: Channels, node: ir.Node) -> None:

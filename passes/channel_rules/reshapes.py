@@ -9,12 +9,12 @@ import numpy as np
 import onnx_ir as ir
 
 from cpcompile.core.reshape import match_axes
-from cpcompile.passes.axes import ONE, Axis, Shape, size_of
+from cpcompile.passes.axes import ONE, Shape, size_of
 from cpcompile.passes.channel_rules.elementwise import first_zero
-from cpcompile.passes.channel_rules.rule import Rule, keep_all, value_of
+from cpcompile.passes.channel_rules.rule import Rule, keep_all, remaining, value_of
 from cpcompile.passes.channels import Channels, Zeros, from_grid, grid_shape, to_grid
 from cpcompile.passes.nodes import permutation
-from cpcompile.passes.shape_inputs import plan_target_shape, set_target_shape
+from cpcompile.passes.shape_inputs import plan_target_shape, set_integers, set_target_shape
 
 _REGROUPED = "it regroups channels of which some have to stay"
 
@@ -85,13 +85,6 @@ def _zeros_reshape(channels: Channels, node: ir.Node) -> Sequence[Zeros] | None:
     return [Zeros.of(masks, everything=zeros.everything)]
 
 
-def _remaining(channels: Channels, value: ir.Value) -> Shape:
-    """The shape of `value` once its channels are cut."""
-    shape = channels.shape(value)
-    assert shape is not None
-    return tuple(Axis(axis.outer, int((~channels.cut(value, i)).sum())) for i, axis in enumerate(shape))
-
-
 def _cannot_rewrite(channels: Channels, node: ir.Node, source: Shape, target: Shape) -> bool:
     """Keep all channels of a node whose target shape could not be rewritten; returns whether that is so."""
     if plan_target_shape(node, source, target, channels.table) is not None:
@@ -103,7 +96,7 @@ def _cannot_rewrite(channels: Channels, node: ir.Node, source: Shape, target: Sh
 def _rewrite_target_shape(channels: Channels, node: ir.Node) -> None:
     value, out = value_of(node, 0), node.outputs[0]
     if any(channels.cut(out, axis).any() for axis in range(len(channels.shape(out) or ()))):
-        pieces = plan_target_shape(node, _remaining(channels, value), _remaining(channels, out), channels.table)
+        pieces = plan_target_shape(node, remaining(channels, value), remaining(channels, out), channels.table)
         assert pieces is not None, "agree has asked"
         set_target_shape(node, pieces, channels.table)
 
@@ -154,6 +147,21 @@ def _through(channels: Channels, value: ir.Value, out: ir.Value) -> list[tuple[i
     return list(zip(first, second, strict=True)) if len(first) == len(second) else None
 
 
+def _rewrite_squeeze(channels: Channels, node: ir.Node) -> None:
+    """Name the axes that a Squeeze drops by their length of 1, if one that it leaves now has this length, too."""
+    value = value_of(node, 0)
+    shape = channels.shape(value)
+    if shape is None or (len(node.inputs) > 1 and node.inputs[1] is not None):
+        return
+    if sum(axis == ONE for axis in shape) == sum(axis == ONE for axis in remaining(channels, value)):
+        return
+    if dropped := [at for at, axis in enumerate(shape) if axis == ONE]:
+        set_integers(node, 1, dropped)
+    else:  # no axes would mean all of length 1
+        node.op_type = "Identity"
+        node.resize_inputs(1)
+
+
 RULES: Mapping[str, Rule] = MappingProxyType(
     {
         "Transpose": Rule(_agree_transpose, _zeros_transpose),
@@ -161,6 +169,6 @@ RULES: Mapping[str, Rule] = MappingProxyType(
         "Flatten": Rule(_agree_reshape, _zeros_reshape),
         "Expand": Rule(_agree_expand, first_zero, _rewrite_target_shape),
         "Unsqueeze": Rule(_agree_unsqueeze, _zeros_unsqueeze),
-        "Squeeze": Rule(_agree_unsqueeze, _zeros_unsqueeze),
+        "Squeeze": Rule(_agree_unsqueeze, _zeros_unsqueeze, _rewrite_squeeze),
     }
 )

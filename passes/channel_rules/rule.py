@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from cpcompile.passes.axes import Axis, Shape
 from cpcompile.passes.channels import Channels, Zeros
 
 ZerosRule = Callable[[Channels, ir.Node], Sequence[Zeros] | None]
@@ -46,3 +47,10 @@ def value_of(node: ir.Node, index: int) -> ir.Value:
     value = node.inputs[index]
     assert value is not None
     return value
+
+
+def remaining(channels: Channels, value: ir.Value) -> Shape:
+    """The shape of `value` once its channels are cut."""
+    shape = channels.shape(value)
+    assert shape is not None
+    return tuple(Axis(axis.outer, int((~channels.cut(value, i)).sum())) for i, axis in enumerate(shape))

@@ -148,7 +148,7 @@ def test_every_case_keeps_its_values_in_a_file(passing: Sequence[Passing], tmp_p
         source, out = tmp_path / "case.onnx", tmp_path / "out.onnx"
         source.write_bytes(case.model.SerializeToString())
         for passes in (ALONE, DEFAULT) if number % 10 == 0 else (ALONE,):
-            optimize_file(source, out, passes)
+            optimize_file(source, out, passes, check="none")
             if case.wrong(onnx.load(out)):
                 wrong.append((case.name, passes))
     assert not wrong

@@ -36,7 +36,7 @@ def run(*arguments: object) -> tuple[int, str]:
 
 def test_dead_channels_go_and_the_outputs_stay(tmp_path: Path) -> None:
     out = tmp_path / "out.onnx"
-    result = optimize_file(write(tmp_path / "in.onnx"), out, check=True)
+    result = optimize_file(write(tmp_path / "in.onnx"), out)
     assert result.before.parameters == 4 * 8 + 8 + 8 * 3
     assert result.steps[-1].size.parameters == 4 * 3 + 3 + 3 * 3
     assert [step.name for step in result.steps] == list(DEFAULT)
@@ -53,7 +53,7 @@ def test_functions_are_inlined(tmp_path: Path) -> None:
         "Gated (x, a, g, b) => (y) { h = MatMul(x, a) z = Mul(h, g) y = MatMul(z, b) }"
     )
     path = write(tmp_path / "in.onnx", text)
-    result = optimize_file(path, tmp_path / "out.onnx", check=True)
+    result = optimize_file(path, tmp_path / "out.onnx")
     assert result.comparison
     assert result.steps[-1].size.parameters == 24
 
@@ -66,7 +66,7 @@ def test_a_bound_context_is_compared_with_the_original_at_that_context(tmp_path:
     table = np.stack([GATE, GATE[::-1]])
     path = write(tmp_path / "in.onnx", text.replace("Gather(table, c)", "Gather(g, c)"), g=table)
     passes = ("bind_context:context=1:name=c", *DEFAULT)
-    result = optimize_file(path, tmp_path / "out.onnx", passes, check=True)
+    result = optimize_file(path, tmp_path / "out.onnx", passes)
     assert result.comparison
     assert result.steps[-1].size.parameters == 24
     assert [value.name for value in load_onnx(tmp_path / "out.onnx").graph.inputs] == ["x"]
@@ -79,7 +79,7 @@ def test_every_pass_can_be_named_and_says_what_it_does(tmp_path: Path) -> None:
     source = write(tmp_path / "in.onnx")
     for name in PASSES:
         if name not in ("bind_context", "trim_vocabulary"):  # they need a value
-            assert optimize_file(source, tmp_path / f"{name}.onnx", [name], check=True).comparison
+            assert optimize_file(source, tmp_path / f"{name}.onnx", [name]).comparison
 
 
 def test_settings_of_a_pass() -> None:
@@ -112,7 +112,7 @@ def test_a_trimmed_vocabulary_is_compared_with_the_tokens_that_are_left(tmp_path
     kept = kept_ids(tmp_path / "kept.npy", [1, 2, 5])
     passes = (f"trim_vocabulary:kept={kept}", "bind_context:context=1", *DEFAULT)
     ids = {"input_ids": np.array([[2, 0], [1, 1]])}
-    result = optimize_file(source, out, passes, check=True, inputs=[ids])
+    result = optimize_file(source, out, passes, inputs=[ids])
     assert result.comparison
     assert (result.comparison.runs, result.comparison.outputs[0].max_abs_error) == (4, 0.0)
     shapes = {tensor.name: tuple(tensor.shape) for tensor in tensors_of(load_onnx(out))}
@@ -132,7 +132,7 @@ def test_every_spelling_of_an_old_model(tmp_path: Path) -> None:
     """Before IR 4 every initializer was an input too; `ai.onnx` is the standard's long name."""
     text = DEAD.replace("x)", "x, float[4,8] a, float[8] g, float[8,3] b)", 1)
     path = write(tmp_path / "in.onnx", '<ir_version: 3, opset_import: ["ai.onnx" : 13]> g ' + text)
-    result = optimize_file(path, tmp_path / "out.onnx", check=True)
+    result = optimize_file(path, tmp_path / "out.onnx")
     assert result.comparison
     assert result.steps[-1].size.parameters == 24
     model = load_onnx(tmp_path / "out.onnx")
@@ -143,7 +143,7 @@ def test_every_spelling_of_an_old_model(tmp_path: Path) -> None:
 def test_a_file_in_an_old_opset_keeps_what_a_pass_does_not_understand(tmp_path: Path) -> None:
     source = write(tmp_path / "in.onnx", HEAD.replace("20", "11") + DEAD)
     out = tmp_path / "out.onnx"
-    result = optimize_file(source, out, check=True)
+    result = optimize_file(source, out)
     assert result.comparison
     assert result.comparison.verdict == "pass"
     assert [step.modified for step in result.steps] == [False] * len(DEFAULT)
@@ -181,7 +181,7 @@ def test_functions_in_subgraphs_and_in_functions_are_inlined(tmp_path: Path) -> 
         <domain: "own", opset_import: ["" : 20, "own" : 1]> Both <scale: float> (x, a, g, b) => (y) {
             p = own.Gated <scale: float = @scale> (x, a, g, b) q = own.Gated(x, a, g, b) y = Add(p, q) }"""
     path = write(tmp_path / "in.onnx", text)
-    result = optimize_file(path, tmp_path / "out.onnx", check=True)
+    result = optimize_file(path, tmp_path / "out.onnx")
     assert result.comparison
     assert result.comparison.runs == 3
     assert result.steps[-1].size.parameters == 24
@@ -203,16 +203,27 @@ def test_the_command_prints_sizes_explains_and_dumps(tmp_path: Path) -> None:
     assert sum(b["channels"] for b in report["blocked"]) == 5
 
 
-def test_a_result_that_differs_is_not_written(tmp_path: Path) -> None:
+@pytest.mark.parametrize("option", [(), ("--check",)])
+def test_a_result_that_differs_is_not_written(tmp_path: Path, option: tuple[str, ...]) -> None:
     """Elimination assumes finite values: 0 * log(-1) is NaN in the original and absent from the result."""
     text = "(float[N,4] x) => (float[N,3] y) { h = MatMul(x, a) l = Log(h) z = Mul(l, g) y = MatMul(z, b) }"
     source, out = write(tmp_path / "in.onnx", text, g=np.eye(8)[0]), tmp_path / "out.onnx"
     out.write_bytes(b"older")
-    code, output = run(source, "-o", out, "--check")
+    code, output = run(source, "-o", out, *option)
     assert code == 1
     assert "not finite" in output
     assert f"{out} was not written" in output.replace("\n", " ")
     assert out.read_bytes() == b"older"
+    assert run(source, "-o", out, "--no-check")[0] == 0
+    assert sum(tensor.size for tensor in tensors_of(load_onnx(out))) == 4 + 3  # the gate is a one
+
+
+def test_how_much_is_compared(tmp_path: Path) -> None:
+    source, runs = write(tmp_path / "in.onnx"), {}
+    for level in ("none", "quick", "thorough"):
+        comparison = optimize_file(source, tmp_path / "out.onnx", check=level).comparison
+        runs[level] = 0 if comparison is None else comparison.runs
+    assert runs == {"none": 0, "quick": 3, "thorough": 15}
 
 
 @pytest.mark.parametrize(
@@ -239,10 +250,12 @@ def test_usage_errors_name_the_thing(
 def test_a_model_that_the_runtime_cannot_run_is_inconclusive(tmp_path: Path) -> None:
     head = '<ir_version: 10, opset_import: ["" : 20, "own" : 1]> g '
     text = head + "(float[N,4] x) => (float[N,4] y) { y = own.Unknown(x) }"
-    code, output = run(write(tmp_path / "in.onnx", text), "-o", tmp_path / "out.onnx", "--check")
-    assert code == 3
-    assert "cannot load the original" in output
-    assert (tmp_path / "out.onnx").exists()
+    source, out = write(tmp_path / "in.onnx", text), tmp_path / "out.onnx"
+    for option, expected in ((), 0), (("--check",), 3):
+        code, output = run(source, "-o", out, *option)
+        assert code == expected
+        assert "cannot load the original" in output
+        assert out.exists()
 
 
 def test_only_onnx_files_are_replaced(tmp_path: Path) -> None:
