@@ -37,7 +37,7 @@ from cpcompile.passes.remove_whole_gathers import RemoveWholeGathers
 from cpcompile.passes.strip_metadata import StripMetadata
 from cpcompile.passes.transpose_parameters import TransposeParameters
 from cpcompile.passes.trim_vocabulary import TrimVocabulary, renumber_interface
-from cpcompile.validation.output_comparison import Comparison, OutputComparison, compare_files
+from cpcompile.validation.output_comparison import Comparison, compare_files
 
 PASSES: Mapping[str, type[ir.passes.InPlacePass]] = MappingProxyType(
     {
@@ -62,7 +62,7 @@ DEFAULT = ("fold_constants", "clean_up", "canonicalize_shapes", "clean_up", "eli
 
 
 CheckLevel = Literal["none", "quick", "thorough"]
-SEEDS: Mapping[CheckLevel, int] = MappingProxyType({"none": 0, "quick": 1, "thorough": 5})
+ROUNDS: Mapping[CheckLevel, int] = MappingProxyType({"none": 0, "quick": 1, "thorough": 5})
 """How many sets of random inputs the result is compared on."""
 
 
@@ -144,31 +144,13 @@ def optimize_file(
             progress("check", 0, None)
             bound = {each.name: each.context for _, each in chosen if isinstance(each, BindContext)}
             original = _same_interface(source, [each for _, each in chosen], candidate.with_suffix(".original.onnx"))
-            comparison = _compare(original, candidate, inputs, bound, SEEDS[check])
+            comparison = compare_files(original, candidate, inputs=inputs, bound=bound, rounds=ROUNDS[check])
         return comparison is None or comparison.verdict != "fail"
 
     written = save_onnx(model, out, accept)
     return Optimization(
         before=before, steps=steps, bytes_written=written, blocked=blocked, skipped=skipped, comparison=comparison
     )
-
-
-def _compare(
-    original: Path, candidate: Path, inputs: Sequence[Feeds], bound: Mapping[str, int], seeds: int
-) -> Comparison:
-    """Compare on `inputs` and on the random inputs of every seed, until one shows a difference or cannot decide."""
-    found = compare_files(original, candidate, inputs=inputs, bound=bound)
-    for seed in range(1, seeds):
-        if found.verdict != "pass":
-            break
-        more = compare_files(original, candidate, bound=bound, seed=seed)
-        worst = (max(pair, key=_error) for pair in zip(found.outputs, more.outputs, strict=False))
-        found = dataclasses.replace(more, runs=found.runs + more.runs, outputs=tuple(worst) or more.outputs)
-    return found
-
-
-def _error(out: OutputComparison) -> tuple[bool, float]:
-    return out.reason is not None, out.max_abs_error or 0.0
 
 
 def load_inputs(path: Path) -> Feeds:

@@ -68,9 +68,9 @@ def compare_files(
     *,
     inputs: Sequence[Feeds] = (),
     bound: Mapping[str, int] | None = None,
-    seed: int = 0,
+    rounds: int = 1,
 ) -> Comparison:
-    """Run both on `inputs` and on random inputs.
+    """Run both on `inputs` and on so many rounds of random inputs.
 
     `bound` gives inputs of the original that are constants in the candidate. Without `inputs` the result is
     inconclusive if the graph does not say which whole numbers an input takes.
@@ -94,7 +94,7 @@ def compare_files(
     worst: dict[str, OutputComparison] = {}
     differences = {name: ArrayErrors() for name in names}
     runs, refusal = 0, "there are no inputs to try"
-    drawn = RandomInputs(plain, load_onnx(original), seed=seed)
+    drawn = RandomInputs(plain, load_onnx(original), rounds=rounds)
     groups = ((True, inputs), (False, drawn))
     for given, feeds in ((given, feeds) for given, group in groups for feeds in group):
         feeds = {**feeds, **{v.name: _bound_array(v, bound[v.name]) for v in plain.get_inputs() if v.name in bound}}

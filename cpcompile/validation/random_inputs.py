@@ -22,19 +22,21 @@ SHARE = 2
 class RandomInputs:
     """Iterates over random inputs of one model; nothing if one of its types cannot be drawn."""
 
-    def __init__(self, session: ort.InferenceSession, model: ir.Model, *, seed: int = 0) -> None:
-        """`model` is the graph of `session`."""
+    def __init__(self, session: ort.InferenceSession, model: ir.Model, *, rounds: int = 1) -> None:
+        """`model` is the graph of `session`; in every round all `LENGTHS` are tried."""
         self._inputs = [(value.name, dtype_of(value), value.shape) for value in session.get_inputs()]
-        self._seed = seed
+        self._rounds = rounds
         self._uses = find_input_uses(model)
         self.ranges: dict[str, InputRange] = {}
         """Of inputs that get whole numbers: what was drawn up to now."""
 
     def __iter__(self) -> Iterator[Feeds]:
-        rng = np.random.default_rng(self._seed)
-        symbols = list(dict.fromkeys(dim for *_, shape in self._inputs for dim in shape if not isinstance(dim, int)))
         begun: Counter[str] = Counter()
-        for row in LENGTHS:
+        symbols = list(dict.fromkeys(dim for *_, shape in self._inputs for dim in shape if not isinstance(dim, int)))
+        rng = np.random.default_rng(0)
+        for turn, row in enumerate(LENGTHS * self._rounds):
+            if turn % len(LENGTHS) and not (symbols or self.ranges):
+                continue  # one run of a round is like the others
             lengths = {symbol: row[i % len(row)] for i, symbol in enumerate(symbols)}
             feeds: dict[str, Array] = {}
             for name, dtype, shape in self._inputs:
@@ -51,8 +53,6 @@ class RandomInputs:
                 begun[name] += placed
                 self.ranges[name] = drawn.joined(self.ranges.get(name, drawn))
             yield feeds
-            if not (symbols or self.ranges):
-                return
 
 
 def _draw(
