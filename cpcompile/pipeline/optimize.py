@@ -9,7 +9,7 @@ import dataclasses
 import time
 import typing
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -118,6 +118,7 @@ def optimize_file(
     progress("load", 0, None)
     model = load_onnx(source)
     before = size_of(model)
+    declared = _declared(model)
     prepare(model, source)
     steps: list[Step] = []
     blocked: Sequence[Blocked] = ()
@@ -136,6 +137,8 @@ def optimize_file(
         if dump is not None:
             save_onnx(model, dump / f"{number:02}-{text.partition(':')[0]}.onnx")
     progress("passes", len(chosen), len(chosen))
+    if not any(isinstance(each, InferShapes) for _, each in chosen):
+        _forget_types(model, declared)
     comparison: Comparison | None = None
 
     def accept(candidate: Path) -> bool:
@@ -151,6 +154,19 @@ def optimize_file(
     return Optimization(
         before=before, steps=steps, bytes_written=written, blocked=blocked, skipped=skipped, comparison=comparison
     )
+
+
+def _declared(model: ir.Model) -> set[str | None]:
+    """Results of nodes that have a type."""
+    return {out.name for node in model.graph.all_nodes() for out in node.outputs if out.type is not None}
+
+
+def _forget_types(model: ir.Model, declared: Container[str | None]) -> None:
+    """Leave out all types that the file does not need and did not have; they would make it larger."""
+    for graph in model.graphs():
+        for value in (*graph.initializers.values(), *(out for node in graph for out in node.outputs)):
+            if value.name not in declared and not (value.is_graph_input() or value.is_graph_output()):
+                value.type = value.shape = None
 
 
 def load_inputs(path: Path) -> Feeds:

@@ -21,7 +21,7 @@ from cpcompile.core.types import Array, Feeds
 from cpcompile.files.onnx_file import load_onnx
 from cpcompile.validation.array_errors import ArrayErrors
 from cpcompile.validation.input_uses import InputRange
-from cpcompile.validation.random_inputs import RandomInputs, dtype_of
+from cpcompile.validation.random_inputs import MORE_LENGTHS, RandomInputs, dtype_of
 
 MULTIPLE = 8.0
 ROUNDINGS = 64
@@ -95,13 +95,15 @@ def compare_files(
     differences = {name: ArrayErrors() for name in names}
     runs, refusal = 0, "there are no inputs to try"
     drawn = RandomInputs(plain, load_onnx(original), rounds=rounds)
-    groups = ((True, inputs), (False, drawn))
-    for given, feeds in ((given, feeds) for given, group in groups for feeds in group):
+    groups = (("given", inputs), ("random", drawn), ("last resort", drawn.of(MORE_LENGTHS)))
+    for kind, feeds in ((kind, feeds) for kind, group in groups for feeds in group):
+        if runs and kind == "last resort":
+            break
         feeds = {**feeds, **{v.name: _bound_array(v, bound[v.name]) for v in plain.get_inputs() if v.name in bound}}
         try:
             expected, noise = (session.run(names, feeds) for session in (plain, optimised))
         except Exception as error:
-            if given:
+            if kind == "given":
                 return Comparison(verdict="inconclusive", reason=f"the original refuses an input: {_first_line(error)}")
             refusal = f"the original refuses random inputs ({_first_line(error)}); give --input"
             continue
@@ -151,7 +153,20 @@ def _different(reason: str) -> Comparison:
 
 def given_or_random(path: Path, inputs: Sequence[Feeds]) -> list[Feeds]:
     """`inputs`, or random ones that the model in `path` accepts."""
-    return list(inputs) or list(RandomInputs(_open(path, optimise=False), load_onnx(path)))
+    if inputs:
+        return list(inputs)
+    session = _open(path, optimise=False)
+    drawn = RandomInputs(session, load_onnx(path))
+    accepted = [feeds for feeds in drawn if _accepts(session, feeds)]
+    return accepted or [feeds for feeds in drawn.of(MORE_LENGTHS) if _accepts(session, feeds)]
+
+
+def _accepts(session: ort.InferenceSession, feeds: Feeds) -> bool:
+    try:
+        session.run(None, feeds)
+    except Exception:  # ONNX Runtime has no common error class
+        return False
+    return True
 
 
 def _open(path: Path, *, optimise: bool) -> ort.InferenceSession:

@@ -15,6 +15,8 @@ from cpcompile.validation.input_uses import InputRange, InputUses, find_input_us
 
 LENGTHS = ((2, 3, 5, 7), (1, 4, 6, 8), (8, 16, 32, 64))
 """Lengths that the symbolic axes get, in the order in which they appear; one run for each row."""
+MORE_LENGTHS = ((1, 32), (1, 64), (1, 512), (1, 3, 64, 64))
+"""For models that refuse all of these: images and sounds have a least length, or one that has to be divisible."""
 SHARE = 2
 """At most one element in so many is an end of the range or a number that the graph compares the input with."""
 
@@ -31,12 +33,15 @@ class RandomInputs:
         """Of inputs that get whole numbers: what was drawn up to now."""
 
     def __iter__(self) -> Iterator[Feeds]:
-        begun: Counter[str] = Counter()
+        return self.of(LENGTHS * self._rounds)
+
+    def of(self, rows: Sequence[Sequence[int]]) -> Iterator[Feeds]:
+        """One set of inputs for each row of lengths."""
         symbols = list(dict.fromkeys(dim for *_, shape in self._inputs for dim in shape if not isinstance(dim, int)))
-        rng = np.random.default_rng(0)
-        for turn, row in enumerate(LENGTHS * self._rounds):
+        rng, begun = np.random.default_rng(0), Counter[str]()
+        for turn, row in enumerate(rows):
             if turn % len(LENGTHS) and not (symbols or self.ranges):
-                continue  # one run of a round is like the others
+                continue  # nothing but normal numbers would differ
             lengths = {symbol: row[i % len(row)] for i, symbol in enumerate(symbols)}
             feeds: dict[str, Array] = {}
             for name, dtype, shape in self._inputs:

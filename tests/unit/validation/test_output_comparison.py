@@ -4,7 +4,7 @@ import numpy as np
 import onnx
 import pytest
 
-from cpcompile.validation.output_comparison import compare_files
+from cpcompile.validation.output_comparison import compare_files, given_or_random
 
 HEAD = '<ir_version: 10, opset_import: ["" : 20]> g '
 PLAIN = "(float[N,4] x) => (float[N,4] y) { a = MatMul(x, w) y = Tanh(a) }"
@@ -146,3 +146,13 @@ def test_a_difference_that_no_drawn_number_can_show_is_inconclusive(tmp_path: Pa
         comparison.reason
     )
     assert compare_files(first, second, inputs=[{"x": np.array([5])}]).verdict == "pass"
+
+
+def test_models_that_need_long_axes_get_them(tmp_path: Path) -> None:
+    """Nine times a kernel of 5: only lengths from 37 on are enough."""
+    steps = " ".join(f"v{i + 1} = AveragePool<kernel_shape = [5]>(v{i})" for i in range(9))
+    path = write(
+        tmp_path / "a.onnx", f"(float[N,1,L] x) => (float[N,1,M] y) {{ v0 = Identity(x) {steps} y = Tanh(v9) }}"
+    )
+    assert compare_files(path, path).runs > 0
+    assert {each["x"].shape[2] for each in given_or_random(path, ())} >= {64}
