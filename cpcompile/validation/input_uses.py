@@ -45,19 +45,19 @@ INDICES: Mapping[tuple[str, str, int], tuple[int, str, int]] = {
 }
 """Domain, operator and position of indices -> position of what they index, the attribute with the axis, its default."""
 
-SMALL_SIZES = (
+SMALL_SIZES = {
     *(("ConstantOfShape", 0), ("Loop", 0), ("NonMaxSuppression", 2), ("OneHot", 1), ("Range", 0), ("Range", 1)),
     *(("Range", 2), ("Slice", 1), ("Slice", 2), ("Tile", 1), ("TopK", 1), ("Trilu", 1)),
-)
+}
 """Operator and position of sizes for which a small positive number will do."""
-OTHER_SIZES = (
+OTHER_SIZES = {
     *(("AffineGrid", 1), ("Attention", 6), ("CenterCropPad", 1), ("Col2Im", 1), ("Col2Im", 2), ("CumSum", 1)),
     *(("DFT", 1), ("DFT", 2), ("Expand", 1), ("MaxUnpool", 2), ("Pad", 1), ("Pad", 3), ("Reshape", 1), ("Resize", 3)),
     *(("STFT", 1), ("STFT", 3), ("SequenceAt", 1), ("Slice", 3), ("Slice", 4), ("Split", 1), ("SplitToSequence", 1)),
     *(("Squeeze", 1), ("TensorScatter", 2), ("Unsqueeze", 1)),
     *((f"Reduce{kind}", 1) for kind in ("L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "Sum")),
     ("ReduceSumSquare", 1),
-)
+}
 """Operator and position of sizes, axes and positions that have to fit something else."""
 
 MOVES: Mapping[str, tuple[int, ...] | None] = {
@@ -73,19 +73,8 @@ MOVES: Mapping[str, tuple[int, ...] | None] = {
 
 COMPARISONS = ("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual")
 STOPS = (
-    *(
-        "And",
-        "ArgMax",
-        "ArgMin",
-        "BlackmanWindow",
-        "EyeLike",
-        "HammingWindow",
-        "HannWindow",
-        "IsInf",
-        "IsNaN",
-        "NonZero",
-    ),
-    *("NonMaxSuppression", "Not", "OneHot", "Or", "RandomNormalLike", "RandomUniformLike", "Shape", "Size", "Xor"),
+    *("And", "ArgMax", "ArgMin", "EyeLike", "IsInf", "IsNaN", "NonMaxSuppression", "NonZero", "Not", "OneHot", "Or"),
+    *("RandomNormalLike", "RandomUniformLike", "Shape", "Size", "Xor"),
 )
 """Operators whose results are in a range of their own, whatever the input holds."""
 
@@ -228,12 +217,11 @@ class _Walk:
             for node, index in current.uses():
                 pending += self._step(node, index, step[1])
             for node, graph, number in leaving.get(current, ()):
-                if node.op_type == "Loop":
-                    pending.append((node.outputs[number - 1], step[1]))
-                    if number + 1 < len(graph.inputs):
-                        pending.append((graph.inputs[number + 1], step[1]))
-                else:
+                if node.op_type != "Loop":
                     pending.append((node.outputs[number], step[1]))
+                elif number:  # the first output of the body is the condition
+                    pending.append((node.outputs[number - 1], step[1]))
+                    pending += [(value, step[1]) for value in graph.inputs[number + 1 : number + 2]]
 
     def _step(self, node: ir.Node, index: int, form: _Form | None) -> Iterator[Step]:
         """Note what `node` does with its input `index`; the values to follow next."""
@@ -251,7 +239,7 @@ class _Walk:
                 yield from self._arithmetic(node, index, None)
         elif domain:
             self._unknown(f"{domain}.{operator} reads it")
-        elif (operator, index) in (*SMALL_SIZES, *OTHER_SIZES):
+        elif (operator, index) in SMALL_SIZES or (operator, index) in OTHER_SIZES:
             if form is None or (operator, index) in OTHER_SIZES:
                 self._unknown(f"{operator} takes it as a size or an axis")
             else:
@@ -294,7 +282,7 @@ class _Walk:
             return
         elif operator in ("Clip", "Mod") and index == 0 and others and all(others):
             for low, high in filter(None, others):
-                self._landmarks(form, low, high)
+                self._landmarks(form, low if operator == "Clip" else Fraction(0), high)
             return
         elif only is None:
             pass

@@ -67,6 +67,7 @@ def drawn(model: onnx.ModelProto) -> tuple[RandomInputs, list[dict[str, np.ndarr
         ("(int64[N] attention_mask) => (float[N] y) { y = Cast<to = 1>(attention_mask) }", "0 to 1 (named a mask)"),
         ("(int64[N] x) => (bool[N] y) { y = Equal(x, n16000) }", "15999 to 16001 (compared with constants)"),
         ("(int64[N] x) => (int64[N] y) { y = Clip(x, n0, n50) }", "-1 to 51 (compared with constants)"),
+        ("(int64[N] x) => (int64[N] y) { y = Mod(x, n50) }", "-1 to 51 (compared with constants)"),
         ("(int64[N] x) => (int64[N] y) { y = Mod(n50, x) }", "1 to 127 (a divisor of Mod)"),
         ("(int64[N] x) => (float[N] y) { a = Cast<to = 1>(x) y = Tanh(a) }", "-128 to 127 (used as a number)"),
         ("(int64 x) => (int64[M] y) { y = Range(n0, x, n1) }", "1 to 4 (a size of Range)"),
