@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 @click.option("--model", type=FilePath, help="Model that BUNDLE was built from.  [default: BUNDLE with .pt or .pt2]")
 @click.option("--without-model", is_flag=True, help="Check sizes, counts and placement only.")
 @click.option("--data", type=FilePath, help="Corpus whose held-out text replaces that of the checkpoint.")
+@click.option("--input", "inputs", type=FilePath, multiple=True, help="For .onnx: an .npz with inputs; repeatable.")
 @click.option(
     "--config", type=FilePath, help="TOML file with [check] and [validate].  [default: cpcompile.toml, if any]"
 )
@@ -52,6 +53,7 @@ def check(
     model: Path | None,
     without_model: bool,
     data: Path | None,
+    inputs: tuple[Path, ...],
     config: Path | None,
     rounds: int | None,
     no_speed: bool,
@@ -77,6 +79,7 @@ def check(
     from cpcompile.check.criteria import left_out
     from cpcompile.cli.console import stage_progress
     from cpcompile.pipeline.check import check_bundle, check_file
+    from cpcompile.pipeline.optimize import load_inputs
 
     if without_model and model:
         raise UsageError(f"--model {model} and --without-model contradict each other; leave one of them out")
@@ -89,7 +92,10 @@ def check(
         if update_baseline:
             raise UsageError(f"{subject}: the baseline of an ONNX file is an ONNX file; copy it to {baseline}")
         with stage_progress() as stage:
-            result = check_file(subject, baseline, config=settings, speed=not no_speed, progress=stage)
+            given = [load_inputs(path) for path in inputs]
+            result = check_file(subject, baseline, config=settings, inputs=given, speed=not no_speed, progress=stage)
+    elif inputs:
+        raise UsageError(f"{subject}: --input is for .onnx files; a bundle is measured on text, see --data")
     else:
         before = None if update_baseline else read_baseline(baseline)
         with stage_progress() as stage:

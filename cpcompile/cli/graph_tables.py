@@ -59,6 +59,7 @@ def render_file_comparison(result: FileComparison) -> Group:
                     f"{ratio:.2f} ({low:.2f}–{high:.2f}) times as fast, {shape.rounds} rounds"
                 )
             )
+    parts += [Text(f"drawn: {each}") for each in result.outputs.drawn]
     if result.outputs.runs:
         parts.append(Text(f"tolerance: {result.outputs.tolerance_source}; {result.outputs.runs} inputs"))
     verdict = Text(f"verdict: {result.verdict}", style=VERDICT_STYLE[result.verdict])
@@ -84,6 +85,7 @@ def _comparison_text(comparison: Comparison) -> Text:
     for out in comparison.outputs:
         error, tolerance = number(out.max_abs_error, ".2g"), number(out.tolerance, ".2g")
         lines.append(f"{out.name}: max abs difference {error} of {tolerance}")
+    lines += [f"drawn: {each}" for each in comparison.drawn]
     if comparison.runs:
         lines.append(f"tolerance: {comparison.tolerance_source}; {comparison.runs} inputs")
     text = Text("\n".join([*lines, ""]))

@@ -29,7 +29,7 @@ from cpcompile.check.baseline import (
 from cpcompile.check.criteria import NEEDS_MODEL, Check, differences, doubtful, judge
 from cpcompile.core.config import CheckConfig, ValidateConfig
 from cpcompile.core.json_form import to_json
-from cpcompile.core.types import Progress
+from cpcompile.core.types import Feeds, Progress
 from cpcompile.files.onnx_file import Size
 from cpcompile.machine.environment import environment
 from cpcompile.machine.noise import watch_machine
@@ -39,8 +39,8 @@ from cpcompile.report import read_build
 from cpcompile.report.results import Placement, ratio_with_bounds
 from cpcompile.runtime.engine import create_session, session_options
 from cpcompile.validation.open_reference import open_reference
-from cpcompile.validation.output_comparison import random_inputs
 from cpcompile.validation.placement import measure_placement
+from cpcompile.validation.random_inputs import RandomInputs
 from cpcompile.validation.validator import measure_again, validate
 
 
@@ -112,13 +112,14 @@ def check_file(
     baseline: Path,
     *,
     config: CheckConfig,
+    inputs: Sequence[Feeds] = (),
     speed: bool = True,
     progress: Progress = lambda *_: None,
 ) -> Check:
-    """Judge an ONNX file against an older one: outputs, sizes and the ratio of their speeds."""
+    """Judge an ONNX file against an older one: outputs, also on `inputs`, sizes and the ratio of their speeds."""
     rounds, waived = config.rounds, () if speed else ("speed_ratio",)
     with watch_machine() as machine:
-        found = compare_models(baseline, candidate, rounds=rounds if speed else None, progress=progress)
+        found = compare_models(baseline, candidate, inputs=inputs, rounds=rounds if speed else None, progress=progress)
     before, now = _file_snapshots(found, machine.interference)
     outcomes = judge(before, now, config, waived=waived)
     for _ in range(config.attempts):
@@ -127,7 +128,7 @@ def check_file(
         rounds *= 2
         progress("time again", 0, None)
         with watch_machine() as machine:
-            again = dataclasses.replace(found, speed=time_models(baseline, candidate, (), rounds))
+            again = dataclasses.replace(found, speed=time_models(baseline, candidate, inputs, rounds))
         before, now = _file_snapshots(again, machine.interference)
         outcomes = judge(before, now, config, waived=waived)
     return Check(subject=str(candidate), baseline=str(baseline), environment=to_json(environment()), outcomes=outcomes)
@@ -167,7 +168,7 @@ def _without_model(bundle: Bundle, reason: str, before: Snapshot | None) -> Snap
 
 def _placement_on_random_inputs(variant: Variant) -> Placement:
     try:
-        feeds = next(random_inputs(create_session(variant, session_options(variant))))
+        feeds = next(iter(RandomInputs(create_session(variant, session_options(variant)), variant.graph())))
         return measure_placement(variant, {name: array for name, array in feeds.items() if name not in variant.feeds})
     except StopIteration:
         return Placement.without("inputs of its types cannot be drawn")

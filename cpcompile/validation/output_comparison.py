@@ -8,23 +8,24 @@ in which the runtime optimises nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import onnx_ir as ir
 import onnxruntime as ort
 
 from cpcompile.core.measured import NotMeasured
 from cpcompile.core.types import Array, Feeds
+from cpcompile.files.onnx_file import load_onnx
 from cpcompile.validation.array_errors import ArrayErrors
+from cpcompile.validation.input_uses import InputRange
+from cpcompile.validation.random_inputs import MORE_LENGTHS, RandomInputs, dtype_of
 
 MULTIPLE = 8.0
 ROUNDINGS = 64
-LENGTHS = ((2, 3, 5, 7), (1, 4, 6, 8), (8, 16, 32, 64))
-"""Lengths that the symbolic axes get, in the order in which they appear; one run for each row."""
+Verdict = Literal["pass", "fail", "inconclusive"]
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,13 @@ class OutputComparison:
 class Comparison:
     """Whether two files are the same function; true if they are."""
 
-    verdict: Literal["pass", "fail", "inconclusive"]
+    verdict: Verdict
     reason: str | None = None
     runs: int = 0
     """Inputs on which both were compared."""
     outputs: Sequence[OutputComparison] = ()
+    drawn: Sequence[InputRange] = ()
+    """The whole numbers that were drawn for random inputs."""
     tolerance_source: str = (
         f"{MULTIPLE:g} x the original with against without runtime optimisations, "
         f"at least {ROUNDINGS} roundings of the largest value"
@@ -65,11 +68,12 @@ def compare_files(
     *,
     inputs: Sequence[Feeds] = (),
     bound: Mapping[str, int] | None = None,
-    seed: int = 0,
+    rounds: int = 1,
 ) -> Comparison:
-    """Run both on `inputs` and on random inputs.
+    """Run both on `inputs` and on so many rounds of random inputs.
 
-    `bound` gives inputs of the original that are constants in the candidate.
+    `bound` gives inputs of the original that are constants in the candidate. Without `inputs` the result is
+    inconclusive if the graph does not say which whole numbers an input takes.
     """
     bound = bound or {}
     try:
@@ -90,12 +94,16 @@ def compare_files(
     worst: dict[str, OutputComparison] = {}
     differences = {name: ArrayErrors() for name in names}
     runs, refusal = 0, "there are no inputs to try"
-    for given, feeds in [*((True, f) for f in inputs), *((False, f) for f in random_inputs(plain, seed))]:
+    drawn = RandomInputs(plain, load_onnx(original), rounds=rounds)
+    groups = (("given", inputs), ("random", drawn), ("last resort", drawn.of(MORE_LENGTHS)))
+    for kind, feeds in ((kind, feeds) for kind, group in groups for feeds in group):
+        if runs and kind == "last resort":
+            break
         feeds = {**feeds, **{v.name: _bound_array(v, bound[v.name]) for v in plain.get_inputs() if v.name in bound}}
         try:
             expected, noise = (session.run(names, feeds) for session in (plain, optimised))
         except Exception as error:
-            if given:
+            if kind == "given":
                 return Comparison(verdict="inconclusive", reason=f"the original refuses an input: {_first_line(error)}")
             refusal = f"the original refuses random inputs ({_first_line(error)}); give --input"
             continue
@@ -110,18 +118,33 @@ def compare_files(
                 finite = np.isfinite(arrays[0])
                 differences[name].add(arrays[0][finite], arrays[2][finite])
             worst[name] = max(worst.get(name, now), now, key=_badness)
+    ranges = tuple(each for each in drawn.ranges.values() if each.name not in bound)
     if not runs:
-        return Comparison(verdict="inconclusive", reason=refusal)
-    wrong = [out for out in worst.values() if out.reason]
+        return Comparison(verdict="inconclusive", reason=refusal, drawn=ranges)
+    verdict, reason = _verdict(list(worst.values()), () if inputs else ranges)
     return Comparison(
-        verdict="fail" if wrong else "pass",
-        reason=f"{wrong[0].name}: {wrong[0].reason}" if wrong else None,
+        verdict=verdict,
+        reason=reason,
         runs=runs,
+        drawn=ranges,
         outputs=tuple(
             replace(out, ratios=differences[name].ratios()) if differences[name].elements else out
             for name, out in worst.items()
         ),
     )
+
+
+def _verdict(outputs: Sequence[OutputComparison], drawn: Sequence[InputRange]) -> tuple[Verdict, str | None]:
+    """The verdict and its reason if the runs with `drawn` numbers are all that there are."""
+    if wrong := [out for out in outputs if out.reason]:
+        return "fail", f"{wrong[0].name}: {wrong[0].reason}"
+    if guessed := [each for each in drawn if not each.known]:
+        each = guessed[0]
+        return "inconclusive", (
+            f"the graph does not say which numbers the input {each.name} takes ({each.source}); "
+            f"{each.low} to {each.high} were drawn; give --input"
+        )
+    return "pass", None
 
 
 def _different(reason: str) -> Comparison:
@@ -130,27 +153,20 @@ def _different(reason: str) -> Comparison:
 
 def given_or_random(path: Path, inputs: Sequence[Feeds]) -> list[Feeds]:
     """`inputs`, or random ones that the model in `path` accepts."""
+    if inputs:
+        return list(inputs)
     session = _open(path, optimise=False)
-    return list(inputs) or list(random_inputs(session))
+    drawn = RandomInputs(session, load_onnx(path))
+    accepted = [feeds for feeds in drawn if _accepts(session, feeds)]
+    return accepted or [feeds for feeds in drawn.of(MORE_LENGTHS) if _accepts(session, feeds)]
 
 
-def random_inputs(session: ort.InferenceSession, seed: int = 0) -> Iterator[Feeds]:
-    """Normal numbers, and zeros and ones for integers, which usually are indices."""
-    rng = np.random.default_rng(seed)
-    symbols = list(dict.fromkeys(d for v in session.get_inputs() for d in v.shape if not isinstance(d, int)))
-    for row in LENGTHS if symbols else LENGTHS[:1]:
-        lengths = {symbol: row[i % len(row)] for i, symbol in enumerate(symbols)}
-        feeds = {}
-        for value in session.get_inputs():
-            dtype = _dtype(value)
-            if dtype is None:
-                return
-            shape = [d if isinstance(d, int) else lengths[d] for d in value.shape]
-            if dtype.kind in "iub":
-                feeds[value.name] = rng.integers(0, 2, shape).astype(dtype)
-            else:
-                feeds[value.name] = rng.standard_normal(shape).astype(dtype)
-        yield feeds
+def _accepts(session: ort.InferenceSession, feeds: Feeds) -> bool:
+    try:
+        session.run(None, feeds)
+    except Exception:  # ONNX Runtime has no common error class
+        return False
+    return True
 
 
 def _open(path: Path, *, optimise: bool) -> ort.InferenceSession:
@@ -161,16 +177,8 @@ def _open(path: Path, *, optimise: bool) -> ort.InferenceSession:
     return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
-def _dtype(value: Any) -> np.dtype[Any] | None:
-    """The type of a tensor input; None for strings, sequences and optionals."""
-    name = value.type.removeprefix("tensor(").removesuffix(")").replace("double", "float64").upper()
-    name = {"FLOAT32": "FLOAT", "FLOAT64": "DOUBLE"}.get(name, name)
-    known = ir.DataType.__members__.get(name)
-    return None if known is None or known == ir.DataType.STRING else known.numpy()
-
-
 def _bound_array(value: Any, number: int) -> Array:
-    return np.asarray(number, dtype=_dtype(value))
+    return np.asarray(number, dtype=dtype_of(value))
 
 
 def compare_arrays(

@@ -2,37 +2,35 @@
 
     python -m tests.fuzz.fuzz_bundle --minutes 5 [--seed 0]
 
-A case changes bytes of any file, or values of the JSON files, and mostly makes all digests fit again. Batches run in
-processes of their own, so that a crash of the runtime is seen; a pipe is beside the bundle, and a process that opens it
-hangs. A finding is printed with its seed: `--seed SEED --cases 1` repeats it. Exit code 1 if there is any.
+A case changes bytes of any file, or values of the JSON files, and mostly makes all digests fit again. A pipe is beside
+the bundle, and a process that opens it hangs. A finding is printed with its seed: `--seed SEED --cases 1` repeats it.
+Exit code 1 if there is any.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
 import resource
 import shutil
-import subprocess
 import sys
 import tempfile
-import time
 import traceback
 import warnings
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from cpcompile.bundle.reader import open_bundle
 from cpcompile.core.errors import CpcompileError
 from cpcompile.runtime.engine import load_engine
 from tests.bundles import reseal
+from tests.fuzz.batches import main, print_tally
 from tests.unit.bundle.test_hostile_bundle import SECRET, write_bundle
 
+MODULE = "tests.fuzz.fuzz_bundle"
 CASES_PER_PROCESS = 250
 SECONDS_PER_PROCESS = 60
 MEMORY = 8 << 30
@@ -123,13 +121,12 @@ def use(bundle: Path) -> None:
                 engine.outputs({"x": SECRET})
 
 
-def run_cases(first: int, count: int) -> int:
+def run_cases(first: int, count: int) -> None:
     """The cases of one process; a line per case before it begins, so that the last one is that of a crash."""
     warnings.simplefilter("ignore")
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    findings = 0
-    refused: dict[bool, int] = {True: 0, False: 0}
+    tally = Counter(refused=0, worked=0)
     with tempfile.TemporaryDirectory(prefix="fuzz-bundle-") as folder:
         original = write_bundle(Path(folder) / "original.cpc")
         os.mkfifo(Path(folder) / SECRET_NAME)
@@ -144,59 +141,16 @@ def run_cases(first: int, count: int) -> int:
                 ):  # no digest can be made to fit: it is left as it is
                     change_bundle(bundle, random.Random(seed))
                 use(bundle)
-                refused[False] += 1
+                tally["worked"] += 1
             except CpcompileError as error:
-                refused[True] += 1
+                tally["refused"] += 1
                 if not str(error).strip() or len(str(error)) > 4000:
-                    findings += 1
                     print(f"FINDING {seed}: no sentence: {error}", flush=True)
             except BaseException:
-                findings += 1
                 print(f"FINDING {seed}: {traceback.format_exc()}", flush=True)
             shutil.rmtree(bundle)
-    print(f"refused {refused[True]} worked {refused[False]}", flush=True)
-    return findings
-
-
-def run_batch(first: int, count: int) -> tuple[list[str], int, int]:
-    """Findings, refused and working bundles of one process."""
-    command = [sys.executable, "-m", "tests.fuzz.fuzz_bundle", "--child", "--seed", str(first), "--cases", str(count)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS_PER_PROCESS)
-        lines, ended = done.stdout.splitlines(), f"exit {done.returncode}, {done.stderr[-500:]}"
-    except subprocess.TimeoutExpired as error:
-        lines, ended = (error.stdout or b"").decode().splitlines(), "it did not end"
-    if lines and lines[-1].startswith("refused "):
-        _, refused, _, worked = lines[-1].split()
-        text = "\n".join(line for line in lines[:-1] if not line.startswith("case "))
-        return [f"FINDING {part}" for part in text.split("FINDING ")[1:]], int(refused), int(worked)
-    last = next((line for line in reversed(lines) if line.startswith("case ")), "before the first case")
-    return [f"FINDING {last}: the process ended there: {ended}"], 0, 0
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float)
-    parser.add_argument("--cases", type=int, default=CASES_PER_PROCESS)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.child:
-        run_cases(given.seed, given.cases)
-        return 0
-    end = time.monotonic() + 60 * (given.minutes or 0)
-    first, found, counts = given.seed, 0, np.zeros(2, dtype=np.int64)
-    while True:
-        findings, *batch = run_batch(first, given.cases)
-        first, found = first + given.cases, found + len(findings)
-        counts += batch
-        for finding in findings:
-            print(finding, flush=True)
-        if time.monotonic() >= end:
-            break
-    print(f"cases {first - given.seed}: refused {counts[0]}, worked {counts[1]}, findings {found}")
-    return int(found > 0)
+    print_tally(tally)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main(__doc__, MODULE, run_cases, CASES_PER_PROCESS, SECONDS_PER_PROCESS))

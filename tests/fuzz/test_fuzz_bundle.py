@@ -4,12 +4,13 @@ import sys
 
 import pytest
 
-from tests.fuzz.fuzz_bundle import run_batch
+from tests.fuzz.batches import run_batch
+from tests.fuzz.fuzz_bundle import MODULE, SECONDS_PER_PROCESS
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs named pipes")
 def test_changed_bundles_work_or_are_refused() -> None:
-    findings, refused, worked = run_batch(1, 200)
+    findings, tally = run_batch(MODULE, 1, 200, SECONDS_PER_PROCESS)
     assert findings == []
-    assert refused > 100
-    assert worked > 5  # such as those whose weights are other numbers, well sealed
+    assert tally["refused"] > 100
+    assert tally["worked"] > 5  # such as those whose weights are other numbers, well sealed

@@ -80,3 +80,41 @@ def test_what_is_no_model_is_named(tmp_path: Path, content: bytes | None, says: 
     for pair in ((write(tmp_path / "a.onnx"), bad), (bad, tmp_path / "a.onnx")):
         result = run(*pair)
         assert result.exit_code == 2 and str(bad) in result.output and says in result.output, result.output
+
+
+def write_table(path: Path, text: str, rows: np.ndarray) -> Path:
+    model = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["" : 20]> g {text}')
+    model.graph.initializer.append(onnx.numpy_helper.from_array(rows, "w"))
+    onnx.save(model, path)
+    return path
+
+
+@pytest.mark.parametrize("command", [["compare", "a", "b"], ["check", "b", "--baseline", "a"]])
+def test_other_embeddings_from_row_2_on_fail(tmp_path: Path, command: list[str]) -> None:
+    rows = np.arange(40, dtype=np.float32).reshape(10, 4)
+    text = "(int64[N] ids) => (float[N,4] y) { y = Gather(w, ids) }"
+    write_table(tmp_path / "a.onnx", text, rows)
+    write_table(tmp_path / "b.onnx", text, np.where(np.arange(10)[:, None] < 2, rows, -rows).astype(np.float32))
+    arguments = [str(tmp_path / f"{each}.onnx") if each in "ab" else each for each in command]
+    result = CliRunner().invoke(main, [*arguments, "--no-speed"])
+    assert result.exit_code == 1 and "y: it differs by" in " ".join(result.output.split()), result.output
+    if command[0] == "compare":
+        assert "drawn: ids: 0 to 9 (rows of w)" in result.output
+
+
+def test_unknown_ranges_are_inconclusive_without_input(tmp_path: Path) -> None:
+    text = "(int64[1] x, float[4] z) => (float[M] y) { a = Add(z, w) s = ReduceSum<keepdims = 0>(a) y = Expand(s, x) }"
+    a = write_table(tmp_path / "a.onnx", text, WEIGHT[0, :4])
+    np.savez(tmp_path / "in.npz", x=np.array([3]), z=np.ones(4, np.float32))
+    for command in (["compare", a, a], ["check", a, "--baseline", a]):
+        arguments = [*map(str, command), "--no-speed"]
+        result = CliRunner().invoke(main, arguments)
+        words = " ".join(result.output.split())
+        assert result.exit_code == 3 and "does not say which numbers the input x takes" in words, result.output
+        assert CliRunner().invoke(main, [*arguments, "--input", str(tmp_path / "in.npz")]).exit_code == 0
+
+
+def test_inputs_are_for_files(tmp_path: Path) -> None:
+    arguments = ["check", "model.cpc", "--baseline", "base.json", "--input", str(tmp_path / "in.npz")]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 2 and "--input is for .onnx files" in result.output

@@ -264,3 +264,12 @@ def test_only_onnx_files_are_replaced(tmp_path: Path) -> None:
     assert code == 2
     assert "notes.txt: exists and is not named .onnx" in output
     assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_inferred_types_are_written_only_if_they_are_asked_for(tmp_path: Path) -> None:
+    """They would make a small file larger than it was; what the file declared stays."""
+    source = write(tmp_path / "in.onnx", DEAD.replace("{", "<float[N,8] h> {", 1))
+    optimize_file(source, tmp_path / "a.onnx", ["fold_constants", "clean_up"])
+    optimize_file(source, tmp_path / "b.onnx", ["fold_constants", "infer_shapes"])
+    assert [value.name for value in onnx.load(tmp_path / "a.onnx").graph.value_info] == ["h"]
+    assert {"h", "z"} <= {value.name for value in onnx.load(tmp_path / "b.onnx").graph.value_info}

@@ -4,7 +4,7 @@ import numpy as np
 import onnx
 import pytest
 
-from cpcompile.validation.output_comparison import compare_files
+from cpcompile.validation.output_comparison import compare_files, given_or_random
 
 HEAD = '<ir_version: 10, opset_import: ["" : 20]> g '
 PLAIN = "(float[N,4] x) => (float[N,4] y) { a = MatMul(x, w) y = Tanh(a) }"
@@ -13,7 +13,7 @@ WEIGHT = np.random.default_rng(0).standard_normal((4, 4)).astype(np.float32)
 
 def write(path: Path, text: str, weight: np.ndarray = WEIGHT) -> Path:
     model = onnx.parser.parse_model(HEAD + text)
-    if "w)" in text:
+    if "w)" in text or "w," in text:
         model.graph.initializer.append(onnx.numpy_helper.from_array(weight, "w"))
     onnx.save(model, path)
     return path
@@ -96,3 +96,63 @@ def test_given_inputs_are_compared_too(tmp_path: Path) -> None:
     second = write(tmp_path / "b.onnx", text)
     assert compare_files(first, second)
     assert not compare_files(first, second, inputs=[{"x": np.array([101.0], np.float32)}])
+
+
+TABLE = "(int64[N,S] ids) => (float[N,S,4] y) { y = Gather(w, ids) }"
+ROWS = np.arange(400, dtype=np.float32).reshape(100, 4)
+
+
+@pytest.mark.parametrize(
+    "text", [TABLE, TABLE.replace("int64[N,S] ids", "int64[1,4] ids").replace("[N,S,4]", "[1,4,4]")]
+)
+def test_embeddings_that_differ_from_row_2_on_are_different(tmp_path: Path, text: str) -> None:
+    other = ROWS.copy()
+    other[2:] += 1
+    first, second = (write(tmp_path / f"{name}.onnx", text, rows) for name, rows in (("a", ROWS), ("b", other)))
+    assert compare_files(first, first).drawn[0].high == 99
+    assert compare_files(first, second).verdict == "fail"
+
+
+def test_images_of_bytes_have_all_values(tmp_path: Path) -> None:
+    text = (
+        "(uint8[N,8] x) => (float[N,8] y) { f = Cast<to = 1>(x) h = Constant<value = float {200.0}>() y = Min(f, h) }"
+    )
+    first, second = (
+        write(tmp_path / "a.onnx", text.replace("Min(f, h)", "Identity(f)")),
+        write(tmp_path / "b.onnx", text),
+    )
+    assert compare_files(first, first)
+    assert compare_files(first, second).verdict == "fail"
+
+
+def test_the_special_token_of_a_comparison_is_drawn(tmp_path: Path) -> None:
+    """One of 100 rows: only the second model gives it another value."""
+    text = """(int64[N] ids) => (float[N,4] y) { e = Gather(w, ids) p = Constant<value = int64 {77}>()
+        m = Equal(ids, p) a = Constant<value_ints = [1]>() u = Unsqueeze(m, a) z = Sub(e, e) y = Where(u, SAME, e) }"""
+    first, second = (
+        write(tmp_path / f"{name}.onnx", text.replace("SAME", same), ROWS) for name, same in (("a", "e"), ("b", "z"))
+    )
+    assert compare_files(first, second).verdict == "fail"
+
+
+def test_a_difference_that_no_drawn_number_can_show_is_inconclusive(tmp_path: Path) -> None:
+    """The graph does not say which sizes it takes; given ones decide."""
+    text = "(int64[1] x) => (float[M] y) { o = Constant<value_floats = [1.0]>() y = Expand(o, x) }"
+    first, second = write(tmp_path / "a.onnx", text), write(tmp_path / "b.onnx", text)
+    comparison = compare_files(first, second)
+    assert comparison.verdict == "inconclusive"
+    assert comparison.runs > 0
+    assert "the input x takes (Expand takes it as a size or an axis); 0 to 1 were drawn; give --input" in str(
+        comparison.reason
+    )
+    assert compare_files(first, second, inputs=[{"x": np.array([5])}]).verdict == "pass"
+
+
+def test_models_that_need_long_axes_get_them(tmp_path: Path) -> None:
+    """Nine times a kernel of 5: only lengths from 37 on are enough."""
+    steps = " ".join(f"v{i + 1} = AveragePool<kernel_shape = [5]>(v{i})" for i in range(9))
+    path = write(
+        tmp_path / "a.onnx", f"(float[N,1,L] x) => (float[N,1,M] y) {{ v0 = Identity(x) {steps} y = Tanh(v9) }}"
+    )
+    assert compare_files(path, path).runs > 0
+    assert {each["x"].shape[2] for each in given_or_random(path, ())} >= {64}
