@@ -3,6 +3,7 @@
 A model is trained once in a run, whichever worker of xdist needs it first; the others read its files.
 """
 
+import gc
 import os
 import shutil
 from collections.abc import Callable
@@ -55,6 +56,13 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
         return folder
 
     return get
+
+
+@pytest.fixture(scope="session", autouse=True)
+def frozen_imports() -> None:
+    """What the test modules imported stays: the collector, which the validator calls often, need not look at it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

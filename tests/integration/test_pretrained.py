@@ -40,6 +40,7 @@ MODELS: dict[str, Any] = {
     ),
 }
 SHORT = ["--sequence", 32, "--batch", 2]
+QUICK = ["--no-speed", "--no-memory", "--no-layers"]
 
 
 def run(*arguments: object) -> Result:
@@ -128,23 +129,25 @@ def test_a_run_without_steps_is_the_model_as_it_came(
 
 
 def test_it_is_built_like_our_own(model: Path, tmp_path: Path) -> None:
-    result = run("build", model, "-o", tmp_path / "m.cpc", "--no-speed", "--no-memory", "--json")
+    result = run("build", model, "-o", tmp_path / "m.cpc", *QUICK, "--contexts", "cpp,python", "--json")
     assert result.exit_code in (0, 1), result.output
     report = json.loads(result.stdout)
     (built,) = tmp_path.iterdir()
     checkpoint = load_checkpoint(model)
     ids = np.arange(34, dtype=np.int64).reshape(2, 17) * 11 % 500
-    for index, context in enumerate(report["contexts"]):
+    for context in report["contexts"]:
         assert context["variants"][0]["parity"]["verdict"] == "pass"
         assert set(context["parameters"]["removed_by_kind"]) == {"ffn", "head"}
+        index = checkpoint.contexts.index(context["name"])
         with torch.no_grad():
             expected = checkpoint.model(torch.from_numpy(ids), torch.tensor(index)).numpy()
         assert np.abs(load_engine(open_bundle(built), context["name"]).run(ids) - expected).max() <= 1e-4
     assert report["model"]["architecture"] == "hugging_face"
 
 
+@pytest.mark.slow
 def test_its_vocabulary_can_be_trimmed(model: Path, tmp_path: Path) -> None:
-    flags = ("--vocabulary-coverage", 0.9, "--contexts", "english", "--no-speed", "--no-memory", "--json")
+    flags = ("--vocabulary-coverage", 0.9, "--contexts", "english", *QUICK, "--json")
     result = run("build", model, "-o", tmp_path / "m.cpc", *flags)
     assert result.exit_code in (0, 1), result.output
     (context,) = json.loads(result.stdout)["contexts"]
@@ -175,7 +178,7 @@ def test_every_window_starts_with_the_tokens_that_the_tokenizer_puts_in_front(
         result = run(*train, *SHORT, "--steps", 4, "--recover", "least-squares", "--controls", "one-mask")
         assert result.exit_code == 0, result.output
         assert seen == {bos}
-    flags = ("--vocabulary-coverage", 0.9, "--contexts", "english", "--no-speed", "--no-memory", "--json")
+    flags = ("--vocabulary-coverage", 0.9, "--contexts", "english", *QUICK, "--json")
     result = run("build", model, "-o", bundle, *flags)
     assert result.exit_code in (0, 1), result.output
     (context,) = json.loads(result.stdout)["contexts"]
@@ -227,7 +230,7 @@ def test_experts_are_removed_and_named(corpus: Corpus, corpus_folder: Path, cach
     train = ["train", "--data", corpus_folder, "--cache", cache, "--from-pretrained", folder, "-o", model, *SHORT]
     result = run(*train, "--steps", 0, "--config", tmp_path / "settings.toml")
     assert result.exit_code == 0, result.output
-    result = run("build", model, "-o", bundle, "--contexts", "cpp,python", "--no-speed", "--no-memory", "--json")
+    result = run("build", model, "-o", bundle, "--contexts", "cpp,python", *QUICK, "--json")
     assert result.exit_code in (0, 1), result.output
     selection = load_checkpoint(model).selection
     assert selection is not None

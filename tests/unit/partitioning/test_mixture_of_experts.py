@@ -74,7 +74,8 @@ def mask_routers(model: nn.Module, kept: BoolArray) -> None:
         router.forward = MethodType(forward, router)
 
 
-@pytest.mark.parametrize("make", [mixtral, pytest.param(qwen3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [mixtral, qwen3])
 def test_experts_of_hugging_face_models(make: Callable[[Any], Any]) -> None:
     """Captured once; contexts keep as many as are picked, more, and in one layer all."""
     transformers = pytest.importorskip("transformers", reason="needs the extra hf: pip install 'cpcompile[hf]'")
