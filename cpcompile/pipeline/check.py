@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from cpcompile.bundle.reader import Bundle, Variant, open_bundle
@@ -71,7 +72,7 @@ def check_bundle(
         reason = f"{model}: there is no such file; --model names it" if model else "asked for with --without-model"
         now = _without_model(bundle, reason, before)
         return now, _judged(path, baseline, before, now, config, waived)
-    bundle, source = open_with_model(path, model)
+    bundle, source = open_with_model(path, model, progress)
     if before:
         require_same_model(before, baseline, architecture=source.architecture, contexts=bundle.contexts)
     rounds = config.rounds if before else 2 * config.rounds
@@ -115,9 +116,9 @@ def check_file(
         if not doubtful(outcomes, MEASURED_AGAIN):
             break
         rounds *= 2
-        progress("time again", 0, None)
         with watch_machine() as machine:
-            again = dataclasses.replace(found, speed=time_models(baseline, candidate, (), rounds))
+            speeds = time_models(baseline, candidate, (), rounds, steps=partial(progress, "time again"))
+            again = dataclasses.replace(found, speed=speeds)
         before, now = _file_snapshots(again, machine.interference)
         outcomes = judge(before, now, config, waived=waived)
     return Check(subject=str(candidate), baseline=str(baseline), environment=to_json(environment()), outcomes=outcomes)

@@ -21,15 +21,23 @@ from torch import nn
 from cpcompile.core.config import ValidateConfig
 from cpcompile.core.measured import NotMeasured
 from cpcompile.core.selection import UnitKind
-from cpcompile.core.types import Feeds
+from cpcompile.core.types import Feeds, Steps, unwatched
 from cpcompile.frontend.checkpoint import Checkpoint, load_checkpoint
 from cpcompile.machine.memory import ProcessMemory, release_memory
 from cpcompile.models.language_model import LanguageModel
 from cpcompile.report.results import Quality
 from cpcompile.text.vocabulary import TrimmedVocabulary, reencode
-from cpcompile.validation.coherence import measure_coherence
+from cpcompile.validation.coherence import NEW_TOKENS, PROMPT_TOKENS, measure_coherence
 from cpcompile.validation.memory import measure_eager
-from cpcompile.validation.quality import SHORT_TEXT, IntArray, Score, compare_quality, cut_windows, measure_score
+from cpcompile.validation.quality import (
+    BATCH,
+    SHORT_TEXT,
+    IntArray,
+    Score,
+    compare_quality,
+    cut_windows,
+    measure_score,
+)
 from cpcompile.validation.reference import Outputs, Run, Timed
 
 INPUT, OUTPUT = "input_ids", "logits"
@@ -130,11 +138,25 @@ class LanguageReference:
         ids = ids if len(ids) else np.zeros(1, dtype=np.int64)
         return [Timed(*shape, {INPUT: np.resize(ids, shape)}) for shape in self._config.speed_shapes]
 
-    def quality(self, context: str, engine: Run | NotMeasured) -> Quality:
+    def quality(self, context: str, engine: Run | NotMeasured, *, steps: Steps = unwatched) -> Quality:
         text = self._texts[context]
-        if isinstance(engine, NotMeasured):
-            return compare_quality(engine, self._dense_score(context))
-        return compare_quality(self._score(engine, text), self._dense_score(context))
+        own = 0 if isinstance(engine, NotMeasured) else self._runs_of_score(text)
+        known = context in self._dense_scores or self._dense is None
+        total, done = own + (0 if known else self._runs_of_score(self._whole_text(context))), 0
+        steps(done, total)
+
+        def counted(run: Run) -> Run:
+            def counting(feeds: Feeds) -> Outputs:
+                nonlocal done
+                outputs = run(feeds)
+                done += 1
+                steps(done, total)
+                return outputs
+
+            return counting
+
+        score = engine if isinstance(engine, NotMeasured) else self._score(counted(engine), text)
+        return compare_quality(score, self._dense_score(context, counted))
 
     @cached_property
     def _dense_model(self) -> LanguageModel:
@@ -157,14 +179,23 @@ class LanguageReference:
         ratio = (len(own) - 1) / (len(ids) - 1) if len(ids) > 1 else 1.0
         return _Text(own, cut_windows(own, self._sequence), trimmed.kept, ratio)
 
-    def _dense_score(self, context: str) -> Score | NotMeasured:
+    def _whole_text(self, context: str) -> _Text:
+        """The held-out text as the dense model reads it."""
+        ids = self._held_out[context]
+        return _Text(ids, cut_windows(ids, self._sequence))
+
+    def _dense_score(self, context: str, counted: Callable[[Run], Run]) -> Score | NotMeasured:
         if self._dense is None:
             return NotMeasured(NO_DENSE)
         if context not in self._dense_scores:
-            ids = self._held_out[context]
-            text = _Text(ids, cut_windows(ids, self._sequence))
-            self._dense_scores[context] = self._score(eager_run(self._dense_model), text)
+            run = counted(eager_run(self._dense_model))
+            self._dense_scores[context] = self._score(run, self._whole_text(context))
         return self._dense_scores[context]
+
+    def _runs_of_score(self, text: _Text) -> int:
+        """How often `_score` runs the model."""
+        generated = self._config.coherence and self._dense is not None and len(text.ids) >= PROMPT_TOKENS
+        return -(-len(text.windows) // BATCH) + (NEW_TOKENS if generated and len(text.windows) else 0)
 
     def _score(self, run: Run, text: _Text) -> Score | NotMeasured:
         if not len(text.windows):
