@@ -155,7 +155,7 @@ class _TimeColumn(ProgressColumn):
         left = None if task.finished else task.time_remaining
         if left is not None:
             return Text(f"{clock(left)} left", style="progress.remaining")
-        return Text(clock(task.elapsed or 0), style="progress.elapsed")
+        return Text(clock(task.finished_time or task.elapsed or 0), style="progress.elapsed")
 
 
 def _bars() -> Progress:
