@@ -88,11 +88,12 @@ def check_bundle(
     for _ in range(config.attempts if before else 0):
         rounds *= 2
         for (context, variant), missed in doubtful(check.outcomes, MEASURED_AGAIN).items():
-            progress(f"measure {context} {variant} again", 0, None)
+            steps = partial(progress, f"measure {context} {variant} again")
             only = dataclasses.replace(
                 settings, rounds=rounds, speed="speed_ratio" in missed, memory=missed != {"speed_ratio"}
             )
-            timed, peaks, interference = measure_again(bundle, bundle.variant(context, variant), reference, only)
+            engine = bundle.variant(context, variant)
+            timed, peaks, interference = measure_again(bundle, engine, reference, only, steps)
             now = now.again((context, variant), measured_of(speed=timed, memory=peaks), interference)
         check = _judged(path, baseline, before, now, config, waived)
     return now, check

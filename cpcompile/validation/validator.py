@@ -86,13 +86,13 @@ def validate(
 
 
 def measure_again(
-    bundle: Bundle, variant: Variant, reference: Reference, config: ValidateConfig
+    bundle: Bundle, variant: Variant, reference: Reference, config: ValidateConfig, steps: Steps = unwatched
 ) -> tuple[Speed, Memory, str | None]:
     """Speed and memory of one engine alone, where `config` has them on, and what else the machine did meanwhile."""
     threads = config.threads or available_cores()
     with _torch_threads(threads):
         with watch_machine() as machine:
-            speed, _ = _speed(variant, reference, (), config, threads)
+            speed, _ = _speed(variant, reference, (), config, threads, lambda _name: steps)
         memory = compare_memory(*_processes(bundle, variant, reference, threads, config))
         return speed, memory, machine.interference
 
