@@ -31,8 +31,6 @@ console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 WIDTH = 120
 """Columns of tables in a log or a file, where there is no terminal width to use."""
-
-
 QUIET = 10.0
 """Seconds without a line, where there are no bars."""
 
@@ -95,13 +93,15 @@ class _Pace:
     """How long the rest of some work takes, if it goes on like before."""
 
     def __init__(self, done: int) -> None:
-        self._first, self._began = done, time.monotonic()
+        self._first, self._began, self._started = done, time.monotonic(), False
 
     def left(self, done: int, total: int) -> str:
         """`, 0:01:30 left`; empty while it is not known."""
         if done <= self._first or done >= total:
             return ""
         seconds = (time.monotonic() - self._began) * (total - done) / (done - self._first)
+        if not self._started:  # what comes before the first unit, such as warming up, is not repeated
+            self._first, self._began, self._started = done, time.monotonic(), True
         return f", {clock(seconds)} left"
 
 

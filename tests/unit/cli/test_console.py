@@ -55,6 +55,17 @@ def test_a_log_gets_a_line_now_and_then_with_the_time_left(moving: Clock, monkey
     assert "validate 1 of 3" not in file.getvalue()  # within the ten seconds after another line
 
 
+def test_warming_up_does_not_count_for_ever(moving: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = shown(monkeypatch, terminal=False)
+    with stage_progress() as stage:
+        stage("time", 0, 60)
+        moving.now += 100
+        for done in range(1, 61):
+            stage("time", done, 60)
+            moving.now += 11
+    assert file.getvalue().splitlines()[1:3] == ["time 1 of 60, 1:38:20 left …", "time 2 of 60, 0:10:38 left …"]
+
+
 def report(step: int, branch: str = "partition") -> StepReport:
     return StepReport(branch=branch, step=step, first=10, last=40, loss=2.0, learning_rate=0.1, tokens_per_second=100.0)
 
