@@ -39,8 +39,9 @@ class Run:
 
     def branch(self, name: str, state: BranchState, **settings: Any) -> BranchState:
         """Train a branch, by default over the steps after the dense phase."""
-        settings = {"first": self.config.dense_steps, "last": self.config.steps, "progress": self.progress} | settings
-        return Branch(name=name, state=state, **settings).train(self.corpus, self.config, self.folder, self.observer)
+        settings = {"first": self.config.dense_steps, "last": self.config.steps} | settings
+        branch = Branch(name=name, state=state, progress=self.progress, **settings)
+        return branch.train(self.corpus, self.config, self.folder, self.observer)
 
     def fresh(self) -> BranchState:
         """An untrained dense model, the same for the same seed; or the pretrained one."""
