@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,7 @@ def build(
       cpcompile build model.pt --target cuda          # ONNX Runtime on a GPU: cuda-fp16
       cpcompile build model.pt --target tensorrt-rtx=sm89 --profile batch=1:1:4 --profile sequence=1:128:1024
     """
-    from cpcompile.cli.console import stage_progress
+    from cpcompile.cli.console import clock, stage_progress
     from cpcompile.pipeline.build import build_bundle
 
     plan = BuildConfig(
@@ -117,8 +118,10 @@ def build(
     if out.suffix in (".onnx", ".pt", ".pt2"):
         raise UsageError(f"{out}: a bundle is a folder; give a name such as {out.with_suffix('.cpc').name}")
     warn_of_memory(model, max_memory, plan, validation)
+    started = time.perf_counter()
     with stage_progress() as stage:
         report, bundle = build_bundle(model, out, plan, validation, progress=stage, data=data, repro=repro)
+    click.echo(f"build and validation took {clock(time.perf_counter() - started)}", err=True)
     stays = f"; {out} is unchanged" if out.exists() else ""
     click.echo(f"wrote {bundle}" + (f" (the verdict is fail{stays})" if report.verdict == "fail" else ""), err=True)
     print_report(report, as_json=as_json)
@@ -146,7 +149,7 @@ def estimate(
     sequence: int,
     as_json: bool,
 ) -> None:
-    """Estimate a build of MODEL: peak memory of each stage and engine, and the size of the bundle.
+    """Estimate a build of MODEL: time, peak memory of each stage and engine, and the size of the bundle.
 
     The weights of MODEL are not read. The memory that the libraries take is measured by building a one-layer model.
 

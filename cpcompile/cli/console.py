@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TYPE_CHECKING, TextIO
 
 from rich.console import Console, RenderableType
@@ -13,11 +15,13 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
+    Task,
     TaskID,
     TextColumn,
-    TimeRemainingColumn,
 )
 from rich.table import Column
+from rich.text import Text
 
 from cpcompile.core import types
 
@@ -29,6 +33,13 @@ console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 WIDTH = 120
 """Columns of tables in a log or a file, where there is no terminal width to use."""
+QUIET = 10.0
+"""Seconds without a line, where there are no bars."""
+
+
+def clock(seconds: float) -> str:
+    """`0:02:30`."""
+    return str(timedelta(seconds=math.ceil(seconds)))
 
 
 def print_result(result: RenderableType, file: TextIO | None = None) -> None:
@@ -41,26 +52,59 @@ def print_result(result: RenderableType, file: TextIO | None = None) -> None:
 
 @contextmanager
 def stage_progress() -> Iterator[types.Progress]:
-    """A bar per stage on a terminal; elsewhere one line when a stage begins."""
+    """A bar per stage on a terminal, with the time left; elsewhere lines."""
     if not console.is_terminal:
-        seen: set[str] = set()
-
-        def line(name: str, done: int, total: int | None) -> None:
-            if name not in seen:
-                seen.add(name)
-                console.print(f"{name} …")
-
-        yield line
+        yield _Lines()
         return
     with _bars() as bars:
         tasks: dict[str, TaskID] = {}
+        parts: dict[str, TaskID] = {}
 
         def update(name: str, done: int, total: int | None) -> None:
+            whole, _, part = name.partition(": ")
             if name not in tasks:
+                if whole in parts:  # the part before it is over
+                    bars.update(parts.pop(whole), visible=False)
                 tasks[name] = bars.add_task(name, total=total, note="")
+                if part:
+                    parts[whole] = tasks[name]
             bars.update(tasks[name], completed=done, total=total)
+            if not part and whole in parts and done == total:
+                bars.update(parts.pop(whole), visible=False)
 
         yield update
+
+
+class _Lines:
+    """A line when a stage begins, and one every QUIET seconds while it lasts, with the time left."""
+
+    def __init__(self) -> None:
+        self._pace: dict[str, _Pace] = {}
+        self._last = 0.0
+
+    def __call__(self, name: str, done: int, total: int | None) -> None:
+        first = name not in self._pace
+        pace = self._pace.setdefault(name, _Pace(done))
+        if (first and ": " not in name) or time.monotonic() - self._last > QUIET:
+            self._last = time.monotonic()
+            count = "" if first or total is None else f" {done:,} of {total:,}{pace.left(done, total)}"
+            console.print(f"{name}{count} …")
+
+
+class _Pace:
+    """How long the rest of some work takes, if it goes on like before."""
+
+    def __init__(self, done: int) -> None:
+        self._first, self._began, self._started = done, time.monotonic(), False
+
+    def left(self, done: int, total: int) -> str:
+        """`, 0:01:30 left`; empty while it is not known."""
+        if done <= self._first or done >= total:
+            return ""
+        seconds = (time.monotonic() - self._began) * (total - done) / (done - self._first)
+        if not self._started:  # what comes before the first unit, such as warming up, is not repeated
+            self._first, self._began, self._started = done, time.monotonic(), True
+        return f", {clock(seconds)} left"
 
 
 class TrainProgress:
@@ -69,6 +113,7 @@ class TrainProgress:
     def __init__(self, planned: Mapping[str, int]) -> None:
         self._planned = planned
         self._done: dict[str, int] = {}
+        self._pace: _Pace | None = None
         self._last_line = 0.0
 
     def __enter__(self) -> TrainProgress:
@@ -91,15 +136,28 @@ class TrainProgress:
                 self._done.setdefault(earlier, self._planned[earlier])
             self._tasks[branch] = self._bars.add_task(branch, total=report.last - report.first, note="")
         self._done[branch] = done
+        whole, total = sum(self._done.values()), sum(self._planned.values())
+        self._pace = self._pace or _Pace(whole)
+        left = "" if console.is_terminal else self._pace.left(whole, total)
         note = f"loss {report.loss:.3f}  {report.tokens_per_second:,.0f} tokens/s"
         self._bars.update(self._tasks[branch], completed=done, note=note)
-        self._bars.update(self._whole, completed=sum(self._done.values()))
+        self._bars.update(self._whole, completed=whole)
         if report.perplexity is not None:
             values = "  ".join(f"{context} {value:.2f}" for context, value in report.perplexity.items())
-            self._bars.console.print(f"{branch:<22} step {report.step:>6}  {note}  perplexity: {values}")
-        elif not console.is_terminal and time.monotonic() - self._last_line > 30:
+            self._bars.console.print(f"{branch:<22} step {report.step:>6}  {note}  perplexity: {values}{left}")
+        elif not console.is_terminal and time.monotonic() - self._last_line > QUIET:
             self._last_line = time.monotonic()
-            console.print(f"{branch:<22} step {report.step:>6} of {report.last}  {note}")
+            console.print(f"{branch:<22} step {report.step:>6} of {report.last}  {note}{left}")
+
+
+class _TimeColumn(ProgressColumn):
+    """The time left; where it is not known, and at the end, the time so far."""
+
+    def render(self, task: Task) -> Text:
+        left = None if task.finished else task.time_remaining
+        if left is not None:
+            return Text(f"{clock(left)} left", style="progress.remaining")
+        return Text(clock(task.finished_time or task.elapsed or 0), style="progress.elapsed")
 
 
 def _bars() -> Progress:
@@ -107,8 +165,9 @@ def _bars() -> Progress:
         TextColumn("{task.description:<21}"),
         BarColumn(bar_width=None, table_column=Column(ratio=1, max_width=24)),
         MofNCompleteColumn(),
-        TimeRemainingColumn(elapsed_when_finished=True),
+        _TimeColumn(),
         TextColumn("{task.fields[note]}", table_column=Column(no_wrap=True)),
         console=console,
         expand=console.width < 100,  # so that a narrow terminal shortens the bar, not the figures
+        speed_estimate_period=600,  # seconds: a unit of some stages takes minutes
     )

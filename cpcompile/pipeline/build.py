@@ -54,7 +54,7 @@ def build_bundle(
     for target in added.targets:
         if target.flavour != CUDA:
             require_target(target)  # before the work begins
-    stages = Stages(progress)
+    stages, writer = Stages(progress), BundleWriter(out)
     with stages("load"):
         source = open_source(model)
         training = training_of(source)
@@ -64,7 +64,7 @@ def build_bundle(
         reference = open_reference(source, validation, data=data, trimmed=trimmed, progress=progress)
     with stages("capture"):
         dynamic = source.capture(opset=config.opset)
-    with stages("freeze"):
+    with stages("freeze", len(chosen)) as done:
         rows = order_rows(dynamic, source, order) if order is not None else None
         prepared, frozen, accounts = prepare(dynamic), {}, {}
         for context in chosen:
@@ -72,10 +72,11 @@ def build_bundle(
             frozen[context] = freeze(prepared, source.contexts.index(context), tokens)
             used = partial(used_sizes, prepared)
             accounts[context] = _account(context, frozen[context], source, tokens and len(tokens), used, dynamic)
-    with BundleWriter(out) as writer:
+            done()
+    with writer:
         whole = {context: each.model.clone() for context, each in frozen.items()} if added.targets else {}
-        with stages("export"):
-            metadata = export_engines(writer, dynamic, frozen, accounts, source, trimmed, config)
+        with stages("export", 1 + len(chosen) + config.merged) as done:
+            metadata = export_engines(writer, dynamic, frozen, accounts, source, trimmed, config, done)
         if whole:
             with stages("plans"):
                 export_added(writer, whole, added, source.sequence, progress)
@@ -87,7 +88,7 @@ def build_bundle(
             results = validate(bundle, reference, validation, peers=peers, progress=progress)
         tokens = {context: rows[own.kept] for context, own in trimmed.items()} if rows is not None else {}
         graphs = FreshGraphs(source, lambda _: dynamic, tokens)
-        results = diagnose(bundle, results, reference, graphs, repro, layers=validation.layers)
+        results = diagnose(bundle, results, reference, graphs, repro, layers=validation.layers, progress=progress)
         report = report_of(bundle, source, results, build, validation, training)
         write_report(report, writer.root)
         return report, writer.commit(failed=report.verdict == "fail")

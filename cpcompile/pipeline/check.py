@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from cpcompile.bundle.reader import Bundle, Variant, open_bundle
@@ -73,7 +74,7 @@ def check_bundle(
         reason = f"{model}: there is no such file; --model names it" if model else "asked for with --without-model"
         now = _without_model(bundle, reason, before)
         return now, _judged(path, baseline, before, now, config, waived)
-    bundle, source = open_with_model(path, model)
+    bundle, source = open_with_model(path, model, progress)
     if before:
         require_same_model(before, baseline, architecture=source.architecture, contexts=bundle.contexts)
     rounds = config.rounds if before else 2 * config.rounds
@@ -97,11 +98,12 @@ def check_bundle(
     for _ in range(config.attempts if before else 0):
         rounds *= 2
         for (context, variant), missed in doubtful(check.outcomes, MEASURED_AGAIN).items():
-            progress(f"measure {context} {variant} again", 0, None)
+            steps = partial(progress, f"measure {context} {variant} again")
             only = dataclasses.replace(
                 settings, rounds=rounds, speed="speed_ratio" in missed, memory=missed != {"speed_ratio"}
             )
-            timed, peaks, interference = measure_again(bundle, bundle.variant(context, variant), reference, only)
+            engine = bundle.variant(context, variant)
+            timed, peaks, interference = measure_again(bundle, engine, reference, only, steps)
             now = now.again((context, variant), measured_of(speed=timed, memory=peaks), interference)
         check = _judged(path, baseline, before, now, config, waived)
     return now, check
@@ -126,9 +128,9 @@ def check_file(
         if not doubtful(outcomes, MEASURED_AGAIN):
             break
         rounds *= 2
-        progress("time again", 0, None)
         with watch_machine() as machine:
-            again = dataclasses.replace(found, speed=time_models(baseline, candidate, inputs, rounds))
+            speeds = time_models(baseline, candidate, inputs, rounds, steps=partial(progress, "time again"))
+            again = dataclasses.replace(found, speed=speeds)
         before, now = _file_snapshots(again, machine.interference)
         outcomes = judge(before, now, config, waived=waived)
     return Check(subject=str(candidate), baseline=str(baseline), environment=to_json(environment()), outcomes=outcomes)

@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from cpcompile.core.types import Feeds, Progress
+from cpcompile.core.types import Feeds, Progress, Steps, unwatched
 from cpcompile.files.onnx_file import Size, load_onnx, size_of
 from cpcompile.machine.environment import available_cores
 from cpcompile.report.results import Speed
@@ -60,13 +61,17 @@ def compare_models(
     elif rounds is None:
         speed = Speed.without(NO_SPEED)
     else:
-        progress("time", 0, None)
-        speed = time_models(original, candidate, inputs, rounds, min_speed_ratio)
+        speed = time_models(original, candidate, inputs, rounds, min_speed_ratio, partial(progress, "time"))
     return FileComparison(original=sizes[0], candidate=sizes[1], outputs=outputs, speed=speed)
 
 
 def time_models(
-    original: Path, candidate: Path, inputs: Sequence[Feeds], rounds: int, min_speed_ratio: float = 0.0
+    original: Path,
+    candidate: Path,
+    inputs: Sequence[Feeds],
+    rounds: int,
+    min_speed_ratio: float = 0.0,
+    steps: Steps = unwatched,
 ) -> Speed:
     """Time both side by side on the largest of `inputs`, or of random inputs if there are none."""
     threads = available_cores()
@@ -86,4 +91,5 @@ def time_models(
             threads=threads,
             least_ratio=min_speed_ratio,
             against="the original",
+            steps=steps,
         )

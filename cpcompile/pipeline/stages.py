@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from cpcompile.core.measured import NotMeasured
+from cpcompile.core.stage_progress import StageProgress
 from cpcompile.core.types import Progress
 from cpcompile.machine.memory import NO_PRIVATE, PrivatePeak, peak_resident_bytes, reset_peak
 from cpcompile.report import BuildResult, BuildStage
@@ -21,11 +22,13 @@ class Stages:
         self._stages: list[BuildStage] = []
 
     @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        self._progress(name, 0, 1)
+    def __call__(self, name: str, units: int = 1) -> Iterator[Callable[[], None]]:
+        """A stage of so many units; the function that is yielded is called after each."""
+        report = StageProgress(self._progress)
+        report.stage(name, units)
         started = time.perf_counter()
         with PrivatePeak() as private:
-            yield
+            yield report.add
         self._stages.append(
             BuildStage(
                 name=name,
@@ -34,7 +37,7 @@ class Stages:
                 peak_private_bytes=private.bytes,
             )
         )
-        self._progress(name, 1, 1)
+        self._progress(name, units, units)
 
     def result(self) -> BuildResult:
         """Time and memory of the stages so far."""

@@ -11,7 +11,7 @@ from cpcompile.core.config import ValidateConfig
 from cpcompile.core.errors import UsageError
 from cpcompile.core.json_form import from_json
 from cpcompile.core.types import Progress
-from cpcompile.files.whole_files import file_digest
+from cpcompile.files.whole_files import file_digest, remove_leftovers
 from cpcompile.frontend.source import Source, open_source
 from cpcompile.machine.environment import environment
 from cpcompile.report import (
@@ -49,19 +49,21 @@ def validate_bundle(
 
     Minimal repros of what fails parity go to the folder `repro`.
     """
-    bundle, source = open_with_model(path, model)
+    bundle, source = open_with_model(path, model, progress)
     training = training_of(source)
     trimmed = trimmed_vocabularies(bundle)
     reference = open_reference(source, config, data=data, trimmed=trimmed, progress=progress)
     with open_peers(config, source, reference) as peers:
         results = validate(bundle, reference, config, peers=peers, progress=progress)
     graphs = FreshGraphs(source, cache(lambda o: source.capture(opset=o)), {c: own.kept for c, own in trimmed.items()})
-    results = diagnose(bundle, results, reference, graphs, repro, layers=config.layers)
+    results = diagnose(bundle, results, reference, graphs, repro, layers=config.layers, progress=progress)
     return report_of(bundle, source, results, read_build(path), config, training)
 
 
-def open_with_model(path: Path, model: Path) -> tuple[Bundle, Source]:
+def open_with_model(path: Path, model: Path, progress: Progress) -> tuple[Bundle, Source]:
     """The bundle `path`, intact, and the model that it was built from; UsageError if it was built from another."""
+    progress("load", 0, 1)
+    remove_leftovers(path.absolute().parent)
     bundle = open_bundle(path)
     bundle.verify_all()
     if not model.exists():
@@ -69,6 +71,7 @@ def open_with_model(path: Path, model: Path) -> tuple[Bundle, Source]:
     source = open_source(model)
     if file_digest(model) != bundle.metadata["checkpoint"]:
         raise UsageError(f"{path}: was not built from {model}; give its own model with --model, or build it again")
+    progress("load", 1, 1)
     return bundle, source
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import product
 from typing import Any
@@ -42,8 +42,12 @@ def export_engines(
     source: Source,
     trimmed: Mapping[str, TrimmedVocabulary],
     config: BuildConfig,
+    done: Callable[[], None],
 ) -> dict[str, Any]:
-    """Write weights, tokenizers and engines; returns the metadata that the bundle records."""
+    """Write weights, tokenizers and engines; returns the metadata that the bundle records.
+
+    done: called after the weights and tokenizers, and after each engine.
+    """
     uri: str | None = None
     locations: Mapping[str, Location] = {}
     if not config.standalone:
@@ -72,16 +76,19 @@ def export_engines(
         if own:
             np.save(staging / TOKEN_IDS, own.kept)
         tokenizers[context] = writer.add_asset(staging)
+    done()
     weights = writer.asset(uri) / WEIGHTS_FILE if uri else None
     for context in frozen:
         folder = writer.folder(context, SINGLE)
         artifact = export_onnxruntime(frozen[context].model, folder, weights=weights, locations=locations)
         writer.add_variant(context, artifact, weights=uri)
+        done()
     if config.merged:
         one = merge_contexts({context: frozen[context].model for context in frozen})
         folder = writer.folder(ROUTER, MERGED)
         artifact = export_onnxruntime(one, folder, weights=weights, locations=locations, contexts=tuple(frozen))
         writer.add_variant(ROUTER, artifact, weights=uri)
+        done()
     return {
         "checkpoint": file_digest(source.path),
         "tokenizers": tokenizers,

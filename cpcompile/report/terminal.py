@@ -159,7 +159,7 @@ def verdict_text(report: Report) -> Text:
     build, bundle = report.build, report.bundle
     text = Text()
     if not isinstance(build.seconds, NotMeasured):
-        text.append(f"built in {build.seconds:.1f} s, peak {megabytes(build.peak_rss_bytes)}")
+        text.append(f"built in {build.seconds:.1f} s without validation, peak {megabytes(build.peak_rss_bytes)}")
         text.append(f" ({megabytes(build.peak_private_bytes)} of it private); ")
     text.append(f"bundle {megabytes(bundle.bytes)}, dense model {megabytes(bundle.dense_bytes)}\n")
     text.append(f"verdict: {report.verdict}", style=VERDICT_STYLE[report.verdict])

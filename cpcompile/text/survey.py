@@ -11,6 +11,7 @@ import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from cpcompile.core.errors import UsageError
 from cpcompile.core.stage_progress import StageProgress
@@ -69,12 +70,17 @@ def survey_all(sources: Sequence[Source], seed: int, fraction: float, report: St
     sizes = [source.size() for source in sources]
     report.stage("read", sum(sizes))
     surveys = {}
-    for number, source in enumerate(sources):
-        before, size = sum(sizes[:number]), sizes[number]
-        # Records have other bytes than their text, and packed ones fewer: a context is never more than its files.
-        surveys[source.context] = _survey(source, seed, fraction, lambda read: report.reach(before + min(read, size)))  # noqa: B023
-        report.reach(before + size)
+    before = 0
+    for source, size in zip(sources, sizes, strict=True):
+        surveys[source.context] = _survey(source, seed, fraction, partial(_reach, report, before, size))
+        before += size
+        report.reach(before)
     return surveys
+
+
+def _reach(report: StageProgress, before: int, size: int, read: int) -> None:
+    """So much of a source of `size` bytes is read; the text in records and packed files may have more bytes."""
+    report.reach(before + min(read, size))
 
 
 def _survey(source: Source, seed: int, fraction: float, reached: Callable[[int], None]) -> Survey:

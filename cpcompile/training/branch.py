@@ -23,6 +23,8 @@ from torch.nn import functional as F
 from cpcompile.core.config import TrainConfig
 from cpcompile.core.errors import CpcompileError
 from cpcompile.core.selection import Selection
+from cpcompile.core.stage_progress import StageProgress
+from cpcompile.core.types import Progress
 from cpcompile.frontend.checkpoint import load_plain, save_atomically
 from cpcompile.models.language_model import Kept, LanguageModel
 from cpcompile.text.corpus import Corpus
@@ -81,6 +83,8 @@ class Branch:
     last: int
     teacher: Teacher | None = None
     recalibrate: bool = False
+    progress: Progress | None = None
+    """Told of recalibrations; of steps the observer is."""
 
     def train(self, corpus: Corpus, config: TrainConfig, folder: Path, observer: Observer | None = None) -> BranchState:
         """Train to the end, resuming from a snapshot in `folder`; a finished branch is only read."""
@@ -210,15 +214,13 @@ class Branch:
         """Measure importance at the model's present state, swap units, and reset the moments of closed gates."""
         state = self.state
         assert state.selection is not None and state.importance is not None
+        batches = [importance_batches(corpus, config, context, salt=step) for context in corpus.contexts]
+        report = StageProgress(self.progress)
+        report.stage("recalibration", sum(map(len, batches)))
         fresh = stack_contexts(
             [
-                measure_importance(
-                    state.model,
-                    importance_batches(corpus, config, context, salt=step),
-                    corpus.contexts.index(context),
-                    leading=len(corpus.leading),
-                )
-                for context in corpus.contexts
+                measure_importance(state.model, report.each(own), index, leading=len(corpus.leading))
+                for index, own in enumerate(batches)
             ]
         )
         state.importance = moving_average(state.importance, fresh, 0.5)

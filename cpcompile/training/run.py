@@ -40,7 +40,8 @@ class Run:
     def branch(self, name: str, state: BranchState, **settings: Any) -> BranchState:
         """Train a branch, by default over the steps after the dense phase."""
         settings = {"first": self.config.dense_steps, "last": self.config.steps} | settings
-        return Branch(name=name, state=state, **settings).train(self.corpus, self.config, self.folder, self.observer)
+        branch = Branch(name=name, state=state, progress=self.progress, **settings)
+        return branch.train(self.corpus, self.config, self.folder, self.observer)
 
     def fresh(self) -> BranchState:
         """An untrained dense model, the same for the same seed; or the pretrained one."""

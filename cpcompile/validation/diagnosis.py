@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -18,7 +19,7 @@ import onnx_ir as ir
 from cpcompile.bundle.reader import Bundle, Variant
 from cpcompile.core.errors import CpcompileError
 from cpcompile.core.measured import NotMeasured
-from cpcompile.core.types import Feeds
+from cpcompile.core.types import Feeds, Progress, Steps
 from cpcompile.files.onnx_file import opset_of
 from cpcompile.report.formats import NO_FAILURE
 from cpcompile.report.results import Diagnosis, LayerError, Results, VariantResult
@@ -48,6 +49,7 @@ def diagnose(
     repro: Path | None,
     *,
     layers: bool,
+    progress: Progress = lambda _stage, _done, _total: None,
 ) -> Results:
     """`results` by context, with a diagnosis of those that failed parity; repros go to `repro`/<context>-<variant>.
 
@@ -56,27 +58,33 @@ def diagnose(
 
     def diagnosed(context: str, result: VariantResult) -> VariantResult:
         variant = bundle.variant(context, result.name)
+        steps = partial(progress, f"validate: layers of {context} {result.name}")
         if result.parity.verdict == "fail":
-            return dataclasses.replace(result, divergence=_diagnose(bundle, variant, reference, graphs, repro))
+            return dataclasses.replace(result, divergence=_diagnose(bundle, variant, reference, graphs, repro, steps))
         if layers and result.status == "ran" and result.parity.verdict == "pass":
-            return dataclasses.replace(result, divergence=_layers(variant, reference, graphs))
+            return dataclasses.replace(result, divergence=_layers(variant, reference, graphs, steps))
         return result
 
     return {context: tuple(diagnosed(context, each) for each in own) for context, own in results.items()}
 
 
-def _layers(variant: Variant, reference: Reference, graphs: Graphs) -> Diagnosis:
+def _layers(variant: Variant, reference: Reference, graphs: Graphs, steps: Steps) -> Diagnosis:
     """The errors of the layers of an engine that passed, on the largest input."""
-    return Diagnosis.without(NO_FAILURE, layers=_layer_errors(variant, reference, graphs))
+    return Diagnosis.without(NO_FAILURE, layers=_layer_errors(variant, reference, graphs, steps))
 
 
-def _layer_errors(variant: Variant, reference: Reference, graphs: Graphs) -> tuple[LayerError, ...] | NotMeasured:
+def _layer_errors(
+    variant: Variant, reference: Reference, graphs: Graphs, steps: Steps
+) -> tuple[LayerError, ...] | NotMeasured:
     if not _nodes_are_known(variant):
         return NotMeasured(OTHER_KIND)
     feeds = max(reference.inputs(variant.context), key=lambda each: sum(array.size for array in each.values()))
     engine = engine_graph(variant)
     try:
-        return layer_errors(graphs.bound(variant.context, opset_of(engine)), engine, feeds, sliced=True)
+        steps(0, len(engine.graph))
+        errors = layer_errors(graphs.bound(variant.context, opset_of(engine)), engine, feeds, sliced=True, steps=steps)
+        steps(len(engine.graph), len(engine.graph))
+        return errors
     except CpcompileError as error:
         return NotMeasured(str(error))
 
@@ -85,7 +93,9 @@ def _nodes_are_known(variant: Variant) -> bool:
     return not variant.feeds and (variant.runtime, variant.precision) == ("onnxruntime", "fp32")
 
 
-def _diagnose(bundle: Bundle, variant: Variant, reference: Reference, graphs: Graphs, repro: Path | None) -> Diagnosis:
+def _diagnose(
+    bundle: Bundle, variant: Variant, reference: Reference, graphs: Graphs, repro: Path | None, steps: Steps
+) -> Diagnosis:
     context = variant.context
     if not _nodes_are_known(variant):
         return Diagnosis.without(OTHER_KIND)
@@ -100,7 +110,7 @@ def _diagnose(bundle: Bundle, variant: Variant, reference: Reference, graphs: Gr
         if found is None:
             return Diagnosis.without(EACH_AGREES)
         divergence, feeds = found
-        layers = layer_errors(frozen, engine, feeds)
+        layers = layer_errors(frozen, engine, feeds, steps=steps)
     except CpcompileError as error:
         return Diagnosis.without(str(error))
     no_number = NotMeasured(divergence.reason)

@@ -27,6 +27,7 @@ import onnx_ir as ir
 
 from cpcompile.bundle.reader import Variant
 from cpcompile.core.errors import CpcompileError, UsageError
+from cpcompile.core.types import Steps, unwatched
 from cpcompile.files.onnx_file import module_of
 from cpcompile.report.results import LayerError
 from cpcompile.validation.fragment import Fragment, Values
@@ -104,12 +105,14 @@ def find_divergence(reference: ir.Model, engine: ir.Model, feeds: Values, *, sli
 
 
 def layer_errors(
-    reference: ir.Model, engine: ir.Model, feeds: Values, *, sliced: bool = False
+    reference: ir.Model, engine: ir.Model, feeds: Values, *, sliced: bool = False, steps: Steps = unwatched
 ) -> tuple[LayerError, ...]:
     """How the engine's error grows from module to module when it reads its own values, in the order of the modules."""
     leaving = _leaving(reference)
     errors: dict[str, LayerError] = {}
+    place = {out.name: number for number, node in enumerate(engine.graph) for out in node.outputs}
     for pair in run_in_lockstep(reference, engine, feeds, sliced=sliced, forced=False):
+        steps(place.get(pair.name, 0), len(engine.graph))
         if pair.error is not None or pair.expected.dtype.kind != "f":
             continue
         for module in leaving.get(pair.name, ()):

@@ -21,16 +21,17 @@ from torch import nn
 from cpcompile.core.config import ValidateConfig
 from cpcompile.core.measured import NotMeasured
 from cpcompile.core.selection import UnitKind
-from cpcompile.core.types import Feeds
+from cpcompile.core.types import Feeds, Steps, unwatched
 from cpcompile.frontend.checkpoint import Checkpoint, load_checkpoint
 from cpcompile.machine.memory import ProcessMemory, release_memory
 from cpcompile.models.language_model import LanguageModel
 from cpcompile.report.results import Quality
 from cpcompile.text.tokenization import leading_tokens
 from cpcompile.text.vocabulary import TrimmedVocabulary, reencode
-from cpcompile.validation.coherence import measure_coherence
+from cpcompile.validation.coherence import NEW_TOKENS, PROMPT_TOKENS, measure_coherence
 from cpcompile.validation.memory import measure_eager
 from cpcompile.validation.quality import (
+    BATCH,
     SHORT_TEXT,
     IntArray,
     Score,
@@ -145,11 +146,25 @@ class LanguageReference:
         text = self._texts[context]
         return [Timed(*shape, {INPUT: text.fill(*shape)}) for shape in self._config.speed_shapes]
 
-    def quality(self, context: str, engine: Run | NotMeasured) -> Quality:
+    def quality(self, context: str, engine: Run | NotMeasured, *, steps: Steps = unwatched) -> Quality:
         text = self._texts[context]
-        if isinstance(engine, NotMeasured):
-            return compare_quality(engine, self._dense_score(context))
-        return compare_quality(self._score(engine, text), self._dense_score(context))
+        own = 0 if isinstance(engine, NotMeasured) else self._runs_of_score(text)
+        known = context in self._dense_scores or self._dense is None
+        total, done = own + (0 if known else self._runs_of_score(self._whole_text(context))), 0
+        steps(done, total)
+
+        def counted(run: Run) -> Run:
+            def counting(feeds: Feeds) -> Outputs:
+                nonlocal done
+                outputs = run(feeds)
+                done += 1
+                steps(done, total)
+                return outputs
+
+            return counting
+
+        score = engine if isinstance(engine, NotMeasured) else self._score(counted(engine), text)
+        return compare_quality(score, self._dense_score(context, counted))
 
     @cached_property
     def _dense_model(self) -> LanguageModel:
@@ -167,7 +182,7 @@ class LanguageReference:
     def _text(self, context: str, trimmed: TrimmedVocabulary | None) -> _Text:
         ids = self._held_out[context]
         if trimmed is None:
-            return self._cut(ids, self._tokenizer)
+            return self._whole_text(context)
         own = reencode(ids, self._tokenizer, trimmed)
         ratio = (len(own) - 1) / (len(ids) - 1) if len(ids) > 1 else 1.0
         return replace(self._cut(own, trimmed.tokenizer_json), token_ids=trimmed.kept, ratio=ratio)
@@ -176,13 +191,22 @@ class LanguageReference:
         leading = leading_tokens(tokenizer)
         return _Text(ids, consecutive_windows(ids, self._sequence, leading), leading)
 
-    def _dense_score(self, context: str) -> Score | NotMeasured:
+    def _whole_text(self, context: str) -> _Text:
+        """The held-out text as the dense model reads it."""
+        return self._cut(self._held_out[context], self._tokenizer)
+
+    def _dense_score(self, context: str, counted: Callable[[Run], Run]) -> Score | NotMeasured:
         if self._dense is None:
             return NotMeasured(NO_DENSE)
         if context not in self._dense_scores:
-            text = self._cut(self._held_out[context], self._tokenizer)
-            self._dense_scores[context] = self._score(eager_run(self._dense_model), text)
+            run = counted(eager_run(self._dense_model))
+            self._dense_scores[context] = self._score(run, self._whole_text(context))
         return self._dense_scores[context]
+
+    def _runs_of_score(self, text: _Text) -> int:
+        """How often `_score` runs the model."""
+        generated = self._config.coherence and self._dense is not None and len(text.ids) >= PROMPT_TOKENS
+        return -(-len(text.windows) // BATCH) + (NEW_TOKENS if generated and len(text.windows) else 0)
 
     def _score(self, run: Run, text: _Text) -> Score | NotMeasured:
         if not len(text.windows):

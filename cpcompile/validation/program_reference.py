@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from cpcompile.core.measured import NotMeasured
-from cpcompile.core.types import Array, Feeds
+from cpcompile.core.types import Array, Feeds, Steps, unwatched
 from cpcompile.frontend.program import Program
 from cpcompile.machine.memory import ProcessMemory
 from cpcompile.report.results import Quality
@@ -68,7 +68,7 @@ class ProgramReference:
         first = feeds[self._program.inputs[0]]
         return [Timed(first.shape[0] if first.ndim else 1, None, feeds)]
 
-    def quality(self, context: str, engine: Run | NotMeasured) -> Quality:
+    def quality(self, context: str, engine: Run | NotMeasured, *, steps: Steps = unwatched) -> Quality:
         return Quality.without(NO_QUALITY)
 
 

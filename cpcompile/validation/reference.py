@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from cpcompile.core.measured import NotMeasured
-from cpcompile.core.types import Array, Feeds
+from cpcompile.core.types import Array, Feeds, Steps, unwatched
 from cpcompile.machine.memory import ProcessMemory
 from cpcompile.report.results import Quality
 
@@ -61,5 +61,5 @@ class Reference(Protocol):
     def timed(self, context: str) -> Sequence[Timed]:
         """Inputs for timings, the first of them for memory and placement as well."""
 
-    def quality(self, context: str, engine: Run | NotMeasured) -> Quality:
+    def quality(self, context: str, engine: Run | NotMeasured, *, steps: Steps = unwatched) -> Quality:
         """The effect of the context's specialisation on quality."""

@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cpcompile.core.measured import NotMeasured, measurable
-from cpcompile.core.types import Feeds
+from cpcompile.core.types import Feeds, Steps, unwatched
 from cpcompile.machine.noise import watch_machine
 from cpcompile.report.results import PeerSpeed, ShapeSpeed, Speed, Verdict
 from cpcompile.validation.reference import Run, Timed
@@ -59,23 +59,34 @@ def measure_speed(
     peers: Mapping[str, Run] | None = None,
     seed: int = 0,
     settle: float = SETTLE_SECONDS,
+    steps: Steps = unwatched,
 ) -> Speed:
     """Time `engine`, `eager` (if there is one) and `peers` on all of `inputs`.
 
     least_ratio: eager p50 / engine p50 that is required at every shape; 0 means no minimum. against: what `eager`
-    is called in the reason.
+    is called in the reason. steps: told of every round.
     """
     sides = {"engine": engine, **({} if isinstance(eager, NotMeasured) else {"eager": eager}), **(peers or {})}
     shapes, verdicts = [], []
+    done, total = 0, rounds * len(inputs)
+    steps(done, total)
+
+    def timed_one() -> None:
+        nonlocal done
+        done += 1
+        steps(done, total)
+
     with watch_machine() as machine:
         for timed in inputs:
             runs = {name: _bound(run, timed.feeds) for name, run in sides.items()}
             for run in runs.values():
                 warm_up(run)
-            times = interleave(runs, rounds=rounds, seed=seed, settle=settle)
+            times = interleave(runs, rounds=rounds, seed=seed, settle=settle, after_round=timed_one)
             verdict = _judge(times, least_ratio, seed)
             while verdict == "inconclusive" and "eager" in times and len(times["engine"]) < LARGEST_FACTOR * rounds:
-                more = interleave(runs, rounds=len(times["engine"]), seed=seed + len(times["engine"]), settle=settle)
+                again = len(times["engine"])
+                total += again
+                more = interleave(runs, rounds=again, seed=seed + again, settle=settle, after_round=timed_one)
                 times = {name: np.concatenate([times[name], more[name]]) for name in times}
                 verdict = _judge(times, least_ratio, seed)
             shapes.append(_shape_speed(timed, times, seed, eager if isinstance(eager, NotMeasured) else None))
@@ -125,9 +136,14 @@ def warm_up(run: Callable[[], object]) -> int:
 
 
 def interleave(
-    sides: Mapping[str, Callable[[], object]], *, rounds: int, seed: int, settle: float = SETTLE_SECONDS
+    sides: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    seed: int,
+    settle: float = SETTLE_SECONDS,
+    after_round: Callable[[], None] = lambda: None,
 ) -> dict[str, FloatArray]:
-    """Seconds of one run per side and round, arrays (rounds,)."""
+    """Seconds of one run per side and round, arrays (rounds,); `after_round` is called between the rounds."""
     rng = np.random.default_rng(seed)
     names = list(sides)
     times = {name: np.empty(rounds) for name in names}
@@ -141,6 +157,7 @@ def interleave(
                 start = time.perf_counter()
                 run()
                 times[name][index] = time.perf_counter() - start
+            after_round()
     return times
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cpcompile.core.measured import NotMeasured
+from cpcompile.core.types import Steps, unwatched
 from cpcompile.report.results import Throughput
 from cpcompile.validation.speed import ratio_interval, without_garbage_collection
 
@@ -35,6 +36,7 @@ def measure_throughput(
     rounds: int = ROUNDS,
     seconds: float = SECONDS,
     seed: int = 0,
+    steps: Steps = unwatched,
 ) -> Throughput:
     """Load both sides, or the engine alone where there is no `eager`.
 
@@ -45,8 +47,10 @@ def measure_throughput(
     rng, rates = np.random.default_rng(seed), {name: np.empty(rounds) for name in sides}
     with without_garbage_collection():
         for index in range(rounds):
+            steps(index, rounds)
             for name in rng.permutation(list(sides)):
                 rates[name][index] = _rate(sides[name], workers, lengths[name])
+    steps(rounds, rounds)
     rate = {name: float(np.median(each)) for name, each in rates.items()}
     if isinstance(eager, NotMeasured):
         return Throughput.without(eager.reason, workers=workers, requests_per_second=rate["engine"])

@@ -13,7 +13,7 @@ from cpcompile.bundle.reader import Bundle, Variant
 from cpcompile.core.config import ValidateConfig
 from cpcompile.core.errors import CpcompileError, UsageError
 from cpcompile.core.measured import NotMeasured
-from cpcompile.core.types import Progress
+from cpcompile.core.types import Feeds, Progress, Steps, unwatched
 from cpcompile.machine.environment import available_cores
 from cpcompile.machine.gpu import NO_GPU, gpu_model
 from cpcompile.machine.memory import ProcessMemory, release_memory
@@ -79,20 +79,20 @@ def validate(
         report(STAGE, 0, len(variants))
         for done, variant in enumerate(variants, start=1):
             results[variant.context] += (
-                _validate_variant(bundle, variant, reference, config, peers(variant), threads),
+                _validate_variant(bundle, variant, reference, config, peers(variant), threads, report),
             )
             report(STAGE, done, len(variants))
     return results
 
 
 def measure_again(
-    bundle: Bundle, variant: Variant, reference: Reference, config: ValidateConfig
+    bundle: Bundle, variant: Variant, reference: Reference, config: ValidateConfig, steps: Steps = unwatched
 ) -> tuple[Speed, Memory, str | None]:
     """Speed and memory of one engine alone, where `config` has them on, and what else the machine did meanwhile."""
     threads = config.threads or available_cores()
     with _torch_threads(threads):
         with watch_machine() as machine:
-            speed, _ = _speed(variant, reference, (), config, threads)
+            speed, _ = _speed(variant, reference, (), config, threads, lambda _name: steps)
         memory = compare_memory(*_processes(bundle, variant, reference, threads, config))
         return speed, memory, machine.interference
 
@@ -104,8 +104,13 @@ def _validate_variant(
     config: ValidateConfig,
     peers: Sequence[Runner],
     threads: int,
+    progress: Progress,
 ) -> VariantResult:
     context = variant.context
+
+    def part(name: str) -> Steps:
+        return partial(progress, f"{STAGE}: {name} of {context} {variant.name}")
+
     bundle.verify_engine(variant)
     if (reason := _why_not_here(variant)) is not None:
         return VariantResult.not_run(
@@ -117,7 +122,7 @@ def _validate_variant(
             bytes=variant.bytes,
         )
     engine = load_plan(variant) if variant.plan else load_engine(bundle, context, variant.name, threads=threads)
-    parity = _parity(engine.outputs, reference, context, config, variant)
+    parity = _parity(engine.outputs, reference, context, config, variant, part("parity"))
     results: tuple[PeerResult, ...] = ()
     if parity.verdict == "fail" and isinstance(parity.max_abs_error, NotMeasured):
         # Its outputs cannot be compared: there is nothing to score, and no point in timing it.
@@ -126,11 +131,11 @@ def _validate_variant(
         throughput, placement = Throughput.without(failed.reason), Placement.without(failed.reason)
         processes: Processes = (failed, _dense_process(reference, context, config, threads))
     else:
-        quality = _quality(engine.outputs, reference, context)
+        quality = _quality(engine.outputs, reference, context, part("quality"))
         del engine  # the next measurements should have the machine to themselves
-        speed, results = _speed(variant, reference, peers, config, threads)
-        throughput = _throughput(variant, reference, config, threads)
-        processes = _processes(bundle, variant, reference, threads, config)
+        speed, results = _speed(variant, reference, peers, config, threads, part)
+        throughput = _throughput(variant, reference, config, threads, part("throughput"))
+        processes = _processes(bundle, variant, reference, threads, config, part("memory"))
         feeds = reference.timed(context)[0].feeds
         placement = Placement.without(ONE_PLAN) if variant.plan else measure_placement(variant, feeds)
     return VariantResult(
@@ -161,10 +166,15 @@ def _why_not_here(variant: Variant) -> str | None:
 
 
 def _parity(
-    run: Run, reference: Reference, context: str, config: ValidateConfig, variant: Variant | None = None
+    run: Run,
+    reference: Reference,
+    context: str,
+    config: ValidateConfig,
+    variant: Variant | None = None,
+    steps: Steps = unwatched,
 ) -> Parity:
     """`variant` is what runs, unless it is a peer, which is in float32 and takes every shape."""
-    inputs, missing = reference.inputs(context), reference.no_inputs
+    inputs, missing = _counted(lambda: reference.inputs(context), steps), reference.no_inputs
     if variant is not None and variant.plan:
         inputs = (feeds for feeds in inputs if why_not_taken(variant, feeds) is None)
         missing += ", or none of a shape that the engine takes"
@@ -182,8 +192,22 @@ def _parity(
     return parity
 
 
+def _counted(inputs: Callable[[], Iterator[Feeds]], steps: Steps) -> Iterator[Feeds]:
+    """Inputs, each of which is done when the next one is asked for."""
+    total = sum(1 for _ in inputs())
+    for done, feeds in enumerate(inputs()):
+        steps(done, total)
+        yield feeds
+    steps(total, total)
+
+
 def _speed(
-    variant: Variant, reference: Reference, peers: Sequence[Runner], config: ValidateConfig, threads: int
+    variant: Variant,
+    reference: Reference,
+    peers: Sequence[Runner],
+    config: ValidateConfig,
+    threads: int,
+    part: Callable[[str], Steps] = lambda _name: unwatched,
 ) -> tuple[Speed, tuple[PeerResult, ...]]:
     """Engine, eager model and those of `peers` that can be loaded, timed together; with the parity of the peers."""
     if not config.speed:
@@ -203,7 +227,7 @@ def _speed(
                 continue
             runs[peer.name] = run
             same = peer.computes == "context"
-            parity = _parity(run, reference, context, config) if same else None
+            parity = _parity(run, reference, context, config, steps=part(f"{peer.name}, parity")) if same else None
             results.append(PeerResult(name=peer.name, computes=peer.computes, status="ran", parity=parity))
         speed = measure_speed(
             loaded.enter_context(engine_runner(variant, threads=threads).load()),
@@ -213,11 +237,14 @@ def _speed(
             threads=threads,
             least_ratio=config.min_speed_ratio,
             peers=runs,
+            steps=part("speed"),
         )
     return speed, tuple(results)
 
 
-def _throughput(variant: Variant, reference: Reference, config: ValidateConfig, workers: int) -> Throughput:
+def _throughput(
+    variant: Variant, reference: Reference, config: ValidateConfig, workers: int, steps: Steps
+) -> Throughput:
     """Throughput with one concurrent request per thread."""
     if not config.speed:
         return Throughput.without(NO_SPEED)
@@ -227,20 +254,30 @@ def _throughput(variant: Variant, reference: Reference, config: ValidateConfig, 
     feeds = inputs[0].feeds
     with engine_runner(variant, threads=1).load() as engine, _torch_threads(1):
         eager = dense if isinstance(dense, NotMeasured) else partial(dense, feeds)
-        return measure_throughput(partial(engine, feeds), eager, workers=workers, rounds=min(config.rounds, ROUNDS))
+        rounds = min(config.rounds, ROUNDS)
+        return measure_throughput(partial(engine, feeds), eager, workers=workers, rounds=rounds, steps=steps)
 
 
 def _processes(
-    bundle: Bundle, variant: Variant, reference: Reference, threads: int, config: ValidateConfig
+    bundle: Bundle,
+    variant: Variant,
+    reference: Reference,
+    threads: int,
+    config: ValidateConfig,
+    steps: Steps = unwatched,
 ) -> Processes:
     """Engine and eager dense model, each in a process of its own."""
-    dense = _dense_process(reference, variant.context, config, threads)
     if not config.memory:
-        return NotMeasured(NO_MEMORY), dense
+        return NotMeasured(NO_MEMORY), NotMeasured(NO_MEMORY)
+    steps(0, 2)
+    dense = _dense_process(reference, variant.context, config, threads)
     inputs = _timed(variant, reference)
     if isinstance(inputs, NotMeasured):
         return inputs, dense
-    return measure_engine(bundle.root, variant.context, variant.name, inputs[0].feeds, threads=threads), dense
+    steps(1, 2)
+    engine = measure_engine(bundle.root, variant.context, variant.name, inputs[0].feeds, threads=threads)
+    steps(2, 2)
+    return engine, dense
 
 
 def _timed(variant: Variant, reference: Reference) -> Sequence[Timed] | NotMeasured:
@@ -256,9 +293,9 @@ def _dense(variant: Variant, reference: Reference) -> Run | NotMeasured:
     return reference.dense(variant.context) if variant.provider == CPU_PROVIDER else NotMeasured(ON_GPU)
 
 
-def _quality(run: Run, reference: Reference, context: str) -> Quality:
+def _quality(run: Run, reference: Reference, context: str, steps: Steps) -> Quality:
     try:
-        return reference.quality(context, run)
+        return reference.quality(context, run, steps=steps)
     except UsageError as error:  # of a plan whose profiles do not take the windows of the text
         return reference.quality(context, NotMeasured(str(error)))
 

@@ -1,4 +1,4 @@
-"""The memory and size of a build, estimated before it starts.
+"""The memory, time and size of a build, estimated before it starts.
 
 model.pt, model.pt2 -> facts (weights are not read) ┐
 a build of a model of one layer -> libraries        ┴ formula -> Estimate -> table, JSON, `check_memory`
@@ -6,6 +6,7 @@ a build of a model of one layer -> libraries        ┴ formula -> Estimate -> t
 
 from __future__ import annotations
 
+from cpcompile.pipeline.estimation.duration import Pace
 from cpcompile.pipeline.estimation.facts import Facts, read_facts
 from cpcompile.pipeline.estimation.formula import Estimate, RunShape, estimate
 from cpcompile.pipeline.estimation.libraries import Libraries, measure_libraries
@@ -16,6 +17,7 @@ __all__ = [
     "Estimate",
     "Facts",
     "Libraries",
+    "Pace",
     "RunShape",
     "check_memory",
     "estimate",

@@ -70,6 +70,8 @@ class Facts:
     vocabulary_bytes: int
     """Bytes of all parameters with a row per token."""
     tokenizer_bytes: int
+    text_tokens: int = 0
+    """Held-out tokens of a context, on which quality is measured."""
     contexts: Mapping[str, ContextFacts]
     union_bytes: int
     """Bytes that any of the contexts keeps; an upper bound for a program."""
@@ -139,6 +141,7 @@ def _checkpoint_facts(
         result_elements=None,
         vocabulary_bytes=vocabulary * row_bytes,
         tokenizer_bytes=len(checkpoint.tokenizer.encode()),
+        text_tokens=max((len(checkpoint.held_out.get(context, ())) for context in chosen), default=0),
         contexts=found,
         union_bytes=union,
     )

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cpcompile.core.config import DENSE_PEER, BuildConfig, ValidateConfig
+from cpcompile.pipeline.estimation.duration import build_seconds, in_words, validation_seconds
 from cpcompile.pipeline.estimation.facts import Facts
 from cpcompile.pipeline.estimation.libraries import Libraries
 from cpcompile.validation.coherence import NEW_TOKENS, PROMPT_TOKENS, PROMPTS
@@ -40,8 +41,6 @@ HEAP = 64_000_000
 BESIDE = "process beside it"
 ENGINE_GRAPH = 1_200
 """Bytes of an engine's file per tensor."""
-DURATIONS = ((30_000_000, "about a minute"), (300_000_000, "minutes"))
-"""(parameters up to which it holds, duration on two cores with validation)."""
 NOT_COUNTED = (f"peers of --peers but {DENSE_PEER}", "text that --data reads")
 
 
@@ -94,13 +93,19 @@ class Estimate:
     eager: Process | None
     """Peaks of the dense baseline or the program; None if there is neither."""
     bundle_bytes: int
-    duration: str
-    """The time of the build, in words."""
+    build_seconds: float | None = None
+    validation_seconds: float | None = None
+    """The time of each on this machine; None where it is not known."""
 
     @property
     def largest(self) -> Stage:
         """The stage with the highest peak."""
         return max((*self.build, *self.validation), key=lambda stage: stage.peak_rss_bytes)
+
+    @property
+    def duration(self) -> str:
+        """The time of the build and of its validation, in words."""
+        return f"{in_words(self.build_seconds)} and its validation {in_words(self.validation_seconds)}"
 
     @property
     def build_peak_rss_bytes(self) -> int:
@@ -118,7 +123,7 @@ class Estimate:
         peak_rss_bytes, build_peak_rss_bytes, process_peak_rss_bytes
         build[], validation[]     name, peak_rss_bytes, parts{name: bytes}
         engines{context}, eager   load_peak_rss_bytes, run_peak_rss_bytes; eager is null where nothing is compared
-        bundle_bytes, duration, not_counted[]
+        bundle_bytes, duration, build_seconds, validation_seconds, not_counted[]
         """
         return {
             "peak_rss_bytes": self.largest.peak_rss_bytes,
@@ -130,6 +135,8 @@ class Estimate:
             "eager": dataclasses.asdict(self.eager) if self.eager else None,
             "bundle_bytes": self.bundle_bytes,
             "duration": self.duration,
+            "build_seconds": self.build_seconds,
+            "validation_seconds": self.validation_seconds,
             "not_counted": list(NOT_COUNTED),
         }
 
@@ -182,13 +189,15 @@ def estimate(
     if validation.memory:
         beside = max(process.run_peak_rss_bytes for process in (*engines.values(), *([eager] if eager else [])))
         validating.append(_stage("validate: memory", here | {"dense": dense, BESIDE: beside}))
+    pace = libraries.pace
     return Estimate(
         build=build,
         validation=tuple(validating),
         engines=engines,
         eager=eager,
         bundle_bytes=_bundle_bytes(facts, config),
-        duration=next((words for limit, words in DURATIONS if facts.parameters <= limit), "longer than was tried"),
+        build_seconds=None if pace is None else build_seconds(facts, pace),
+        validation_seconds=None if pace is None else validation_seconds(facts, pace, config, validation),
     )
 
 

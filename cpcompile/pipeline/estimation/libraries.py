@@ -7,9 +7,10 @@ their own.
 
 from __future__ import annotations
 
-import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -17,13 +18,16 @@ from cpcompile.core.config import BuildConfig, ModelConfig, ValidateConfig
 from cpcompile.core.errors import CpcompileError, UsageError
 from cpcompile.core.measured import NotMeasured
 from cpcompile.core.selection import Selection, UnitKind
+from cpcompile.files.whole_files import scratch_folder
 from cpcompile.frontend.checkpoint import Checkpoint, dense_path, save_checkpoint
 from cpcompile.machine.memory import peak_resident_bytes
 from cpcompile.models.decoder import Decoder
 from cpcompile.partitioning.hugging_face import transformers_package
 from cpcompile.pipeline.build import build_bundle
+from cpcompile.pipeline.estimation.duration import Pace, measure_operations
 from cpcompile.text.tokenization import LEAST_VOCABULARY, train_tokenizer
 
+T = TypeVar("T")
 SHAPE = ModelConfig(vocabulary=LEAST_VOCABULARY, width=8, layers=1, heads=1, kv_heads=1, ffn=8, align=8)
 
 
@@ -35,6 +39,8 @@ class Libraries:
     validation: int
     engine: int
     eager: int
+    pace: Pace | None = None
+    """How long that build took; None if it was not built."""
 
 
 def measure_libraries(model_type: str | None) -> Libraries:
@@ -44,16 +50,20 @@ def measure_libraries(model_type: str | None) -> Libraries:
     """
     if model_type is not None:
         _import_architecture(model_type)
-    with tempfile.TemporaryDirectory(prefix="cpcompile-smallest-") as folder:
-        model = Path(folder) / "model.pt"
+    with scratch_folder("smallest") as folder:
+        model = folder / "model.pt"
         _write_smallest(model)
+        started = time.perf_counter()
         report, _ = build_bundle(
             model,
-            Path(folder) / "model.cpc",
+            folder / "model.cpc",
             BuildConfig(),
             ValidateConfig(speed=False, coherence=False, layers=False),
             progress=lambda _stage, _done, _total: None,
         )
+        whole = time.perf_counter() - started
+    built = _known(report.build.seconds)
+    pace = Pace(build_seconds=built, validation_seconds=whole - built, operations=measure_operations())
     validation = peak_resident_bytes()
     memory = report.contexts[0].variants[0].memory
     return Libraries(
@@ -61,10 +71,11 @@ def measure_libraries(model_type: str | None) -> Libraries:
         validation=validation,
         engine=_known(memory.run_peak_rss_bytes),
         eager=_known(memory.eager_run_peak_rss_bytes),
+        pace=pace,
     )
 
 
-def _known(size: int | NotMeasured) -> int:
+def _known(size: T | NotMeasured) -> T:
     if isinstance(size, NotMeasured):
         raise CpcompileError(f"what the libraries take cannot be measured here: {size}")
     return size

@@ -25,7 +25,7 @@ def render_estimate(estimated: Estimate, shape: RunShape) -> RenderableType:
         column.justify = "right"
     for name, process in rows.items():
         processes.add_row(Text(name), megabytes(process.load_peak_rss_bytes), megabytes(process.run_peak_rss_bytes))
-    closing = Text(f"bundle: {megabytes(estimated.bundle_bytes)}; the build takes {estimated.duration} on two cores\n")
+    closing = Text(f"bundle: {megabytes(estimated.bundle_bytes)}; here the build takes {estimated.duration}\n")
     closing.append(
         f"Running: {shape.batch}×{shape.sequence} tokens; programs run with the shapes of their examples. ", style="dim"
     )

@@ -37,7 +37,7 @@ def test_the_terminal_shows_what_the_report_holds() -> None:
         "1×1: 0.25 ms",
         "tensorrt [the library] is not installed",
         "loses to small-dense",
-        "built in 12.5 s, peak 300.0 MB",
+        "built in 12.5 s without validation, peak 300.0 MB",
         "verdict: pass",
     ):
         assert part in text, part

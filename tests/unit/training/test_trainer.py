@@ -71,6 +71,11 @@ def test_every_stage_counts_up_to_its_total(corpus: Corpus, model_config: ModelC
     assert seen.stages["evaluate swapped units"] == (24, 24)  # with the units of two other contexts
 
 
+def test_a_recalibration_counts_its_batches(corpus: Corpus, model_config: ModelConfig, tmp_path: Path) -> None:
+    _, seen = run(corpus, model_config, tmp_path / "model.pt", steps=8)
+    assert seen.stages["recalibration"] == (6, 6)
+
+
 @pytest.mark.parametrize("distill", [0.0, 0.5])
 def test_a_teacher_is_asked_only_where_it_counts(
     distill: float, corpus: Corpus, model_config: ModelConfig, tmp_path: Path

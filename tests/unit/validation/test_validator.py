@@ -58,7 +58,17 @@ def test_everything_is_measured_for_every_engine(
     threads = torch.get_num_threads()
     results = validate(bundle, checkpoint, dense_path, SMALL, held_out, progress=lambda *step: steps.append(step))
     assert torch.get_num_threads() == threads
-    assert steps == [("validate", 0, 2), ("validate", 1, 2), ("validate", 2, 2)]
+    assert [step for step in steps if step[0] == "validate"] == [
+        ("validate", 0, 2),
+        ("validate", 1, 2),
+        ("validate", 2, 2),
+    ]
+    parts = ("parity", "quality", "speed", "throughput", "memory")
+    names = [f"validate: {part} of {context} cpu-fp32" for context in ("de", "en") for part in parts]
+    assert list(dict.fromkeys(name for name, *_ in steps if name != "validate")) == names
+    for name in names:  # each counts from nothing to its total, and no unit is left out
+        done, totals = [step[1] for step in steps if step[0] == name], {step[2] for step in steps if step[0] == name}
+        assert done == list(range(done[-1] + 1)) and totals == {done[-1]}
     engines = [(context, result) for context, own in results.items() for result in own]
     assert [(c, r.name, r.status) for c, r in engines] == [("de", "cpu-fp32", "ran"), ("en", "cpu-fp32", "ran")]
     for context, result in engines:

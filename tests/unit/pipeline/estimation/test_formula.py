@@ -8,7 +8,8 @@ import pytest
 
 from cpcompile.core.config import BuildConfig, ValidateConfig
 from cpcompile.core.errors import UsageError
-from cpcompile.pipeline.estimation import Estimate, Facts, Libraries, RunShape, estimate
+from cpcompile.pipeline.estimation import Estimate, Facts, Libraries, Pace, RunShape, estimate
+from cpcompile.pipeline.estimation.duration import in_words
 from cpcompile.pipeline.estimation.facts import ContextFacts
 from cpcompile.pipeline.estimation.formula import BESIDE, HEAP, ONE_SEQUENCE
 from cpcompile.pipeline.estimation.limit import memory_warning, require_memory
@@ -112,17 +113,73 @@ def test_without_a_dense_baseline_and_for_a_program() -> None:
     assert program.eager.run_peak_rss_bytes == 520 * MB
 
 
-def test_words_for_how_long() -> None:
-    words = [estimated(bytes=4 * parameters).duration for parameters in (10**6, 10**8, 10**10)]
-    assert words == ["about a minute", "minutes", "longer than was tried"]
+PACE = Pace(build_seconds=8.0, validation_seconds=6.0, operations=5e10)
+EVERYTHING = ValidateConfig()
+
+
+def seconds(validation: ValidateConfig = EVERYTHING, **changed: object) -> tuple[float, float]:
+    """Of the build and of its validation."""
+    facts = dataclasses.replace(FACTS, text_tokens=16_384, **changed)  # type: ignore[arg-type]
+    made = estimate(facts, dataclasses.replace(LIBRARIES, pace=PACE), BuildConfig(), validation)
+    assert made.build_seconds is not None and made.validation_seconds is not None
+    return made.build_seconds, made.validation_seconds
+
+
+def test_how_long_it_takes() -> None:
+    """The demo's model: 36 tensors, 2.75 million parameters, 1.13 of them kept; 12 s and some two minutes."""
+    kept = ContextFacts(kept_bytes=4_530_000, head_bytes=0, classes=2048)
+    build, validation = seconds(
+        tensors=36, bytes=11_000_000, dense_bytes=11_000_000, contexts=dict.fromkeys("abc", kept)
+    )
+    assert 8 < build < 16
+    assert 70 < validation < 240
+
+
+@pytest.mark.parametrize("field", ["tensors", "dense_bytes", "classes", "text_tokens"])
+def test_more_takes_longer(field: str) -> None:
+    before = getattr(dataclasses.replace(FACTS, text_tokens=16_384), field)
+    facts = [dataclasses.replace(FACTS, **{"text_tokens": 16_384, field: before * times}) for times in (1, 10)]
+    less, more = (
+        estimate(each, dataclasses.replace(LIBRARIES, pace=PACE), BuildConfig(), EVERYTHING) for each in facts
+    )
+    assert more.validation_seconds > less.validation_seconds
+    assert more.build_seconds >= less.build_seconds
+
+
+def test_what_is_left_out_takes_no_time() -> None:
+    _, whole = seconds()
+    for name in ("speed", "memory", "coherence", "layers"):
+        assert seconds(dataclasses.replace(EVERYTHING, **{name: False}))[1] < whole
+
+
+@pytest.mark.parametrize(
+    ("length", "words"),
+    [
+        (None, "a time that is not known before it has run"),
+        (0.3, "less than 1 s"),
+        (20.2, "about 20 s"),
+        (89.0, "about 89 s"),
+        (150.0, "about 2 min"),
+        (7200.0, "about 2 h"),
+    ],
+)
+def test_words_for_how_long(length: float | None, words: str) -> None:
+    assert in_words(length) == words
+
+
+def test_the_time_of_a_program_is_not_known() -> None:
+    program = dataclasses.replace(FACTS, classes=0, result_elements=1_000_000, dense_bytes=None)
+    made = estimate(program, dataclasses.replace(LIBRARIES, pace=PACE), BuildConfig(), EVERYTHING)
+    assert made.validation_seconds is None
+    assert made.duration == "about 12 s and its validation a time that is not known before it has run"
 
 
 def test_its_json_has_these_keys() -> None:
     made = estimated()
     plain = json.loads(json.dumps(made.to_plain()))
     totals = ["peak_rss_bytes", "build_peak_rss_bytes", "process_peak_rss_bytes"]
-    rest = ["build", "validation", "engines", "eager", "bundle_bytes", "duration", "not_counted"]
-    assert list(plain) == totals + rest
+    rest = ["build", "validation", "engines", "eager", "bundle_bytes"]
+    assert list(plain) == [*totals, *rest, "duration", "build_seconds", "validation_seconds", "not_counted"]
     for stage in (*plain["build"], *plain["validation"]):
         assert list(stage) == ["name", "peak_rss_bytes", "parts"]
         assert stage["peak_rss_bytes"] == sum(stage["parts"].values())
