@@ -84,7 +84,7 @@ def check(
     own = Path("cpcompile.toml")
     file = config or (own if own.exists() else None)
     settings = override(CheckConfig(), load_toml(file).get("check", {}) if file else {}, where=f"{file}: check")
-    settings = override(settings, {"rounds": rounds}, where="options")
+    settings = override(settings, {"rounds": rounds}, where="check")
     if subject.suffix == ".onnx":
         if update_baseline:
             raise UsageError(f"{subject}: the baseline of an ONNX file is an ONNX file; copy it to {baseline}")
