@@ -54,7 +54,8 @@ def test_the_report_follows_its_schema(bundle: Path) -> None:
         assert variant["parity"]["verdict"] == "pass"
         assert variant["parity"]["max_abs_error"] <= 1e-4
         assert variant["memory"]["run_peak_rss_bytes"] < variant["memory"]["eager_run_peak_rss_bytes"]
-        assert len(variant["speed"]["shapes"]) == 3
+        assert [list(shape["peers"]) for shape in variant["speed"]["shapes"]] == [["onnx-dense"]] * 3
+        assert 0 < variant["quality"]["coherence_error"] < 0.5 > variant["quality"]["coherence_difference_error"] >= 0
         layers, found = variant["divergence"]["layers"], variant["divergence"]
         assert found["sentence"] is None and found["not_measured"]["sentence"] == NO_FAILURE
         assert NO_FAILURE not in {reason for _, reason in gaps(report)}
