@@ -78,8 +78,6 @@ def check(
     from cpcompile.cli.console import stage_progress
     from cpcompile.pipeline.check import check_bundle, check_file
 
-    if without_model and model:
-        raise UsageError(f"--model {model} and --without-model contradict each other; leave one of them out")
     targets = _targets(formats)
     own = Path("cpcompile.toml")
     file = config or (own if own.exists() else None)

@@ -447,7 +447,6 @@ def test_errors_of_the_command_line(model: Path, bundle: Path, tmp_path: Path) -
         ("report", bundle, "-o", tmp_path / "x.pdf"): "x.pdf: is not named .html",
         ("export", bundle, "english", "-o", tmp_path / "english.ort"): "english.ort: is not named .onnx",
         ("compare", model, model, "--no-speed", "--min-speed-ratio", "2"): "speed is not measured",
-        ("check", bundle, "--baseline", "b.json", "--model", model, "--without-model"): "contradict each other",
         ("train", "--data", tmp_path, "-o", tmp_path / "folder"): "folder: is a folder",
         ("train", "--data", tmp_path, "-o", ""): "is a folder",
         ("train", "--data", tmp_path, "-o", tmp_path / "new.pt"): "where every file is text",
