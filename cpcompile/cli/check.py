@@ -81,13 +81,11 @@ def check(
     from cpcompile.pipeline.check import check_bundle, check_file
     from cpcompile.pipeline.optimize import load_inputs
 
-    if without_model and model:
-        raise UsageError(f"--model {model} and --without-model contradict each other; leave one of them out")
     targets = _targets(formats)
     own = Path("cpcompile.toml")
     file = config or (own if own.exists() else None)
     settings = override(CheckConfig(), load_toml(file).get("check", {}) if file else {}, where=f"{file}: check")
-    settings = override(settings, {"rounds": rounds}, where="options")
+    settings = override(settings, {"rounds": rounds}, where="check")
     if subject.suffix == ".onnx":
         if update_baseline:
             raise UsageError(f"{subject}: the baseline of an ONNX file is an ONNX file; copy it to {baseline}")

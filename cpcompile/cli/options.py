@@ -74,7 +74,7 @@ def validate_config(
         raise UsageError(f"--peers {peers} needs timings: leave out --no-speed or --peers")
     switched_off = {"speed": no_speed, "memory": no_memory, "layers": no_layers}
     flags = settings | {"peers": names_in(peers)} | {name: False for name, off in switched_off.items() if off}
-    return override(validation_table(config), flags, where="options")
+    return override(validation_table(config), flags, where="validate")
 
 
 def validation_table(config: Path | None) -> ValidateConfig:

@@ -78,7 +78,7 @@ def train(
         kind: budget for kind, budget in (("ffn", ffn_budget), ("head", head_budget)) if budget is not None
     }
     names = CONTROLS if controls == "all" else names_in(controls)
-    train_config = override(train_config, flags | {"budgets": budgets, "controls": names}, where="options")
+    train_config = override(train_config, flags | {"budgets": budgets, "controls": names}, where="train")
     run_training(
         data,
         out,

@@ -46,20 +46,6 @@ def percent(part: float | NotMeasured | None, form: str = ".0f") -> str:
     return f"{100 * part:{form}} %" if is_known(part) else NOTHING
 
 
-def with_error(value: float | NotMeasured | None, error: float | NotMeasured | None, form: str = ".3f") -> str:
-    """A value with its standard error: 0.412 ± 0.031."""
-    if not is_known(value):
-        return NOTHING
-    return f"{value:{form}} ± {number(error, form.removeprefix('+'))}".replace("-", "−")
-
-
-def difference(
-    before: float | NotMeasured | None, after: float | NotMeasured | None, error: float | NotMeasured | None
-) -> str:
-    """`after` - `before` with its standard error: −0.071 ± 0.024."""
-    return with_error(after - before, error, "+.3f") if is_known(before) and is_known(after) else NOTHING
-
-
 def change(before: float | NotMeasured | None, after: float | NotMeasured | None) -> str:
     """`after` against `before`: +1.2 %."""
     return signed(after / before - 1 if before and is_known(after) else None)

@@ -112,8 +112,6 @@ def environment() -> Environment:
     env.globals |= {
         "change": formats.change,
         "dense_peer": DENSE_PEER,
-        "difference_of": formats.difference,
-        "with_error": formats.with_error,
         "charts": charts,
         "kind_names": formats.KINDS,
         "layer_errors": layer_errors,

@@ -84,7 +84,8 @@ def peers_table(report: Report) -> Table:
             table.add_row(*(Text(cell) for cell in cells))
         if throughput := _bounded(variant.throughput):
             rate = f"{number(variant.throughput.requests_per_second, '.3g')} / s"
-            cells = [context.name, f"{variant.throughput.workers} at a time", rate, NOTHING, throughput]
+            cells = [context.name, f"{variant.throughput.workers} at a time", rate]
+            cells += [*[NOTHING] * len(names[:1]), throughput, *[NOTHING] * len(names[1:])]
             table.add_row(*(Text(cell) for cell in cells))
     return table
 

@@ -56,6 +56,8 @@ class Engine:
 
     variant: Variant
     session: Any
+    vocabulary: int | None = None
+    """How many tokens a language model knows; None for other models."""
 
     def run(self, input_ids: npt.ArrayLike) -> npt.NDArray[np.float32]:
         """Logits (batch, sequence, vocabulary) of input_ids (batch, sequence), an array or lists of token ids.
@@ -65,12 +67,6 @@ class Engine:
         (logits,) = self._run([OUTPUT], {INPUT: self._tokens(input_ids)})
         result: npt.NDArray[np.float32] = logits
         return result
-
-    @cached_property
-    def vocabulary(self) -> int | None:
-        """How many tokens the engine knows; None where its graph does not say."""
-        shape = next((output.shape for output in self.session.get_outputs() if output.name == OUTPUT), None)
-        return shape[-1] if shape and isinstance(shape[-1], int) else None
 
     def outputs(self, feeds: Mapping[str, npt.ArrayLike]) -> dict[str, Array]:
         """Every output of the graph by name, for `feeds`: the inputs by name, without the context.
@@ -82,6 +78,8 @@ class Engine:
             needed = ", ".join(self._inputs)
             raise UsageError(f"{self.variant.model}: needs its inputs by name, {needed}; given: {given or 'nothing'}")
         arrays = {name: self._array(name, value) for name, value in feeds.items()}
+        if INPUT in arrays:
+            self._require_known(arrays[INPUT])
         return dict(zip(self._names, self._run(self._names, arrays), strict=True))
 
     @cached_property
@@ -94,7 +92,7 @@ class Engine:
         return {each.name: each for each in self.session.get_inputs() if each.name not in self.variant.feeds}
 
     def _tokens(self, ids: npt.ArrayLike) -> Array:
-        """`ids` (batch, sequence) as the engine reads them, each in its vocabulary."""
+        """`ids` (batch, sequence) as the engine reads them."""
         if INPUT not in self._inputs or OUTPUT not in self._names:
             raise UsageError(
                 f"{self.variant.model}: is no language model, its inputs are {', '.join(self._inputs)}: use `outputs`"
@@ -102,13 +100,19 @@ class Engine:
         tokens = self._array(INPUT, ids)
         if not tokens.size:
             raise UsageError(f"{INPUT} has the shape {tokens.shape} and holds no token; give at least one")
+        self._require_known(tokens)
+        return tokens
+
+    def _require_known(self, tokens: Array) -> None:
+        """UsageError unless `tokens` are in the vocabulary; ONNX would count negative ones from the end of a table."""
+        if self.vocabulary is None or not tokens.size:
+            return
         low, high = tokens.min(), tokens.max()
-        if low < 0 or (self.vocabulary is not None and high >= self.vocabulary):
+        if low < 0 or high >= self.vocabulary:
             raise UsageError(
                 f"{INPUT} has the token {low if low < 0 else high}; those of {self.variant.context} are 0 to "
-                f"{'the last of its vocabulary' if self.vocabulary is None else self.vocabulary - 1}"
+                f"{self.vocabulary - 1}"
             )
-        return tokens
 
     def _array(self, name: str, value: npt.ArrayLike) -> Array:
         """`value` in the type of the input `name`, whose shape it has to fit; integers have to stay what they are."""
@@ -119,12 +123,8 @@ class Engine:
             array = np.asarray(value)
         except ValueError as error:  # lists of different lengths
             raise UsageError(f"{name}: cannot be made an array of {kind.__name__} ({error})") from error
-        real = np.issubdtype(kind, np.floating)
-        converted = array.astype(kind, copy=False) if array.dtype.kind in ("iuf" if real else "biu") else None
-        if converted is None or not (real or np.array_equal(array, converted)):
-            if array.size:
-                raise UsageError(f"{name} is {array.dtype}; {kind.__name__} is needed")
-            converted = np.zeros(array.shape, kind)  # of empty lists, whose type is unknown
+        if array.dtype != kind:
+            array = _convert(name, array, kind)
         shape = declared.shape
         fits = len(shape) == array.ndim and all(
             not isinstance(size, int) or size == length for size, length in zip(shape, array.shape, strict=True)
@@ -132,7 +132,7 @@ class Engine:
         if not fits:
             needed = ", ".join(str(size) for size in shape)
             raise UsageError(f"{name} has the shape {array.shape}; ({needed}) is needed")
-        return converted
+        return array
 
     def _run(self, names: list[str], feeds: Feeds) -> list[Array]:
         """Run the session with the input that selects the context, where the engine serves several."""
@@ -180,6 +180,18 @@ class Engine:
             yield ids[-1]
 
 
+def _convert(name: str, array: Array, kind: type[np.generic]) -> Array:
+    """`array` as a `kind`: real numbers rounded, whole ones exactly."""
+    real = np.issubdtype(kind, np.floating)
+    if array.dtype.kind in ("iuf" if real else "biu"):
+        converted = array.astype(kind)
+        if real or np.array_equal(array, converted):
+            return converted
+    elif not array.size:  # of empty lists numpy knows no type
+        return np.zeros(array.shape, kind)
+    raise UsageError(f"{name} is {array.dtype}; {kind.__name__} is needed")
+
+
 def load_engine(
     bundle: Bundle | str | PathLike[str], context: str, variant: str = "cpu-fp32", *, threads: int = 0
 ) -> Engine:
@@ -198,7 +210,14 @@ def load_engine(
     if chosen.plan:
         raise UsageError(f"{chosen.model}: is a plan of {chosen.runtime}, which ONNX Runtime does not run")
     bundle.verify_engine(chosen)
-    return Engine(chosen, create_session(chosen, session_options(chosen, threads=threads)))
+    session = create_session(chosen, session_options(chosen, threads=threads))
+    return Engine(chosen, session, _classes(session) if context in bundle.metadata["tokenizers"] else None)
+
+
+def _classes(session: Any) -> int | None:
+    """The last dimension of the logits; None where the graph does not fix it."""
+    shape = next((output.shape for output in session.get_outputs() if output.name == OUTPUT), None)
+    return shape[-1] if shape and isinstance(shape[-1], int) else None
 
 
 def session_options(variant: Variant, *, threads: int = 0) -> Any:

@@ -111,7 +111,7 @@ def test_plans_of_which_nothing_can_be_built(model: Path, flags: list[str], says
 
 def test_a_larger_claim_is_one_sentence(model: Path) -> None:
     plain = torch.load(model, weights_only=True)
-    plain["architecture"]["config"]["vocabulary"] = 10**12
+    plain["architecture"]["config"]["vocabulary"] = 10**9
     torch.save(plain, model)
     for command in (["estimate"], ["build"], ["build", "--max-memory", "1GB"]):
         result = run(*command, model)

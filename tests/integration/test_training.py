@@ -170,6 +170,9 @@ def test_kill_9_and_resume(trained: Path, corpus_folder: Path, cache: Path, tmp_
     assert work_path(out).is_dir()
     resumed = subprocess.run([*command, "--resume"], capture_output=True, text=True, env=environment, check=False)
     assert resumed.returncode == 0, resumed.stderr
+    assert "were those of the first 2,048 held-out tokens of each context, so they differ" in resumed.stderr
+    shown = " ".join(resumed.stdout.split())
+    assert "held-out perplexity of up to 1,024 tokens per context" in shown and "beats dense-baseline" not in shown
     assert same(load_checkpoint(out), load_checkpoint(trained))
 
 

@@ -24,6 +24,9 @@ GRAPHS = {
     "text": """<ir_version: 10, opset_import: ["" : 20]>
         text (int64[batch, sequence] input_ids) => (float[batch, sequence, 16] logits)
         { logits = Gather(table, input_ids) }""",
+    "classes": """<ir_version: 10, opset_import: ["" : 20]>
+        classes (int64[batch, sequence] input_ids) => (float[batch, sequence, 2] logits)
+        { both = Gather(table, input_ids) logits = Slice(both, zero, two, two) }""",
     "numbers": """<ir_version: 10, opset_import: ["" : 20]>
         numbers (float[batch, 2] x, int32[1] n) => (float[batch, 2] y) { m = Cast<to = 1>(n) y = Mul(x, m) }""",
 }
@@ -39,19 +42,37 @@ ARTIFACT = Artifact(
 )
 
 
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    with BundleWriter(tmp_path_factory.mktemp("bundle") / "model.cpc") as writer:
-        for context, text in GRAPHS.items():
-            model = onnx.parser.parse_model(text)
-            if context == "text":
-                model.graph.initializer.append(onnx.numpy_helper.from_array(LOGITS, "table"))
+def write(folder: Path, *contexts: str, reads_text: bool) -> Bundle:
+    with BundleWriter(folder / "model.cpc") as writer:
+        for context in contexts:
+            model = onnx.parser.parse_model(GRAPHS[context])
+            if context != "numbers":
+                constants = {"table": LOGITS} | {"zero": np.array([0]), "two": np.array([2])}
+                used = {name for node in model.graph.node for name in node.input}
+                arrays = [
+                    onnx.numpy_helper.from_array(array, name) for name, array in constants.items() if name in used
+                ]
+                model.graph.initializer.extend(arrays)
             onnx.save(model, writer.folder(context, ARTIFACT.variant) / "model.onnx")
             writer.add_variant(context, ARTIFACT, weights=None)
+        words = writer.root / "words"
+        words.mkdir()
+        (words / "tokenizer.json").write_text("{}")
+        tokenizers = dict.fromkeys(contexts, writer.add_asset(words)) if reads_text else {}
         counts = {"total": 5, "kept": 3, "removed": 2, "removed_by_kind": {}, "removed_experts": {}}
-        more = {"shared_weights": False, "parameters": dict.fromkeys(GRAPHS, counts), "checkpoint": "0" * 64}
-        writer.seal(name="test", metadata={"tokenizers": {}} | more)
+        more = {"shared_weights": False, "parameters": dict.fromkeys(contexts, counts), "checkpoint": "0" * 64}
+        writer.seal(name="test", metadata={"tokenizers": tokenizers} | more)
         return open_bundle(writer.commit())
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return write(tmp_path_factory.mktemp("bundle"), "text", reads_text=True)
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return write(tmp_path_factory.mktemp("program"), "numbers", "classes", reads_text=False)
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +81,8 @@ def engine(bundle: Bundle) -> Engine:
 
 
 @pytest.fixture(scope="module")
-def numbers(bundle: Bundle) -> Engine:
-    return load_engine(bundle, "numbers", threads=1)
+def numbers(program: Bundle) -> Engine:
+    return load_engine(program, "numbers", threads=1)
 
 
 def test_a_bundle_is_opened_by_text_or_path(bundle: Bundle) -> None:
@@ -106,6 +127,18 @@ def test_other_token_ids_end_in_a_sentence(engine: Engine, ids: Any, says: str) 
     with pytest.raises(UsageError, match=says) as caught:
         engine.run(ids)
     assert "ONNXRuntimeError" not in str(caught.value)
+
+
+def test_outputs_takes_no_other_tokens_either(engine: Engine) -> None:
+    with pytest.raises(UsageError, match="has the token -5; those of text are 0 to 15"):
+        engine.outputs({"input_ids": [[-5]]})
+
+
+def test_only_a_language_model_has_a_vocabulary(engine: Engine, program: Bundle) -> None:
+    """The logits of a classifier say nothing about its tokens."""
+    classifier = load_engine(program, "classes")
+    assert (engine.vocabulary, classifier.vocabulary) == (VOCABULARY, None)
+    assert np.array_equal(classifier.run([[15, 3]]), LOGITS[[[15, 3]], :2])
 
 
 @given(ids=st.lists(st.lists(st.integers(-3, VOCABULARY + 2), max_size=3), max_size=3))
@@ -200,9 +233,9 @@ def test_an_engine_that_reads_no_text_says_so(numbers: Engine) -> None:
 
 
 @pytest.mark.parametrize("ask", ["tokenizer", "token_ids", "variants"])
-def test_a_context_that_is_not_there_is_named_with_those_that_are(bundle: Bundle, ask: str) -> None:
-    with pytest.raises(UsageError, match="has no context 'german'; it has text, numbers"):
-        getattr(bundle, ask)("german")
+def test_a_context_that_is_not_there_is_named_with_those_that_are(program: Bundle, ask: str) -> None:
+    with pytest.raises(UsageError, match="has no context 'german'; it has numbers, classes"):
+        getattr(program, ask)("german")
 
 
 def test_a_file_outside_of_the_bundle_is_not_verified(bundle: Bundle, tmp_path: Path) -> None:

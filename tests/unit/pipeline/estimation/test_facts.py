@@ -124,7 +124,13 @@ def test_a_vocabulary_that_no_parameter_has(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("key", "value", "says"),
-    [("vocabulary", 10**12, "inconsistent"), ("layers", 10**12, "layers and"), ("width", 10**12, "inconsistent")],
+    [
+        ("vocabulary", 10**9, "inconsistent"),
+        ("layers", 10**9, "layers and"),
+        ("width", 10**9, "inconsistent"),
+        ("vocabulary", 10**12, "model.vocabulary: is beyond"),
+        ("align", 1.5, "model.align is 1.5: int is needed"),
+    ],
 )
 def test_a_decoder_that_claims_to_be_larger(trained: Path, tmp_path: Path, key: str, value: int, says: str) -> None:
     plain = torch.load(trained, weights_only=True)
