@@ -48,7 +48,10 @@ def find_experts(traced: Traced) -> Found:
             continue
         found = _mixture(traced, node, count)
         if isinstance(found, str):
-            refused.append(Refused(module_path(node), count, (module_path(node),), found))
+            stacked = tuple(
+                n for n, tensor in traced.parameters.items() if tensor.ndim > 2 and tensor.shape[0] == count
+            )
+            refused.append(Refused(module_path(node), count, (module_path(node),), found, stacked))
             continue
         mixture, own = found
         readers.setdefault(mixture, []).extend(own)
@@ -56,7 +59,7 @@ def find_experts(traced: Traced) -> Found:
     groups = []
     for mixture, known in readers.items():
         if why := _read_elsewhere(traced, mixture, known):
-            refused.append(Refused(mixture.router, mixture.count, (mixture.router,), why))
+            refused.append(Refused(mixture.router, mixture.count, (mixture.router,), why, mixture.parameters))
             del calls[mixture]
             continue
         units = np.arange(mixture.count, dtype=np.int64)

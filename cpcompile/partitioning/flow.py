@@ -44,6 +44,8 @@ class Flow:
     contractions: list[Contraction] = field(default_factory=list)
     opaque: dict[fx.Node, str] = field(default_factory=dict)
     """Operators without a rule that read channels -> why these channels stay."""
+    joined_heads: list[tuple[ChannelIds, int, fx.Node]] = field(default_factory=list)
+    """An id that stands for several attention heads, how many, and the operator that couples them."""
     _primes: dict[Any, int] = field(default_factory=dict)
 
     def value(self, argument: object) -> Value | None:
@@ -201,6 +203,24 @@ class Flow:
             merged = self.merge(value.with_ids([ids]), lost, why).channel_ids
             channel_ids += [np.broadcast_to(kept, source).reshape(target) for kept in merged]
         return replace(like, channel_ids=tuple(channel_ids), constant=value.constant)
+
+    def mark_attention(self, node: fx.Node, ids: ChannelIds, scores: Value) -> None:
+        """`node` normalises `scores` (batch, heads, queries, keys): channels with these ids are attention heads."""
+        self.coupling.mark_attention(ids)
+        if ids.size == 1 and scores.rank > 3 and scores.shape[-3] > 1 and not scores.dynamic[-3]:
+            self.joined_heads.append((ids, scores.shape[-3], self._joining(node)))
+
+    def _joining(self, node: fx.Node) -> fx.Node:
+        """The operator, `node` or one before it, that couples all channels of what it reads."""
+        waiting, seen = [node], {node}
+        while waiting:
+            at = waiting.pop(0)
+            sources = [source for source in at.all_input_nodes if self.value(source) is not None]
+            if any(varied(ids) for source in sources for ids in self.values[source].channel_ids):
+                return at
+            waiting += [source for source in sources if source not in seen]
+            seen.update(sources)
+        return node
 
     def block_all(self, values: Iterable[Value], why: str) -> None:
         """No channel of these tensors can be removed."""

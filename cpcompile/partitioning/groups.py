@@ -132,6 +132,8 @@ def find_groups(traced: Traced, align: int) -> Found:
         if isinstance(consumers, str):
             refused.append(_refused(traced, candidate, open_roots, consumers))
             continue
+        if joined := _joined_heads(flow, open_roots):
+            refused.append(_refused(traced, candidate, open_roots, joined))
         cut = _cut_of(traced, unit_of_root)
         kind = UnitKind.HEAD if is_attention else UnitKind.FFN
         calls.append(Counter(consumer.module for consumer in consumers))
@@ -202,6 +204,14 @@ def _channels(flow: Flow, contraction: Contraction, roots: Iterable[int]) -> int
     return int(np.isin(flow.coupling.find(contraction.ids), list(roots)).sum())
 
 
+def _joined_heads(flow: Flow, roots: Sequence[int]) -> str | None:
+    """Why heads cannot be removed one by one; None if they can, or if there is only one."""
+    for ids, heads, by in flow.joined_heads if len(roots) == 1 else ():
+        if flow.coupling.find(ids).item() == roots[0]:
+            return f"its {heads} heads are one unit, because {place(by)} couples them"
+    return None
+
+
 def _consumers(
     traced: Traced, contractions: Sequence[Contraction], unit_of_root: Mapping[int, int]
 ) -> list[Consumer] | str:
@@ -256,8 +266,9 @@ def inputs_of(traced: Traced, node: fx.Node) -> set[fx.Node]:
 def _entry(source: fx.Node, path: str) -> fx.Node | None:
     """Follow `source` back to the input of module `path`, through operators that only change its shape."""
     while source.op == "call_function" and module_path(source) == path:
-        before = source.args[0]
-        if not isinstance(before, fx.Node) or str(source.target).split(".")[1] not in _SHAPES:
+        before = source.args[0] if source.args else None
+        operator = str(source.target).removeprefix("aten.").split(".")[0]
+        if not isinstance(before, fx.Node) or operator not in _SHAPES:
             return None
         source = before
     return source

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from cpcompile.core.errors import UsageError
 from cpcompile.files.pointers import require_fetched_model
-from cpcompile.partitioning.trace import Forward
+from cpcompile.partitioning.trace import Forward, reason_of
 
 
 @dataclass(frozen=True)
@@ -51,24 +51,21 @@ def load_hugging_face(folder: Path, *, gguf_file: str | None = None) -> Ready:
     if not folder.is_dir():
         raise UsageError(f"{folder}: there is no such folder; models are read from disk, never downloaded")
     require_fetched_model(folder)
-    settings: dict[str, Any] = {"local_files_only": True, "dtype": torch.float32}
-    if gguf_file is not None:
-        settings["gguf_file"] = gguf_file
+    settings: dict[str, Any] = {"local_files_only": True} | ({} if gguf_file is None else {"gguf_file": gguf_file})
     try:
-        config = transformers.AutoConfig.from_pretrained(
-            folder, local_files_only=True, **({} if gguf_file is None else {"gguf_file": gguf_file})
-        )
+        config = transformers.AutoConfig.from_pretrained(folder, **settings)
         names = tuple(config.architectures or ())
         causal = gguf_file is not None or any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names)
         loader = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
         if names and names[0] in ("T5EncoderModel", "MT5EncoderModel", "UMT5EncoderModel"):
             loader = getattr(transformers, names[0])
-        return prepare_hugging_face(loader.from_pretrained(folder, **settings))
-    except (OSError, ValueError, KeyError, ImportError) as error:
+        model = loader.from_pretrained(folder, dtype=torch.float32, **settings)
+    except Exception as error:  # of any kind: the model's own code runs
         raise UsageError(
-            f"{folder}: cannot be read as a Hugging Face model: {str(error).splitlines()[0]}; it needs config.json "
-            "and weights, or gguf_file"
+            f"{folder}: cannot be read as a Hugging Face model: {reason_of(error)}; it needs config.json and weights, "
+            "or gguf_file"
         ) from error
+    return prepare_hugging_face(model)
 
 
 def prepare_hugging_face(model: Any) -> Ready:
@@ -85,11 +82,21 @@ def prepare_hugging_face(model: Any) -> Ready:
         model.set_experts_implementation("batched_mm")
     _apply_conv1d_without_views(model)
     if model.main_input_name == "pixel_values":
-        size = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
-        example = torch.zeros(2, config.num_channels, size, size)
+        size = getattr(config, "image_size", None) or 224
+        height, width = (size, size) if isinstance(size, int) else size
+        example = torch.zeros(2, getattr(config, "num_channels", 3), height, width)
         return Ready(model, image_encoder, (example,), ({0: batch},))
+    # The encoder of a T5 has the config of the whole.
+    two = getattr(config, "is_encoder_decoder", False) and not type(model).__name__.endswith("EncoderModel")
+    if model.main_input_name != "input_ids" or two:
+        inputs = "inputs of an encoder and a decoder" if model.main_input_name == "input_ids" else model.main_input_name
+        raise UsageError(
+            f"{type(model).__name__}: takes {inputs}, not only input_ids or pixel_values; call cpcompile.partition "
+            "with example inputs and a forward function of its own"
+        )
     longest = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    sequence = torch.export.Dim("sequence", max=longest) if longest else torch.export.Dim("sequence")
+    bounded = isinstance(longest, int) and longest > 1  # XLNet has -1 for "any"
+    sequence = torch.export.Dim("sequence", max=longest) if bounded else torch.export.Dim("sequence")
     ids = torch.zeros((2, 8), dtype=torch.int64)
     causal = type(model).__name__ in (
         *transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(),

@@ -27,9 +27,15 @@ from cpcompile.models.gates import Gate
 from cpcompile.models.language_model import Kept, LanguageModel, Rows, partition_order
 from cpcompile.models.shared_state import share_state, without_weights
 from cpcompile.partitioning.groups import Group
-from cpcompile.partitioning.hugging_face import load_hugging_face, prepare_hugging_face, transformers_package
+from cpcompile.partitioning.hugging_face import (
+    language_model,
+    load_hugging_face,
+    prepare_hugging_face,
+    transformers_package,
+)
 from cpcompile.partitioning.partitioned_module import PartitionedModule
 from cpcompile.partitioning.partitioner import partition
+from cpcompile.partitioning.trace import reason_of
 
 GATES = "group_gates."
 NOT_THE_MODEL = ("transformers_version", "quantization_config")
@@ -51,15 +57,33 @@ def read_pretrained(folder: Path) -> Pretrained:
     gguf_file = files[0].name if len(files) == 1 and not (folder / "config.json").exists() else None
     if len(files) > 1 and not (folder / "config.json").exists():
         raise UsageError(f"{folder}: has {len(files)} GGUF files; keep the one that you want in a folder of its own")
-    model: Any = load_hugging_face(folder, gguf_file=gguf_file).model
-    if not hasattr(model, "lm_head"):
+    ready = load_hugging_face(folder, gguf_file=gguf_file)
+    model: Any = ready.model
+    if ready.forward is not language_model or model.get_output_embeddings() is None:
         raise UsageError(f"{folder}: is a {type(model).__name__}; a causal language model is needed")
+    _require_causal(model, folder)
     settings = json.loads(model.config.to_json_string(use_diff=False))
     # Its origin and the packing of its weights there are not part of the model.
     settings = {k: v for k, v in settings.items() if not k.startswith("_") and k not in NOT_THE_MODEL}
     config = PretrainedConfig(settings=settings)
     wrapped = PretrainedDecoder(config, model=model)
     return Pretrained(config=config, state=wrapped.state_dict(), tokenizer=_tokenizer(folder, gguf_file))
+
+
+def _require_causal(model: Any, folder: Path) -> None:
+    """UsageError if what the model says of a token depends on those after it."""
+    ids = torch.ones((2, 8), dtype=torch.int64)
+    ids[1, 4:] = 0
+    try:
+        with torch.no_grad():
+            first, second = _logits(model, ids)[:, :4]
+    except Exception as error:  # of any kind: the model's own code runs
+        raise UsageError(f"{folder}: {type(model).__name__} cannot run on tokens alone: {reason_of(error)}") from error
+    if not torch.allclose(first, second, rtol=0, atol=1e-5 * first.abs().max().item()):
+        raise UsageError(
+            f"{folder}: {type(model).__name__} looks at the tokens that it predicts; a causal language model is needed "
+            "(of a BERT, one with is_decoder)"
+        )
 
 
 def _tokenizer(folder: Path, gguf_file: str | None) -> str:
@@ -74,7 +98,7 @@ def _tokenizer(folder: Path, gguf_file: str | None) -> str:
         return str(tokenizer.backend_tokenizer.to_str())
     except Exception as error:  # many kinds of error, from several packages
         raise UsageError(
-            f"{folder}: its tokenizer cannot be read ({str(error).splitlines()[0]}); a tokenizer.json is needed"
+            f"{folder}: its tokenizer cannot be read ({reason_of(error)}); a tokenizer.json is needed"
         ) from error
 
 
@@ -208,7 +232,7 @@ def _untrained(config: PretrainedConfig) -> nn.Module:
     except (ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         raise UsageError(
             f"transformers {transformers.__version__} cannot make a {config.settings['model_type']} of these "
-            f"settings: {str(error).splitlines()[0]}"
+            f"settings: {reason_of(error)}"
         ) from error
     prepare_hugging_face(model)
     return model

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -103,8 +104,11 @@ def trace(
 
 
 def reason_of(error: Exception) -> str:
-    """The first line of what `error` says, or its type."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """The first line of what `error` says, or its type; and what torch.export suggests."""
+    text, _, suggested = str(error).partition("Suggested fixes:")
+    first = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
+    fix = next((line.strip() for line in suggested.splitlines() if line.strip()), "")
+    return f"{first.rstrip('.')}; torch.export suggests {fix}" if fix else first
 
 
 def sources_of(node: fx.Node) -> list[fx.Node]:
@@ -136,7 +140,7 @@ def quiet() -> Iterator[None]:
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):  # a graph is printed when torch.export fails
             warnings.simplefilter("ignore")
             yield
     finally:

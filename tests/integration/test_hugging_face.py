@@ -123,3 +123,28 @@ def test_a_folder_is_read_without_the_network(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match="cannot be read as a Hugging Face model"):
         load_hugging_face(tmp_path / "empty")
+
+
+def test_folders_of_other_kinds_get_a_sentence(tmp_path: Path) -> None:
+    from cpcompile.partitioning.hugging_face import load_hugging_face, prepare_hugging_face
+    from cpcompile.partitioning.pretrained import read_pretrained
+
+    small = transformers.XLNetConfig(vocab_size=64, d_model=32, n_layer=1, n_head=4, d_inner=64)
+    ready = prepare_hugging_face(transformers.XLNetLMHeadModel(small))  # its longest sequence is -1
+    assert ready.dynamic_shapes[0][1].max > 64
+    bert = transformers.BertConfig(**SMALL)
+    transformers.BertLMHeadModel(bert).save_pretrained(tmp_path / "bert")
+    with pytest.raises(
+        UsageError, match="BertLMHeadModel looks at the tokens that it predicts; a causal language model"
+    ):
+        read_pretrained(tmp_path / "bert")
+    bert.is_decoder = True
+    transformers.BertLMHeadModel(bert).save_pretrained(tmp_path / "decoder")
+    assert read_pretrained(tmp_path / "decoder").config.settings["is_decoder"]
+    t5 = transformers.T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4)
+    transformers.T5Model(t5).save_pretrained(tmp_path / "t5")
+    with pytest.raises(UsageError, match="T5Model: takes inputs of an encoder and a decoder, not only input_ids or"):
+        load_hugging_face(tmp_path / "t5")
+    (tmp_path / "decoder" / "config.json").write_text('{"model_type": "bert", "num_attention_heads": "four"}')
+    with pytest.raises(UsageError, match="cannot be read as a Hugging Face model"):
+        load_hugging_face(tmp_path / "decoder")

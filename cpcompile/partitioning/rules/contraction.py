@@ -130,7 +130,7 @@ def _attention(flow: Flow, node: fx.Node) -> Value:
     scores = flow.agree([rows, turned, *([] if mask is None else [mask])], scores, why)
     scores = flow.merge(scores, [rank - 1], why)
     for ids in scores.channel_ids:
-        flow.coupling.mark_attention(ids)
+        flow.mark_attention(node, ids, scores)
     mixed = _with_length_one(flow.merge(value, [rank - 2], why), rank - 2)
     return flow.agree([_with_length_one(scores, rank - 1), mixed], out, why)
 

@@ -27,7 +27,7 @@ def _softmax(flow: Flow, node: fx.Node) -> Value:
     value = first_value(flow, node)
     merged = flow.merge(value, [axis_of(value, node.args[1])], f"{place(node)} is over all of it")  # type: ignore[arg-type]
     for ids in merged.channel_ids:
-        flow.coupling.mark_attention(ids)
+        flow.mark_attention(node, ids, value)
     return replace(flow.plain(node.meta["val"]), channel_ids=merged.channel_ids, constant=value.constant)
 
 

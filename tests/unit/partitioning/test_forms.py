@@ -100,7 +100,10 @@ GIVEN: dict[str, tuple[Callable[[Any, Tensor, Tensor], Any], list[str]]] = {
 }
 
 
-@pytest.mark.parametrize("name", GIVEN)
+ALWAYS = ("nothing beside it", "the input", "itself", "numbers and flags", "a dict in a tuple")
+
+
+@pytest.mark.parametrize("name", [n if n in ALWAYS else pytest.param(n, marks=pytest.mark.slow) for n in GIVEN])
 def test_outputs_of_many_forms(name: str, tmp_path: Path) -> None:
     give, names = GIVEN[name]
     module, _ = built(tmp_path, Around(give))
@@ -259,7 +262,10 @@ ACCEPTED: dict[str, Callable[[Feed], nn.Module]] = {
 }
 
 
-@pytest.mark.parametrize("name", ACCEPTED)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow) if n in ("frozen", "integer buffer", "mixed") else n for n in ACCEPTED],
+)
 @pytest.mark.filterwarnings("ignore")
 def test_modules_of_many_forms(name: str, tmp_path: Path) -> None:
     model = Feed()

@@ -144,9 +144,21 @@ class ReadTwice(Feed):
         return torch.cat((x + self.down(F.gelu(up)), up), dim=-1)
 
 
+class Half(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x.chunk(2, dim=-1)[0], self.weight)
+
+
+class ReadsAnItem(Feed):
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = Half(16, WIDTH)
+
+
 @pytest.mark.parametrize(
     ("made", "reason"),
     [
+        (ReadsAnItem, "down (16 channels): down computes what linear in down reads"),
         (InnerNorm, "down (32 channels): rms_norm is over all of it"),
         (FunctionalDown, "down (32 channels): linear uses down.weight by a function"),
         (OwnProduct, "down (32 channels): OwnProduct computes what matmul reads: let a module of its own"),
@@ -280,3 +292,28 @@ def test_kinds_that_are_left_out_are_refused() -> None:
         UsageError, match=r"has no channels that can be gated\n(.*\n)*  out \(16 channels\): kinds leaves"
     ):
         partition(GatedConvolution(), hidden(), align=4, kinds=[UnitKind.EXPERT])
+
+
+class JoinedHeads(nn.Module):
+    """Scores get a bias that is not made by the heads, so that they cannot be told apart."""
+
+    def __init__(self, flattened: bool) -> None:
+        super().__init__()
+        self.qkv, self.out, self.flattened = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH), flattened
+        self.table, self.slopes = nn.Parameter(torch.rand(9, 4)), nn.Buffer(torch.rand(8, 1, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (part.unflatten(-1, (4, 4)).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=-1))
+        if self.flattened:
+            scores = torch.baddbmm(self.slopes, q.flatten(0, 1), k.flatten(0, 1).mT).unflatten(0, (-1, 4))
+        else:
+            scores = q @ k.mT + self.table[torch.arange(36) % 9].view(6, 6, 4).permute(2, 0, 1)
+        return x + self.out((torch.softmax(scores, dim=-1) @ v).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize(("flattened", "by"), [(True, "baddbmm"), (False, "add")])
+def test_heads_that_are_one_unit_say_why(flattened: bool, by: str) -> None:
+    module = partition(JoinedHeads(flattened), hidden(), align=4)
+    assert [(group.kind, group.units) for group in module.groups] == [(UnitKind.HEAD, 1)]
+    assert re.fullmatch(f"its 4 heads are one unit, because ({by}) couples them", reasons(module)["out"])
+    assert_accounted(module)
