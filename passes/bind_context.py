@@ -8,10 +8,11 @@ import numpy as np
 import onnx_ir as ir
 
 from cpcompile.core.errors import CpcompileError, UsageError
+from cpcompile.passes.graph_pass import GraphPass
 
 
 @dataclass(frozen=True)
-class BindContext(ir.passes.InPlacePass):
+class BindContext(GraphPass):
     """Replace the graph input `name` (an integer scalar) by the constant `context`.
 
     Without such an input the graph is left as it is; an input that is no integer scalar is an error.

@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedOpsetsPass, TopologicalSortPass
 
+from cpcompile.passes.graph_pass import GraphPass
 from cpcompile.passes.nodes import constant_of, subgraphs_of
 from cpcompile.passes.operators import is_standard
 
@@ -19,7 +20,7 @@ SMALL = 1 << 16
 
 
 @dataclass(frozen=True)
-class CleanUp(ir.passes.InPlacePass):
+class CleanUp(GraphPass):
     """Remove nodes that copy their input and everything that no output needs."""
 
     protected: frozenset[str] = frozenset()

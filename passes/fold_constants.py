@@ -1,4 +1,9 @@
-"""Compute at compile time what does not depend on the inputs; parameters stay, under their names."""
+"""Compute at compile time what does not depend on the inputs; parameters stay, under their names.
+
+Results have the type and shape of the operator, overflow included. Where onnx's reference, which computes them, may
+differ from an engine (sums of integers that overflow, what it makes of NaN, casts out of range, interpolation), the
+node stays.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +12,53 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import LiftConstantsToInitializersPass
 from onnxscript.optimizer._constant_folding import FoldConstantsPass
 
+from cpcompile.passes.graph_pass import GraphPass
 from cpcompile.passes.nodes import int_attribute
-from cpcompile.passes.operators import RANDOM, is_standard
+from cpcompile.passes.operators import ELEMENTWISE, NOT_ZERO_AT_ZERO, REDUCTIONS, ZERO_AT_ZERO, is_standard
+
+MOVES = frozenset(
+    (
+        *(
+            "Cast",
+            "CastLike",
+            "Compress",
+            "Concat",
+            "DepthToSpace",
+            "Expand",
+            "EyeLike",
+            "Flatten",
+            "Gather",
+            "GatherND",
+        ),
+        *("Identity", "NonZero", "Pad", "Reshape", "ReverseSequence", "ScatterND", "Shape", "Size", "Slice"),
+        *("SpaceToDepth", "Squeeze", "Tile", "Transpose", "Trilu", "Unsqueeze", "Where"),
+    )
+)
+"""Operators that only move what they read."""
+SIMPLE = frozenset(("Add", "Sub", "Mul", "Div", "Neg", "Abs"))
+"""Operators that treat infinity and NaN in the same way everywhere."""
+COMPUTED = MOVES.union(
+    ELEMENTWISE,
+    ZERO_AT_ZERO,
+    NOT_ZERO_AT_ZERO,
+    REDUCTIONS,
+    ("ArgMax", "ArgMin", "BitShift", "BitwiseAnd", "BitwiseNot", "BitwiseOr", "BitwiseXor", "Clip", "CumSum", "Gemm"),
+    ("MatMul", "Range", "Softmax", "LogSoftmax"),
+)
+"""Operators that are computed; the others stay, as they do where results are random."""
+OVERFLOWING = frozenset(("Pow", "ReduceL2", "ReduceSumSquare"))
+"""Operators on integers that engines compute in other types."""
+ACCUMULATING = frozenset(("ReduceL1", "ReduceMean", "ReduceProd", "ReduceSum"))
+"""Operators on integers that engines compute alike as long as nothing overflows."""
 
 
 @dataclass(frozen=True)
-class FoldConstants(ir.passes.InPlacePass):
+class FoldConstants(GraphPass):
     """Fold constant expressions and list operators (SplitToSequence), then make every constant an initializer.
 
     An expression over a parameter (a floating-point initializer that is no scalar; exporters write constants
@@ -34,7 +76,8 @@ class FoldConstants(ir.passes.InPlacePass):
 
         def may_fold(node: ir.Node) -> bool | None:
             reads_parameter = any(value is not None and value.name in parameters for value in node.inputs)
-            return False if node.op_type in RANDOM or (reads_parameter and not _picks_one(node)) else None
+            computed = is_standard(node) and node.op_type in COMPUTED
+            return None if computed and (_picks_one(node) or not reads_parameter) else False
 
         with _without_defaults(model.graph):
             folded = _Folder(
@@ -56,9 +99,57 @@ class _Folder(FoldConstantsPass):
         opset = self._opset_imports.get("", 0)
         return super().process_node(node, is_function) if _is_understood(node, opset) else None
 
+    def new_initializer(self, node: ir.Node, array: Any) -> ir.Value | None:
+        return super().new_initializer(node, array) if _is_certain(node, array) else None
+
+    def new_constant(self, node: ir.Node, array: Any) -> ir.Node | None:
+        return super().new_constant(node, array) if _is_certain(node, array) else None
+
+
+def _is_certain(node: ir.Node, array: Any) -> bool:
+    """Whether `array` is what every engine computes."""
+    out, operator = node.outputs[0], node.op_type
+    if not isinstance(array, np.ndarray) or out.dtype is None or out.dtype == ir.DataType.STRING:
+        return False
+    if array.dtype != out.dtype.numpy() or (out.shape is not None and not _is_of_shape(array, out.shape)):
+        return False
+    read = [value.const_value.numpy() for value in node.inputs if value is not None and value.const_value is not None]
+    finite = all(bool(np.isfinite(each).all()) for each in (*read, array) if each.dtype.kind == "f")
+    if not finite and operator not in MOVES | SIMPLE:
+        return False
+    if operator == "Range":
+        return bool(array.dtype.kind == "i")
+    if array.dtype.kind not in "iu":
+        return True
+    if operator in ("Cast", "CastLike") and read[0].dtype.kind == "f":
+        return finite and _is_within(float(np.abs(read[0].astype(np.float64)).max(initial=0)), array)
+    if operator in ("Div", "Mod"):
+        return bool(read[1].all())
+    if operator in ACCUMULATING:
+        sizes = np.abs(read[0].astype(np.float64))
+        return _is_within(float(np.maximum(sizes, 1).prod() if operator == "ReduceProd" else sizes.sum()), array)
+    return operator not in OVERFLOWING
+
+
+def _is_within(size: float, array: np.ndarray[Any, Any]) -> bool:
+    return size < float(np.iinfo(array.dtype).max)
+
+
+def _is_of_shape(array: np.ndarray[Any, Any], shape: ir.Shape) -> bool:
+    return array.ndim == len(shape) and all(
+        not isinstance(length, int) or length == own for own, length in zip(array.shape, shape, strict=True)
+    )
+
 
 def _is_understood(node: ir.Node, opset: int) -> bool:
-    """Whether the replacement of a list operator is the same, and valid in this opset."""
+    """Whether what replaces an operator is the same, and valid in this opset."""
+    if is_standard(node) and node.op_type == "Abs":
+        return node.inputs[0] is not None and node.inputs[0].const_value is not None  # lengths minus 5 may be negative
+    if is_standard(node) and node.op_type == "Gather":
+        data = node.inputs[0]  # what is picked of lengths that are no vector is no vector either
+        return data is not None and (data.const_value is not None or (data.shape is not None and len(data.shape) == 1))
+    if is_standard(node) and node.op_type == "CastLike" and "saturate" in node.attributes:
+        return False
     if is_standard(node) and node.op_type == "SplitToSequence" and len(node.inputs) > 1:
         split = node.inputs[1]
         counted = split is not None and split.shape is not None and (split.shape.rank() == 1 or split.const_value)

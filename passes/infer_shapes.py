@@ -1,38 +1,43 @@
-"""Infer types and shapes; what the model says about its values is only added to, never changed.
+"""Infer types and shapes: what the operators make wins over what the file claims about its values.
 
-    1. onnx.shape_inference on a copy without large weights
-    2. what it leaves open and `ShapeTable` derives, and again from 1 with that
+    1. claims that the operators contradict go (`claims`); the others are only added to
+    2. onnx.shape_inference on a copy without large weights
+    3. what it leaves open and `ShapeTable` derives, and again from 2 with that
 
 A default that the caller may replace is no constant: what follows from it alone is not inferred.
 """
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 
-import onnx
 import onnx_ir as ir
 
 from cpcompile.files.onnx_file import opset_of
+from cpcompile.passes.claims import drop_wrong_claims
 from cpcompile.passes.nodes import post_order
+from cpcompile.passes.onnx_inference import inferred
 from cpcompile.passes.operators import is_standard
 from cpcompile.passes.opset import MIN_OPSET
 from cpcompile.passes.shape_rules import infer_symbolic_shapes
 
-SMALL = 1000
-"""Largest size in bytes of a constant that inference may need to read: target shapes, axes, pads."""
 
-_log = logging.getLogger(__name__)
+@dataclass
+class Inference(ir.passes.PassResult):
+    """`contradictions`: what the file claimed and its operators do not make, one text for each value."""
+
+    contradictions: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class InferShapes(ir.passes.InPlacePass):
     """Give values the types and shapes that follow from those of the inputs."""
 
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Edit `model`; `modified` counts values about which more is known."""
-        return ir.passes.PassResult(model, modified=_infer(model) + complete_shapes(model) > 0)
+    def call(self, model: ir.Model) -> Inference:
+        """Edit `model`; `modified` counts values about which more, or something else, is known."""
+        wrong = drop_wrong_claims(model)
+        found = len(wrong) + _infer(model) + complete_shapes(model)
+        return Inference(model, found > 0, tuple(wrong))
 
 
 def complete_shapes(model: ir.Model) -> int:
@@ -61,33 +66,12 @@ def _derive(graph: ir.Graph) -> int:
 
 def _infer(model: ir.Model) -> int:
     """Add what onnx.shape_inference finds; returns about how many values it knows more."""
-    try:
-        inferred = ir.from_proto(onnx.shape_inference.infer_shapes(_light_proto(model), data_prop=True))
-    except Exception as error:  # its errors have no common class; without it, only the given shapes are known
-        _log.warning("shapes cannot be inferred: %s", error)
-        return 0
-    added = 0
-    for graph, twin in zip(model.graphs(), inferred.graphs(), strict=True):
+    added, copy = 0, inferred(model)
+    for graph, twin in zip(model.graphs(), copy.graphs(), strict=True) if copy is not None else ():
         outermost = graph is model.graph
         own, known = (_values(each, outermost=outermost) for each in (graph, twin))
         added += sum(_add(value, known[name]) for name, value in own.items() if name in known)
     return added
-
-
-def _light_proto(model: ir.Model) -> onnx.ModelProto:
-    """The model for inference: large weights and replaceable defaults are inputs without a value."""
-    light = model.clone()
-    graph = light.graph
-    for name, value in list(graph.initializers.items()):
-        tensor = value.const_value
-        if value.is_graph_input() or tensor is None or tensor.nbytes > SMALL:
-            graph.initializers.pop(name)
-            value.const_value = None
-            if tensor is not None:
-                value.type, value.shape = value.type or ir.TensorType(tensor.dtype), ir.Shape(tensor.shape.numpy())
-            if not value.is_graph_input():
-                graph.inputs.append(value)
-    return ir.to_proto(light)
 
 
 def _values(graph: ir.Graph, *, outermost: bool) -> dict[str, ir.Value]:

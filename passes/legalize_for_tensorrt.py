@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from cpcompile.core.errors import CpcompileError
 from cpcompile.files.onnx_file import module_of
+from cpcompile.passes.graph_pass import GraphPass
 from cpcompile.passes.nodes import constant_of, int_attribute, subgraphs_of
 
 SPELL_OUT = "build with --opset 20, which spells attention out"
@@ -42,7 +43,7 @@ Rule = Callable[[ir.Node], "Refusal | int"]
 
 
 @dataclass(frozen=True)
-class LegalizeForTensorRT(ir.passes.InPlacePass):
+class LegalizeForTensorRT(GraphPass):
     """Rewrite what TensorRT refuses; an error names what cannot be rewritten."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:

@@ -22,6 +22,7 @@ from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
 from cpcompile.core.errors import CpcompileError
 from cpcompile.files.onnx_file import opset_of
+from cpcompile.passes.graph_pass import GraphPass
 from cpcompile.passes.nodes import constant_of, subgraphs_of
 from cpcompile.passes.operators import is_standard
 
@@ -46,7 +47,7 @@ Ports = tuple[Sequence[int], Sequence[int]]
 
 
 @dataclass(frozen=True)
-class LowerPrecision(ir.passes.InPlacePass):
+class LowerPrecision(GraphPass):
     """Compute in `precision`, fp16 or bf16, what does not need float32.
 
     The graph has to be sorted, and its values need types. The last product is in half precision too: in float32 it

@@ -6,6 +6,7 @@ import onnx_ir as ir
 
 from cpcompile.core.errors import CpcompileError
 from cpcompile.files.onnx_file import opset_of
+from cpcompile.passes.graph_pass import GraphPass
 
 MIN_OPSET = 13
 """The first opset whose operators are understood: before it, axes were attributes and Softmax flattened."""
@@ -25,7 +26,7 @@ def require_opset(graph: ir.Graph, minimum: int, what: str) -> None:
         )
 
 
-class MinOpsetPass(ir.passes.InPlacePass):
+class MinOpsetPass(GraphPass):
     """A pass for models from `MIN_OPSET` on; it has the name of its module."""
 
     def requires(self, model: ir.Model) -> None:

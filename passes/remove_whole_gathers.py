@@ -12,12 +12,13 @@ import numpy as np
 import onnx_ir as ir
 
 from cpcompile.passes.clean_up import replace_value
+from cpcompile.passes.graph_pass import GraphPass
 from cpcompile.passes.nodes import constant_of, int_attribute
 from cpcompile.passes.operators import is_standard
 
 
 @dataclass(frozen=True)
-class RemoveWholeGathers(ir.passes.InPlacePass):
+class RemoveWholeGathers(GraphPass):
     """Replace a Gather that selects everything by its input."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:

@@ -20,7 +20,7 @@ def infer_symbolic_shapes(graph: ir.Graph) -> ShapeTable:
             continue
         if value_rule := _VALUES.get(node.op_type):
             value = value_rule(table, node)
-            if value is not None:
+            if value is not None and _fits(value, node.outputs[0].dtype):
                 table.symbolic_values[node.outputs[0]] = value
         if shape_rule := _SHAPES.get(node.op_type):
             shape = shape_rule(table, node)
@@ -32,6 +32,12 @@ def infer_symbolic_shapes(graph: ir.Graph) -> ShapeTable:
 
 
 # Symbolic values: vectors of lengths.
+
+
+def _fits(value: Shape, dtype: ir.DataType | None) -> bool:
+    """Whether no element overflows; lengths are computed in these two types."""
+    bits = {None: 63, ir.DataType.INT64: 63, ir.DataType.INT32: 31}.get(dtype, 0)
+    return bits > 0 and all(-(2**bits) <= axis.n < 2**bits for axis in value)
 
 
 def _shape_value(table: ShapeTable, node: ir.Node) -> Shape | None:

@@ -21,6 +21,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from cpcompile.passes.clean_up import replace_value
+from cpcompile.passes.graph_pass import GraphPass
 
 KeptChannels = Mapping[str, tuple[npt.NDArray[np.intp] | None, ...]]
 """Parameter name -> per axis the kept indices; None where the axis is whole."""
@@ -64,7 +65,7 @@ def plan_runs(kept: Mapping[str, KeptChannels], shapes: Mapping[str, Sequence[in
 
 
 @dataclass(frozen=True)
-class ShareWeights(ir.passes.InPlacePass):
+class ShareWeights(GraphPass):
     """Replace the parameters of one context's graph by their runs."""
 
     context: str

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from cpcompile.files.onnx_file import MODULE, module_of
+from cpcompile.passes.graph_pass import GraphPass
 
 
 @dataclass(frozen=True)
-class StripMetadata(ir.passes.InPlacePass):
+class StripMetadata(GraphPass):
     """Keep one short property per node: a model should not carry stack traces of the machine that exported it."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:

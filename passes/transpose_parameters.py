@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
+from cpcompile.passes.graph_pass import GraphPass
 from cpcompile.passes.nodes import constant_of, permutation
 from cpcompile.passes.operators import is_standard
 
@@ -24,27 +25,36 @@ class Transposition(ir.passes.PassResult):
 
 
 @dataclass(frozen=True)
-class TransposeParameters(ir.passes.InPlacePass):
-    """Transpose initializers whose only use is to be transposed."""
+class TransposeParameters(GraphPass):
+    """Transpose initializers that are only read to be transposed, all in the same way."""
 
     def call(self, model: ir.Model) -> Transposition:
         """Edit `model`; `modified` counts transposed parameters."""
-        graph = model.graph
         permutations: dict[str, tuple[int, ...]] = {}
-        for node in list(graph):
-            value = node.inputs[0] if node.op_type == "Transpose" and is_standard(node) else None
-            if value is None or not value.is_initializer() or len(value.uses()) != 1 or value.is_graph_output():
-                continue
-            tensor, out = constant_of(value), node.outputs[0]
-            if tensor is None or out.is_graph_output():
-                continue
-            order = tuple(permutation(node, len(tensor.shape)))
-            ir.convenience.replace_all_uses_with(out, value)
-            graph.remove(node, safe=True)
-            value.shape = ir.Shape([tensor.shape.numpy()[axis] for axis in order])
-            value.const_value = _transposed(tensor, order, value)
-            permutations[value.name or ""] = order
+        for value in [value for graph in model.graphs() for value in graph.initializers.values()]:
+            tensor, done = constant_of(value), None
+            while tensor is not None and (order := _common_order(value)) is not None:
+                for node, _ in tuple(value.uses()):
+                    assert node.graph is not None
+                    ir.convenience.replace_all_uses_with(node.outputs[0], value)
+                    node.graph.remove(node, safe=True)
+                done = order if done is None else tuple(done[axis] for axis in order)
+            if tensor is not None and done is not None:
+                value.shape = ir.Shape([tensor.shape.numpy()[axis] for axis in done])
+                value.const_value = _transposed(tensor, done, value)
+                permutations[value.name or ""] = done
         return Transposition(model, bool(permutations), permutations)
+
+
+def _common_order(value: ir.Value) -> tuple[int, ...] | None:
+    """The permutation by which all nodes that read `value` transpose it; None if some do something else."""
+    nodes = [node for node, _ in value.uses()]
+    if value.is_graph_output() or value.dtype == ir.DataType.STRING or value.shape is None:
+        return None
+    if any(n.op_type != "Transpose" or not is_standard(n) or n.outputs[0].is_graph_output() for n in nodes):
+        return None
+    orders = {tuple(permutation(node, value.shape.rank())) for node in nodes}
+    return orders.pop() if len(orders) == 1 else None
 
 
 def _transposed(tensor: ir.TensorProtocol, order: tuple[int, ...], value: ir.Value) -> ir.LazyTensor:

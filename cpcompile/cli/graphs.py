@@ -92,6 +92,9 @@ def opt(
         print_result(render_optimization(result, explain=explain))
     for reason in result.skipped:
         click.echo(f"skipped: {reason}", err=True)
+    if wrong := result.contradictions:
+        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        click.echo(f"note: {model} is wrong about its own values, which is not used: {wrong[0]}{more}", err=True)
     click.echo(f"wrote {out}" if result.bytes_written else f"{out} was not written", err=True)
     verdict = result.comparison.verdict if result.comparison is not None else "pass"
     decided = verdict != "inconclusive" or check  # without --check, a file that cannot be compared is no failure

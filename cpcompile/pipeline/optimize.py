@@ -29,7 +29,7 @@ from cpcompile.passes.clean_up import CleanUp
 from cpcompile.passes.eliminate_dead_channels import Blocked, EliminateDeadChannels, Elimination
 from cpcompile.passes.fold_constants import FoldConstants
 from cpcompile.passes.fold_gates import FoldGates
-from cpcompile.passes.infer_shapes import InferShapes
+from cpcompile.passes.infer_shapes import Inference, InferShapes
 from cpcompile.passes.opset import OpsetError
 from cpcompile.passes.prune_experts import PruneExperts
 from cpcompile.passes.remove_empty_layers import RemoveEmptyLayers
@@ -57,7 +57,10 @@ PASSES: Mapping[str, type[ir.passes.InPlacePass]] = MappingProxyType(
     }
 )
 """The passes that `--passes` accepts, in a useful order."""
-DEFAULT = ("fold_constants", "clean_up", "canonicalize_shapes", "clean_up", "eliminate_dead_channels", "clean_up")
+DEFAULT = (
+    *("fold_constants", "clean_up", "canonicalize_shapes", "clean_up", "eliminate_dead_channels"),
+    *("transpose_parameters", "clean_up"),
+)
 """The passes without `--passes`: those that keep the interface and the names of parameters."""
 
 
@@ -94,6 +97,8 @@ class Optimization:
     """Zero channels that had to stay, after the last elimination."""
     skipped: Sequence[str]
     """Why passes were skipped, one sentence each."""
+    contradictions: Sequence[str]
+    """What the file claims about its values and is not true, one text for each value."""
     comparison: Comparison | None
     """None if `check` is "none"."""
 
@@ -119,7 +124,7 @@ def optimize_file(
     model = load_onnx(source)
     before = size_of(model)
     declared = _declared(model)
-    prepare(model, source)
+    contradictions = prepare(model, source)
     steps: list[Step] = []
     blocked: Sequence[Blocked] = ()
     skipped: list[str] = []
@@ -152,7 +157,13 @@ def optimize_file(
 
     written = save_onnx(model, out, accept)
     return Optimization(
-        before=before, steps=steps, bytes_written=written, blocked=blocked, skipped=skipped, comparison=comparison
+        before=before,
+        steps=steps,
+        bytes_written=written,
+        blocked=blocked,
+        skipped=skipped,
+        contradictions=contradictions,
+        comparison=comparison,
     )
 
 
@@ -233,8 +244,11 @@ def settings_of(kind: type[ir.passes.InPlacePass]) -> dict[str, Any]:
     return {name: hint for name, hint in typing.get_type_hints(kind).items() if hint in SETTINGS}
 
 
-def prepare(model: ir.Model, source: Path) -> None:
-    """Establish what passes may assume: no function calls, constants as initializers, shapes as far as possible."""
+def prepare(model: ir.Model, source: Path) -> Sequence[str]:
+    """Establish what passes may assume: no function calls, constants as initializers, shapes as far as possible.
+
+    Returns what the file claims about its values and is not true.
+    """
     if model.ir_version < 4:  # every initializer had to be an input, which does not mean that it is overridden
         inputs = [value for value in model.graph.inputs if not value.is_initializer()]
         model.graph.inputs.clear()
@@ -243,12 +257,13 @@ def prepare(model: ir.Model, source: Path) -> None:
     for graph in (model.graph, *(function.graph for function in model.functions.values())):
         if "ai.onnx" in graph.opset_imports:  # the long name of the standard domain, which nodes do not use
             graph.opset_imports[""] = graph.opset_imports.pop("ai.onnx")
-    for each in (
-        InlinePass(),
-        LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
-        InferShapes(),
-    ):
+    for value in (value for graph in model.graphs() for value in graph.initializers.values()):
+        if (tensor := value.const_value) is not None and not value.is_graph_input():
+            value.type, value.shape = ir.TensorType(tensor.dtype), ir.Shape(tensor.shape.numpy())
+    for each in (InlinePass(), LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)):
         apply_pass(each, model, source, type(each).__name__)
+    inference = apply_pass(InferShapes(), model, source, "infer_shapes")
+    return inference.contradictions if isinstance(inference, Inference) else ()
 
 
 def _same_interface(source: Path, passes: Sequence[ir.passes.InPlacePass], path: Path) -> Path:

@@ -1,4 +1,5 @@
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 from cpcompile.passes.fold_constants import FoldConstants
@@ -172,3 +173,79 @@ def test_a_parameter_of_a_body_stays() -> None:
     model = parse(text, infer=False)
     FoldConstants()(model)
     assert [node.op_type for node in model.graph.all_nodes()] == ["If", "Neg", "Mul", "Relu"]
+
+
+HUGE, TINY = np.array([2**31 - 1, 5, -7], np.int32), np.array([3, -2, 1], np.int32)
+ALL = {"all": np.array([0])}
+
+
+@pytest.mark.parametrize(
+    ("node", "arrays"),
+    [
+        ("Add(a, b)", {"a": np.array([127, -128], np.int8), "b": np.array([1, -1], np.int8)}),
+        ("Mul(a, b)", {"a": HUGE, "b": TINY}),
+        ("Div(a, b)", {"a": np.array([7, -7, -8]), "b": np.array([-2, 2, 3])}),
+        ("ReduceProd <keepdims = 0> (a, all)", {"a": np.array([2, 3, 5]), **ALL}),
+        ("ReduceSum <keepdims = 0> (a, all)", {"a": TINY, **ALL}),
+        ("Range(a, b, c)", {"a": np.array(5), "b": np.array(-5), "c": np.array(-3)}),
+        ("Cast <to = 6> (a)", {"a": np.array(-1.7, np.float32)}),
+        ("Gather(a, b)", {"a": HUGE, "b": np.array([-1, -3])}),
+        ("Slice(a, b, c, all, d)", {"a": HUGE, "b": np.array([-1]), "c": np.array([-9]), "d": np.array([-2]), **ALL}),
+    ],
+)
+def test_results_are_those_of_the_engine_also_where_they_overflow(node: str, arrays: dict[str, np.ndarray]) -> None:
+    before = parse(f"() => (float y) {{ r = {node} c1 = Cast <to = 11> (r) y = Neg(c1) }}", arrays)
+    before.graph.outputs[0].type, before.graph.outputs[0].shape = ir.TensorType(ir.DataType.DOUBLE), None
+    after = before.clone()
+    FoldConstants()(after)
+    assert len(after.graph) == 0
+    assert_same_values(before, after, {}, tolerance=0)
+
+
+@pytest.mark.parametrize(
+    ("node", "arrays"),
+    [
+        ("ReduceSum(a, all)", {"a": HUGE, **ALL}),
+        ("ReduceMean(a, all)", {"a": HUGE, **ALL}),
+        ("ReduceProd(a, all)", {"a": HUGE, **ALL}),
+        ("ReduceL1(a, all)", {"a": HUGE, **ALL}),
+        ("ReduceSumSquare(a, all)", {"a": TINY, **ALL}),
+        ("ReduceL2(a, all)", {"a": TINY, **ALL}),
+        ("Pow(a, b)", {"a": HUGE, "b": np.array([2, 2, 2], np.int32)}),
+        ("Div(a, b)", {"a": HUGE, "b": np.array([0, 1, 1], np.int32)}),
+        ("Cast <to = 6> (a)", {"a": np.array(1e10, np.float32)}),
+        ("Cast <to = 7> (a)", {"a": np.array(np.nan, np.float32)}),
+        ("Range(a, b, c)", {name: np.array(n, np.float32) for name, n in (("a", 0.0), ("b", 1.0), ("c", 0.1))}),
+        ("OneHot(a, b, c)", {"a": np.array([-1, 2]), "b": np.array(3), "c": np.array([0, 1])}),
+        ("GatherElements(a, b)", {"a": HUGE, "b": np.array([-1])}),
+        ("Sign(a)", {"a": np.array(np.nan, np.float16)}),
+        # A start before the beginning: clamped by the standard, empty in numpy.
+        ("Slice(a, b, c, all, d)", {"a": HUGE, "b": np.array([-4]), "c": np.array([-9]), "d": np.array([-1]), **ALL}),
+    ],
+)
+def test_what_engines_may_compute_otherwise_stays(node: str, arrays: dict[str, np.ndarray]) -> None:
+    model = parse(f"() => (float y) {{ r = {node} y = Identity(r) }}", arrays, infer=False)
+    model.graph.outputs[0].type = model.graph.outputs[0].shape = None
+    FoldConstants()(model)
+    assert node.split("(")[0].split()[0] in [each.op_type for each in model.graph]
+
+
+@pytest.mark.parametrize(
+    ("text", "output"),
+    [
+        ("s = Shape <start = 0, end = 1> (x) d = Add(s, less) y = Abs(d)", "int64[1] y"),
+        ("s = Shape(x) r = Reshape(s, row) y = Gather <axis = 0> (r, first)", "int64[1,2] y"),
+        ("s = Shape(x) r = Unsqueeze(s, first) y = Gather <axis = 0> (r, first)", "int64[1,2] y"),
+    ],
+)
+def test_lengths_are_no_special_numbers(text: str, output: str) -> None:
+    """The difference of two lengths may be negative, and lengths may be arranged as a matrix."""
+    weights = {"less": np.array([-5]), "row": np.array([1, 2]), "first": np.array([0])}
+    rows = 3 if "Gather" in text else "N"
+    before = parse(
+        f"(float[{rows},4] x) => ({output}) {{ {text} }}", {n: w for n, w in weights.items() if f"{n})" in text}
+    )
+    after = before.clone()
+    FoldConstants()(after)
+    check(after)
+    assert_same_values(before, after, tolerance=0)

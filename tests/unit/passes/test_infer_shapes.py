@@ -8,7 +8,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from cpcompile.passes.infer_shapes import SMALL, InferShapes
+from cpcompile.passes.infer_shapes import InferShapes
+from cpcompile.passes.onnx_inference import SMALL
 from tests.unit.passes.graph_text import Weights, assert_same_values, check, inputs_of, parse, run
 
 

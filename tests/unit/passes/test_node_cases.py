@@ -28,6 +28,7 @@ from cpcompile.core.errors import CpcompileError
 from cpcompile.passes.channel_rules import RULES
 from cpcompile.passes.eliminate_dead_channels import EliminateDeadChannels
 from cpcompile.passes.merge_contexts import merge_contexts
+from cpcompile.passes.onnx_inference import inferred
 from cpcompile.passes.opset import MIN_OPSET
 from cpcompile.pipeline.optimize import DEFAULT, PASSES, apply_pass, optimize_file, parse_pass, prepare
 from tests.unit.passes import graph_text
@@ -168,6 +169,37 @@ def test_each_pass_alone_keeps_values_and_says_whether_it_did_something(passing:
             if modified != (after != before) or (modified and (case.wrong(after) or each(copy).modified)):
                 wrong.append((case.name, name))
     assert not wrong
+
+
+def interface(model: ir.Model) -> list[tuple[str | None, object, int | None]]:
+    """Names, types and ranks of the outputs as they follow from the inputs alone, whatever the model says."""
+    made = inferred(model, believe=False)
+    assert made is not None
+    return [(v.name, v.type, None if v.shape is None else v.shape.rank()) for v in made.graph.outputs]
+
+
+@pytest.mark.parametrize("step", [41, pytest.param(1, marks=pytest.mark.slow)])
+def test_no_pass_changes_the_type_or_the_rank_of_an_output(cases: Sequence[Any], step: int) -> None:
+    """Of all cases, whether ONNX Runtime can run them or not, as they are and with constants instead of inputs."""
+    tried, wrong = 0, []
+    for number, case in enumerate(cases[::step]):
+        proto = with_constants(Passing(case.name, case.model, feeds_of(case), {}))[0] if number % 2 else case.model
+        model = prepared(proto)
+        before = interface(model)
+        for name in ALONE:
+            copy = model.clone()
+            if not apply_pass(parse_pass(name), copy, CASE, name).modified:
+                continue
+            tried += 1
+            known = [
+                (old, new)
+                for was, now in zip(before, interface(copy), strict=True)
+                for old, new in zip(was, now, strict=True)
+                if old is not None and new is not None
+            ]
+            wrong += [(case.name, name, pair) for pair in known if pair[0] != pair[1]]
+    assert not wrong
+    assert tried > 500 / step
 
 
 def with_constants(case: Passing, rng: np.random.Generator | None = None) -> tuple[onnx.ModelProto, Feeds]:

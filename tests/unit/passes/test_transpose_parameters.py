@@ -57,3 +57,27 @@ def test_the_layout_of_an_input_with_a_default_is_the_interface(graphs):
 def test_an_operator_of_another_domain_is_not_understood():
     model = parse("(float[N,4] x) => (float[N,5] y) { t = other.Transpose(w) y = MatMul(x, t) }", {"w": (5, 4)})
     assert not TransposeParameters()(model).modified
+
+
+def test_a_parameter_that_several_nodes_transpose_alike(graphs):
+    """In a subgraph, too; and a Transpose of what is already transposed."""
+    text = """(float[N,4] x, bool c) => (float[N,5] y) {
+        a = Transpose(w) p = MatMul(x, a) b = Transpose <perm = [1, 0]> (w)
+        y = If (c) < then_branch = one () => (float[N,5] q) { d = MatMul(x, b) q = Add(p, d) },
+                     else_branch = two () => (float[N,5] r) { s = Transpose(v) t = Transpose(s) r = MatMul(x, t) }> }"""
+    before = graphs.build(text, w=RNG.normal(size=(5, 4)), v=RNG.normal(size=(4, 5)))
+    after = before.clone()
+    assert TransposeParameters()(after).permutations == {"w": (1, 0), "v": (0, 1)}
+    assert not TransposeParameters()(after).modified
+    assert [node.op_type for node in after.graph.all_nodes()].count("Transpose") == 0
+    assert graphs.shapes(after) == {"w": (4, 5), "v": (4, 5)}
+    for chosen in (False, True):
+        graphs.assert_same(before, after, {**X, "c": np.array(chosen)}, 0)
+
+
+def test_a_parameter_that_is_transposed_in_two_ways_stays(graphs):
+    text = """(float[N,4] x) => (float[N,4] y) {
+        a = Transpose <perm = [0, 2, 1]> (w) b = Transpose <perm = [1, 0, 2]> (w)
+        p = MatMul(x, a) q = MatMul(x, b) y = ReduceSum(p, zero) }"""
+    model = graphs.build(text, infer=False, w=RNG.normal(size=(4, 4, 4)), zero=np.array([0]))
+    assert not TransposeParameters()(model).modified

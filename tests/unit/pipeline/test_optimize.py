@@ -273,3 +273,47 @@ def test_inferred_types_are_written_only_if_they_are_asked_for(tmp_path: Path) -
     optimize_file(source, tmp_path / "b.onnx", ["fold_constants", "infer_shapes"])
     assert [value.name for value in onnx.load(tmp_path / "a.onnx").graph.value_info] == ["h"]
     assert {"h", "z"} <= {value.name for value in onnx.load(tmp_path / "b.onnx").graph.value_info}
+
+
+def test_a_file_that_contradicts_itself_is_noted(tmp_path: Path) -> None:
+    text = """(float[2,4] x) => (float[4,3] y) <float[2,8] c> {
+        h = MatMul(x, a) c = Concat <axis = 0> (h, h) z = Mul(c, g) y = MatMul(z, b) }"""
+    source, out = write(tmp_path / "in.onnx", text), tmp_path / "out.onnx"
+    result = optimize_file(source, out)
+    assert result.comparison
+    assert result.steps[-1].size.parameters == 24
+    assert list(result.contradictions) == ["c is declared as FLOAT[2,8], its operator makes FLOAT[4,8]"]
+    code, output = run(source, "-o", out)
+    assert code == 0
+    assert "is wrong about its own values, which is not used: c is declared as FLOAT[2,8]" in " ".join(output.split())
+
+
+@pytest.mark.parametrize("forget", [(), ("shape",), ("shape", "type")])
+@pytest.mark.parametrize("version", [1, 3])
+def test_weights_that_are_inputs_have_the_shapes_of_their_tensors(
+    tmp_path: Path, version: int, forget: tuple[str, ...]
+) -> None:
+    text = DEAD.replace("x)", "x, float[A,B] a, float[C] g, float[D,E] b)", 1)
+    path = write(tmp_path / "in.onnx", f'<ir_version: {version}, opset_import: ["" : 13]> g {text}')
+    model = onnx.load(path)
+    for value in list(model.graph.input)[1:]:
+        if "shape" in forget:
+            value.type.tensor_type.ClearField("shape")
+        if "type" in forget:
+            value.ClearField("type")
+    onnx.save(model, path)
+    result = optimize_file(path, tmp_path / "out.onnx")
+    assert result.comparison
+    assert result.steps[-1].size.parameters == 24
+
+
+def test_a_transposed_weight_becomes_one_that_quantizers_find(tmp_path: Path) -> None:
+    text = "(float[N,4] x) => (float[N,8] y) { t = Transpose(w) y = MatMul(x, t) }"
+    weight = np.random.default_rng(0).standard_normal((8, 4)).astype(np.float32)
+    source, out = write(tmp_path / "in.onnx", text, w=weight), tmp_path / "out.onnx"
+    result = optimize_file(source, out)
+    assert result.comparison
+    assert result.steps[-1].size.bytes == result.before.bytes
+    model = load_onnx(out)
+    assert [node.op_type for node in model.graph] == ["MatMul"]
+    assert np.array_equal(next(tensors_of(model)).numpy(), weight.T)
