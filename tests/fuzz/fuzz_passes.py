@@ -96,7 +96,7 @@ def difference(graph: RandomGraph, result: onnx.ModelProto, fixed: Sequence[str]
 def selections(graph: RandomGraph, rng: np.random.Generator) -> list[Sequence[str]]:
     """The default passes, and a random selection with repetitions."""
     names = [name for name in PASSES if name not in NEED_VALUES]
-    chosen = rng.permutation([*names, *rng.choice(names, 3)])[: int(rng.integers(1, len(names) + 3))].tolist()
+    chosen = rng.choice(names, int(rng.integers(1, 7))).tolist()
     if graph.contexts:
         chosen.insert(0, f"bind_context:context={int(graph.feeds[0]['region'])}:name=region")
     return [DEFAULT, chosen]
