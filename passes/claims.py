@@ -6,7 +6,7 @@ them, with numbers for the symbolic axes: by its name, an axis twice as long as 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import onnx_ir as ir
 
@@ -14,17 +14,19 @@ from cpcompile.passes.nodes import subgraphs_of
 from cpcompile.passes.onnx_inference import distinct_lengths, inferred
 
 
-def drop_wrong_claims(model: ir.Model) -> list[str]:
+def drop_wrong_claims(model: ir.Model, complete: Callable[[ir.Model], object]) -> list[str]:
     """Replace all claims by what inference finds if one of them is wrong; returns what was wrong, one text each.
 
     A file that is wrong once is not believed where nothing can be verified. The names that it gives to the axes of the
-    model's outputs stay.
+    model's outputs stay. `complete` adds what onnx leaves open.
     """
     lengths = distinct_lengths(model.graph)
-    made = inferred(model, believe=False, lengths=lengths)
+    if (made := inferred(model, believe=False, lengths=lengths)) is not None:
+        complete(made)
     wrong = {own for own, other in _pairs(model, made) if _contradict(own, other, lengths)} if made else set()
     if not wrong or (made := inferred(model, believe=False)) is None:
         return []
+    complete(made)
     texts = []
     for own, other in _pairs(model, made):
         if own in wrong:

@@ -30,6 +30,7 @@ from cpcompile.passes.constant_copies import merge_copies, separate_constants
 from cpcompile.passes.infer_shapes import complete_shapes
 from cpcompile.passes.nodes import post_order
 from cpcompile.passes.opset import MinOpsetPass
+from cpcompile.passes.quantized_zeros import stuck_zeros
 from cpcompile.passes.remove_empty_layers import remove_zero_terms
 
 __all__ = ["Blocked", "EliminateDeadChannels", "Elimination", "KeptChannels", "find_channels"]
@@ -96,7 +97,7 @@ class EliminateDeadChannels(MinOpsetPass):
             for name, value in graph.initializers.items()
             if value in given  # rewritten settings have no original
         }
-        return Elimination(model, edits > 0, names, _blocked(channels))
+        return Elimination(model, edits > 0, names, (*_blocked(channels), *_stuck(graph)))
 
 
 def _rewrite(graph: ir.Graph, channels: Channels) -> tuple[int, dict[ir.Value, Kept]]:
@@ -159,3 +160,11 @@ def _blocked(channels: Channels) -> tuple[Blocked, ...]:
             if reason is not None
         ]
     return tuple(blocked)
+
+
+def _stuck(graph: ir.Graph) -> tuple[Blocked, ...]:
+    """Zero channels of quantised weights that no rule can cut."""
+    return tuple(
+        Blocked(weight.name or "", axis, count, node.name or "", node.op_type, f"there is no rule for {node.op_type}")
+        for node, weight, axis, count in stuck_zeros(graph)
+    )

@@ -61,9 +61,9 @@ ACCUMULATING = frozenset(("ReduceL1", "ReduceMean", "ReduceProd", "ReduceSum"))
 class FoldConstants(GraphPass):
     """Fold constant expressions and list operators (SplitToSequence), then make every constant an initializer.
 
-    An expression over a parameter (a floating-point initializer that is no scalar; exporters write constants
-    as Constant nodes) is folded only if it picks one entry with Gather, such as the gates of a context: a computed,
-    transposed or reordered copy under a new name would be a parameter that got lost.
+    An expression over a parameter (an initializer of floating-point or 8-bit numbers that is no scalar; exporters write
+    constants as Constant nodes) is folded only if it picks one entry with Gather, such as the gates of a context: a
+    computed, transposed or reordered copy under a new name would be a parameter that got lost.
     """
 
     limit: int = 1 << 20
@@ -180,4 +180,6 @@ def _without_defaults(graph: ir.Graph) -> Iterator[None]:
 
 def _is_parameter(value: ir.Value) -> bool:
     tensor = value.const_value
-    return tensor is not None and tensor.dtype.is_floating_point() and tensor.size > 1
+    if tensor is None or tensor.size < 2:
+        return False
+    return tensor.dtype.is_floating_point() or (tensor.dtype.is_integer() and tensor.dtype.bitwidth <= 8)

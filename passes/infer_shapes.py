@@ -35,7 +35,7 @@ class InferShapes(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> Inference:
         """Edit `model`; `modified` counts values about which more, or something else, is known."""
-        wrong = drop_wrong_claims(model)
+        wrong = drop_wrong_claims(model, complete_shapes)
         found = len(wrong) + _infer(model) + complete_shapes(model)
         return Inference(model, found > 0, tuple(wrong))
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from cpcompile.core.errors import CpcompileError, UsageError, first_line
+from cpcompile.files.weights import parameters_in
 
 PROTOBUF_LIMIT = 2**31 - 1
 """Bytes that one protobuf file can hold; the weights of larger models are in a file beside it."""
@@ -30,7 +31,7 @@ class Size:
 
     nodes: int
     parameters: int
-    """Elements of all floating-point tensors with more than one element."""
+    """Elements of the tensors that weights stand for, in whatever form they are stored (see `weights`)."""
     bytes: int
     """Bytes of all tensors."""
 
@@ -93,14 +94,19 @@ def save_onnx(model: ir.Model, path: Path, accept: Callable[[Path], bool] = lamb
 
 def tensors_of(model: ir.Model) -> Iterator[ir.TensorProtocol]:
     """All tensors of the model: the initializers of every graph and the constants."""
+    return (tensor for tensor, _ in _stored(model))
+
+
+def _stored(model: ir.Model) -> Iterator[tuple[ir.TensorProtocol, ir.Value | None]]:
+    """All tensors, with the value that nodes read each as."""
     for graph in model.graphs():
         for value in graph.initializers.values():
             if value.const_value is not None:
-                yield value.const_value
+                yield value.const_value, value
         for node in graph:
             for attribute in node.attributes.values():
                 if attribute.type == ir.AttributeType.TENSOR and attribute.value is not None:
-                    yield attribute.as_tensor()
+                    yield attribute.as_tensor(), node.outputs[0] if node.op_type == "Constant" else None
 
 
 def external_tensors(model: ir.Model) -> Iterator[ir.ExternalTensor]:
@@ -150,9 +156,9 @@ def _require_data(path: Path, tensor: ir.ExternalTensor, folder: Path) -> None:
 
 def size_of(model: ir.Model) -> Size:
     """The nodes of all graphs, and the elements and bytes of all tensors."""
-    tensors = list(tensors_of(model))
+    stored = list(_stored(model))
     return Size(
         nodes=sum(1 for graph in model.graphs() for _ in graph),
-        parameters=sum(t.size for t in tensors if t.dtype.is_floating_point() and t.size > 1),
-        bytes=sum(t.nbytes for t in tensors),
+        parameters=sum(parameters_in(tensor, value) for tensor, value in stored),
+        bytes=sum(tensor.nbytes for tensor, _ in stored),
     )

@@ -23,7 +23,7 @@ def _aligned(channels: Channels, node: ir.Node, inputs: Sequence[ir.Value]) -> l
     columns: list[list[Cell]] = [[(node.outputs[0], axis)] for axis in range(len(out))]
     for value in inputs:
         shape = channels.shape(value)
-        if shape is None:
+        if shape is None or len(shape) > len(out):
             return None
         for axis, own in enumerate(shape):
             at = axis + len(out) - len(shape)

@@ -182,7 +182,7 @@ ALL = {"all": np.array([0])}
 @pytest.mark.parametrize(
     ("node", "arrays"),
     [
-        ("Add(a, b)", {"a": np.array([127, -128], np.int8), "b": np.array([1, -1], np.int8)}),
+        ("Add(a, b)", {"a": np.array([32767, -32768], np.int16), "b": np.array([1, -1], np.int16)}),
         ("Mul(a, b)", {"a": HUGE, "b": TINY}),
         ("Div(a, b)", {"a": np.array([7, -7, -8]), "b": np.array([-2, 2, 3])}),
         ("ReduceProd <keepdims = 0> (a, all)", {"a": np.array([2, 3, 5]), **ALL}),
