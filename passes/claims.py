@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 import onnx_ir as ir
 
+from cpcompile.passes.nodes import subgraphs_of
 from cpcompile.passes.onnx_inference import distinct_lengths, inferred
 
 
@@ -33,8 +34,10 @@ def drop_wrong_claims(model: ir.Model, complete: Callable[[ir.Model], object]) -
         if own in wrong or not own.is_graph_output() or own.graph is not model.graph:
             own.type = own.type if other.type is None else other.type
             own.shape = None if other.shape is None else ir.Shape(_dim(d) for d in other.shape)
-    for value in (value for subgraph in model.graph.subgraphs() for value in subgraph.inputs):
-        value.shape = None
+    for node in model.graph.all_nodes():
+        first = 2 if node.op_type == "Loop" else 0  # ONNX Runtime needs to know that its counter is a scalar
+        for value in (value for subgraph in subgraphs_of(node) for value in subgraph.inputs[first:]):
+            value.shape = None
     return texts
 
 

@@ -79,10 +79,13 @@ class FoldConstants(GraphPass):
             computed = is_standard(node) and node.op_type in COMPUTED
             return None if computed and (_picks_one(node) or not reads_parameter) else False
 
+        nodes = list(model.graph.all_nodes())
         with _without_defaults(model.graph):
             folded = _Folder(
                 shape_inference=True, input_size_limit=self.limit, output_size_limit=self.limit, should_fold=may_fold
             )(model)
+        for node in set(nodes).difference(model.graph.all_nodes()):
+            node.resize_inputs(0)  # a branch that is not taken does not read the values outside any more
         lifted = LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
         return ir.passes.PassResult(model, modified=folded.modified or lifted.modified)
 

@@ -28,8 +28,8 @@ from tests.fuzz.random_graphs import Array, RejectedError, session_of
 from tests.fuzz.whole_graphs import RandomGraph, random_graph
 
 MODULE = "tests.fuzz.fuzz_passes"
-CASES_PER_PROCESS = 250
-SECONDS_PER_PROCESS = 550
+CASES_PER_PROCESS = 100
+SECONDS_PER_PROCESS = 1800
 ROUNDINGS, MULTIPLE = 64, 16
 """Of the largest number of an output, and of what small moves of the original change."""
 MOVES = 6
@@ -96,7 +96,7 @@ def difference(graph: RandomGraph, result: onnx.ModelProto, fixed: Sequence[str]
 def selections(graph: RandomGraph, rng: np.random.Generator) -> list[Sequence[str]]:
     """The default passes, and a random selection with repetitions."""
     names = [name for name in PASSES if name not in NEED_VALUES]
-    chosen = rng.permutation([*names, *rng.choice(names, 3)])[: int(rng.integers(1, len(names) + 3))].tolist()
+    chosen = rng.choice(names, int(rng.integers(1, 7))).tolist()
     if graph.contexts:
         chosen.insert(0, f"bind_context:context={int(graph.feeds[0]['region'])}:name=region")
     return [DEFAULT, chosen]
@@ -127,7 +127,7 @@ def run_cases(first: int, count: int) -> None:
             for number, passes in enumerate(selections(graph, np.random.default_rng(seed))):
                 out.unlink(missing_ok=True)
                 try:
-                    result = optimize_file(source, out, passes, check="none")
+                    result = optimize_file(source, out, passes, check="none" if number or seed % 4 else "quick")
                     fixed = ["region"] if "region" in passes[0] else []
                     wrong = difference(graph, onnx.load(out), fixed)
                 except Exception:  # the finding itself

@@ -107,3 +107,13 @@ def test_an_initializer_is_what_it_holds() -> None:
     prepare(parsed, Path("old.onnx"))
     assert [value.name for value in parsed.graph.inputs] == ["x"]
     assert {name: str(value.shape) for name, value in parsed.graph.initializers.items()} == {"w": "[4,6]", "v": "[6,3]"}
+
+
+def test_the_counter_of_a_loop_stays_a_scalar_where_claims_are_dropped() -> None:
+    """ONNX Runtime refuses a body whose counter has no shape."""
+    text = """(float[2,4] x) => (float[2,4] y) <float[9,9] z> { z = Neg(x) y = Loop(n, , z) <body = b
+        (int64 i, bool on, float[2,4] s) => (bool go, float[2,4] t) { go = Identity(on) t = Tanh(s) }> }"""
+    after = parse(text, {"n": np.array(2)}, infer=False)
+    result = InferShapes()(after)
+    assert isinstance(result, Inference) and len(result.contradictions) == 1
+    assert_same_values(parse(text.replace("<float[9,9] z>", ""), {"n": np.array(2)}, infer=False), after)

@@ -249,3 +249,18 @@ def test_lengths_are_no_special_numbers(text: str, output: str) -> None:
     FoldConstants()(after)
     check(after)
     assert_same_values(before, after, tolerance=0)
+
+
+def test_a_branch_that_is_not_taken_reads_nothing_any_more(graphs):
+    """Its nodes would still be users of the weight, whose channels go only if all users agree."""
+    text = """(float[N,4] x) => (float[N,6] y) { z = Mul(w, gate) y = If(yes) <
+        then_branch = t () => (float[N,6] p) { m = MatMul(x, z) p = Tanh(m) },
+        else_branch = e () => (float[N,6] q) { v = Concat <axis = 1> (z, z) h = MatMul(x, v)
+            q = Slice(h, zero, six, one) }> }"""
+    arrays = {"zero": np.array([0]), "six": np.array([6]), "one": np.array([1]), "yes": np.array(True)}
+    model = graphs.build(text, w=np.ones((4, 6)), gate=np.arange(6.0) % 2, **arrays)
+    FoldConstants()(model)
+    nodes = set(model.graph)
+    assert "If" not in graphs.operators(model)
+    assert all(use.node in nodes for value in model.graph.initializers.values() for use in value.uses())
+    assert all(use.node in nodes for node in nodes for out in node.outputs for use in out.uses())

@@ -1,0 +1,24 @@
+"""Random graphs, always the same ones; `python -m tests.fuzz.fuzz_passes --cases 5000` runs many more."""
+
+import pytest
+
+from tests.fuzz.batches import run_batch
+from tests.fuzz.fuzz_passes import MODULE, SECONDS_PER_PROCESS
+
+
+@pytest.mark.parametrize("first", [0, 100])
+def test_optimized_graphs_compute_the_same(first: int) -> None:
+    findings, tally = run_batch(MODULE, first, 100, SECONDS_PER_PROCESS)
+    assert findings == []
+    assert tally["graphs"] >= 95
+    assert tally["optimized"] == 2 * tally["graphs"]
+    assert tally["nodes"] >= 30 * tally["graphs"]
+    assert tally["smaller"] > 0.6 * tally["graphs"]
+    assert tally["parameters_left"] < 0.85 * tally["parameters"]
+
+
+@pytest.mark.slow
+def test_many_optimized_graphs_compute_the_same() -> None:
+    findings, tally = run_batch(MODULE, 1000, 300, SECONDS_PER_PROCESS)
+    assert findings == []
+    assert tally["graphs"] > 285
