@@ -34,4 +34,5 @@ def test_every_family() -> None:
     }
     found = list(outcomes(list(families.values()), seconds=3000))
     assert findings(found) == []
-    assert sum(each.result == "partitioned" for each in found) > 50
+    assert sum(each.result in ("partitioned", "refused") for each in found) >= 50
+    assert sum(each.result == "partitioned" for each in found) >= 15
