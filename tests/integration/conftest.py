@@ -63,12 +63,12 @@ def exported_once() -> Iterator[None]:
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + tensor.numpy().tobytes())
         key = digest.digest()
         if key not in known:
-            graph = export(model, arguments, **options).model
-            for name, value in graph.graph.initializers.items():
+            program = known[key] = export(model, arguments, **options)
+            for name, value in program.model.graph.initializers.items():
                 if value.const_value is not None:  # the model's own tensors may change
                     value.const_value = ir.tensor(value.const_value.numpy().copy(), name=name)
-            known[key] = graph
-        return SimpleNamespace(model=known[key].clone())
+        program = known[key]
+        return SimpleNamespace(model=program.model.clone(), exported_program=program.exported_program)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.onnx, "export", remembered)
