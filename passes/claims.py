@@ -20,10 +20,11 @@ def drop_wrong_claims(model: ir.Model, complete: Callable[[ir.Model], object]) -
     A file that is wrong once is not believed where nothing can be verified. The names that it gives to the axes of the
     model's outputs stay. `complete` adds what onnx leaves open.
     """
-    lengths = distinct_lengths(model.graph)
-    if (made := inferred(model, believe=False, lengths=lengths)) is not None:
-        complete(made)
-    wrong = {own for own, other in _pairs(model, made) if _contradict(own, other, lengths)} if made else set()
+    wrong: set[ir.Value] = set()
+    for lengths in (distinct_lengths(model.graph), {}):  # with these numbers, inference may skip nodes that need others
+        if (made := inferred(model, believe=False, lengths=lengths)) is not None:
+            complete(made)
+            wrong.update(own for own, other in _pairs(model, made) if _contradict(own, other, lengths))
     if not wrong or (made := inferred(model, believe=False)) is None:
         return []
     complete(made)

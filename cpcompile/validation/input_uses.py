@@ -180,6 +180,12 @@ class InputUses:
 def find_input_uses(model: ir.Model) -> dict[str, InputUses]:
     """What `model`, which stays as it is, does with each of its inputs."""
     model = model.clone()
+    inputs = [value for value in model.graph.inputs if not value.is_initializer()]  # defaults are not drawn
+    model.graph.inputs.clear()
+    model.graph.inputs.extend(inputs)
+    for value in model.graph.initializers.values():
+        if value.const_value is not None:
+            value.shape = ir.Shape(value.const_value.shape.numpy())
     for each in (InlinePass(), LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0), InferShapes()):
         each(model)
     leaving = _leaving(model)

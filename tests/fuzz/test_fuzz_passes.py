@@ -22,3 +22,10 @@ def test_many_optimized_graphs_compute_the_same() -> None:
     findings, tally = run_batch(MODULE, 1000, 300, SECONDS_PER_PROCESS)
     assert findings == []
     assert tally["graphs"] > 285
+
+
+@pytest.mark.parametrize("seed", [370, 2812])
+def test_graphs_that_once_failed(seed: int) -> None:
+    findings, tally = run_batch(MODULE, seed, 1, SECONDS_PER_PROCESS)
+    assert findings == []
+    assert tally["optimized"] == 2

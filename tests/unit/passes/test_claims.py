@@ -117,3 +117,12 @@ def test_the_counter_of_a_loop_stays_a_scalar_where_claims_are_dropped() -> None
     result = InferShapes()(after)
     assert isinstance(result, Inference) and len(result.contradictions) == 1
     assert_same_values(parse(text.replace("<float[9,9] z>", ""), {"n": np.array(2)}, infer=False), after)
+
+
+def test_a_claim_is_checked_where_only_one_length_of_a_symbolic_axis_fits() -> None:
+    """Inference skips the product if A is another number than 4, but knows that it has 6 columns."""
+    text = "(float[N,A] x) => (float[N,6] y) <float[2,3] h> { h = MatMul(x, w) y = Tanh(h) }"
+    model = parse(text, {"w": (4, 6)}, infer=False)
+    result = InferShapes()(model)
+    assert isinstance(result, Inference)
+    assert list(result.contradictions) == ["h is declared as FLOAT[2,3], its operator makes FLOAT[N,6]"]
