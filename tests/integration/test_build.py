@@ -183,7 +183,7 @@ def test_each_context_can_have_the_vocabulary_that_its_text_needs(
 def test_a_coverage_is_a_part(model: Path, tmp_path: Path, coverage: str) -> None:
     result = run("build", model, "-o", tmp_path / "x.cpc", "--vocabulary-coverage", coverage)
     assert result.exit_code == 2
-    assert "a fraction above 0 and up to 1 is needed" in result.output
+    assert "it has to be above 0 and at most 1" in result.output
 
 
 def test_every_parameter_is_accounted_for(bundle: Path, model: Path) -> None:
