@@ -72,7 +72,7 @@ def load_onnx(path: Path, *, data: Path | None = None) -> ir.Model:
                     "with an Identity if the value is of the graph around it"
                 )
     try:
-        for body in (model.graph, *model.functions.values()):
+        for body in (model.graph, *(function.graph for function in model.functions.values())):
             body.sort()  # runtimes accept nodes in any order
     except ValueError as error:
         raise UsageError(f"{path}: some of its nodes read each other's results in a circle; export it again") from error
