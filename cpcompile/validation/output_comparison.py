@@ -26,6 +26,8 @@ from cpcompile.validation.random_inputs import MORE_LENGTHS, RandomInputs, dtype
 MULTIPLE = 8.0
 ROUNDINGS = 64
 Verdict = Literal["pass", "fail", "inconclusive"]
+WITHOUT_NUMPY = frozenset(("tensor(bfloat16)", "tensor(int4)", "tensor(uint4)"))
+"""Types that ONNX Runtime does not exchange with Python."""
 
 
 @dataclass(frozen=True)
@@ -91,10 +93,21 @@ def compare_files(
     if wanted != [value.name for value in other.get_inputs()]:
         return _different(f"the inputs are no longer {', '.join(wanted)}")
 
+    for value in (*plain.get_inputs(), *plain.get_outputs()):
+        if value.type in WITHOUT_NUMPY:
+            return Comparison(
+                verdict="inconclusive",
+                reason=f"{value.name} is a {value.type}, which ONNX Runtime does not exchange with Python",
+            )
+
     worst: dict[str, OutputComparison] = {}
     blank = list(names)
     differences = {name: ArrayErrors() for name in names}
     runs, refusal = 0, "there are no inputs to try"
+    for value in plain.get_inputs():
+        if dtype_of(value) is None:
+            hint = "; give --input" if value.type.startswith("tensor(") else ""  # a .npz holds no sequences
+            refusal = f"{value.name} is a {value.type}, which is not drawn at random{hint}"
     drawn = RandomInputs(plain, load_onnx(original), rounds=rounds)
     groups = (("given", inputs), ("random", drawn), ("last resort", drawn.of(MORE_LENGTHS)))
     for kind, feeds in ((kind, feeds) for kind, group in groups for feeds in group):

@@ -195,3 +195,24 @@ def test_outputs_that_never_say_anything_are_inconclusive(tmp_path: Path, body: 
     comparison = compare_files(write(tmp_path / "a.onnx", body), write(tmp_path / "b.onnx", text))
     assert comparison.verdict == "inconclusive"
     assert "y: in the original it is empty or has no finite number" in (comparison.reason or "")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("(string[N] x) => (string[N] y) { y = Identity(x) }", r"x is a tensor\(string\), which .*; give --input"),
+        ("(seq(float[N]) x) => (int64 y) { y = SequenceLength(x) }", r"x is a seq\(.*\), .* at random$"),
+        ("(float[N] x) => (bfloat16[N] y) { y = Cast<to = 16>(x) }", r"y is a tensor\(bfloat16\), which .* Python"),
+        ("(bfloat16[N] x) => (float[N] y) { y = Cast<to = 1>(x) }", r"x is a tensor\(bfloat16\), which .* Python"),
+    ],
+)
+def test_types_that_cannot_be_run_are_named(tmp_path: Path, text: str, says: str) -> None:
+    path = write(tmp_path / "a.onnx", text)
+    comparison = compare_files(path, path)
+    assert comparison.verdict == "inconclusive"
+    assert re.search(says, comparison.reason or "")
+
+
+def test_text_can_be_given(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.onnx", "(string[N] x) => (string[N] y) { y = Identity(x) }")
+    assert compare_files(path, path, inputs=[{"x": np.array(["a", "b"])}])
