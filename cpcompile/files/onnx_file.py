@@ -50,8 +50,8 @@ def load_onnx(path: Path, *, data: Path | None = None) -> ir.Model:
         raise UsageError(f"{path}: cannot be read ({error.strerror}); give the path of an .onnx file") from error
     except Exception as error:  # the parser may raise anything on arbitrary bytes
         cause: BaseException = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
+        while (before := cause.__cause__ or (cause.__context__ if isinstance(cause, TypeError) else None)) is not None:
+            cause = before  # onnx_ir raises TypeErrors where it describes errors
         if isinstance(cause, NotImplementedError):
             raise UsageError(
                 f"{path}: contains something that cannot be read ({first_line(cause)}); export the model without it"
@@ -64,6 +64,18 @@ def load_onnx(path: Path, *, data: Path | None = None) -> ir.Model:
             raise UsageError(
                 f"{path}: nothing produces {value.name!r}, which a node reads; store sparse initializers as dense ones"
             )
+    for graph in model.graphs():
+        for value in graph.outputs:
+            if value.producer() is None and not (value.is_graph_input() or value.is_initializer()):
+                raise UsageError(
+                    f"{path}: nothing in the graph {graph.name!r} produces its output {value.name!r}; export it again, "
+                    "with an Identity if the value is of the graph around it"
+                )
+    try:
+        for body in (model.graph, *(function.graph for function in model.functions.values())):
+            body.sort()  # runtimes accept nodes in any order
+    except ValueError as error:
+        raise UsageError(f"{path}: some of its nodes read each other's results in a circle; export it again") from error
     for tensor in external_tensors(model):
         tensor.base_dir = data or _data_folder(path, tensor)
         _require_data(path, tensor, Path(tensor.base_dir), links=data is None)
@@ -186,7 +198,12 @@ def _require_data(path: Path, tensor: ir.ExternalTensor, folder: Path, *, links:
         raise UsageError(f"{path}: the weights file {data} of the tensor {tensor.name} is missing; put it back")
     require_fetched(data)
     end = (tensor.offset or 0) + (tensor.length if tensor.length is not None else tensor.nbytes)
-    if (tensor.offset or 0) < 0 or end > data.stat().st_size or end - (tensor.offset or 0) < tensor.nbytes:
+    if tensor.length is not None and tensor.length < tensor.nbytes:
+        raise UsageError(
+            f"{path}: the tensor {tensor.name} has {tensor.nbytes:,} bytes, and the file says that {tensor.length:,} "
+            "are stored; export it again"
+        )
+    if (tensor.offset or 0) < 0 or end > data.stat().st_size:
         raise UsageError(
             f"{path}: the tensor {tensor.name} needs the bytes up to {end:,} of {data}, "
             f"which has {data.stat().st_size:,}: the file is truncated or a different one; copy it again"

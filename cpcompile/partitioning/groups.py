@@ -234,8 +234,8 @@ def _consumer(traced: Traced, contraction: Contraction, unit_of_root: Mapping[in
     parameter, path = traced.parameter_of(contraction.weight), module_path(contraction.node)
     if parameter is None:
         return f"{place(contraction.node)} computes its weight"
-    tensor = traced.parameters[parameter]
-    if not any(own is tensor for own in traced.model.get_submodule(path).parameters(recurse=False)):
+    tensor, layer = traced.parameters[parameter], traced.model.get_submodule(path)
+    if not any(own is tensor for own in layer.parameters(recurse=False)):
         return f"{place(contraction.node)} uses {parameter} by a function: let a module such as nn.Linear do it"
     entry = _entry(contraction.source, path)
     if entry is None or inputs_of(traced, contraction.node) != {entry}:
@@ -250,7 +250,8 @@ def _consumer(traced: Traced, contraction: Contraction, unit_of_root: Mapping[in
             roots = traced.flow.coupling.find(ids.reshape(-1))
             if varied(ids) <= {axis} and value.shape[axis] == wanted.size and (wanted == roots).all():
                 units = np.array([unit_of_root.get(int(root), -1) for root in wanted], dtype=np.int64)
-                return Consumer(path, parameter, axis - value.rank, units)
+                name = next(name for name, module in traced.model.named_modules() if module is layer)  # of several
+                return Consumer(name, parameter, axis - value.rank, units)
     return f"the channels that {path} reads do not lie along one axis of its input"
 
 

@@ -26,6 +26,8 @@ from cpcompile.validation.random_inputs import MORE_LENGTHS, RandomInputs, dtype
 MULTIPLE = 8.0
 ROUNDINGS = 64
 Verdict = Literal["pass", "fail", "inconclusive"]
+WITHOUT_NUMPY = frozenset(("tensor(bfloat16)", "tensor(int4)", "tensor(uint4)"))
+"""Types that ONNX Runtime does not exchange with Python."""
 
 
 @dataclass(frozen=True)
@@ -91,9 +93,21 @@ def compare_files(
     if wanted != [value.name for value in other.get_inputs()]:
         return _different(f"the inputs are no longer {', '.join(wanted)}")
 
+    for value in (*plain.get_inputs(), *plain.get_outputs()):
+        if value.type in WITHOUT_NUMPY:
+            return Comparison(
+                verdict="inconclusive",
+                reason=f"{value.name} is a {value.type}, which ONNX Runtime does not exchange with Python",
+            )
+
     worst: dict[str, OutputComparison] = {}
+    blank = list(names)
     differences = {name: ArrayErrors() for name in names}
     runs, refusal = 0, "there are no inputs to try"
+    for value in plain.get_inputs():
+        if dtype_of(value) is None:
+            hint = "; give --input" if value.type.startswith("tensor(") else ""  # a .npz holds no sequences
+            refusal = f"{value.name} is a {value.type}, which is not drawn at random{hint}"
     drawn = RandomInputs(plain, load_onnx(original), rounds=rounds)
     groups = (("given", inputs), ("random", drawn), ("last resort", drawn.of(MORE_LENGTHS)))
     for kind, feeds in ((kind, feeds) for kind, group in groups for feeds in group):
@@ -114,14 +128,18 @@ def compare_files(
         runs += 1
         for name, *arrays in zip(names, expected, noise, got, strict=True):
             now = compare_arrays(name, *arrays)
-            if now.max_abs_error is not None and arrays[0].dtype.kind == "f":
+            if name in blank and _says_something(arrays[0]):
+                blank.remove(name)
+            if now.max_abs_error is not None and isinstance(arrays[0], np.ndarray) and arrays[0].dtype.kind == "f":
                 finite = np.isfinite(arrays[0])
                 differences[name].add(arrays[0][finite], arrays[2][finite])
             worst[name] = max(worst.get(name, now), now, key=_badness)
     ranges = tuple(each for each in drawn.ranges.values() if each.name not in bound)
     if not runs:
         return Comparison(verdict="inconclusive", reason=refusal, drawn=ranges)
-    verdict, reason = _verdict(list(worst.values()), () if inputs else ranges)
+    verdict, reason = _verdict(
+        list(worst.values()), () if inputs else ranges, [name for name in names if name in blank]
+    )
     return Comparison(
         verdict=verdict,
         reason=reason,
@@ -134,8 +152,13 @@ def compare_files(
     )
 
 
-def _verdict(outputs: Sequence[OutputComparison], drawn: Sequence[InputRange]) -> tuple[Verdict, str | None]:
-    """The verdict and its reason if the runs with `drawn` numbers are all that there are."""
+def _verdict(
+    outputs: Sequence[OutputComparison], drawn: Sequence[InputRange], blank: Sequence[str]
+) -> tuple[Verdict, str | None]:
+    """The verdict and its reason if the runs with `drawn` numbers are all that there are.
+
+    blank: outputs of which no run says anything.
+    """
     if wrong := [out for out in outputs if out.reason]:
         return "fail", f"{wrong[0].name}: {wrong[0].reason}"
     if guessed := [each for each in drawn if not each.known]:
@@ -144,7 +167,21 @@ def _verdict(outputs: Sequence[OutputComparison], drawn: Sequence[InputRange]) -
             f"the graph does not say which numbers the input {each.name} takes ({each.source}); "
             f"{each.low} to {each.high} were drawn; give --input"
         )
+    if blank:
+        return "inconclusive", (
+            f"{blank[0]}: in the original it is empty or has no finite number, whatever the input was; "
+            "give an input with --input for which it has"
+        )
     return "pass", None
+
+
+def _says_something(output: Any) -> bool:
+    """Whether an output of the original holds anything that another can be compared with."""
+    if isinstance(output, list):
+        return any(_says_something(each) for each in output)
+    if not isinstance(output, np.ndarray):
+        return True
+    return bool(np.isfinite(output).any()) if output.dtype.kind in "fc" else output.size > 0
 
 
 def _different(reason: str) -> Comparison:
@@ -186,11 +223,18 @@ def compare_arrays(
 ) -> OutputComparison:
     """Whether `got` is `expected`, of which `noise` is another, equally valid version.
 
-    Integers and values that are not arrays have to be equal; NaN and infinity have to be in the same places.
+    Integers and values that are not arrays have to be equal; NaN and infinity have to be in the same places. Of a
+    sequence, the worst element counts.
     """
+    if isinstance(expected, list) and isinstance(got, list):
+        if len(expected) != len(got):
+            return OutputComparison(name, None, None, f"it has {len(got)} elements instead of {len(expected)}")
+        pairs = zip(expected, noise, got, strict=True)
+        each = [compare_arrays(name, *pair, roundings=roundings, multiple=multiple) for pair in pairs]
+        return max(each, key=_badness, default=OutputComparison(name, 0.0, 0.0, None))
     if not isinstance(expected, np.ndarray) or not isinstance(got, np.ndarray):
         same = expected == got
-        return OutputComparison(name, None, None, None if same else "it is another sequence")
+        return OutputComparison(name, None, None, None if same else "it is another value")
     if expected.shape != got.shape or expected.dtype != got.dtype:
         reason = f"it is {got.dtype} {list(got.shape)} instead of {expected.dtype} {list(expected.shape)}"
         return OutputComparison(name, None, None, reason)

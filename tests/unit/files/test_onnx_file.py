@@ -186,3 +186,51 @@ def test_a_type_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     onnx.save(model, tmp_path / "a.onnx")
     with pytest.raises(UsageError, match="contains something that cannot be read .*Map types"):
         load_onnx(tmp_path / "a.onnx")
+
+
+def test_nodes_may_be_in_any_order(tmp_path: Path) -> None:
+    model = onnx.parser.parse_model(TEXT.replace("y = MatMul(x, w)", "a = Relu(x) b = Neg(a) y = MatMul(b, w)"))
+    model.graph.initializer.append(onnx.numpy_helper.from_array(WEIGHT, "w"))
+    nodes = list(model.graph.node)
+    del model.graph.node[:]
+    model.graph.node.extend(reversed(nodes))
+    onnx.save(model, tmp_path / "a.onnx")
+    assert [node.op_type for node in load_onnx(tmp_path / "a.onnx").graph] == ["Relu", "Neg", "MatMul"]
+    comparison = compare_files(tmp_path / "a.onnx", tmp_path / "a.onnx")
+    assert comparison.verdict == "pass", comparison
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ("{ y = Add(x, b) b = Relu(y) }", "read each other's results in a circle"),
+        ("{ z = Relu(x) }", "nothing in the graph 'g' produces its output 'y'"),
+        (
+            "{ c = Constant<value = bool {1}>() y = If(c) <then_branch = t () => (float[N,4] x) { },"
+            " else_branch = e () => (float[N,4] b) { b = Relu(x) }> }",
+            "nothing in the graph 't' produces its output 'x'; .* an Identity",
+        ),
+    ],
+)
+def test_a_graph_that_cannot_be_run_is_refused(tmp_path: Path, body: str, says: str) -> None:
+    head = TEXT.split("{")[0].replace("float[N,3]", "float[N,4]")
+    onnx.save(onnx.parser.parse_model(head + body), tmp_path / "a.onnx")
+    with pytest.raises(UsageError, match=says):
+        load_onnx(tmp_path / "a.onnx")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("length", "40", "the tensor w has 48 bytes, and the file says that 40 are stored"),
+        ("offset", "-4", "offset must be non-negative"),
+        ("offset", "four", "invalid literal .* 'four'"),
+    ],
+)
+def test_what_the_file_says_about_its_data_is_examined(tmp_path: Path, key: str, value: str, says: str) -> None:
+    path = write(tmp_path / "a.onnx", external=True)
+    model = onnx.load(path, load_external_data=False)
+    next(each for each in model.graph.initializer[0].external_data if each.key == key).value = value
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(UsageError, match=says):
+        load_onnx(path)

@@ -98,6 +98,27 @@ def test_shared_weights_share_their_gates() -> None:
     assert kept["a"]["embedding.weight"] == 40 * WIDTH
 
 
+class Repeated(nn.Module):
+    """One block under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        block = nn.Sequential(nn.Linear(WIDTH, 32), nn.ReLU(), nn.Linear(32, WIDTH))
+        self.blocks = nn.ModuleList([block, block])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x + block(x)
+        return x
+
+
+def test_a_module_under_several_names_is_one_module() -> None:
+    module = partition(Repeated(), hidden(), contexts=3, dynamic_shapes=HIDDEN, align=8)
+    module(*hidden(), context=torch.tensor(0))
+    assert module.calls == {("blocks.0", "blocks.0.2"): 2}
+    assert_freezes(module, random_selection(module), hidden(3, 7))
+
+
 def test_channels_of_a_convolution_network() -> None:
     model = ConvolutionNetwork().eval()
     randomise(model)

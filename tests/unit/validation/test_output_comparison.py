@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import numpy as np
@@ -156,3 +157,62 @@ def test_models_that_need_long_axes_get_them(tmp_path: Path) -> None:
     )
     assert compare_files(path, path).runs > 0
     assert {each["x"].shape[2] for each in given_or_random(path, ())} >= {64}
+
+
+SEQUENCE = "(float[4,4] x) => (seq(float[2,4]) y) { s = Constant<value = int64[2] {2, 2}>() y = SplitToSequence(x, s) }"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("", "", None),
+        ("y = SplitToSequence(x", "a = Neg(x) y = SplitToSequence(a", "y: it differs by"),
+        ("[2] {2, 2}", "[3] {1, 1, 2}", "y: it has 3 elements instead of 2"),
+        ("[2] {2, 2}", "[2] {1, 3}", r"y: it is float32 \[1, 4\] instead of float32 \[2, 4\]"),
+    ],
+)
+def test_sequences_are_compared_element_by_element(tmp_path: Path, old: str, new: str, says: str | None) -> None:
+    text = SEQUENCE.replace(old, new).replace("seq(float[2,4])", "seq(float[M,4])")
+    comparison = compare_files(write(tmp_path / "a.onnx", SEQUENCE), write(tmp_path / "b.onnx", text))
+    assert comparison.verdict == ("fail" if says else "pass"), comparison
+    assert re.search(says or "", comparison.reason or "")
+
+
+@pytest.mark.parametrize(
+    ("body", "other"),
+    [
+        ("(float[N,4] x) => (float[N,4] y) { a = Abs(x) b = Neg(a) y = Sqrt(b) }", "Log(b)"),
+        (
+            "(float[1,6,4] b, float[1,1,6] s) => (int64[K,3] y) { t = Constant<value = float {9}>()"
+            " i = Constant<value = float {1}>() n = Constant<value = int64 {3}>()"
+            " y = NonMaxSuppression(b, s, n, i, t) }",
+            "NonMaxSuppression<center_point_box = 1>(b, s, n, i, t)",
+        ),
+    ],
+)
+def test_outputs_that_never_say_anything_are_inconclusive(tmp_path: Path, body: str, other: str) -> None:
+    text = f"{body.partition('y = ')[0]}y = {other} }}"
+    comparison = compare_files(write(tmp_path / "a.onnx", body), write(tmp_path / "b.onnx", text))
+    assert comparison.verdict == "inconclusive"
+    assert "y: in the original it is empty or has no finite number" in (comparison.reason or "")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("(string[N] x) => (string[N] y) { y = Identity(x) }", r"x is a tensor\(string\), which .*; give --input"),
+        ("(seq(float[N]) x) => (int64 y) { y = SequenceLength(x) }", r"x is a seq\(.*\), .* at random$"),
+        ("(float[N] x) => (bfloat16[N] y) { y = Cast<to = 16>(x) }", r"y is a tensor\(bfloat16\), which .* Python"),
+        ("(bfloat16[N] x) => (float[N] y) { y = Cast<to = 1>(x) }", r"x is a tensor\(bfloat16\), which .* Python"),
+    ],
+)
+def test_types_that_cannot_be_run_are_named(tmp_path: Path, text: str, says: str) -> None:
+    path = write(tmp_path / "a.onnx", text)
+    comparison = compare_files(path, path)
+    assert comparison.verdict == "inconclusive"
+    assert re.search(says, comparison.reason or "")
+
+
+def test_text_can_be_given(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.onnx", "(string[N] x) => (string[N] y) { y = Identity(x) }")
+    assert compare_files(path, path, inputs=[{"x": np.array(["a", "b"])}])
