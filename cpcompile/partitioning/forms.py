@@ -55,11 +55,13 @@ def outputs_of(model: nn.Module, output: object, graph: fx.Graph) -> Outputs:
     return Outputs(tuple(names), tuple(again))
 
 
-def require_supported(model: object, inputs: Sequence[object]) -> None:
+def require_supported(model: object, inputs: Sequence[Tensor]) -> None:
     """UsageError if `model` is no plain module, or if it or its inputs hold tensors that no engine can hold."""
     name = type(model).__name__
     if not isinstance(model, nn.Module):
-        raise UsageError(f"a {name} is no torch.nn.Module; partition the module that it was made from")
+        raise UsageError(
+            f"model is a {name}: a torch.nn.Module is needed; if it was made from one, partition that module"
+        )
     for path, module in model.named_modules():
         if why := _wrapped(module):
             raise UsageError(f"{f'{name}: {path}' if path else name} {why}")
@@ -70,8 +72,6 @@ def require_supported(model: object, inputs: Sequence[object]) -> None:
         if why := _unfit(buffer, (*FLOATS, torch.complex64)):
             raise UsageError(f"{name}: {path} {why}: model.float().cpu()")
     for number, value in enumerate(inputs):
-        if not isinstance(value, Tensor):
-            raise UsageError(f"{name}: input {number} is a {type(value).__name__}, not a tensor; bind it: {FORWARD}")
         if why := _unfit(value):
             raise UsageError(f"{name}: input {number} {why}: {FORWARD}")
 

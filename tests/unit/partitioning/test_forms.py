@@ -242,8 +242,8 @@ def test_modules_without_an_engine_are_refused(make: Callable[[nn.Module], Any],
     [
         (X.bfloat16(), "Feed: input 0 is of torch.bfloat16"),
         (X * 1j, "Feed: input 0 is of torch.complex64"),
-        ([X], "Feed: input 0 is a list, not a tensor; bind it: forward="),
-        (None, "Feed: input 0 is a NoneType, not a tensor"),
+        ([X], r"example_inputs\[0\] is a list: a tensor is needed; set other arguments in `forward`"),
+        (None, r"example_inputs\[0\] is a NoneType: a tensor is needed"),
         (X.to("meta"), "Feed: input 0 is on meta"),
     ],
 )
