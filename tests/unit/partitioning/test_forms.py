@@ -227,8 +227,8 @@ def with_parameter(value: Tensor) -> Callable[[Any], Any]:
             "Custom: extra is a .* of layout torch.spa",
         ),
         (lambda _: nn.Sequential(nn.LazyLinear(4)), "Sequential: 0.weight has no shape yet; run the model once"),
-        (lambda m: m.forward, "a method is no torch.nn.Module"),
-        (lambda m: torch.export.export(m, (X,)), "a ExportedProgram is no torch.nn.Module"),
+        (lambda m: m.forward, "model is a method: a torch.nn.Module is needed"),
+        (lambda m: torch.export.export(m, (X,)), "model is a ExportedProgram: a torch.nn.Module is needed"),
     ],
 )
 @pytest.mark.filterwarnings("ignore")
