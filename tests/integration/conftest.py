@@ -63,12 +63,14 @@ def exported_once() -> Iterator[None]:
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + tensor.numpy().tobytes())
         key = digest.digest()
         if key not in known:
-            graph = export(model, arguments, **options).model
+            program = export(model, arguments, **options)
+            graph = program.model
             for name, value in graph.graph.initializers.items():
                 if value.const_value is not None:  # the model's own tensors may change
                     value.const_value = ir.tensor(value.const_value.numpy().copy(), name=name)
-            known[key] = graph
-        return SimpleNamespace(model=known[key].clone())
+            known[key] = graph, program.exported_program
+        graph, exported = known[key]
+        return SimpleNamespace(model=graph.clone(), exported_program=exported)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.onnx, "export", remembered)
