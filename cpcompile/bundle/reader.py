@@ -232,6 +232,9 @@ def open_bundle(path: str | PathLike[str]) -> Bundle:
     """Open and check the manifest and the components of the bundle `path`."""
     path = as_path(path, "open_bundle")
     if not inside(path, MANIFEST).is_file():
+        failed = path.with_name(f"{path.name}.failed")
+        if not path.exists() and inside(failed, MANIFEST).is_file():
+            raise UsageError(f"{path}: there is no such folder; a build whose verdict is fail wrote {failed}")
         kind = "there is no such folder" if not path.exists() else f"is not a bundle (no {MANIFEST} in it)"
         raise UsageError(f"{path}: {kind}; `cpcompile build model.pt -o model.cpc` makes one")
     manifest = read_json(path / MANIFEST)

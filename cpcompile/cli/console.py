@@ -125,7 +125,8 @@ class TrainProgress:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._bars.stop()
+        if console.is_terminal:
+            self._bars.stop()
 
     def __call__(self, report: StepReport) -> None:
         branch, done = report.branch, report.step - report.first

@@ -21,7 +21,7 @@ from cpcompile.files.whole_files import require_file_path
 @click.option("--out", "-o", type=FilePath, default="model.pt", help="Checkpoint to write.")
 @click.option("--config", type=FilePath, help="TOML file with the tables [model] and [train]; flags override it.")
 @click.option("--preset", "preset_name", type=click.Choice(list(PRESETS)), help="Model shape.  [default: tiny]")
-@click.option("--from-pretrained", type=FilePath, metavar="DIR", help="Folder of a Hugging Face model, or its GGUF.")
+@click.option("--from-pretrained", type=FilePath, metavar="DIR", help="Folder of a Hugging Face model or a GGUF.")
 @click.option("--steps", type=int, help=f"Optimizer steps of the whole schedule.  [default: {TrainConfig.steps}]")
 @click.option("--batch", type=int, help=f"Sequences per context and step.  [default: {TrainConfig.batch}]")
 @click.option("--sequence", type=int, help=f"Tokens per sequence.  [default: {TrainConfig.sequence}]")

@@ -30,7 +30,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from cpcompile.core.coercion import as_path
+from cpcompile.core.coercion import as_path, require
 from cpcompile.core.config import require_context_name
 from cpcompile.core.errors import UsageError
 from cpcompile.core.selection import Digits, Selection, UnitKind
@@ -39,7 +39,7 @@ from cpcompile.files.whole_files import require_file_path, whole_file
 from cpcompile.frontend.capture import export_graph
 from cpcompile.frontend.program_archive import EXAMPLES, FORMAT, RECORD, VERSION, damaged, inspect_program
 from cpcompile.partitioning.arguments import as_inputs
-from cpcompile.partitioning.partitioned_module import PartitionedModule
+from cpcompile.partitioning.partitioned_module import PartitionedModule, require_partitioned
 from cpcompile.partitioning.trace import quiet
 
 
@@ -167,6 +167,8 @@ def save_program(
     UsageError: contexts that do not fit, a model that cannot be exported, a path that is not a .pt2 file.
     """
     target = require_file_path(as_path(path, "save_program"), ".pt2")
+    require_partitioned(module)
+    require(isinstance(selection, Selection), f"a {type(selection).__name__} is no selection; `select_units` makes one")
     if len(selection.contexts) != module.contexts:
         raise UsageError(f"the module has gates for {module.contexts} contexts, the selection {selection.contexts}")
     for context in selection.contexts:
@@ -193,6 +195,10 @@ def save_program(
             )
     except Exception as error:  # any kind of error: torch.export runs the model's own code
         raise UsageError(f"{type(module.model).__name__}: torch.export cannot export it with gates: {error}") from error
+    for context, given in given_inputs.items():
+        for number, inputs in enumerate(given):
+            wrong = _misfit(program, inputs)
+            require(not wrong, f"examples: {context}[{number}]: {wrong}")
     own_names = {id(tensor): name for name, tensor in reversed(list(module.model.named_parameters()))}
     every = dict(flat.named_parameters(remove_duplicate=False))
     names = module.input_names()
@@ -269,6 +275,8 @@ def _require_consistent(program: Program) -> None:
         for feeds in program.examples[context]:
             if feeds.keys() != set(program.inputs):
                 raise ValueError(f"an example of {context} has the inputs {sorted(feeds)}")
+            if wrong := _misfit(program.exported, [torch.from_numpy(feeds[name]) for name in program.inputs]):
+                raise ValueError(f"an example of {context}: {wrong}")
     for layer in (layer for layers in (program.selection or {}).values() for layer in layers):
         rows = [layer["kept"][context] for context in program.contexts]
         if not all(re.fullmatch("[01]+", digits) and len(digits) == len(rows[0]) for digits in rows):
@@ -276,6 +284,27 @@ def _require_consistent(program: Program) -> None:
     users = len(program.exported.graph_signature.user_inputs)
     if users != len(program.inputs) + 1 or len(program.exported.graph_signature.user_outputs) != len(program.outputs):
         raise ValueError("names of inputs or outputs do not fit the program")
+
+
+def _misfit(program: ExportedProgram, inputs: Sequence[Tensor]) -> str:
+    """Which of the inputs has a type or shape that the program does not take; empty if none has."""
+    nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
+    lengths: dict[Any, int] = {}
+    for number, (user, given) in enumerate(zip(program.graph_signature.user_inputs, inputs, strict=False)):
+        expected = nodes[str(user)].meta["val"]
+        form = f"input {number} is {given.dtype} {list(given.shape)}, and the program takes"
+        if given.dtype is not expected.dtype or given.dim() != expected.dim():
+            return f"{form} {expected.dtype} {list(expected.shape)}"
+        for size, length in zip(expected.shape, given.shape, strict=True):
+            if isinstance(size, int):
+                fits = size == length
+            else:
+                bounds = program.range_constraints.get(size.node.expr)
+                fits = lengths.setdefault(size.node.expr, length) == length
+                fits = fits and (bounds is None or bounds.lower <= length <= bounds.upper)
+            if not fits:
+                return f"{form} {expected.dtype} {list(expected.shape)}"
+    return ""
 
 
 def _axis_names(inputs: Sequence[str], dynamic: tuple[Any, ...] | None) -> dict[str, dict[str, str]]:

@@ -48,6 +48,8 @@ def image_encoder(model: nn.Module, pixel_values: Tensor) -> Any:
 def load_hugging_face(folder: Path, *, gguf_file: str | None = None) -> Ready:
     """The model in `folder` in single precision: a causal language model where its config names one, else its base."""
     transformers = transformers_package()
+    if folder.is_file():
+        raise UsageError(f"{folder}: is a file; give the folder that holds it")
     if not folder.is_dir():
         raise UsageError(f"{folder}: there is no such folder; models are read from disk, never downloaded")
     require_fetched_model(folder)

@@ -182,3 +182,9 @@ class PartitionedModule(nn.Module):
                             f"{context} keeps {row.sum()} of the {group.units} units of kind {kind} in {group.name}, "
                             f"which needs {group.fewest} for every token; keep at least that many"
                         )
+
+
+def require_partitioned(module: object) -> None:
+    """UsageError unless `module` is what `partition` returns."""
+    if not isinstance(module, PartitionedModule):
+        raise UsageError(f"a {type(module).__name__} has no gates; give what `partition` returned")

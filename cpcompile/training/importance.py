@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from cpcompile.core.coercion import require
 from cpcompile.core.selection import UnitKind, Units
 from cpcompile.models.gates import Gate
 from cpcompile.models.language_model import LanguageModel
@@ -69,9 +70,15 @@ def measure_group_importance(
     """Importance in any partitioned module, arrays (layers, units); 0 where a group has fewer units."""
 
     def loss_of_rows(rows: Sequence[Tensor], inputs: Inputs) -> Tensor:
-        return loss(module.with_rows(*inputs, rows=rows), inputs)
+        value = loss(module.with_rows(*inputs, rows=rows), inputs)
+        require(isinstance(value, Tensor), f"loss returned a {type(value).__name__}: a tensor is needed")
+        require(value.numel() == 1, f"loss returned {list(value.shape)} values: one is needed, the sum over samples")
+        require(value.requires_grad, "loss returned a tensor without a gradient: do not detach the output")
+        return value.reshape(())
 
     scores = _mean_square_gradients(module.group_gates, batches, loss_of_rows, context)
+    finite = all(np.isfinite(score).all() for score in scores)
+    require(finite, "the gradients of the loss are NaN or infinite, so no importance follows from them")
     importance = {}
     for units in module.units():
         importance[units.kind] = np.zeros((units.layers, units.count))
@@ -95,7 +102,7 @@ def _mean_square_gradients(
         for gate in gates:
             row = torch.ones_like(gate.table[0]) if context is None else gate.table[context]
             rows.append(row.detach().repeat(count, 1).requires_grad_())
-        gradients = torch.autograd.grad(loss(rows, inputs), rows)
+        gradients = torch.autograd.grad(loss(rows, inputs), rows, materialize_grads=True)
         for total, gradient in zip(sums, gradients, strict=True):
             total += gradient.double().square().sum(0).cpu()
         sequences += count

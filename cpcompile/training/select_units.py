@@ -12,7 +12,7 @@ from cpcompile.core.config import require_context_name
 from cpcompile.core.errors import UsageError
 from cpcompile.core.selection import BoolArray, Selection, UnitKind
 from cpcompile.partitioning.arguments import as_inputs
-from cpcompile.partitioning.partitioned_module import PartitionedModule
+from cpcompile.partitioning.partitioned_module import PartitionedModule, require_partitioned
 from cpcompile.training.allocation import allocate
 from cpcompile.training.importance import Loss, equal_importance, measure_group_importance, stack_contexts
 
@@ -37,6 +37,7 @@ def select_units(
     Layers with equally many units share their budget; where all budgets are 1, nothing is measured. UsageError:
     contexts or kinds that the module does not have.
     """
+    require_partitioned(module)
     require(isinstance(batches, Mapping), f"batches is a {type(batches).__name__}: a dict by context is needed")
     contexts = tuple(batches)
     for context in contexts:

@@ -120,6 +120,8 @@ def test_a_folder_is_read_without_the_network(tmp_path: Path) -> None:
         assert torch.equal(ready.forward(ready.model, ids, mask), model(ids).logits)
     with pytest.raises(UsageError, match="there is no such folder; models are read from disk"):
         load_hugging_face(tmp_path / "absent")
+    with pytest.raises(UsageError, match="is a file; give the folder that holds it"):
+        load_hugging_face(tmp_path / "config.json")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match="cannot be read as a Hugging Face model"):
         load_hugging_face(tmp_path / "empty")

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -149,6 +150,12 @@ def test_a_folder_that_is_no_bundle_is_refused(tmp_path: Path) -> None:
         open_bundle(tmp_path)
     with pytest.raises(UsageError, match="no such folder"):
         open_bundle(tmp_path / "nowhere")
+
+
+def test_a_bundle_that_failed_is_named_where_there_is_no_other(bundle: Path) -> None:
+    bundle.rename(f"{bundle}.failed")
+    with pytest.raises(UsageError, match=rf"a build whose verdict is fail wrote {re.escape(str(bundle))}\.failed"):
+        open_bundle(bundle)
 
 
 def test_an_unknown_context_or_variant_lists_what_there_is(bundle: Path) -> None:

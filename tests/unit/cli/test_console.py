@@ -81,6 +81,13 @@ def test_training_says_how_long_all_branches_take(moving: Clock, monkeypatch: py
     assert "step     17 of 40  loss 2.000  100 tokens/s, 0:03:32 left" in lines[2]  # 53 steps of 4 seconds
 
 
+def test_training_that_ends_at_once_leaves_no_empty_line_in_a_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    file = shown(monkeypatch, terminal=False)
+    with TrainProgress({"parent": 10}):
+        pass
+    assert file.getvalue() == ""
+
+
 def test_a_terminal_shows_the_part_that_is_at_work(monkeypatch: pytest.MonkeyPatch) -> None:
     file = shown(monkeypatch, terminal=True)
     with stage_progress() as stage:

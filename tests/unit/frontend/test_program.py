@@ -356,3 +356,20 @@ def test_a_flipped_byte_never_passes_as_another_model(good: Path, tmp_path: Path
         (output,) = program.eager("day")(feeds).values()
         assert np.array_equal(output, expected)
     assert refused > 5
+
+
+@pytest.mark.parametrize(
+    ("example", "given"),
+    [
+        (torch.randn(2, 6, 15), r"torch.float32 \[2, 6, 15\]"),
+        (torch.randn(2, 65, 16), r"torch.float32 \[2, 65, 16\]"),
+        (torch.randn(2, 6, 16).double(), r"torch.float64 \[2, 6, 16\]"),
+        (torch.randn(2, 16), r"torch.float32 \[2, 16\]"),
+    ],
+)
+def test_examples_that_the_program_cannot_take_are_refused(example: torch.Tensor, given: str, tmp_path: Path) -> None:
+    module, selection = made("gated")
+    message = rf"examples: night\[0\]: input 0 is {given}, and the program takes torch.float32 \["
+    with pytest.raises(UsageError, match=message):
+        cpcompile.save_program(module, selection, tmp_path / "model.pt2", examples={"night": [(example,)]})
+    assert not list(tmp_path.iterdir())

@@ -189,7 +189,7 @@ def interface(model: ir.Model) -> list[tuple[str | None, object, int | None]]:
 
 def test_no_pass_changes_the_type_or_the_rank_of_an_output(cases: Sequence[Any], share: int) -> None:
     """Of all cases, whether ONNX Runtime can run them or not, as they are and with constants instead of inputs."""
-    tried, wrong, step = 0, [], 1 if share == 1 else 11
+    tried, wrong, step = 0, [], 1 if share == 1 else 5
     for number, case in enumerate(cases[::step]):
         proto = with_constants(Passing(case.name, case.model, feeds_of(case), {}))[0] if number % 2 else case.model
         model = prepared(proto)
@@ -207,7 +207,7 @@ def test_no_pass_changes_the_type_or_the_rank_of_an_output(cases: Sequence[Any],
             ]
             wrong += [(case.name, name, pair) for pair in known if pair[0] != pair[1]]
     assert not wrong
-    assert tried > 400 / step / share
+    assert tried > 100 / step / share
 
 
 def with_constants(case: Passing, rng: np.random.Generator | None = None) -> tuple[onnx.ModelProto, Feeds]:
