@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,7 +31,8 @@ def measured(trained: Path, once: Once) -> Path:
     def make(folder: Path) -> None:
         for name in ("model.pt", "model.dense.pt"):
             shutil.copy(trained.with_name(name), folder / name)
-        result = CliRunner().invoke(main, ["build", str(folder / "model.pt"), "--json", "--rounds", "4"])
+        with short_continuations():
+            result = CliRunner().invoke(main, ["build", str(folder / "model.pt"), "--json", "--rounds", "4"])
         assert result.exit_code in (0, 1), result.output
         if (failed := folder / "model.cpc.failed").exists():
             failed.rename(folder / "model.cpc")
@@ -38,12 +40,18 @@ def measured(trained: Path, once: Once) -> Path:
     return once("measured", make)
 
 
-@pytest.fixture(scope="session", autouse=True)
+@contextmanager
 def short_continuations() -> Iterator[None]:
     """The coherence of a few tokens takes as much code as that of many, and a fifth of the time of a build less."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(coherence, "PROMPTS", 4)
         patch.setattr(coherence, "NEW_TOKENS", 4)
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_coherence() -> Iterator[None]:
+    with short_continuations():
         yield
 
 
