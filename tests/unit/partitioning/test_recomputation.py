@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from cpcompile.core.errors import UsageError
 from cpcompile.partitioning import PartitionedModule, partition
 from tests.unit.partitioning.models import WIDTH, Feed, randomise
 
+ROOT = Path(__file__).parents[3]
 Again = Callable[[nn.Module, Tensor], Tensor]
 
 
@@ -201,10 +204,10 @@ def test_a_copy_has_gates_of_its_own() -> None:
     assert not torch.equal(twin(x, context=context), before)
 
 
-def test_distributed_training(tmp_path: Path) -> None:
+def train_distributed(store: Path) -> None:
     module = made()
     expected = gradients(module, one)
-    torch.distributed.init_process_group("gloo", f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    torch.distributed.init_process_group("gloo", f"file://{store}", rank=0, world_size=1)
     try:
         wrapped: Any = nn.parallel.DistributedDataParallel(module)
         module.model.again = kept  # type: ignore[assignment]
@@ -214,6 +217,15 @@ def test_distributed_training(tmp_path: Path) -> None:
     for name, gradient in expected.items():
         own = found[name if name == "x" else f"module.{name}"]
         assert torch.allclose(own, gradient, rtol=1e-5, atol=1e-5), name
+
+
+def test_distributed_training(tmp_path: Path) -> None:
+    """In a process of its own: its threads have hung in one that had run many other tests."""
+    code = f"from {__name__} import Path, train_distributed; train_distributed(Path({str(tmp_path / 'store')!r}))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_sequential_segments() -> None:
