@@ -76,6 +76,7 @@ def test_nothing_changed(built: Path) -> None:
     assert {each["verdict"] for each in found["outcomes"]} == {"pass"}  # the baseline has neither speed nor memory
 
 
+@pytest.mark.slow
 def test_speed_and_memory_of_this_run(built: Path, fewer: Path, tmp_path: Path) -> None:
     """Measured for a baseline and for the check; on a busy machine a ratio may come out anyhow."""
     base = tmp_path / "base.json"

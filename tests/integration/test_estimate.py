@@ -61,6 +61,7 @@ def test_the_figures_are_those_of_a_build(model: Path, settings: dict[str, Any])
     assert predicted.bundle_bytes == pytest.approx(report.bundle.bytes, rel=0.15)
 
 
+@pytest.mark.slow
 def test_a_limit_stops_a_build_before_it_writes(model: Path) -> None:
     result = run("build", model, "--max-memory", "1MB")
     assert result.exit_code == 2

@@ -128,6 +128,7 @@ def test_a_run_without_steps_is_the_model_as_it_came(
         assert torch.allclose(checkpoint.model(ids, torch.tensor(1)), own(ids).logits, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_it_is_built_like_our_own(model: Path, tmp_path: Path) -> None:
     result = run("build", model, "-o", tmp_path / "m.cpc", *QUICK, "--contexts", "cpp,python", "--json")
     assert result.exit_code in (0, 1), result.output

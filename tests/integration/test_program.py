@@ -123,6 +123,7 @@ def test_a_new_module_adds_up(tmp_path: Path) -> None:
         assert context["parameters"]["removed_by_kind"] == {"ffn": 16 * (16 + 1 + 16), "other": 7 * 16}
 
 
+@pytest.mark.slow
 def test_it_is_validated_again(model: Path, report: dict[str, Any]) -> None:
     result = run("validate", model.with_name("net.cpc"), "--no-speed", "--no-memory")
     assert result.exit_code == 0, result.output

@@ -126,6 +126,7 @@ def test_a_plan_is_no_onnx(bundle: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_validate_measures_what_can_run(bundle: Path) -> None:
     result = run("validate", bundle, *FAST, "--json")
     assert result.exit_code in (0, 1), result.output

@@ -59,6 +59,7 @@ def test_the_checkpoint_tells_where_it_comes_from(trained: Path, corpus: Corpus)
         assert diagonal == pytest.approx(training["perplexity"]["partition"][context], rel=1e-9)
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_model(
     trained: Path, corpus: Corpus, model_config: ModelConfig, tmp_path: Path
 ) -> None:
@@ -121,6 +122,7 @@ def test_a_work_folder_without_its_record_is_not_used(
         train(corpus, model_config, TRAIN, tmp_path / "model.pt", resume=True)
 
 
+@pytest.mark.slow
 def test_kill_between_the_two_checkpoints_and_resume(
     trained: Path, corpus: Corpus, model_config: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -38,6 +38,7 @@ def test_every_criterion_is_a_test(files: Path, pytester: pytest.Pytester, worke
     result.stdout.fnmatch_lines_random(["*same.onnx::parity*", "*same.onnx::nodes*"])
 
 
+@pytest.mark.slow
 def test_a_failure_is_a_sentence(files: Path, pytester: pytest.Pytester) -> None:
     result = pytester.runpytest_subprocess("--cpcompile", "other.onnx", *ARGUMENTS)
     result.assert_outcomes(passed=3, failed=1, skipped=1)

@@ -81,7 +81,7 @@ def refused(onnx_file: Path, **more: Any) -> str:
     return message
 
 
-@pytest.mark.parametrize("opset", [20, 23])
+@pytest.mark.parametrize("opset", [20, pytest.param(23, marks=pytest.mark.slow)])
 def test_every_precision_for_three_generations(frozen: Mapping[int, ir.Model], opset: int, tmp_path: Path) -> None:
     sizes = {}
     for precision, logits in (("fp32", "float32"), ("fp16", "float32"), ("bf16", "float32")):

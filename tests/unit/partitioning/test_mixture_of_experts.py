@@ -186,6 +186,7 @@ def two_mixtures() -> PartitionedModule:
     return partition(model, (hidden(),), contexts=3, dynamic_shapes=SHAPES, align=8)
 
 
+@pytest.mark.slow
 def test_a_mixture_written_by_hand_beside_dense_channels() -> None:
     module = two_mixtures()
     kinds = {group.name: (group.kind, group.units) for group in module.groups}
@@ -282,6 +283,7 @@ def test_recovery_leaves_experts_and_routers() -> None:
     assert names == ("0.shared.down.weight", "1.shared.down.weight")
 
 
+@pytest.mark.slow
 def test_fewer_experts_than_every_token_needs() -> None:
     module = two_mixtures()
     kept = SOME.copy()

@@ -219,6 +219,7 @@ def train_distributed(store: Path) -> None:
         assert torch.allclose(own, gradient, rtol=1e-5, atol=1e-5), name
 
 
+@pytest.mark.slow
 def test_distributed_training(tmp_path: Path) -> None:
     """In a process of its own: its threads have hung in one that had run many other tests."""
     code = f"from {__name__} import Path, train_distributed; train_distributed(Path({str(tmp_path / 'store')!r}))"

@@ -16,7 +16,9 @@ from tests.unit.passes.graph_text import run
 transformers = pytest.importorskip("transformers", reason="needs the extra hf: pip install 'cpcompile[hf]'")
 
 
-@pytest.mark.parametrize("family", ["MT5", pytest.param("UMT5", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "family", [pytest.param("MT5", marks=pytest.mark.slow), pytest.param("UMT5", marks=pytest.mark.slow)]
+)
 def test_an_encoder_is_read_partitioned_and_captured(family: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = getattr(transformers, f"{family}Config")(

@@ -245,7 +245,7 @@ def test_operators_before_opset_13_are_left_alone() -> None:
     assert ir.to_proto(model) == before
 
 
-@pytest.mark.parametrize(("opset", "kv_heads"), [(20, 4), (23, 2)])
+@pytest.mark.parametrize(("opset", "kv_heads"), [pytest.param(20, 4, marks=pytest.mark.slow), (23, 2)])
 def test_the_gates_of_a_decoder_fold_into_its_output_projections(opset: int, kv_heads: int) -> None:
     model = random_decoder(kv_heads, 2)
     model.select(random_selection(model, 2))

@@ -227,6 +227,7 @@ def inner_inputs(node: ir.Node) -> list[ir.Value]:
     return [value for branch in branches for inner in branch.all_nodes() for value in inner.inputs if value is not None]
 
 
+@pytest.mark.slow
 def test_stored_runs_are_in_the_merged_graph_once_under_their_names() -> None:
     model = random_decoder(4, 5)
     ffn, heads = np.zeros((3, 2, 16), dtype=np.bool_), np.zeros((3, 2, 4), dtype=np.bool_)

@@ -276,6 +276,7 @@ def test_a_frozen_decoder(opset: int, kv_heads: int) -> None:
         assert not EliminateDeadChannels()(engine).modified
 
 
+@pytest.mark.slow
 def test_an_untied_decoder() -> None:
     """The head is stored transposed once frozen; what is kept of it is in that layout."""
     torch.manual_seed(0)

@@ -240,6 +240,7 @@ def test_a_dense_model_has_nothing_to_build(trained: Path, tmp_path: Path) -> No
         read_facts(tmp_path / "model.pt")
 
 
+@pytest.mark.slow
 def test_the_libraries_are_measured() -> None:
     libraries = measure_libraries(None)
     # An engine is ONNX Runtime alone; torch weighs more, and exporting with it more still.
