@@ -140,6 +140,7 @@ def test_what_cannot_be_merged_is_refused(model: Path, tmp_path: Path, flags: li
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_each_context_can_have_the_vocabulary_that_its_text_needs(
     model: Path, corpus_folder: Path, tmp_path: Path
 ) -> None:

@@ -269,6 +269,7 @@ def test_the_github_action_runs(built: Path, tmp_path: Path) -> None:
         assert done.returncode == code, done.stderr
 
 
+@pytest.mark.slow
 def test_the_workflow_uses_the_action_and_gitlab_runs(built: Path, tmp_path: Path) -> None:
     workflow = yaml.safe_load((CI / "github-workflow.yml").read_text())
     action = yaml.safe_load((CI / "cpcompile-check" / "action.yml").read_text())

@@ -76,7 +76,9 @@ BUILD: Words = ["build", "model.pt", "--no-speed", "--no-memory", "--no-layers",
         (["check", "a.onnx", "--baseline", "b.onnx"], "compare"),
     ],
 )
-@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "exit_code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+)
 def test_nothing_is_left_and_nothing_is_changed(
     words: Words,
     stage: str,

@@ -89,6 +89,7 @@ def test_it_is_partitioned_by_its_own_names(model: Path) -> None:
         assert not any(buffer.is_meta for buffer in loaded.model.buffers())
 
 
+@pytest.mark.slow
 def test_a_trace_of_one_size_finds_what_a_trace_of_all_sizes_finds(model: Path) -> None:
     own = transformers.AutoModelForCausalLM.from_pretrained(model.parent, local_files_only=True)
     ready = prepare_hugging_face(own)

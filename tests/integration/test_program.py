@@ -111,6 +111,7 @@ class _Fresh(torch.nn.Module):
         return self.narrow(torch.relu(self.wide(x)))
 
 
+@pytest.mark.slow
 def test_a_new_module_adds_up(tmp_path: Path) -> None:
     torch.manual_seed(4)
     net, batches = _Fresh(), {"day": [(torch.randn(2, 5, 16),)], "night": [(torch.randn(2, 5, 16),)]}
