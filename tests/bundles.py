@@ -7,8 +7,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from cpcompile.bundle.artifact import Artifact
 from cpcompile.bundle.manifest import manifest_digest
 from cpcompile.files.whole_files import file_digest
+
+ARTIFACT = Artifact(
+    variant="cpu-fp32",
+    runtime="onnxruntime",
+    precision="fp32",
+    provider="CPUExecutionProvider",
+    device="cpu",
+    model_file="model.onnx",
+    files=("model.onnx",),
+    shared_bytes=0,
+)
+"""An engine of the CPU in one file, without shared weights."""
 
 
 def reseal(bundle: Path, edit: Callable[[dict[str, Any]], object] = lambda manifest: None) -> None:

@@ -11,23 +11,14 @@ from typing import Any
 
 import pytest
 
-from cpcompile.bundle.artifact import Artifact
 from cpcompile.bundle.manifest import manifest_digest
 from cpcompile.bundle.reader import open_bundle
 from cpcompile.bundle.writer import BundleWriter, asset_uri
 from cpcompile.core.errors import CpcompileError, UsageError
 from cpcompile.files.whole_files import file_digest
+from tests import bundles
 
-ARTIFACT = Artifact(
-    variant="cpu-fp32",
-    runtime="onnxruntime",
-    precision="fp32",
-    provider="CPUExecutionProvider",
-    device="cpu",
-    model_file="model.onnx",
-    files=("model.onnx",),
-    shared_bytes=7,
-)
+ARTIFACT = dataclasses.replace(bundles.ARTIFACT, shared_bytes=7)
 
 
 def write(target: Path, *, content: bytes = b"model", contexts: tuple[str, ...] = ("a", "b")) -> Path:

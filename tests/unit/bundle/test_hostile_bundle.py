@@ -1,5 +1,6 @@
 """Bundles of somebody who means harm: every digest fits. What is damaged by chance is in test_bundle."""
 
+import dataclasses
 import json
 import os
 import sys
@@ -11,14 +12,13 @@ import numpy as np
 import onnx
 import pytest
 
-from cpcompile.bundle.artifact import Artifact
 from cpcompile.bundle.reader import Bundle, open_bundle
 from cpcompile.bundle.writer import BundleWriter
 from cpcompile.core.errors import CpcompileError, UsageError
 from cpcompile.files.external_data import references_of
 from cpcompile.runtime.engine import load_engine
 from cpcompile.targets.plan_info import PlanInfo, Profile, TensorInfo
-from tests.bundles import reseal
+from tests.bundles import ARTIFACT, reseal
 
 ENGINE = "a/cpu-fp32/model.onnx"
 SECRET = np.arange(4, dtype=np.float32)
@@ -50,16 +50,7 @@ def bundle(tmp_path: Path) -> Path:
 
 
 def write_bundle(target: Path) -> Path:
-    artifact = Artifact(
-        variant="cpu-fp32",
-        runtime="onnxruntime",
-        precision="fp32",
-        provider="CPUExecutionProvider",
-        device="cpu",
-        model_file="model.onnx",
-        files=("model.onnx",),
-        shared_bytes=16,
-    )
+    artifact = dataclasses.replace(ARTIFACT, shared_bytes=16)
     with BundleWriter(target) as writer:
         for name in ("weights", "tokenizer"):
             writer.stage(name)

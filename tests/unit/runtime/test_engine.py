@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cpcompile.bundle import Bundle, open_bundle
-from cpcompile.bundle.artifact import Artifact
 from cpcompile.bundle.writer import BundleWriter
 from cpcompile.core.errors import CpcompileError, UsageError
 from cpcompile.runtime import Engine, load_engine
+from tests.bundles import ARTIFACT
 
 VOCABULARY = 16
 LOGITS = np.random.default_rng(0).standard_normal((VOCABULARY, VOCABULARY)).astype(np.float32)
@@ -30,16 +30,6 @@ GRAPHS = {
     "numbers": """<ir_version: 10, opset_import: ["" : 20]>
         numbers (float[batch, 2] x, int32[1] n) => (float[batch, 2] y) { m = Cast<to = 1>(n) y = Mul(x, m) }""",
 }
-ARTIFACT = Artifact(
-    variant="cpu-fp32",
-    runtime="onnxruntime",
-    precision="fp32",
-    provider="CPUExecutionProvider",
-    device="cpu",
-    model_file="model.onnx",
-    files=("model.onnx",),
-    shared_bytes=0,
-)
 
 
 def write(folder: Path, *contexts: str, reads_text: bool) -> Bundle:
