@@ -1,7 +1,8 @@
 """What a file claims about the results of its nodes, against what their operators make of the inputs.
 
 Old exporters and graph editors leave types and shapes behind that are no longer true. Inference gets a copy without
-them, with numbers for the symbolic axes: by its name, an axis twice as long as N cannot be told from N.
+them, with numbers for the symbolic axes: by its name, an axis twice as long as N cannot be told from N. Behind a loop,
+say, it finds nothing: there each claim is compared with what follows from the claims before it.
 """
 
 from __future__ import annotations
@@ -20,21 +21,30 @@ def drop_wrong_claims(model: ir.Model, complete: Callable[[ir.Model], object]) -
     A file that is wrong once is not believed where nothing can be verified. The names that it gives to the axes of the
     model's outputs stay. `complete` adds what onnx leaves open.
     """
-    wrong: set[ir.Value] = set()
+    wrong: dict[ir.Value, ir.Value] = {}
+    unknown = False
     for lengths in (distinct_lengths(model.graph), {}):  # with these numbers, inference may skip nodes that need others
         if (made := inferred(model, believe=False, lengths=lengths)) is not None:
             complete(made)
-            wrong.update(own for own, other in _pairs(model, made) if _contradict(own, other, lengths))
+            pairs = list(_pairs(model, made))
+            wrong.update((own, other) for own, other in pairs if _contradict(own, other, lengths))
+            unknown = any(own.shape is not None and other.shape is None for own, other in pairs)
+    if not wrong and unknown:
+        wrong.update(_against_each_other(model))
     if not wrong or (made := inferred(model, believe=False)) is None:
         return []
     complete(made)
     texts = []
     for own, other in _pairs(model, made):
         if own in wrong:
-            texts.append(f"{own.name} is declared as {_described(own)}, its operator makes {_described(other)}")
+            makes = _described(other if other.shape is not None else wrong[own])
+            texts.append(f"{own.name} is declared as {_described(own)}, its operator makes {makes}")
         if own in wrong or not own.is_graph_output() or own.graph is not model.graph:
             own.type = own.type if other.type is None else other.type
-            own.shape = None if other.shape is None else ir.Shape(_dim(d) for d in other.shape)
+            if other.shape is not None:
+                own.shape = ir.Shape(_dim(d) for d in other.shape)
+            elif own.shape is not None:  # an output of the model must have a shape, if one without lengths
+                own.shape = ir.Shape([None] * own.shape.rank()) if own.is_graph_output() else None
     for node in model.graph.all_nodes():
         first = 2 if node.op_type == "Loop" else 0  # ONNX Runtime needs to know that its counter is a scalar
         for value in (value for subgraph in subgraphs_of(node) for value in subgraph.inputs[first:]):
@@ -47,6 +57,27 @@ def _pairs(model: ir.Model, other: ir.Model) -> Iterator[tuple[ir.Value, ir.Valu
     for graph, twin in zip(model.graphs(), other.graphs(), strict=True):
         named = {out.name: out for node in twin for out in node.outputs}
         yield from ((out, named[out.name]) for node in graph for out in node.outputs if out.name in named)
+
+
+def _against_each_other(model: ir.Model) -> Iterator[tuple[ir.Value, ir.Value]]:
+    """Claims that do not follow from those before them, with what does.
+
+    The readers of a claimed result get it from an input of the model instead, so that inference believes the claim
+    there, and still says what the operator makes.
+    """
+    apart = model.clone()
+    claimed = [out for node in apart.graph for out in node.outputs if out.name and out.shape is not None]
+    for made in claimed:
+        believed = ir.Value(name=made.name, type=made.type, shape=made.shape)
+        ir.convenience.replace_all_uses_with(made, believed, replace_graph_outputs=True)
+        apart.graph.inputs.append(believed)
+        made.name, made.type, made.shape = f"{made.name}.made", None, None
+    found = inferred(apart)
+    results = {} if found is None else {out.name: out for node in found.graph for out in node.outputs}
+    for own in (out for node in model.graph for out in node.outputs):
+        other = results.get(f"{own.name}.made")
+        if other is not None and _contradict(own, other, {}):
+            yield own, other
 
 
 def _contradict(claim: ir.Value, made: ir.Value, lengths: Mapping[str | None, int]) -> bool:

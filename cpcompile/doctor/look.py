@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import importlib.metadata
 import importlib.util
 import os
@@ -25,6 +24,7 @@ PCI = Path("/sys/bus/pci/devices")
 NVIDIA_DRIVER = Path("/proc/driver/nvidia")
 NVIDIA, DISPLAY = "0x10de", "0x03"
 """Vendor and class of a PCI device. Source: pci.ids."""
+CUDA_VERSION = re.compile(r"^cuda\b[^=\n]*=\s*(['\"])(.+)\1", re.MULTILINE)
 SECONDS = 5
 """How long a program may take to print its version."""
 
@@ -137,17 +137,14 @@ def _has(distribution: str) -> bool:
 
 
 def _torch_cuda() -> str | None:
-    """The literal that torch/version.py assigns to `cuda`."""
+    """The text that torch/version.py assigns to `cuda`."""
     spec = importlib.util.find_spec("torch")
     assert spec is not None
     folders: Iterable[str] = spec.submodule_search_locations or ()
     for folder in folders:
-        for statement in ast.parse((Path(folder) / "version.py").read_text(encoding="utf-8")).body:
-            targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
-            named = any(isinstance(target, ast.Name) and target.id == "cuda" for target in targets)
-            value = getattr(statement, "value", None)
-            if named and isinstance(value, ast.Constant) and isinstance(value.value, str):
-                return value.value
+        # Not ast.parse: in Python 3.11, threads that parse at the same time fail (python/cpython#106905).
+        if found := CUDA_VERSION.search((Path(folder) / "version.py").read_text(encoding="utf-8")):
+            return found[2]
     return None
 
 

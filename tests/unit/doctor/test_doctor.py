@@ -1,11 +1,13 @@
 """The doctor, as a command in a process of its own: here, and where packages are broken in every way."""
 
+import gc
 import json
 import os
 import re
 import subprocess
 import sys
 import tomllib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +185,26 @@ def test_the_cuda_of_torch_is_read_without_importing_it(tmp_path: Path, written:
     found, _ = examination(tmp_path)
     assert finding(found, "torch")["detail"] == said
     assert finding(found, "torch-cuda")["state"] == ("broken" if said == "CUDA 13.0" else "absent")
+
+
+def test_the_cuda_of_torch_is_read_by_many_threads_at_once() -> None:
+    """While one thread collects garbage, and calls back, others go on."""
+
+    def called_back(*_: object) -> None:
+        sum(range(100))
+
+    thresholds, interval = gc.get_threshold(), sys.getswitchinterval()
+    gc.callbacks.append(called_back)
+    gc.set_threshold(20)
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            found = set(pool.map(lambda _: look.torch(), range(200)))
+    finally:
+        gc.callbacks.remove(called_back)
+        gc.set_threshold(*thresholds)
+        sys.setswitchinterval(interval)
+    assert {each.state for each in found} == {"ok"}
 
 
 def test_nvml_without_a_driver_and_a_broken_nvml_are_findings(tmp_path: Path) -> None:

@@ -74,6 +74,38 @@ def test_a_file_that_is_wrong_once_is_not_believed_elsewhere() -> None:
     assert r.shape is None or not any(isinstance(length, int) or length.value == "N" for length in r.shape)
 
 
+LOOPS = """(float[2,4] x, int64 n) => (float[A,B] y) <%s> {
+    u = Loop(n, , x) <body = b (int64 i, bool on, float[2,4] s) => (bool go, float[P,Q] t) { go = Identity(on)
+        t = Tanh(s) }>
+    h = MatMul(u, w) t = Tanh(h) y = Neg(t) }"""
+"""Inference does not follow the loop, because its body could change the shape."""
+
+
+@pytest.mark.parametrize(
+    ("claims", "says"),
+    [
+        ("float[2,4] u, float[2,6] h, float[2,6] t", []),
+        ("float[2,4] u, float[2,7] h", ["h is declared as FLOAT[2,7], its operator makes FLOAT[2,6]"]),
+        ("float[2,6] h, float[3,6] t", ["t is declared as FLOAT[3,6], its operator makes FLOAT[2,6]"]),
+        (
+            "float[2,6] h, float[6] t",  # and so y would have one axis
+            [
+                "t is declared as FLOAT[6], its operator makes FLOAT[2,6]",
+                "y is declared as FLOAT[A,B], its operator makes FLOAT[6]",
+            ],
+        ),
+    ],
+)
+def test_claims_that_contradict_each_other_are_not_believed(claims: str, says: list[str]) -> None:
+    model = parse(LOOPS % claims, {"w": (4, 6)}, infer=False)
+    result = InferShapes()(model)
+    assert isinstance(result, Inference)
+    assert list(result.contradictions) == says
+    check(model)
+    t = next(out for node in model.graph for out in node.outputs if out.name == "t")
+    assert (str(t.shape) == "[2,6]") == (not says)
+
+
 LIES = st.sampled_from([[2, 6], [4, 6], [6], [1, 2, 6], ["N", 6], [8, 3], ["N", "N"], []])
 
 
