@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 DOCS_STAMP := $(VENV)/docs-installed
 
-.PHONY: help test test-all test-gpu lint demo bench docs clean
+.PHONY: help test quick-tests test-all test-gpu lint demo bench docs clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/'
@@ -21,7 +21,10 @@ $(STAMP): pyproject.toml constraints.txt
 PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest \
 	-n auto --dist loadfile --no-loadscope-reorder --durations 15
 
-test: lint ## everything that has to hold: lint, types, layers, tests, the wheel
+test: $(STAMP) ## everything that has to hold: lint, types, layers, tests, the wheel
+	$(MAKE) --jobs 2 lint quick-tests
+
+quick-tests: $(STAMP)
 	$(PYTEST) -m "not slow"
 
 test-all: lint ## test, with the tests marked slow, and coverage: its total and the ten worst files

@@ -23,7 +23,10 @@ def drop_wrong_claims(model: ir.Model, complete: Callable[[ir.Model], object]) -
     """
     wrong: dict[ir.Value, ir.Value] = {}
     unknown = False
-    for lengths in (distinct_lengths(model.graph), {}):  # with these numbers, inference may skip nodes that need others
+    distinct = distinct_lengths(model.graph)
+    for lengths in (
+        (distinct, {}) if distinct else ({},)
+    ):  # with these numbers, inference may skip nodes that need others
         if (made := inferred(model, believe=False, lengths=lengths)) is not None:
             complete(made)
             pairs = list(_pairs(model, made))

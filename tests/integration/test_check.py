@@ -245,6 +245,7 @@ def test_an_onnx_file_against_an_older_one(built: Path, tmp_path: Path) -> None:
     assert result.exit_code == 2 and "copy it to" in result.stderr
 
 
+@pytest.mark.slow
 def test_the_github_action_runs(built: Path, tmp_path: Path) -> None:
     """Its own script, with the variables that GitHub would set."""
     action = yaml.safe_load((CI / "cpcompile-check" / "action.yml").read_text())

@@ -157,6 +157,7 @@ def test_its_vocabulary_can_be_trimmed(model: Path, tmp_path: Path) -> None:
     assert context["parameters"]["removed_by_kind"]["vocabulary"] > 0
 
 
+@pytest.mark.slow
 def test_every_window_starts_with_the_tokens_that_the_tokenizer_puts_in_front(
     corpus: Corpus, corpus_folder: Path, cache: Path, tmp_path: Path
 ) -> None:

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from cpcompile.exporters.tensorrt_exporter import (
     timing_cache,
 )
 from cpcompile.files.onnx_file import MODULE
+from cpcompile.models.decoder import Decoder
 from cpcompile.passes.freeze import freeze
 from cpcompile.passes.legalize_for_tensorrt import LegalizeForTensorRT
 from cpcompile.passes.lower_precision import HALVES, LowerPrecision
@@ -42,11 +42,21 @@ FLAT = (Profile(name="default", shapes={"x": ((1, 8), (4, 8), (16, 8))}),)
 
 
 @pytest.fixture(scope="module")
-def frozen() -> Mapping[int, ir.Model]:
-    """Frozen graphs of opset 20, where attention is spelled out, and 23; both layers have heads and an FFN."""
+def decoder() -> Decoder:
+    """Both layers have heads and an FFN."""
     model = random_decoder(kv_heads=2, seed=1)
     model.select(random_selection(model, seed=5))
-    return {opset: freeze(dynamic_graph(model, opset), 0).model for opset in (20, 23)}
+    return model
+
+
+@pytest.fixture(scope="module")
+def frozen(decoder: Decoder) -> ir.Model:
+    return frozen_to(decoder, 23)
+
+
+def frozen_to(decoder: Decoder, opset: int) -> ir.Model:
+    """In opset 20 attention is spelled out, in 23 it is one operator."""
+    return freeze(dynamic_graph(decoder, opset), 0).model
 
 
 def export(model: ir.Model, folder: Path, precision: str = "fp16", **more: Any) -> Artifact:
@@ -81,13 +91,14 @@ def refused(onnx_file: Path, **more: Any) -> str:
     return message
 
 
-@pytest.mark.parametrize("opset", [20, pytest.param(23, marks=pytest.mark.slow)])
-def test_every_precision_for_three_generations(frozen: Mapping[int, ir.Model], opset: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("opset", [pytest.param(20, marks=pytest.mark.slow), 23])
+def test_every_precision_for_three_generations(decoder: Decoder, frozen: ir.Model, opset: int, tmp_path: Path) -> None:
+    model = frozen if opset == 23 else frozen_to(decoder, opset)
     sizes = {}
     for precision, logits in (("fp32", "float32"), ("fp16", "float32"), ("bf16", "float32")):
         steps: list[tuple[int, int]] = []
         folder = tmp_path / precision
-        artifact = export(frozen[opset], folder, precision, progress=lambda *step, s=steps: s.append(step))
+        artifact = export(model, folder, precision, progress=lambda *step, s=steps: s.append(step))
         assert steps and steps == sorted(steps) and steps[-1][0] <= steps[-1][1]
         assert (artifact.variant, artifact.runtime) == (f"tensorrt-rtx-{precision}", "tensorrt-rtx")
         info = artifact.plan
@@ -102,10 +113,10 @@ def test_every_precision_for_three_generations(frozen: Mapping[int, ir.Model], o
     assert sizes["fp16"] < sizes["fp32"] and sizes["bf16"] < sizes["fp32"]
 
 
-def test_one_plan_holds_for_all_compute_capabilities(frozen: Mapping[int, ir.Model], tmp_path: Path) -> None:
+def test_one_plan_holds_for_all_compute_capabilities(frozen: ir.Model, tmp_path: Path) -> None:
     sizes = []
     for name in ("sm86", "sm86,sm89,sm120"):
-        export(frozen[23], tmp_path / name, target=parse_target(f"tensorrt-rtx={name}"))
+        export(frozen, tmp_path / name, target=parse_target(f"tensorrt-rtx={name}"))
         sizes.append((tmp_path / name / PLAN_FILE).stat().st_size)
     assert 0 <= sizes[1] - sizes[0] < 1000
 
@@ -244,25 +255,25 @@ class TestRefusals:
         path = write(tmp_path / "model.onnx", "(float[N,7] x) => (float[N,7] y) { y = Exp(x) }")
         assert "profile" in refused(path)
 
-    def test_what_the_builder_refuses(self, frozen: Mapping[int, ir.Model], tmp_path: Path) -> None:
+    def test_what_the_builder_refuses(self, frozen: ir.Model, tmp_path: Path) -> None:
         with pytest.raises(CpcompileError, match=r"FP32 GEMM is not supported.*module layers\.\d") as raised:
-            export(frozen[23], tmp_path / "out", "fp32", target=parse_target("tensorrt-rtx=sm75"))
+            export(frozen, tmp_path / "out", "fp32", target=parse_target("tensorrt-rtx=sm75"))
         assert raised.value.exit_code == 1
         assert not list((tmp_path / "out").iterdir())
 
-    def test_an_unknown_compute_capability(self, frozen: Mapping[int, ir.Model], tmp_path: Path) -> None:
+    def test_an_unknown_compute_capability(self, frozen: ir.Model, tmp_path: Path) -> None:
         with pytest.raises(UsageError, match="does not build for sm90; it builds for sm75, sm80, sm86"):
-            export(frozen[23], tmp_path / "out", target=parse_target("tensorrt-rtx=sm90"))
+            export(frozen, tmp_path / "out", target=parse_target("tensorrt-rtx=sm90"))
         assert not list((tmp_path / "out").iterdir())
 
-    def test_a_library_that_is_not_there(self, frozen: Mapping[int, ir.Model], tmp_path: Path) -> None:
+    def test_a_library_that_is_not_there(self, frozen: ir.Model, tmp_path: Path) -> None:
         if importlib.util.find_spec("tensorrt") is not None:
             pytest.skip("tensorrt is installed here")
         with pytest.raises(UsageError, match=r"pip install 'cpcompile\[tensorrt\]'; `cpcompile doctor`"):
-            export(frozen[23], tmp_path / "out", target=Target("tensorrt"))
+            export(frozen, tmp_path / "out", target=Target("tensorrt"))
 
 
-def test_ctrl_c_ends_the_build_and_leaves_nothing(frozen: Mapping[int, ir.Model], tmp_path: Path) -> None:
+def test_ctrl_c_ends_the_build_and_leaves_nothing(frozen: ir.Model, tmp_path: Path) -> None:
     steps = []
 
     def interrupt(done: int, total: int) -> None:
@@ -272,27 +283,27 @@ def test_ctrl_c_ends_the_build_and_leaves_nothing(frozen: Mapping[int, ir.Model]
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background of a shell
     try:
         with pytest.raises(KeyboardInterrupt):
-            export(frozen[23], tmp_path / "out", progress=interrupt)
+            export(frozen, tmp_path / "out", progress=interrupt)
     finally:
         signal.signal(signal.SIGINT, before)
     assert steps and steps[-1][0] < steps[-1][1]
     assert not list((tmp_path / "out").iterdir())
-    export(frozen[23], tmp_path / "again")  # and the next one is not harmed
+    export(frozen, tmp_path / "again")  # and the next one is not harmed
 
 
-def test_an_error_of_the_progress_display_is_not_swallowed(frozen: Mapping[int, ir.Model], tmp_path: Path) -> None:
+def test_an_error_of_the_progress_display_is_not_swallowed(frozen: ir.Model, tmp_path: Path) -> None:
     def fail(done: int, total: int) -> None:
         raise ValueError("the display broke")
 
     with pytest.raises(ValueError, match="the display broke"):
-        export(frozen[23], tmp_path / "out", progress=fail)
+        export(frozen, tmp_path / "out", progress=fail)
     assert not list((tmp_path / "out").iterdir())
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on the size of files")
-def test_a_full_disk_is_a_sentence(frozen: Mapping[int, ir.Model], tmp_path: Path) -> None:
+def test_a_full_disk_is_a_sentence(frozen: ir.Model, tmp_path: Path) -> None:
     """A limit on the size of files stands for the disk; in a process of its own, which it also lets end in peace."""
-    ir.save(frozen[23], tmp_path / "model.onnx")
+    ir.save(frozen, tmp_path / "model.onnx")
     code = """
 import resource, signal, sys
 from pathlib import Path
@@ -327,8 +338,8 @@ def test_an_older_plan_stays_until_the_new_one_is_whole(tmp_path: Path) -> None:
     assert hashlib.sha256((tmp_path / "model.plan").read_bytes()).digest() != hashlib.sha256(b"the old one").digest()
 
 
-def test_the_module_of_a_node_that_a_pass_added_is_known(frozen: Mapping[int, ir.Model]) -> None:
-    model = frozen[23].clone()
+def test_the_module_of_a_node_that_a_pass_added_is_known(frozen: ir.Model) -> None:
+    model = frozen.clone()
     LowerPrecision("fp16")(model)
     casts = [node for node in model.graph if node.op_type == "Cast" and node.name.startswith("rms_norm")]
     assert casts and all(node.metadata_props[MODULE] for node in casts)
