@@ -78,8 +78,8 @@ def check(
     from cpcompile.check.baseline import read_baseline, write_baseline
     from cpcompile.check.criteria import left_out
     from cpcompile.cli.console import stage_progress
+    from cpcompile.files.arrays import load_inputs
     from cpcompile.pipeline.check import check_bundle, check_file
-    from cpcompile.pipeline.optimize import load_inputs
 
     targets = _targets(formats)
     own = Path("cpcompile.toml")
@@ -90,7 +90,7 @@ def check(
         if update_baseline:
             raise UsageError(f"{subject}: the baseline of an ONNX file is an ONNX file; copy it to {baseline}")
         with stage_progress() as stage:
-            given = [load_inputs(path) for path in inputs]
+            given = [load_inputs(path, baseline) for path in inputs]
             result = check_file(subject, baseline, config=settings, inputs=given, speed=not no_speed, progress=stage)
     elif inputs:
         raise UsageError(f"{subject}: --input is for .onnx files; a bundle is measured on text, see --data")

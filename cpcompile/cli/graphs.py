@@ -71,15 +71,19 @@ def opt(
     of both files are compared, and nothing is written if they differ.
     """
     from cpcompile.cli.console import stage_progress
-    from cpcompile.pipeline.optimize import DEFAULT, load_inputs, optimize_file
+    from cpcompile.files.arrays import load_inputs
+    from cpcompile.passes.bind_context import BindContext
+    from cpcompile.pipeline.optimize import DEFAULT, optimize_file, parse_pass
 
+    chosen = names_in(names) or DEFAULT
+    bound = {each.name for each in map(parse_pass, chosen) if isinstance(each, BindContext)}
     with stage_progress() as stage:
         result = optimize_file(
             model,
             out,
-            names_in(names) or DEFAULT,
+            chosen,
             check="quick" if check is None else "thorough" if check else "none",
-            inputs=[load_inputs(path) for path in inputs],
+            inputs=[load_inputs(path, model, bound=bound) for path in inputs],
             dump=dump,
             progress=stage,
         )
@@ -129,15 +133,15 @@ def compare(
     difference that the runtime's own optimisations make to ORIGINAL.
     """
     from cpcompile.cli.console import stage_progress
+    from cpcompile.files.arrays import load_inputs
     from cpcompile.pipeline.compare import compare_models
-    from cpcompile.pipeline.optimize import load_inputs
 
     checked = ValidateConfig(rounds=rounds, min_speed_ratio=min_speed_ratio, speed=not no_speed)
     with stage_progress() as stage:
         result = compare_models(
             original,
             candidate,
-            inputs=[load_inputs(path) for path in inputs],
+            inputs=[load_inputs(path, original) for path in inputs],
             rounds=checked.rounds if checked.speed else None,
             min_speed_ratio=checked.min_speed_ratio,
             progress=stage,

@@ -8,21 +8,19 @@ from __future__ import annotations
 import dataclasses
 import time
 import typing
-import zipfile
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
-import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass, LiftConstantsToInitializersPass
 
 from cpcompile.core.errors import CpcompileError, UsageError
 from cpcompile.core.types import Feeds, Progress
+from cpcompile.files.arrays import load_ids
 from cpcompile.files.onnx_file import Size, load_onnx, save_onnx, size_of
-from cpcompile.files.pointers import require_fetched
 from cpcompile.files.whole_files import require_file_path
 from cpcompile.passes.bind_context import BindContext
 from cpcompile.passes.canonicalize_shapes import CanonicalizeShapes
@@ -179,32 +177,6 @@ def _forget_types(model: ir.Model, declared: Container[str | None]) -> None:
         for value in (*graph.initializers.values(), *(out for node in graph for out in node.outputs)):
             if value.name not in declared and not (value.is_graph_input() or value.is_graph_output()):
                 value.type = value.shape = None
-
-
-def load_inputs(path: Path) -> Feeds:
-    """The arrays of an .npz file by name; never a pickle."""
-    require_fetched(path)
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            if isinstance(file, np.ndarray):
-                raise UsageError(f"{path}: holds one array without a name; write it with numpy.savez(path, name=array)")
-            return dict(file)
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read ({error.strerror or error}); give an .npz file") from error
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UsageError(f"{path}: is not an .npz file of plain arrays ({error}); write it with numpy.savez") from error
-
-
-def load_ids(path: str) -> tuple[int, ...]:
-    """The whole numbers of an .npy file of one axis; never a pickle. ValueError for anything else."""
-    require_fetched(Path(path))
-    try:
-        ids = np.load(path, allow_pickle=False)
-    except (OSError, EOFError) as error:
-        raise ValueError(f"cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    if not isinstance(ids, np.ndarray) or ids.ndim != 1 or ids.dtype.kind not in "iu":
-        raise ValueError("holds something else")
-    return tuple(ids.tolist())
 
 
 SETTINGS: Mapping[Any, tuple[str, Callable[[str], Any]]] = MappingProxyType(

@@ -10,10 +10,10 @@ import pytest
 from cpcompile.bundle.manifest import read_json, verify_file
 from cpcompile.cli.settings import load_toml
 from cpcompile.core.errors import UsageError
+from cpcompile.files.arrays import load_inputs
 from cpcompile.files.pointers import require_fetched, require_fetched_model
 from cpcompile.frontend.checkpoint import load_checkpoint
 from cpcompile.frontend.program_archive import inspect_program
-from cpcompile.pipeline.optimize import load_inputs
 from cpcompile.report import read_report
 from cpcompile.text.tokenization import read_tokenizer
 
@@ -25,7 +25,7 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 123
     [
         ("model.pt", load_checkpoint),
         ("model.pt2", inspect_program),
-        ("batch.npz", load_inputs),
+        ("batch.npz", lambda path: load_inputs(path, path)),
         ("report.json", read_report),
         ("cpcompile.toml", load_toml),
         ("manifest.json", read_json),
