@@ -15,6 +15,7 @@ import json
 import pickle
 import warnings
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -222,6 +223,7 @@ def load_plain(path: Path, *, mapped: bool = False) -> Any:
     require_regular_file(path, "a checkpoint is a file such as model.pt")
     require_fetched(path)
     try:
+        _require_torch_file(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickles from other writers, which are refused below
             # Only archives can be mapped; for anything else torch would report only that, and not what is wrong.
@@ -231,16 +233,41 @@ def load_plain(path: Path, *, mapped: bool = False) -> Any:
     except PermissionError as error:
         raise UsageError(f"{path}: cannot be read (permission denied)") from error
     except pickle.UnpicklingError as error:
-        if "weights_only" in str(error) or "Unsupported" in str(error):
+        if _checksums_hold(path) and ("weights_only" in str(error) or "Unsupported" in str(error)):
             raise UsageError(
                 f"{path}: refused, because loading it would run code that the file brings along; "
                 "cpcompile loads plain tensors only. Save the state dict of the model instead "
                 "(torch.save(model.state_dict(), …)), or train it with `cpcompile train`"
             ) from error
-        raise UsageError(f"{path}: is not a torch file or is damaged: {error}") from error
+        raise UsageError(f"{path}: is damaged; copy or train it again") from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, IndexError, TypeError) as error:
-        reason = (str(error) or "it ends too early").split("\n", maxsplit=1)[0]
-        raise UsageError(f"{path}: is not a torch file or is truncated ({reason}); copy or train it again") from error
+        raise UsageError(f"{path}: is not a torch file, or is truncated or damaged; copy or train it again") from error
+
+
+def _require_torch_file(path: Path) -> None:
+    """UsageError unless `path` begins as what torch.save writes, today a zip archive and once a pickle, and is whole."""
+    with path.open("rb") as file:
+        head = file.read(4)
+    if head == b"PK\x03\x04":
+        if not zipfile.is_zipfile(path):
+            raise UsageError(f"{path}: is truncated; copy or train it again")
+    elif not head.startswith(pickle.PROTO):
+        what = "is not a torch file" if head else "is empty"
+        raise UsageError(f"{path}: {what}; give a checkpoint, such as the model.pt that `cpcompile train` writes")
+
+
+def _checksums_hold(path: Path) -> bool:
+    """Whether the pickle in an archive is what was written; True for a plain pickle, which has no checksum."""
+    if not zipfile.is_zipfile(path):
+        return True
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for name in archive.namelist():
+                if name.endswith("/data.pkl"):
+                    archive.read(name)
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError, OSError, RuntimeError):
+        return False
+    return True
 
 
 def dense_path(out: Path) -> Path:

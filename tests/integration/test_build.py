@@ -422,7 +422,7 @@ def test_errors_of_the_command_line(model: Path, bundle: Path, tmp_path: Path) -
     (tmp_path / "deep.toml").write_text("x = " + "[" * 5000)
     (tmp_path / "huge.toml").write_text(f"[train]\nlearning_rate = {10**400}\n")
     cases = {
-        ("build", truncated): "model.pt: is not a torch file or is truncated",
+        ("build", truncated): "model.pt: is truncated; copy or train it again",
         ("build", tmp_path / "evil.pt"): "evil.pt: ",
         ("build", tmp_path / "nowhere.pt"): "no such file",
         ("build", model.with_name("model.dense.pt")): "dense checkpoint and has no contexts",

@@ -88,7 +88,20 @@ def test_a_truncated_file_is_named_at_every_length(path: Path) -> None:
     whole = path.read_bytes()
     for part in (0.0, 0.001, 0.3, 0.9, 0.999):
         path.write_bytes(whole[: int(len(whole) * part)])
-        with pytest.raises(UsageError, match="model.pt"):
+        with pytest.raises(UsageError, match="model.pt: is truncated" if part else "model.pt: is empty"):
+            load_checkpoint(path)
+
+
+def test_a_damaged_file_and_other_files_are_told_from_code(path: Path) -> None:
+    whole = path.read_bytes()
+    for other, message in {
+        whole[:100] + bytes(100) + whole[200:]: "is damaged",
+        b"PK\x03\x04" + whole[4:-2]: "is truncated",
+        b"some text": "is not a torch file",
+        bytes(1000): "is not a torch file",
+    }.items():
+        path.write_bytes(other)
+        with pytest.raises(UsageError, match=f"model.pt: {message}"):
             load_checkpoint(path)
 
 
