@@ -71,9 +71,9 @@ def check(
       cpcompile check model.cpc --baseline base.json --without-model
       cpcompile check new.onnx --baseline old.onnx
 
-    Speed is the speedup over the eager dense model, with both timed now. A noisy value that misses its limit is
-    measured again; it fails if its whole interval lies beyond the limit. Exit codes: 0 pass, 1 fail, 2 usage, 3
-    inconclusive.
+    The speed of a bundle is its speedup over the eager dense model, and that of a file its speedup over the baseline;
+    both sides are timed now. A noisy value that misses its limit is measured again; it fails if its whole interval lies
+    beyond the limit. Exit codes: 0 pass, 1 fail, 2 usage, 3 inconclusive.
     """
     from cpcompile.check.baseline import read_baseline, write_baseline
     from cpcompile.check.criteria import left_out

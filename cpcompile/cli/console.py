@@ -101,9 +101,12 @@ class _Pace:
         """`, 0:01:30 left`; empty while it is not known."""
         if done <= self._first or done >= total:
             return ""
+        few = done - self._first < (total - self._first) / 20
         seconds = (time.monotonic() - self._began) * (total - done) / (done - self._first)
         if not self._started:  # what comes before the first unit, such as warming up, is not repeated
             self._first, self._began, self._started = done, time.monotonic(), True
+            if few:  # and would be taken many times
+                return ""
         return f", {clock(seconds)} left"
 
 

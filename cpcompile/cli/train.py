@@ -63,7 +63,8 @@ def train(
       cpcompile train --data corpus/ --out model.pt --resume
       cpcompile train --data corpus/ --from-pretrained SmolLM2-135M/ --recover least-squares --steps 0
 
-    DATA has one entry per context: a subfolder of text files, or a .txt, .jsonl, .jsonl.gz or .parquet file.
+    --data names a folder that has one entry per context: a subfolder of text files, or a .txt, .jsonl, .jsonl.gz or
+    .parquet file.
     """
     require_file_path(out, ".pt")
     if not text_field:

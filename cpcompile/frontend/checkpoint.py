@@ -245,7 +245,7 @@ def load_plain(path: Path, *, mapped: bool = False) -> Any:
 
 
 def _require_torch_file(path: Path) -> None:
-    """UsageError unless `path` begins as what torch.save writes, today a zip archive and once a pickle, and is whole."""
+    """UsageError unless `path` begins as what torch.save writes, an archive or a pickle, and is whole."""
     with path.open("rb") as file:
         head = file.read(4)
     if head == b"PK\x03\x04":

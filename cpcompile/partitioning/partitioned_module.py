@@ -64,8 +64,10 @@ class PartitionedModule(nn.Module):
         """The gates, one per group, typed."""
         return cast(Sequence[GroupGate], self.gates)
 
-    def forward(self, *inputs: Tensor, context: Tensor) -> Any:
-        """The model's output for `inputs` with the gates of `context` (int64 scalar)."""
+    def forward(self, *inputs: Tensor, context: Tensor | int) -> Any:
+        """The model's output for `inputs` with the gates of `context` (a number, or an int64 scalar)."""
+        if isinstance(context, int):
+            context = self.gate_row(context)
         return self.with_rows(*inputs, rows=[gate.row(context) for gate in self.group_gates])
 
     def with_rows(self, *inputs: Tensor, rows: Sequence[Tensor]) -> Any:
@@ -129,8 +131,12 @@ class PartitionedModule(nn.Module):
         return np.array([np.arange(count) < group.units for group in groups])
 
     def gate_row(self, context: int) -> Tensor:
-        """The `context` input of `forward` for that context, int64 scalar."""
-        return torch.tensor(context if self.contexts > 1 else 0)
+        """The `context` input of `forward` for that context, int64 scalar; UsageError if there is none."""
+        if self.contexts == 1:  # one row serves all
+            return torch.tensor(0)
+        if not 0 <= context < self.contexts:
+            raise UsageError(f"there is no context {context}: the model has {self.contexts}, counted from 0")
+        return torch.tensor(context)
 
     def select(self, selection: Selection) -> None:
         """Set every gate to `selection`; gates that stay keep their learned scale. A kind that is absent is whole."""

@@ -171,6 +171,18 @@ class Tensors(Feed):
         return (y + self.add) * self.mul + self.linear * self.x + self.output * context * self.val_0
 
 
+def test_a_context_is_a_number_or_a_tensor() -> None:
+    module = partition(Feed(), contexts=2, example_inputs=(torch.randn(3, WIDTH),), align=4)
+    randomise(module)  # the gates as well
+    x = torch.randn(3, WIDTH)
+    for context in (0, 1):
+        assert torch.equal(module(x, context=context), module(x, context=torch.tensor(context)))
+    assert not torch.equal(module(x, context=0), module(x, context=1))
+    for context in (2, -1):
+        with pytest.raises(UsageError, match=f"no context {context}: the model has 2, counted from 0"):
+            module(x, context=context)
+
+
 def test_names_that_are_taken(tmp_path: Path) -> None:
     module, _ = built(tmp_path, Tensors(), (X, torch.randn(1)))
     assert module.input_names() == ["x_", "context_"] and module.output_names() == ["output_"]
