@@ -1,8 +1,8 @@
 """What a file claims about the results of its nodes, against what their operators make of the inputs.
 
 Old exporters and graph editors leave types and shapes behind that are no longer true. Inference gets a copy without
-them, with numbers for the symbolic axes: by its name, an axis twice as long as N cannot be told from N. Behind a loop,
-say, it finds nothing: there each claim is compared with what follows from the claims before it.
+them, with numbers for the symbolic axes: by its name, an axis twice as long as N cannot be told from N. Where it
+finds nothing, as behind a loop, each claim is compared with what follows from the claims before it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def drop_wrong_claims(model: ir.Model, complete: Callable[[ir.Model], object]) -
             complete(made)
             pairs = list(_pairs(model, made))
             wrong.update((own, other) for own, other in pairs if _contradict(own, other, lengths))
-            unknown = any(own.shape is not None and other.shape is None for own, other in pairs)
+            unknown = any(_says_more(own, other) for own, other in pairs)
     if not wrong and unknown:
         wrong.update(_against_each_other(model))
     if not wrong or (made := inferred(model, believe=False)) is None:
@@ -81,6 +81,15 @@ def _against_each_other(model: ir.Model) -> Iterator[tuple[ir.Value, ir.Value]]:
         other = results.get(f"{own.name}.made")
         if other is not None and _contradict(own, other, {}):
             yield own, other
+
+
+def _says_more(claim: ir.Value, made: ir.Value) -> bool:
+    """Whether a rank or a length is claimed that inference does not find."""
+    if claim.shape is None or made.shape is None:
+        return claim.shape is not None
+    claimed = (isinstance(d, int) for d in claim.shape)
+    found = (isinstance(d, int) and d >= 0 for d in made.shape)
+    return any(a and not b for a, b in zip(claimed, found, strict=False))
 
 
 def _contradict(claim: ir.Value, made: ir.Value, lengths: Mapping[str | None, int]) -> bool:

@@ -106,6 +106,15 @@ def test_claims_that_contradict_each_other_are_not_believed(claims: str, says: l
     assert (str(t.shape) == "[2,6]") == (not says)
 
 
+def test_a_length_that_inference_leaves_open_is_compared_with_the_claims_before_it() -> None:
+    text = """(float[N,M] x, int64[2] to) => (float[A,B] y) <float[2,4] r, float[9,6] h> {
+        r = Reshape(x, to) h = MatMul(r, w) y = Neg(h) }"""
+    model = parse(text, {"w": (4, 6)}, infer=False)
+    result = InferShapes()(model)
+    assert isinstance(result, Inference)
+    assert list(result.contradictions) == ["h is declared as FLOAT[9,6], its operator makes FLOAT[?,6]"]
+
+
 LIES = st.sampled_from([[2, 6], [4, 6], [6], [1, 2, 6], ["N", 6], [8, 3], ["N", "N"], []])
 
 
