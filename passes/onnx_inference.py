@@ -10,6 +10,8 @@ import onnx_ir as ir
 
 SMALL = 1000
 """Largest size in bytes of a constant that inference may need to read: target shapes, axes, pads."""
+LONG = 1_000_000
+"""Length from which on inference does not follow what vectors hold: it takes 40 bytes and more for every element."""
 UNIT = 480
 """What the numbers for symbolic axes are multiples of: strides and groups divide most of them."""
 
@@ -34,10 +36,18 @@ def inferred(
             if value.shape is not None:
                 value.shape = ir.Shape(d if isinstance(d, int) else lengths[d.value] for d in value.shape)
     try:
-        return ir.from_proto(onnx.shape_inference.infer_shapes(ir.to_proto(light), data_prop=True))
+        return ir.from_proto(_with_shapes(ir.to_proto(light)))
     except Exception as error:  # its errors have no common class; without it, only the given shapes are known
         _log.warning("shapes cannot be inferred: %s", error)
         return None
+
+
+def _with_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Inference follows the contents of vectors, from Shape to Reshape, but not where it would write long ones out."""
+    shapes = onnx.shape_inference.infer_shapes(model)
+    tensors = (value.type.tensor_type for value in (*shapes.graph.input, *shapes.graph.value_info))
+    vectors = (tensor.shape.dim[0].dim_value for tensor in tensors if len(tensor.shape.dim) == 1)
+    return shapes if max(vectors, default=0) > LONG else onnx.shape_inference.infer_shapes(model, data_prop=True)
 
 
 def distinct_lengths(graph: ir.Graph) -> Mapping[str | None, int]:

@@ -160,6 +160,7 @@ def estimate(
       cpcompile estimate model.pt --batch 8 --sequence 512   # engines that run larger shapes
       cpcompile build model.pt --max-memory 4GB              # refuse to start above 4 GB
     """
+    from cpcompile.cli.console import stage_progress
     from cpcompile.pipeline.estimation import RunShape, estimate_build, render_estimate
 
     config = BuildConfig(
@@ -169,7 +170,8 @@ def estimate(
         vocabulary_coverage=vocabulary_coverage,
     )
     shape = RunShape(batch=batch, sequence=sequence)
-    estimated = estimate_build(model, config, ValidateConfig(memory=not no_memory), shape)
+    with stage_progress() as stage:
+        estimated = estimate_build(model, config, ValidateConfig(memory=not no_memory), shape, stage)
     if as_json:
         click.echo(json.dumps(estimated.to_plain(), indent=1))
         return

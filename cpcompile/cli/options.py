@@ -98,9 +98,11 @@ def model_of(bundle: Path) -> Path:
 
 def warn_of_memory(model: Path, max_memory: int | None, config: BuildConfig, validation: ValidateConfig) -> None:
     """Refuse work that needs more than `max_memory`; warn if the machine may not have enough."""
+    from cpcompile.cli.console import stage_progress
     from cpcompile.pipeline.estimation import check_memory
 
-    warning = check_memory(model, max_memory, config, validation)
+    with stage_progress() as stage:
+        warning = check_memory(model, max_memory, config, validation, stage)
     if warning is not None:
         click.echo(f"Warning: {warning}", err=True)
 

@@ -229,7 +229,7 @@ def compare_arrays(
     if isinstance(expected, list) and isinstance(got, list):
         if len(expected) != len(got):
             return OutputComparison(name, None, None, f"it has {len(got)} elements instead of {len(expected)}")
-        pairs = zip(expected, noise, got, strict=True)
+        pairs = zip(expected, noise if len(noise) == len(expected) else expected, got, strict=True)
         each = [compare_arrays(name, *pair, roundings=roundings, multiple=multiple) for pair in pairs]
         return max(each, key=_badness, default=OutputComparison(name, 0.0, 0.0, None))
     if not isinstance(expected, np.ndarray) or not isinstance(got, np.ndarray):
@@ -238,6 +238,8 @@ def compare_arrays(
     if expected.shape != got.shape or expected.dtype != got.dtype:
         reason = f"it is {got.dtype} {list(got.shape)} instead of {expected.dtype} {list(expected.shape)}"
         return OutputComparison(name, None, None, reason)
+    if noise.shape != expected.shape:  # the runtime believed a wrong shape in the file
+        noise = expected
     if expected.dtype.kind == "c":  # real and imaginary parts side by side
         expected, noise, got = (array.view(array.real.dtype) for array in (expected, noise, got))
     if expected.dtype.kind != "f":

@@ -66,7 +66,7 @@ def test_a_limit_stops_a_build_before_it_writes(model: Path) -> None:
     result = run("build", model, "--max-memory", "1MB")
     assert result.exit_code == 2
     error = result.stderr.strip()
-    assert error.startswith("Error: --max-memory allows 1.0 MB, about ") and "\n" not in error
+    assert error.startswith("estimate …\nError: --max-memory allows 1.0 MB, about ") and error.count("\n") == 1
     assert "MB are needed at the peak (validate: memory); contexts are built one after the other" in error
     assert result.stdout == "" and files(model) == {"model.pt", "model.dense.pt"}
 

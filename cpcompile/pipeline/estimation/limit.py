@@ -6,6 +6,7 @@ from pathlib import Path
 
 from cpcompile.core.config import BuildConfig, ValidateConfig
 from cpcompile.core.errors import UsageError
+from cpcompile.core.types import Progress
 from cpcompile.machine.memory import available_memory, resident_bytes
 from cpcompile.pipeline.estimation.facts import Facts, read_facts
 from cpcompile.pipeline.estimation.formula import BESIDE, ONE_SEQUENCE, Estimate, RunShape, estimate
@@ -14,14 +15,26 @@ from cpcompile.report.formats import megabytes
 
 
 def estimate_build(
-    model: Path, config: BuildConfig, validation: ValidateConfig, shape: RunShape = ONE_SEQUENCE
+    model: Path,
+    config: BuildConfig,
+    validation: ValidateConfig,
+    shape: RunShape = ONE_SEQUENCE,
+    progress: Progress = lambda *_: None,
 ) -> Estimate:
     """What a build of `model` will take; UsageError for a file or settings from which nothing can be built."""
     facts = _facts(model, config)
-    return estimate(facts, measure_libraries(facts.model_type), config, validation, shape)
+    progress("estimate", 0, None)
+    libraries = measure_libraries(facts.model_type)
+    return estimate(facts, libraries, config, validation, shape)
 
 
-def check_memory(model: Path, limit: int | None, config: BuildConfig, validation: ValidateConfig) -> str | None:
+def check_memory(
+    model: Path,
+    limit: int | None,
+    config: BuildConfig,
+    validation: ValidateConfig,
+    progress: Progress = lambda *_: None,
+) -> str | None:
     """Raise UsageError if work on `model` needs more than `limit`; warn if it may need more than is available.
 
     Without a limit nothing is measured if the work certainly fits.
@@ -29,7 +42,7 @@ def check_memory(model: Path, limit: int | None, config: BuildConfig, validation
     available = available_memory()
     if limit is None and (available is None or _bound(_facts(model, config), config, validation) <= available):
         return None
-    estimated = estimate_build(model, config, validation)
+    estimated = estimate_build(model, config, validation, progress=progress)
     if limit is not None:
         require_memory(estimated, limit)
     return memory_warning(estimated, available) if available is not None else None
