@@ -34,6 +34,8 @@ NOT_ASKED = NotMeasured("coherence measurements were switched off")
 
 BATCH = 4
 """Windows that are run at a time."""
+PIECE = 2**22
+"""Logits that are turned into float64 at a time: 32 MiB, of which three copies are needed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,10 +72,12 @@ def measure_score(run: Run, windows: IntArray, *, leading: int = 0, batch: int =
     for start in range(0, len(windows), batch):
         part = windows[start : start + batch]
         for logits, labels in zip(run(part[:, :-1])[:, leading:], part[:, leading + 1 :], strict=True):
-            # In float64 one window at a time.
-            log_probabilities = log_softmax(logits)
-            loss -= float(np.take_along_axis(log_probabilities, labels[..., None], axis=-1).sum())
-            right += int((log_probabilities.argmax(axis=-1) == labels).sum())
+            rows = max(1, PIECE // logits.shape[-1])
+            for first in range(0, len(labels), rows):
+                expected = labels[first : first + rows]
+                log_probabilities = log_softmax(logits[first : first + rows])
+                loss -= float(np.take_along_axis(log_probabilities, expected[:, None], axis=-1).sum())
+                right += int((log_probabilities.argmax(axis=-1) == expected).sum())
     tokens = windows[:, leading + 1 :].size
     return Score(perplexity=_exp(loss / tokens * ratio), accuracy=right / tokens, tokens=tokens, ratio=ratio)
 

@@ -36,6 +36,16 @@ def test_score_sums_over_batches_of_any_size() -> None:
         assert (part.accuracy, part.tokens) == (whole.accuracy, 35)
 
 
+def test_score_is_the_same_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    windows = np.random.default_rng(0).integers(2, size=(7, 6))
+    whole = measure_score(quarter, windows)
+    for piece in (1, 4, 7):
+        monkeypatch.setattr("cpcompile.validation.quality.PIECE", piece)
+        part = measure_score(quarter, windows)
+        assert part.perplexity == pytest.approx(whole.perplexity, rel=1e-12)
+        assert (part.accuracy, part.tokens) == (whole.accuracy, whole.tokens)
+
+
 def test_score_of_the_eager_model_is_the_cross_entropy_of_torch(dense: Checkpoint) -> None:
     model = dense.model
     windows = consecutive_windows(dense.held_out["de"], 16)
