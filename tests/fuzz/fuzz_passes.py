@@ -50,11 +50,14 @@ def moved(array: Array, rng: np.random.Generator) -> Array:
 def spread(graph: RandomGraph, feeds: Mapping[str, Array], expected: Sequence[Array]) -> list[float]:
     """How much small moves change each output; infinite where they change its shape."""
     most = [0.0] * len(expected)
+    resized = [node for node in graph.model.graph.node if node.op_type in ("Resize", "Upsample")]
+    scales = {name for node in resized for name in node.input[1:]}  # of the batch and channels: exactly 1
     for seed in range(MOVES):
         rng, other = np.random.default_rng(seed), onnx.ModelProto()
         other.CopyFrom(graph.model)
         for tensor in other.graph.initializer:
-            tensor.CopyFrom(numpy_helper.from_array(moved(numpy_helper.to_array(tensor), rng), tensor.name))
+            if tensor.name not in scales:
+                tensor.CopyFrom(numpy_helper.from_array(moved(numpy_helper.to_array(tensor), rng), tensor.name))
         got = run(other, {name: moved(array, rng) for name, array in feeds.items()})
         for number, (first, second) in enumerate(zip(expected, got, strict=True)):
             most[number] = max(most[number], distance(first, second))
