@@ -8,6 +8,7 @@ finds nothing, as behind a loop, each claim is compared with what follows from t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 
 import onnx_ir as ir
 
@@ -15,30 +16,40 @@ from cpcompile.passes.nodes import subgraphs_of
 from cpcompile.passes.onnx_inference import distinct_lengths, inferred
 
 
-def drop_wrong_claims(model: ir.Model, complete: Callable[[ir.Model], object]) -> list[str]:
-    """Replace all claims by what inference finds if one of them is wrong; returns what was wrong, one text each.
+@dataclass(frozen=True)
+class Verified:
+    """`made`: the model with what inference finds without its claims."""
+
+    made: ir.Model | None
+    wrong: tuple[str, ...] = ()
+    """What was claimed wrongly, one text for each value."""
+    more: bool = False
+    """Whether claims are left that inference cannot make itself."""
+
+
+def drop_wrong_claims(model: ir.Model, complete: Callable[[ir.Model], object]) -> Verified:
+    """Replace all claims by what inference finds if one of them is wrong.
 
     A file that is wrong once is not believed where nothing can be verified. The names that it gives to the axes of the
     model's outputs stay. `complete` adds what onnx leaves open.
     """
-    wrong: dict[ir.Value, ir.Value] = {}
-    unknown = False
-    distinct = distinct_lengths(model.graph)
-    for lengths in (
-        (distinct, {}) if distinct else ({},)
-    ):  # with these numbers, inference may skip nodes that need others
-        if (made := inferred(model, believe=False, lengths=lengths)) is not None:
-            complete(made)
-            pairs = list(_pairs(model, made))
-            wrong.update((own, other) for own, other in pairs if _contradict(own, other, lengths))
-            unknown = any(_says_more(own, other) for own, other in pairs)
-    if not wrong and unknown:
-        wrong.update(_against_each_other(model))
-    if not wrong or (made := inferred(model, believe=False)) is None:
-        return []
+    if (made := inferred(model, believe=False)) is None:
+        return Verified(None, more=True)
     complete(made)
+    pairs = list(_pairs(model, made))
+    wrong = {own: other for own, other in pairs if _contradict(own, other, {})}
+    lengths = distinct_lengths(model.graph)  # with these numbers, inference may skip nodes that need others
+    numbered = inferred(model, believe=False, lengths=lengths) if lengths else None
+    if numbered is not None:
+        complete(numbered)
+        wrong.update((own, other) for own, other in _pairs(model, numbered) if _contradict(own, other, lengths))
+    more = any(_says_more(own, other) for own, other in pairs)
+    if not wrong and more:
+        wrong.update(_against_each_other(model))
+    if not wrong:
+        return Verified(made, more=more)
     texts = []
-    for own, other in _pairs(model, made):
+    for own, other in pairs:
         if own in wrong:
             makes = _described(other if other.shape is not None else wrong[own])
             texts.append(f"{own.name} is declared as {_described(own)}, its operator makes {makes}")
@@ -52,7 +63,7 @@ def drop_wrong_claims(model: ir.Model, complete: Callable[[ir.Model], object]) -
         first = 2 if node.op_type == "Loop" else 0  # ONNX Runtime needs to know that its counter is a scalar
         for value in (value for subgraph in subgraphs_of(node) for value in subgraph.inputs[first:]):
             value.shape = None
-    return texts
+    return Verified(made, tuple(texts))
 
 
 def _pairs(model: ir.Model, other: ir.Model) -> Iterator[tuple[ir.Value, ir.Value]]:

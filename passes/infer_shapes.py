@@ -1,8 +1,9 @@
 """Infer types and shapes: what the operators make wins over what the file claims about its values.
 
-    1. claims that the operators contradict go (`claims`); the others are only added to
-    2. onnx.shape_inference on a copy without large weights
-    3. what it leaves open and `ShapeTable` derives, and again from 2 with that
+    1. onnx.shape_inference on a copy without claims and large weights
+    2. what it leaves open and `ShapeTable` derives, and again from 1 with that
+    3. claims that this contradicts go (`claims`)
+    4. where those that are left say more than it does, once more with them
 
 A default that the caller may replace is no constant: what follows from it alone is not inferred.
 """
@@ -35,9 +36,11 @@ class InferShapes(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> Inference:
         """Edit `model`; `modified` counts values about which more, or something else, is known."""
-        wrong = drop_wrong_claims(model, complete_shapes)
-        found = len(wrong) + _infer(model) + complete_shapes(model)
-        return Inference(model, found > 0, tuple(wrong))
+        verified = drop_wrong_claims(model, complete_shapes)
+        found = len(verified.wrong) + _take(model, verified.made)
+        if verified.more:
+            found += _infer(model) + complete_shapes(model)
+        return Inference(model, found > 0, verified.wrong)
 
 
 def complete_shapes(model: ir.Model) -> int:
@@ -66,7 +69,12 @@ def _derive(graph: ir.Graph) -> int:
 
 def _infer(model: ir.Model) -> int:
     """Add what onnx.shape_inference finds; returns about how many values it knows more."""
-    added, copy = 0, inferred(model)
+    return _take(model, inferred(model))
+
+
+def _take(model: ir.Model, copy: ir.Model | None) -> int:
+    """Add what is known in a copy of the model; returns about how many values that concerns."""
+    added = 0
     for graph, twin in zip(model.graphs(), copy.graphs(), strict=True) if copy is not None else ():
         outermost = graph is model.graph
         own, known = (_values(each, outermost=outermost) for each in (graph, twin))
