@@ -100,7 +100,14 @@ def test_nothing_is_left_and_nothing_is_changed(
     assert signal.getsignal(signal.SIGTERM) == handler
 
 
-@pytest.mark.parametrize(("stage", "kept"), [("tokens", False), ("importance", True), ("evaluate partition", True)])
+@pytest.mark.parametrize(
+    ("stage", "kept"),
+    [
+        pytest.param("tokens", False, marks=pytest.mark.slow),
+        ("importance", True),
+        pytest.param("evaluate partition", True, marks=pytest.mark.slow),
+    ],
+)
 def test_an_interrupted_training_says_how_to_go_on(
     stage: str,
     kept: bool,
@@ -124,6 +131,7 @@ def test_an_interrupted_training_says_how_to_go_on(
     assert again.exit_code == 0, again.output
 
 
+@pytest.mark.slow
 def test_a_real_process_ends_with_143(folder: Path) -> None:
     command = [sys.executable, "-m", "cpcompile", *map(str, BUILD)]
     with subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:

@@ -49,8 +49,14 @@ def screenshots(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("screenshots")
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize(
+    ("width", "scheme"),
+    [
+        (390, "dark"),
+        (1280, "light"),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in ((390, "light"), (1280, "dark"))),
+    ],
+)
 def test_the_page_opens_in_a_browser(width: int, scheme: str, bundle: Path, browser: Page, screenshots: Path) -> None:
     browser.open(bundle / "report.html", width=width, scheme=scheme)
     assert browser.complaints() == [] and browser.requests() == []

@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 import jsonschema
 import pytest
 import xmlschema
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cpcompile.check import criteria
@@ -95,6 +95,7 @@ def test_the_table_fits_a_log_and_ends_with_what_matters(
 names = st.text(max_size=12)
 
 
+@settings(max_examples=40, deadline=None)
 @given(subject=names, baseline=names, context=names, reason=names, note=names, verdict=st.sampled_from(["fail", "new"]))
 def test_any_text_is_escaped(subject: str, baseline: str, context: str, reason: str, note: str, verdict: str) -> None:
     outcome = Outcome(name="present", context=context, variant=context, verdict=verdict, reason=reason or None)  # type: ignore[arg-type]

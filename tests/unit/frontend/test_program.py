@@ -45,7 +45,7 @@ def made(name: str) -> tuple[PartitionedModule, Selection]:
     return module, cpcompile.select_units(module, batches, squares, {"ffn": 0.5})
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module", params=["convolution", "gated", pytest.param("shared", marks=pytest.mark.slow)])
 def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[PartitionedModule, Path]:
     module, selection = made(request.param)
     path = tmp_path_factory.mktemp("program") / "model.pt2"
@@ -361,10 +361,10 @@ def test_a_flipped_byte_never_passes_as_another_model(good: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("example", "given"),
     [
-        (torch.randn(2, 6, 15), r"torch.float32 \[2, 6, 15\]"),
+        pytest.param(torch.randn(2, 6, 15), r"torch.float32 \[2, 6, 15\]", marks=pytest.mark.slow),
         (torch.randn(2, 65, 16), r"torch.float32 \[2, 65, 16\]"),
         (torch.randn(2, 6, 16).double(), r"torch.float64 \[2, 6, 16\]"),
-        (torch.randn(2, 16), r"torch.float32 \[2, 16\]"),
+        pytest.param(torch.randn(2, 16), r"torch.float32 \[2, 16\]", marks=pytest.mark.slow),
     ],
 )
 def test_examples_that_the_program_cannot_take_are_refused(example: torch.Tensor, given: str, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from cpcompile.models.decoder import Decoder
 
 CONTEXTS = ("a", "b", "c")
 FORMS = [
-    (20, 1),
+    pytest.param(20, 1, marks=pytest.mark.slow),
     (23, 2),
     *(pytest.param(*form, marks=pytest.mark.slow) for form in ((20, 2), (20, 4), (23, 1), (23, 4))),
 ]

@@ -11,7 +11,7 @@ from cpcompile.passes.eliminate_dead_channels import EliminateDeadChannels
 from cpcompile.passes.freeze import Frozen, freeze, prepare
 
 VARIANTS = [
-    (20, True),
+    pytest.param(20, True, marks=pytest.mark.slow),
     (23, False),
     pytest.param(20, False, marks=pytest.mark.slow),
     pytest.param(23, True, marks=pytest.mark.slow),
@@ -103,7 +103,7 @@ def test_a_second_elimination_finds_nothing(captured, opset, grouped):
     assert all(axes == (None,) * len(axes) for axes in again.kept.values())
 
 
-@pytest.mark.parametrize("opset", [20, pytest.param(23, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("opset", [pytest.param(20, marks=pytest.mark.slow), 23])
 def test_freezing_is_deterministic_and_leaves_the_dynamic_graph_alone(captured, opset):
     dynamic = captured(opset, True).model
     before = ir.to_proto(dynamic).SerializeToString()

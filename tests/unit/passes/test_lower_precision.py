@@ -165,7 +165,7 @@ def test_values_without_a_type_are_an_error() -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
-@pytest.mark.parametrize("opset", [20, pytest.param(23, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("opset", [pytest.param(20, marks=pytest.mark.slow), 23])
 def test_a_frozen_decoder(captured: Callable[[int, bool], Captured], opset: int, precision: str) -> None:
     """Half of the bytes, norms and softmax in float32, logits within a few roundings of the largest."""
     frozen = freeze(captured(opset, True).model, 0).model

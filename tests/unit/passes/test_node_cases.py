@@ -41,7 +41,7 @@ NEED_VALUES = ("bind_context", "trim_vocabulary")
 """Passes that need to be told what to do. No case looks up tables by token ids: `test_trim_vocabulary` has graphs."""
 
 
-@pytest.fixture(scope="module", params=[4, pytest.param(1, marks=pytest.mark.slow)], ids=["quarter", "all"])
+@pytest.fixture(scope="module", params=[8, pytest.param(1, marks=pytest.mark.slow)], ids=["eighth", "all"])
 def share(request: pytest.FixtureRequest) -> int:
     """One case in how many is tried."""
     every: int = request.param

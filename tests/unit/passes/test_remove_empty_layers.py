@@ -201,7 +201,7 @@ def test_operators_before_opset_13_are_left_alone() -> None:
     assert ir.to_proto(model) == before
 
 
-@pytest.mark.parametrize("opset", [20, 23])
+@pytest.mark.parametrize("opset", [pytest.param(20, marks=pytest.mark.slow), 23])
 def test_an_empty_layer_of_a_decoder_is_gone_and_half_of_one_too(opset: int) -> None:
     """By itself, without cutting channels: context a has lost layer 0, context b its heads in layer 1."""
     model = random_decoder(2, 4)

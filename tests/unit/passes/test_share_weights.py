@@ -48,7 +48,9 @@ def core_and_own(kv_heads: int) -> tuple[Decoder, Selection]:
     return model, selection
 
 
-@pytest.fixture(scope="module", params=[(20, 4), (23, 2)], ids=["opset20-kv4", "opset23-kv2"])
+@pytest.fixture(
+    scope="module", params=[pytest.param((20, 4), marks=pytest.mark.slow), (23, 2)], ids=["opset20-kv4", "opset23-kv2"]
+)
 def shared(request: pytest.FixtureRequest) -> tuple[ir.Model, Mapping[str, Frozen], Plan, Selection]:
     """The dynamic graph, each context frozen, and the plan of their runs."""
     opset, kv_heads = request.param

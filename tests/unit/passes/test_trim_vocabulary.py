@@ -242,7 +242,7 @@ def some_tokens(size: int, seed: int) -> tuple[int, ...]:
     return tuple(sorted(int(token) for token in chosen))
 
 
-@pytest.mark.parametrize(("opset", "kv_heads"), [(20, 4), (23, 2)])
+@pytest.mark.parametrize(("opset", "kv_heads"), [pytest.param(20, 4, marks=pytest.mark.slow), (23, 2)])
 def test_a_frozen_decoder(opset: int, kv_heads: int) -> None:
     """Tied: one initializer, as many logits as tokens are kept, equal to those of the untrimmed engine."""
     model = random_decoder(kv_heads, kv_heads)

@@ -259,7 +259,13 @@ def leaves(node: Any) -> Iterator[tuple[Any, Any]]:
 
 
 @pytest.mark.parametrize(
-    "extreme", [None, 1e300, pytest.param(0, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.slow)]
+    "extreme",
+    [
+        None,
+        pytest.param(1e300, marks=pytest.mark.slow),
+        pytest.param(0, marks=pytest.mark.slow),
+        pytest.param(1, marks=pytest.mark.slow),
+    ],
 )
 def test_whatever_follows_the_schema_is_a_page(extreme: float | None) -> None:
     """Every leaf that may take the extreme value takes it, and no reason is given for anything."""

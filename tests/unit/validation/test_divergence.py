@@ -225,7 +225,7 @@ class Nano:
         return engine
 
 
-@pytest.fixture(scope="module", params=[20, 23])
+@pytest.fixture(scope="module", params=[pytest.param(20, marks=pytest.mark.slow), 23])
 def nano(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Nano:
     return Nano(request.param, tmp_path_factory.mktemp("nano"))
 

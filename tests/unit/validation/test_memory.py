@@ -42,7 +42,7 @@ def test_the_eager_model_brings_nothing_of_a_compiler(dense_path: Path) -> None:
     assert not {"torch._dynamo", "sympy", "onnx", "onnx_ir", "onnxruntime"} & set(modules)
 
 
-@pytest.mark.parametrize("content", [b"", b"not a checkpoint"])
+@pytest.mark.parametrize("content", [pytest.param(b"", marks=pytest.mark.slow), b"not a checkpoint"])
 def test_a_side_that_fails_is_the_reason(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
     path.write_bytes(content)

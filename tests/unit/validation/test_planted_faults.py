@@ -100,11 +100,15 @@ def _late_queries(graph: ir.Graph) -> None:
 @pytest.mark.parametrize(
     "fault",
     [
-        pytest.param(_change_weight("layers.1.ffn.up.weight", _perturbed), id="weight off by a thousandth"),
+        pytest.param(
+            _change_weight("layers.1.ffn.up.weight", _perturbed),
+            id="weight off by a thousandth",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(_change_weight("layers.1.ffn.down.weight", _without_a_kept_unit), id="a unit too many removed"),
         pytest.param(_other_gate, id="gate of another context"),
-        pytest.param(_other_activation, id="another activation"),
-        pytest.param(_late_queries, id="wrong rotary offset"),
+        pytest.param(_other_activation, id="another activation", marks=pytest.mark.slow),
+        pytest.param(_late_queries, id="wrong rotary offset", marks=pytest.mark.slow),
     ],
 )
 def test_a_wrong_computation_misses_parity(fault: Change, judged: Callable[..., VariantResult]) -> None:

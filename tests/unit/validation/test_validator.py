@@ -123,7 +123,11 @@ def _add_output(graph: ir.Graph) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "outputs"), [(_rename_output, r"['scores']"), (_add_output, r"expected exactly ['logits']")]
+    ("change", "outputs"),
+    [
+        pytest.param(_rename_output, r"['scores']", marks=pytest.mark.slow),
+        (_add_output, r"expected exactly ['logits']"),
+    ],
 )
 def test_an_engine_with_other_outputs_fails_and_is_not_measured_further(
     change, outputs: str, make_bundle, checkpoint: Checkpoint, dense_path: Path, held_out: HeldOut
