@@ -86,7 +86,13 @@ class FoldConstants(GraphPass):
             )(model)
         for node in set(nodes).difference(model.graph.all_nodes()):
             node.resize_inputs(0)  # a branch that is not taken does not read the values outside any more
+        there = {value for graph in model.graphs() for value in graph.initializers.values()}
         lifted = LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+        for value in (value for graph in model.graphs() for value in graph.initializers.values() if value not in there):
+            tensor = value.const_value
+            if tensor is not None and tensor.dtype != ir.DataType.STRING:
+                # The model that this is a clone of has the same tensor, and would see it named when this one is saved.
+                value.const_value = ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=value.name)
         return ir.passes.PassResult(model, modified=folded.modified or lifted.modified)
 
 

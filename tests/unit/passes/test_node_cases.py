@@ -390,6 +390,6 @@ def test_every_rule_keeps_values_between_dead_channels(cases: Sequence[Any], sha
         if EliminateDeadChannels()(model).modified:
             wrong.append(f"{case.name}: a second run finds something")
     assert not wrong
-    assert sum(tried.values()) >= 600 / share, tried
+    assert sum(tried.values()) >= 540 / share, tried
     assert sum(cut.values()) >= 220 / share, cut
     assert share > 1 or len(+cut) >= 75, f"never cut: {tried.keys() - (+cut).keys()}"
