@@ -68,7 +68,7 @@ def export_graph(
     if program is None:
         raise CpcompileError("torch.onnx.export gave no program; this torch is not supported")
     captured: ir.Model = program.model
-    _free_names(captured.graph, set(own_names.values()))
+    _rename_results(captured.graph, set(own_names.values()))
     own = [(value, own_names[name]) for name, value in captured.graph.initializers.items() if name in own_names]
     for number, (value, _) in enumerate(own):  # one may have the name that another is going to have
         value.name = f"parameter:{number}"
@@ -81,7 +81,7 @@ def export_graph(
     return captured
 
 
-def _free_names(graph: ir.Graph, names: Collection[str]) -> None:
+def _rename_results(graph: ir.Graph, names: Collection[str]) -> None:
     """Rename the results of nodes that have one of `names`."""
     taken = {value.name for node in graph.all_nodes() for value in node.outputs} | set(names)
     outputs = set(graph.outputs)
