@@ -22,10 +22,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cpcompile.core.cache import LayerCache
 from cpcompile.core.config import ModelConfig
 from cpcompile.core.selection import Selection, UnitKind, Units
 from cpcompile.models.gates import Gate, apply_gate, channels_of
-from cpcompile.models.language_model import LanguageModel, Rows, partition_order
+from cpcompile.models.language_model import KeysValues, LanguageModel, Rows, last, partition_order, visible
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,19 @@ class LayerKept:
     ffn_channels: Tensor
 
 
+@dataclass(frozen=True)
+class Window:
+    """Where the tokens of a pass stand: the rotation of their positions, and what they may look at."""
+
+    cos: Tensor
+    sin: Tensor
+    """(sequence, head_dim), or (batch, 1, sequence, head_dim) for positions of each sequence."""
+    mask: Tensor | None = None
+    """(batch, 1, sequence, past + sequence), true where a token looks; None for all tokens up to its own."""
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions for x (batch, heads, sequence, head_dim); cos, sin (sequence, head_dim)."""
+    """Rotary positions for x (batch, heads, sequence, head_dim); cos, sin as in `Window`."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
@@ -62,20 +74,27 @@ class Attention(nn.Module):
         """Channels of the merged heads that one unit owns."""
         return self.queries_per_key * self.head_dim
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, gate: Tensor | None, kept: LayerKept | None) -> Tensor:
+    def forward(
+        self, x: Tensor, window: Window, gate: Tensor | None, kept: LayerKept | None, past: KeysValues | None
+    ) -> tuple[Tensor, KeysValues]:
+        """The merged heads, projected, and keys and values of all tokens up to here."""
         query, key, value, output = (m.weight for m in (self.query, self.key, self.value, self.output))
         if kept is not None:
             query, output = query[kept.query_channels], output[:, kept.query_channels]
             key, value = key[kept.key_channels], value[kept.key_channels]
         batch, sequence, _ = x.shape
-        q = rotate(self._split(F.linear(x, query)), cos, sin)
-        k = rotate(self._split(F.linear(x, key)), cos, sin)
+        q = rotate(self._split(F.linear(x, query)), window.cos, window.sin)
+        k = rotate(self._split(F.linear(x, key)), window.cos, window.sin)
         v = self._split(F.linear(x, value))
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.queries_per_key > 1)
+        if past is not None:
+            k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
+        mixed = F.scaled_dot_product_attention(
+            q, k, v, window.mask, is_causal=window.mask is None, enable_gqa=self.queries_per_key > 1
+        )
         merged = mixed.transpose(1, 2).reshape(batch, sequence, query.shape[0])
         if gate is not None:
             merged = apply_gate(merged, gate, self.unit_width)
-        return F.linear(merged, output)
+        return F.linear(merged, output), (k, v)
 
     def _split(self, x: Tensor) -> Tensor:
         """(batch, sequence, heads * head_dim) -> (batch, heads, sequence, head_dim)."""
@@ -118,16 +137,17 @@ class Layer(nn.Module):
     def forward(
         self,
         x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
+        window: Window,
         head: Tensor | None,
         ffn: Tensor | None,
         kept: LayerKept | None,
-    ) -> Tensor:
+        past: KeysValues | None,
+    ) -> tuple[Tensor, KeysValues]:
         """`head` and `ffn` are the gates of the units that are computed: (units,) or (batch, 1, units)."""
-        x = x + self.attention(self.attention_norm(x), cos, sin, head, kept)
+        mixed, present = self.attention(self.attention_norm(x), window, head, kept, past)
+        x = x + mixed
         fed: Tensor = self.ffn(self.ffn_norm(x), ffn, kept)
-        return x + fed
+        return x + fed, present
 
 
 class Decoder(LanguageModel):
@@ -168,8 +188,37 @@ class Decoder(LanguageModel):
         rows: Rows | None = None,
         kept: Sequence[LayerKept] | None = None,
     ) -> Tensor:
-        x = self.embedding(input_ids)
-        cos, sin = self._rotary(input_ids.shape[1], x.dtype)
+        window = self._window(torch.arange(input_ids.shape[1]))
+        hidden, _ = self._hidden(input_ids, window, (None,) * len(self.blocks), context, rows, kept)
+        return self._logits(hidden)
+
+    def decode(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        logits_to_keep: Tensor,
+        past: Sequence[KeysValues],
+        context: Tensor | None = None,
+    ) -> tuple[Tensor, Sequence[KeysValues]]:
+        window = self._window(position_ids[:, None], visible(attention_mask, input_ids.shape[1]))
+        hidden, present = self._hidden(input_ids, window, past, context)
+        return self._logits(hidden[:, last(logits_to_keep)]), present
+
+    def caches(self) -> Sequence[LayerCache]:
+        return [LayerCache(self.config.kv_heads, self.config.head_dim)] * self.config.layers
+
+    def _hidden(
+        self,
+        input_ids: Tensor,
+        window: Window,
+        past: Sequence[KeysValues | None],
+        context: Tensor | None,
+        rows: Rows | None = None,
+        kept: Sequence[LayerKept] | None = None,
+    ) -> tuple[Tensor, list[KeysValues]]:
+        """What the last layer makes (batch, sequence, width), and the keys and values of every layer."""
+        x, present = self.embedding(input_ids), []
         for index, layer in enumerate(self.blocks):
             layer_kept = kept[index] if kept is not None else None
             head = ffn = None
@@ -179,14 +228,19 @@ class Decoder(LanguageModel):
                 head, ffn = layer.head_gate.row(context), layer.ffn_gate.row(context)
                 if layer_kept is not None:
                     head, ffn = head[layer_kept.head_units], ffn[layer_kept.ffn_units]
-            x = layer(x, cos, sin, head, ffn, layer_kept)
-        head = self.embedding.weight if self.config.tied else self.head.weight
-        return F.linear(self.norm(x), head)
+            x, keys_values = layer(x, window, head, ffn, layer_kept, past[index])
+            present.append(keys_values)
+        return x, present
 
-    def _rotary(self, sequence: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        angles = torch.arange(sequence)[:, None] * self.frequencies
+    def _logits(self, hidden: Tensor) -> Tensor:
+        head = self.embedding.weight if self.config.tied else self.head.weight
+        return F.linear(self.norm(hidden), head)
+
+    def _window(self, positions: Tensor, mask: Tensor | None = None) -> Window:
+        angles = positions[..., None] * self.frequencies
         angles = torch.cat((angles, angles), dim=-1)
-        return angles.cos().to(dtype), angles.sin().to(dtype)
+        dtype = self.embedding.weight.dtype
+        return Window(angles.cos().to(dtype), angles.sin().to(dtype), mask)
 
     @property
     def blocks(self) -> Sequence[Layer]:

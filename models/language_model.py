@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from cpcompile.core.cache import LayerCache
 from cpcompile.core.selection import BoolArray, Selection, UnitKind, Units
 from cpcompile.models.gates import Gate
 
@@ -18,6 +19,8 @@ Kept = Sequence[Any]
 """What a context keeps, layer by layer, in the form that its model's forward pass takes."""
 Rows = Mapping[UnitKind, Sequence[Tensor]]
 """Gate values by kind and layer: (units,), or (batch, units) for gates of each sequence."""
+KeysValues = tuple[Tensor, Tensor]
+"""Of one layer, each (batch, KV heads, tokens, head_dim)."""
 LOGITS = 2**25
 """Logits that a pass over several sequences gives at most (134 MB), or those of one sequence if it has more."""
 
@@ -53,6 +56,25 @@ class LanguageModel(nn.Module):
         `context` (int64 scalar) picks the gates; `rows` gives them directly (importance);
         with `kept` only those units are computed.
         """
+
+    def caches(self) -> Sequence[LayerCache] | None:
+        """The cache of every layer; None if the model has no such form of its forward pass."""
+        return None
+
+    def decode(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        logits_to_keep: Tensor,
+        past: Sequence[KeysValues],
+        context: Tensor | None = None,
+    ) -> tuple[Tensor, Sequence[KeysValues]]:
+        """The logits of tokens that follow those in the cache `past`, and the cache with both; shapes in `core.cache`.
+
+        logits_to_keep: only those of so many last tokens are computed; 0 for all.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def units(self) -> tuple[Units, ...]:
@@ -111,6 +133,24 @@ class LanguageModel(nn.Module):
         """Elements of every parameter except the gates, by name."""
         gates = self.gate_tables()
         return {name: p.numel() for name, p in self.named_parameters() if name not in gates}
+
+
+def visible(attention_mask: Tensor, sequence: int) -> Tensor:
+    """(batch, 1, sequence, past + sequence): each of the last `sequence` tokens looks at itself and those before it.
+
+    At those that `attention_mask` leaves out only they themselves look: a row without any would be no number.
+    """
+    total = attention_mask.shape[1]
+    slots, own = torch.arange(total), torch.arange(sequence)[:, None] + (total - sequence)
+    before = (slots < own) & attention_mask[:, None, None, :].bool()
+    return before | (slots == own)
+
+
+def last(count: Tensor) -> slice:
+    """The last `count` positions; all for 0, as -0 is the first."""
+    number = count.item()
+    torch._check(number >= 0)  # type: ignore[no-untyped-call]
+    return slice(-number, None)
 
 
 def partition_order(kept: BoolArray) -> npt.NDArray[np.int64]:

@@ -1,49 +1,154 @@
 """Capture: an eager or exported model -> one dynamic graph for all contexts.
 
-The graph of a language model has the inputs `input_ids` (batch, sequence) and `context` (int64 scalar). Gates are
+The graph of a language model has the inputs and outputs of `core.cache` and `context` (int64 scalar). Gates are
 ordinary Gather and Mul, and parameters keep the model's own names: what is removed later is accounted for by these
 names. The exporter's own optimiser is off because it renames and merges them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import MethodType
 from typing import Any
 
 import onnx_ir as ir
 import torch
-from torch import nn
-from torch.export import ExportedProgram
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
 
+from cpcompile.core.cache import (
+    INPUT,
+    KEEP,
+    LENGTH,
+    MASK,
+    OUTPUT,
+    PARTS,
+    POSITIONS,
+    LayerCache,
+    past_name,
+    present_name,
+)
 from cpcompile.core.config import OPSETS
 from cpcompile.core.errors import CpcompileError
 from cpcompile.models.language_model import LanguageModel
 from cpcompile.partitioning.trace import quiet, sources_of
 
+CONTEXT = "context"
+PAST_TOKENS = 5
+"""Of the examples that are traced; no other length is 5."""
+TOTAL = "total"
+AXES: Mapping[str, Sequence[str]] = {
+    INPUT: ("batch", "sequence"),
+    MASK: ("batch", TOTAL),
+    POSITIONS: ("batch", "sequence"),
+    OUTPUT: ("batch", "kept"),
+}
+"""Names of the symbolic axes; those of the cache are (batch, heads, past, head_dim)."""
 
-def capture(model: LanguageModel, *, opset: int = OPSETS[-1]) -> ir.Model:
-    """The dynamic graph of a gated model; any context, full cost."""
-    return _capture(model, {"context": torch.tensor(0)}, opset)
+
+def capture(model: LanguageModel, *, opset: int = OPSETS[-1], cached: bool = False) -> ir.Model:
+    """The dynamic graph of a gated model, with its cache if that is wanted and it has one; any context, full cost."""
+    caches = model.caches() if cached else None
+    return _capture(model, torch.tensor(0), opset) if caches is None else _capture_cached(model, caches, opset)
 
 
 def capture_dense(model: LanguageModel, *, opset: int = OPSETS[-1]) -> ir.Model:
-    """The graph of an ungated model: what a plain export of the dense baseline gives."""
-    return _capture(model, {}, opset)
+    """The graph of an ungated model without a cache: what a plain export of the dense baseline gives."""
+    return _capture(model, None, opset)
 
 
-def _capture(model: LanguageModel, context: dict[str, torch.Tensor], opset: int) -> ir.Model:
+def _capture(model: LanguageModel, context: torch.Tensor | None, opset: int) -> ir.Model:
     ids = torch.zeros((2, 16), dtype=torch.int64)
     dynamic = {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence")}
-    first = {id(tensor): name for name, tensor in model.named_parameters()}
     return export_graph(
         model.eval(),
-        (ids, *context.values()),
-        {name: first[id(tensor)] for name, tensor in model.named_parameters(remove_duplicate=False)},
+        (ids,) if context is None else (ids, context),
+        _own_names(model),
         opset=opset,
-        input_names=["input_ids", *context],
-        output_names=["logits"],
-        dynamic_shapes=(dynamic, *(None for _ in context)),
+        input_names=[INPUT] if context is None else [INPUT, CONTEXT],
+        output_names=[OUTPUT],
+        dynamic_shapes=(dynamic,) if context is None else (dynamic, None),
     )
+
+
+def _own_names(model: nn.Module) -> Mapping[str, str]:
+    first = {id(tensor): name for name, tensor in model.named_parameters()}
+    return {name: first[id(tensor)] for name, tensor in model.named_parameters(remove_duplicate=False)}
+
+
+def _capture_cached(model: LanguageModel, caches: Sequence[LayerCache], opset: int) -> ir.Model:
+    tokens = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
+    parts = [(layer, part) for layer in range(len(caches)) for part in PARTS]
+    past = [torch.zeros((2, caches[layer].heads, PAST_TOKENS, caches[layer].head_dim)) for layer, _ in parts]
+    with _decoding(model.eval()):
+        captured = export_graph(
+            model,
+            (
+                torch.zeros((2, 16), dtype=torch.int64),
+                torch.ones((2, 16 + PAST_TOKENS), dtype=torch.int64),
+                torch.arange(PAST_TOKENS, 16 + PAST_TOKENS).repeat(2, 1),
+                torch.tensor(4),
+                torch.tensor(0),
+                *past,
+            ),
+            _own_names(model),
+            opset=opset,
+            input_names=[INPUT, MASK, POSITIONS, KEEP, CONTEXT, *(past_name(*each) for each in parts)],
+            output_names=[OUTPUT, *(present_name(*each) for each in parts)],
+            dynamic_shapes=(
+                tokens,
+                tokens,
+                tokens,
+                None,
+                None,
+                tuple({0: Dim.DYNAMIC, LENGTH: Dim.DYNAMIC} for _ in past),
+            ),
+        )
+    _name_axes(captured.graph)
+    return captured
+
+
+@contextmanager
+def _decoding(model: LanguageModel) -> Iterator[None]:
+    """`model.forward` takes and gives flat tensors, in the order of the graph; a module around it would rename all."""
+
+    def forward(
+        self: LanguageModel,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        logits_to_keep: Tensor,
+        context: Tensor,
+        *past: Tensor,
+    ) -> tuple[Tensor, ...]:
+        pairs = list(zip(past[::2], past[1::2], strict=True))
+        logits, present = self.decode(input_ids, attention_mask, position_ids, logits_to_keep, pairs, context)
+        return logits, *(tensor for pair in present for tensor in pair)
+
+    model.forward = MethodType(forward, model)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del model.forward
+
+
+def _name_axes(graph: ir.Graph) -> None:
+    """Give the symbolic axes of all values names that mean something, in place of the exporter's s10 and s70 + s81."""
+    names: dict[str, str] = {}
+    for value in (*graph.inputs, *graph.outputs):
+        axes = AXES.get(value.name or "", ("batch", None, "past", None))
+        for length, name in zip(value.shape or (), axes, strict=False):
+            if isinstance(length, ir.SymbolicDim) and length.value is not None and name is not None:
+                names.setdefault(str(length.value), name)
+    for value in (*graph.inputs, *(out for node in graph for out in node.outputs)):
+        if value.shape is not None:
+            value.shape = ir.Shape(d if isinstance(d, int) else _axis(str(d.value), names) for d in value.shape)
+
+
+def _axis(symbol: str, names: Mapping[str, str]) -> str | None:
+    known = {names.get(part) for part in symbol.split(" + ")}
+    return TOTAL if known == {"past", "sequence"} else names.get(symbol)
 
 
 def export_graph(

@@ -70,10 +70,14 @@ class PartitionedModule(nn.Module):
             context = self.gate_row(context)
         return self.with_rows(*inputs, rows=[gate.row(context) for gate in self.group_gates])
 
-    def with_rows(self, *inputs: Tensor, rows: Sequence[Tensor]) -> Any:
-        """The same with gate values given per group: (units,), or (batch, units) for gates per sequence."""
+    def with_rows(self, *inputs: Any, rows: Sequence[Tensor], forward: Forward | None = None) -> Any:
+        """The same with gate values given per group: (units,), or (batch, units) for gates per sequence.
+
+        forward: what is called with the model and `inputs`, if not the function that it was partitioned with.
+        """
+        forward = forward or self._forward
         with self._active.forward_pass(rows):
-            output = self.model(*inputs) if self._forward is None else self._forward(self.model, *inputs)
+            output = self.model(*inputs) if forward is None else forward(self.model, *inputs)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self._active.keep(rows, inputs, output)
         return output

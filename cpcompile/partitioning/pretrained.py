@@ -13,6 +13,7 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,11 +21,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cpcompile.core.cache import LayerCache
 from cpcompile.core.config import PretrainedConfig
 from cpcompile.core.errors import UsageError
 from cpcompile.core.selection import Selection, UnitKind, Units
 from cpcompile.models.gates import Gate
-from cpcompile.models.language_model import Kept, LanguageModel, Rows, partition_order
+from cpcompile.models.language_model import Kept, KeysValues, LanguageModel, Rows, last, partition_order, visible
 from cpcompile.models.shared_state import share_state, without_weights
 from cpcompile.partitioning.groups import Group
 from cpcompile.partitioning.hugging_face import (
@@ -38,6 +40,8 @@ from cpcompile.partitioning.partitioner import partition
 from cpcompile.partitioning.trace import reason_of
 
 GATES = "group_gates."
+SLIDING = "sliding_attention"
+"""The kind of layer that looks at the last tokens only, as transformers names it."""
 NOT_THE_MODEL = ("transformers_version", "quantization_config")
 
 
@@ -178,6 +182,40 @@ class PretrainedDecoder(LanguageModel):
             logits = _logits(self._unregistered[0], input_ids)
         return logits
 
+    @cached_property
+    def _caches(self) -> Sequence[LayerCache] | None:
+        ids = torch.zeros((1, 2), dtype=torch.int64)
+        try:
+            with torch.no_grad():
+                if not self.contexts:
+                    return _layer_caches(self._unregistered[0], ids)
+                ones = [torch.ones(group.units) for group in self.partitioned.groups]
+                found: Sequence[LayerCache] | None = self.partitioned.with_rows(ids, rows=ones, forward=_layer_caches)
+                return found
+        except Exception:  # of any kind: the model's own code runs, and many have no cache
+            return None
+
+    def caches(self) -> Sequence[LayerCache] | None:
+        return self._caches
+
+    def decode(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        logits_to_keep: Tensor,
+        past: Sequence[KeysValues],
+        context: Tensor | None = None,
+    ) -> tuple[Tensor, Sequence[KeysValues]]:
+        inputs = (input_ids, attention_mask, position_ids, logits_to_keep, past)
+        decoded: tuple[Tensor, Sequence[KeysValues]]
+        if context is None:
+            decoded = _decode(self._unregistered[0], *inputs)
+        else:
+            rows = [gate.row(context) for gate in self.partitioned.group_gates]
+            decoded = self.partitioned.with_rows(*inputs, rows=rows, forward=_decode)
+        return decoded
+
     def units(self) -> tuple[Units, ...]:
         return self.partitioned.units()
 
@@ -250,6 +288,50 @@ def _partition(model: nn.Module, config: PretrainedConfig, contexts: int) -> Par
 
 def _logits(model: nn.Module, input_ids: Tensor) -> Any:
     return model(input_ids=input_ids, use_cache=False).logits
+
+
+def _layer_caches(model: Any, input_ids: Tensor) -> Sequence[LayerCache] | None:
+    """The cache of every layer; None if the model has another kind of state."""
+    cache = model(input_ids=input_ids, use_cache=True).past_key_values
+    shapes = [(layer.keys.shape, layer.values.shape) for layer in cache.layers]
+    tokens = input_ids.shape[1]
+    if not shapes or any(len(key) != 4 or key != value or key[2] != tokens for key, value in shapes):
+        return None
+    return [LayerCache(heads=key[1], head_dim=key[3]) for key, _ in shapes]
+
+
+def _decode(
+    model: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    position_ids: Tensor,
+    logits_to_keep: Tensor,
+    past: Sequence[KeysValues],
+) -> tuple[Tensor, Sequence[KeysValues]]:
+    """`LanguageModel.decode` of a model of transformers; its masks are ours, with the window of each kind of layer."""
+    cache = transformers_package().DynamicCache()
+    for layer, (key, value) in enumerate(past):
+        cache.update(key, value, layer)
+    everything = visible(attention_mask, input_ids.shape[1])
+    window: int = getattr(model.config, "sliding_window", None) or 0  # 0 for none
+    kinds = dict.fromkeys(getattr(model.config, "layer_types", None) or [SLIDING if window else "full_attention"])
+    masks = {kind: _within(everything, window) if kind == SLIDING else everything for kind in kinds}
+    output = model(
+        input_ids=input_ids,
+        attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),
+        position_ids=position_ids,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=last(logits_to_keep),
+    )
+    return output.logits, [(layer.keys, layer.values) for layer in cache.layers]
+
+
+def _within(visible_tokens: Tensor, window: int) -> Tensor:
+    """Of the tokens that each token looks at, the last `window`."""
+    sequence, total = visible_tokens.shape[-2:]
+    own = torch.arange(sequence)[:, None] + (total - sequence)
+    return visible_tokens & (torch.arange(total) > own - window)
 
 
 def _without_tied(module: nn.Module, state: dict[str, Any], prefix: str, _metadata: object) -> None:
