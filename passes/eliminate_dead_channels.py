@@ -17,11 +17,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from cpcompile.core.cache import PRESENT
+from cpcompile.passes.cache_interface import caches, remove_idle_caches
 from cpcompile.passes.channel_rules import rule_of
 from cpcompile.passes.channel_rules.fixpoint import find_channels, find_zeros
 from cpcompile.passes.channels import Channels, Mask
@@ -69,6 +72,11 @@ class EliminateDeadChannels(MinOpsetPass):
     """
 
     clean_up: CleanUp = field(default_factory=CleanUp)
+    cut_caches: bool = False
+    """The heads of a language model's cache go with those of its layers: callers read its shapes from the graph."""
+
+    def may_remove(self, output: str) -> bool:
+        return self.cut_caches and PRESENT.fullmatch(output) is not None
 
     def call(self, model: ir.Model) -> Elimination:
         """Edit `model`; `modified` counts removed terms, tensors that got smaller and what was cleaned up."""
@@ -82,7 +90,12 @@ class EliminateDeadChannels(MinOpsetPass):
         while round_edits:
             zeros = find_zeros(graph, self.clean_up.protected)
             round_edits = len(remove_zero_terms(graph, zeros))
-            channels = find_channels(graph, find_zeros(graph, self.clean_up.protected) if round_edits else zeros)
+            if self.cut_caches and round_edits:
+                self.clean_up(model)  # the attention of a layer without heads
+                remove_idle_caches(model, self.clean_up)
+            free = frozenset(chain(*caches(graph).items())) if self.cut_caches else frozenset[ir.Value]()
+            zeros = find_zeros(graph, self.clean_up.protected) if round_edits else zeros
+            channels = find_channels(graph, zeros, free)
             smaller, sliced = _rewrite(graph, channels)
             for value, own in sliced.items():
                 before = kept.get(value, (None,) * len(own))

@@ -53,7 +53,7 @@ def prepare(dynamic: ir.Model) -> Prepared:
 def used_sizes(prepared: Prepared) -> dict[str, int]:
     """Elements of every parameter that some context may read; a row that no constant index picks is read by none."""
     model = prepared.model.clone()
-    for each in (CanonicalizeShapes(), EliminateDeadChannels(CleanUp(prepared.parameters))):
+    for each in (CanonicalizeShapes(), EliminateDeadChannels(CleanUp(prepared.parameters), cut_caches=True)):
         each(model)
     values = model.graph.initializers
     return {name: tensor.size if (tensor := v.const_value) is not None else 0 for name, v in values.items()}
@@ -72,7 +72,7 @@ def freeze(dynamic: ir.Model | Prepared, context: int, tokens: Sequence[int] | N
         each(model)
     pruned = PruneExperts()(model)
     assert isinstance(pruned, Pruning)
-    eliminated = EliminateDeadChannels(clean_up)(model)
+    eliminated = EliminateDeadChannels(clean_up, cut_caches=True)(model)
     assert isinstance(eliminated, Elimination)
     RemoveWholeGathers()(model)
     left = eliminated.kept

@@ -7,9 +7,12 @@ is the same value there. A call to a function has no rule and keeps what it touc
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import numpy as np
 import onnx_ir as ir
 
+from cpcompile.core.cache import HEADS
 from cpcompile.passes.channel_rules import rule_of
 from cpcompile.passes.channel_rules.subgraphs import common_zeros, loop_carried_values, owners
 from cpcompile.passes.channels import EMPTY, Channels, Zeros
@@ -63,16 +66,20 @@ def _count(zeros: Zeros) -> int:
     return zeros.everything + sum(int(mask.sum()) for mask in zeros.axes)
 
 
-def find_channels(graph: ir.Graph, zeros: Channels | None = None) -> Channels:
+def find_channels(
+    graph: ir.Graph, zeros: Channels | None = None, caches: Collection[ir.Value] = frozenset()
+) -> Channels:
     """The zeros and the greatest set of channels that can be cut together.
 
-    zeros: the result of `find_zeros` for the graph as it is, if there is one already.
+    zeros: the result of `find_zeros` for the graph as it is, if there is one already. caches: inputs and outputs of
+    which heads may be cut.
     """
     channels = zeros or find_zeros(graph)
     nodes = list(post_order(graph))
     for value in (*graph.inputs, *graph.outputs):
         for node in channels.neighbours(value)[:1]:
-            channels.keep(value, node, "it is an input or output of the model")
+            axes = [axis for axis in range(len(channels.shape(value) or ())) if axis != HEADS or value not in caches]
+            channels.keep(value, node, "it is an input or output of the model", axes=axes)
     for node in nodes:
         rule = rule_of(node)
         if rule is None:

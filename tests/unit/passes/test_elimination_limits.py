@@ -129,7 +129,7 @@ def test_a_branch_found_dead_after_a_cut_goes_too() -> None:
 
 def test_a_pass_says_what_it_is() -> None:
     shown = repr(EliminateDeadChannels(CleanUp(frozenset({"head.weight"}))))
-    assert shown == "EliminateDeadChannels(clean_up=CleanUp(protected=frozenset({'head.weight'})))"
+    assert shown == "EliminateDeadChannels(clean_up=CleanUp(protected=frozenset({'head.weight'})), cut_caches=False)"
 
 
 def test_a_copy_that_is_an_output_gives_its_name_away() -> None:

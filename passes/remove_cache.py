@@ -1,0 +1,75 @@
+"""Remove the cache of a language model: every pass reads a whole text, and gives all logits.
+
+present = Concat(past, new)  ->  new        the inputs of the past and the outputs of the present are gone
+attention_mask               ->  ones       position_ids -> 0, 1, 2, …       logits_to_keep -> 0
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from cpcompile.core.cache import INPUT, KEEP, MASK, POSITIONS, PRESENT
+from cpcompile.core.errors import CpcompileError
+from cpcompile.core.types import Array
+from cpcompile.passes.cache_interface import caches
+from cpcompile.passes.graph_pass import GraphPass
+
+
+@dataclass(frozen=True)
+class RemoveCache(GraphPass):
+    """Make the graph one of whole texts; a graph without a cache stays as it is."""
+
+    def may_remove(self, output: str) -> bool:
+        return PRESENT.fullmatch(output) is not None
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Edit `model`; CpcompileError if something else than a Concat reads the cache."""
+        graph = model.graph
+        inputs = {value.name: value for value in graph.inputs}
+        if KEEP not in inputs:
+            return ir.passes.PassResult(model, False)
+        for past, present in caches(graph).items():
+            graph.outputs.remove(present)
+            joined = present.producer()
+            if joined is None or joined.op_type != "Concat" or {node for node, _ in past.uses()} != {joined}:
+                raise CpcompileError(f"the cache {past.name!r} is read by something else than one Concat; keep it")
+            (new,) = (value for value in joined.inputs if value is not past and value is not None)
+            ir.convenience.replace_all_uses_with(present, new)
+            graph.remove(joined, safe=True)
+            graph.inputs.remove(past)
+        _bind_texts(graph, inputs)
+        return ir.passes.PassResult(model, True)
+
+
+def _bind_texts(graph: ir.Graph, inputs: Mapping[str | None, ir.Value]) -> None:
+    """Compute from the tokens alone where they stand."""
+    constants = {"ones": np.ones(1), "axis": np.array(1), "first": np.array(0), "each": np.array(1)}
+    known = {name: _constant(graph, f"text.{name}", array.astype(np.int64)) for name, array in constants.items()}
+    shape = _node("Shape", [inputs[INPUT]], "text.shape")
+    length = _node("Gather", [shape.outputs[0], known["axis"]], "text.length")
+    numbers = _node("Range", [known["first"], length.outputs[0], known["each"]], "text.numbers")
+    positions = _node("Expand", [numbers.outputs[0], shape.outputs[0]], "text.positions")
+    mask = _node("Expand", [known["ones"], shape.outputs[0]], "text.mask")
+    graph.insert_before(graph[0], (shape, length, numbers, positions, mask))
+    for name, value in {MASK: mask.outputs[0], POSITIONS: positions.outputs[0], KEEP: known["first"]}.items():
+        if (given := inputs.get(name)) is not None:
+            value.type, value.shape = given.type, inputs[INPUT].shape if name != KEEP else given.shape
+            ir.convenience.replace_all_uses_with(given, value)
+            graph.inputs.remove(given)
+
+
+def _node(operator: str, inputs: Sequence[ir.Value], name: str) -> ir.Node:
+    node = ir.node(operator, inputs, name=name)
+    node.outputs[0].name, node.outputs[0].type = name, ir.TensorType(ir.DataType.INT64)
+    return node
+
+
+def _constant(graph: ir.Graph, name: str, array: Array) -> ir.Value:
+    tensor = ir.tensor(array, name=name)
+    value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    graph.register_initializer(value)
+    return value
