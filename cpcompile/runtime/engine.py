@@ -23,6 +23,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from cpcompile.bundle.reader import WEIGHTS_OPTION, Bundle, Variant, open_bundle
+from cpcompile.core.cache import INPUT, KEEP, OUTPUT, PRESENT, complete, is_optional, present_of
 from cpcompile.core.coercion import coerce, require
 from cpcompile.core.errors import CpcompileError, UsageError, first_line
 from cpcompile.core.measured import NotMeasured
@@ -31,7 +32,6 @@ from cpcompile.core.types import Array, Feeds
 PLUGINS: Mapping[str, str] = {"NvTensorRTRTXExecutionProvider": "onnxruntime_ep_nv_tensorrt_rtx"}
 """Execution providers that come in packages of their own, which the standard onnxruntime loads."""
 CPU_PROVIDER = "CPUExecutionProvider"
-INPUT, OUTPUT = "input_ids", "logits"
 TYPES: Mapping[str, type[np.generic]] = {
     "tensor(float)": np.float32,
     "tensor(double)": np.float64,
@@ -47,6 +47,8 @@ TYPES: Mapping[str, type[np.generic]] = {
     "tensor(bool)": np.bool_,
 }
 """The types of arrays by their names in ONNX Runtime."""
+Cache = Mapping[str, Array]
+"""Keys and values of the tokens so far, by the names of the graph's inputs."""
 DOCTOR = "`cpcompile doctor` says what this machine lacks"
 
 
@@ -69,22 +71,46 @@ class Engine:
         return result
 
     def outputs(self, feeds: Mapping[str, npt.ArrayLike]) -> dict[str, Array]:
-        """Every output of the graph by name, for `feeds`: the inputs by name, without the context.
+        """The outputs of the graph by name, for `feeds`: the inputs by name, without the context.
 
+        What belongs to the cache of a language model may be left out: the tokens then follow no others. Its keys and
+        values are not among the outputs: see `step`.
         UsageError: inputs that are missing, unknown, or of another type or shape.
         """
-        if not isinstance(feeds, Mapping) or feeds.keys() != self._inputs.keys():
+        needed_names = {name for name in self._inputs if not is_optional(name)}
+        if not isinstance(feeds, Mapping) or not needed_names <= feeds.keys() <= self._inputs.keys():
             given = ", ".join(map(str, feeds)) if isinstance(feeds, Mapping) else type(feeds).__name__
-            needed = ", ".join(self._inputs)
+            needed = ", ".join(name for name in self._inputs if name in needed_names)
             raise UsageError(f"{self.variant.model}: needs its inputs by name, {needed}; given: {given or 'nothing'}")
         arrays = {name: self._array(name, value) for name, value in feeds.items()}
         if INPUT in arrays:
             self._require_known(arrays[INPUT])
         return dict(zip(self._names, self._run(self._names, arrays), strict=True))
 
+    def step(
+        self, input_ids: npt.ArrayLike, cache: Cache | None = None, *, logits_to_keep: int = 0
+    ) -> tuple[npt.NDArray[np.float32], Cache]:
+        """Logits (batch, kept, vocabulary) of tokens that follow those in `cache`, and the cache with both.
+
+        logits_to_keep: how many of the last tokens' logits are computed; 0 for all.
+        """
+        feeds = {INPUT: self._tokens(input_ids), **(cache or {}), KEEP: np.asarray(logits_to_keep)}
+        names = [OUTPUT, *self._presents.values()]
+        logits, *present = self._run(names, feeds)
+        return logits, dict(zip(self._presents, present, strict=True))
+
     @cached_property
     def _names(self) -> list[str]:
-        return [output.name for output in self.session.get_outputs()]
+        return [each.name for each in self.session.get_outputs() if not PRESENT.fullmatch(each.name)]
+
+    @cached_property
+    def _presents(self) -> dict[str, str]:
+        """Input of the past -> output of the present."""
+        return {name: present for name in self._inputs if (present := present_of(name)) is not None}
+
+    @cached_property
+    def _shapes(self) -> dict[str, Sequence[int | str | None]]:
+        return {name: each.shape for name, each in self._inputs.items()}
 
     @cached_property
     def _inputs(self) -> dict[str, Any]:
@@ -138,7 +164,7 @@ class Engine:
         """Run the session with the input that selects the context, where the engine serves several."""
         chosen = {name: np.asarray(number) for name, number in self.variant.feeds.items()}
         try:
-            outputs: list[Array] = self.session.run(names, {**feeds, **chosen})
+            outputs: list[Array] = self.session.run(names, complete(feeds, self._shapes) | chosen)
         except Exception as error:  # as in `create_session`
             raise CpcompileError(
                 f"{self.variant.model}: ONNX Runtime {ort.__version__} cannot run it on these inputs: {error}"
@@ -171,8 +197,13 @@ class Engine:
     def _continue(
         self, ids: list[int], tokens: int, temperature: float, generator: np.random.Generator
     ) -> Iterator[int]:
+        cache: Cache | None = None
         for _ in range(tokens):
-            logits = self.run([ids])[0, -1].astype(np.float64)
+            if KEEP in self._inputs:  # with a cache only what is new is read
+                logits, cache = self.step([ids if cache is None else ids[-1:]], cache, logits_to_keep=1)
+            else:
+                logits = self.run([ids])
+            logits = logits[0, -1].astype(np.float64)
             if temperature > 0:
                 noise = generator.gumbel(size=logits.shape)
                 logits = logits / temperature + noise

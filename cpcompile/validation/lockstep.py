@@ -21,7 +21,9 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from cpcompile.core.cache import complete
 from cpcompile.core.errors import CpcompileError, UsageError
+from cpcompile.passes.cache_interface import input_shapes
 from cpcompile.validation.fragment import Fragment, Values, read_tensor
 
 
@@ -62,7 +64,7 @@ def run_in_lockstep(
     UsageError: `feeds` lack an input. CpcompileError: the reference cannot be run.
     """
     followed = _Reference(reference, feeds, {name for name in _names(engine) if name is not None})
-    own = {name: _Own(feeds[name], given={name: feeds[name]}) for name in _inputs(engine, feeds)}
+    own = {name: _Own(array, given={name: array}) for name, array in _inputs(engine, feeds).items()}
     readers = Counter(name for node in engine.graph for name in Fragment(engine, (node,)).reads)
     for node in engine.graph:
         fragment = Fragment(engine, (node,))
@@ -118,7 +120,7 @@ class _Reference:
         self.producers = {out.name: node for node in model.graph for out in node.outputs if out.name}
         self._model = model
         self._nodes = iter(model.graph)
-        self._values = {name: feeds[name] for name in _inputs(model, feeds)}
+        self._values = _inputs(model, feeds)
         self._readers = Counter(name for node in model.graph for name in Fragment(model, (node,)).reads)
         self._readers.update(self.producers.keys() & wanted)
         self._constants = model.graph.initializers
@@ -167,12 +169,12 @@ def _names(model: ir.Model) -> Iterator[str | None]:
     yield from (out.name for node in model.graph for out in node.outputs)
 
 
-def _inputs(model: ir.Model, feeds: Values) -> list[str]:
-    names = [value.name or "" for value in model.graph.inputs]
+def _inputs(model: ir.Model, feeds: Values) -> dict[str, Any]:
+    full = complete(feeds, input_shapes(model.graph))
     for value in model.graph.inputs:
-        if value.name not in feeds and value.const_value is None:
+        if value.name not in full and value.const_value is None:
             raise UsageError(f"the graph has the input {value.name!r}, of which there is no value; give it too")
-    return [name for name in names if name in feeds]
+    return {value.name: full[value.name] for value in model.graph.inputs if value.name in full}
 
 
 def _comparable(pair: Pair, sliced: bool) -> bool:

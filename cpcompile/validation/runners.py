@@ -17,12 +17,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import onnxruntime as ort
 
 from cpcompile.bundle.reader import Variant
+from cpcompile.core.cache import PRESENT, complete
 from cpcompile.core.errors import CpcompileError
 from cpcompile.core.measured import NotMeasured
 from cpcompile.core.types import Feeds
@@ -74,10 +75,11 @@ def onnx_runner(
         except Exception as error:  # ONNX Runtime has no common error class
             raise CpcompileError(f"{path}: ONNX Runtime {ort.__version__} cannot load it: {error}") from error
         constants = {key: np.asarray(number) for key, number in (bound or {}).items()}
-        names = [output.name for output in session.get_outputs()]
+        names = [output.name for output in session.get_outputs() if not PRESENT.fullmatch(output.name)]
+        shapes = {each.name: each.shape for each in session.get_inputs()}
 
         def run(feeds: Feeds) -> Outputs:
-            return dict(zip(names, session.run(names, {**feeds, **constants}), strict=True))
+            return dict(zip(names, session.run(names, complete(feeds, shapes) | constants), strict=True))
 
         yield run
 
@@ -99,11 +101,13 @@ def openvino_runner(name: str, path: Path, *, threads: int, computes: Computes) 
         except RuntimeError as error:
             raise CpcompileError(f"{path}: OpenVINO cannot compile it: {str(error).splitlines()[0]}") from error
         names = [_one_name(output.get_names()) for output in compiled.outputs]
+        shapes = {_one_name(each.get_names()): _shape(each.get_partial_shape()) for each in compiled.inputs}
         request = compiled.create_infer_request()
 
         def run(feeds: Feeds) -> Outputs:
-            found = request.infer(dict(feeds), share_inputs=True)
-            return {name: found[output] for name, output in zip(names, compiled.outputs, strict=True)}
+            found = request.infer(complete(feeds, shapes), share_inputs=True)
+            outputs = zip(names, compiled.outputs, strict=True)
+            return {name: found[output] for name, output in outputs if not PRESENT.fullmatch(name)}
 
         yield run
 
@@ -127,6 +131,10 @@ def _without_spinning(options: ort.SessionOptions) -> ort.SessionOptions:
     for key, value in NO_SPINNING_AFTER_RUN.items():
         options.add_session_config_entry(key, value)
     return options
+
+
+def _shape(partial: Any) -> list[int | None]:
+    return [length.get_length() if length.is_static else None for length in partial]
 
 
 def _one_name(names: Sequence[str]) -> str:
