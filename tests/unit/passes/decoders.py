@@ -49,9 +49,9 @@ def random_selection(model: Decoder, seed: int) -> Selection:
     return Selection(CONTEXTS, kept)
 
 
-def dynamic_graph(model: Decoder, opset: int) -> ir.Model:
+def dynamic_graph(model: Decoder, opset: int, *, cached: bool = False) -> ir.Model:
     """What `capture` gives for `model`: the captured graph of its form with its parameters."""
-    graph = _captured(opset, model.config.kv_heads).clone()
+    graph = _captured(opset, model.config.kv_heads, cached).clone()
     for name, parameter in model.named_parameters():
         array = parameter.detach().numpy().copy()
         graph.graph.initializers[name].const_value = ir.tensor(array, name=name)
@@ -59,5 +59,5 @@ def dynamic_graph(model: Decoder, opset: int) -> ir.Model:
 
 
 @cache
-def _captured(opset: int, kv_heads: int) -> ir.Model:
-    return capture(random_decoder(kv_heads, 0), opset=opset)
+def _captured(opset: int, kv_heads: int, cached: bool) -> ir.Model:
+    return capture(random_decoder(kv_heads, 0), opset=opset, cached=cached)

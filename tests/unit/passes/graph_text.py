@@ -16,6 +16,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 from onnx_ir.passes.common import ShapeInferencePass
 
+from cpcompile.core.cache import complete
 from cpcompile.passes.eliminate_dead_channels import Blocked, EliminateDeadChannels, Elimination
 
 Array = npt.NDArray[Any]
@@ -49,7 +50,8 @@ def run(model: ir.Model | onnx.ModelProto, feeds: Mapping[str, Any]) -> dict[str
     proto = ir.to_proto(model) if isinstance(model, ir.Model) else model
     session = ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
     names = [out.name for out in session.get_outputs()]
-    return dict(zip(names, session.run(names, dict(feeds)), strict=True))
+    full = complete(feeds, {each.name: each.shape for each in session.get_inputs()})
+    return dict(zip(names, session.run(names, full), strict=True))
 
 
 def check(model: ir.Model) -> None:
