@@ -34,7 +34,7 @@ class Consumer:
     unit_of_channel: IntArray
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # holds arrays, which have no single equality
 class Group:
     """Coupled channels that can be removed unit by unit."""
 
