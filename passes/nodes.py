@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
+import numpy.typing as npt
 import onnx_ir as ir
 
 
@@ -41,3 +43,11 @@ def post_order(graph: ir.Graph) -> Iterator[ir.Node]:
         for subgraph in subgraphs_of(node):
             yield from post_order(subgraph)
         yield node
+
+
+def add_constant(graph: ir.Graph, name: str, array: npt.NDArray[Any]) -> ir.Value:
+    """A new initializer of `graph`."""
+    tensor = ir.tensor(array, name=name)
+    value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    graph.register_initializer(value)
+    return value

@@ -14,9 +14,9 @@ import onnx_ir as ir
 
 from cpcompile.core.cache import INPUT, KEEP, MASK, POSITIONS, PRESENT
 from cpcompile.core.errors import CpcompileError
-from cpcompile.core.types import Array
 from cpcompile.passes.cache_interface import caches
 from cpcompile.passes.graph_pass import GraphPass
+from cpcompile.passes.nodes import add_constant
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class RemoveCache(GraphPass):
 def _bind_texts(graph: ir.Graph, inputs: Mapping[str | None, ir.Value]) -> None:
     """Compute from the tokens alone where they stand."""
     constants = {"ones": np.ones(1), "axis": np.array(1), "first": np.array(0), "each": np.array(1)}
-    known = {name: _constant(graph, f"text.{name}", array.astype(np.int64)) for name, array in constants.items()}
+    known = {name: add_constant(graph, f"text.{name}", array.astype(np.int64)) for name, array in constants.items()}
     shape = _node("Shape", [inputs[INPUT]], "text.shape")
     length = _node("Gather", [shape.outputs[0], known["axis"]], "text.length")
     numbers = _node("Range", [known["first"], length.outputs[0], known["each"]], "text.numbers")
@@ -66,10 +66,3 @@ def _node(operator: str, inputs: Sequence[ir.Value], name: str) -> ir.Node:
     node = ir.node(operator, inputs, name=name)
     node.outputs[0].name, node.outputs[0].type = name, ir.TensorType(ir.DataType.INT64)
     return node
-
-
-def _constant(graph: ir.Graph, name: str, array: Array) -> ir.Value:
-    tensor = ir.tensor(array, name=name)
-    value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
-    graph.register_initializer(value)
-    return value

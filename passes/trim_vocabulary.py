@@ -14,16 +14,14 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
 from cpcompile.core.errors import CpcompileError, UsageError
 from cpcompile.passes.clean_up import CleanUp, replace_value
 from cpcompile.passes.eliminate_dead_channels import EliminateDeadChannels, Elimination, KeptChannels, find_channels
-from cpcompile.passes.nodes import constant_of, int_attribute
+from cpcompile.passes.nodes import add_constant, constant_of, int_attribute
 from cpcompile.passes.operators import is_standard
 from cpcompile.passes.opset import MinOpsetPass
 
@@ -72,7 +70,7 @@ class TrimVocabulary(MinOpsetPass):
         if self.kept[-1] >= size:
             raise UsageError(f"token {self.kept[-1]} is to be kept, the model has the tokens 0 to {size - 1}")
 
-        kept = _constant(graph, f"{self.logits}.kept", index)
+        kept = add_constant(graph, f"{self.logits}.kept", index)
         whole = _pick(logits, kept, -1)
         graph.append(whole)
         graph.outputs[graph.outputs.index(logits)] = whole.outputs[0]
@@ -99,7 +97,7 @@ def renumber_interface(model: ir.Model, trim: TrimVocabulary) -> None:
     ids, logits = _named(graph.inputs, trim.ids, "input"), _named(graph.outputs, trim.logits, "output")
     assert ids.dtype is not None
     old, whole = (
-        _constant(graph, f"{name}.old", np.asarray(trim.kept, dtype=dtype.numpy()))
+        add_constant(graph, f"{name}.old", np.asarray(trim.kept, dtype=dtype.numpy()))
         for name, dtype in ((trim.ids, ids.dtype), (trim.logits, ir.DataType.INT64))
     )
     lookup = ir.node("Gather", [old, ids], name=f"{trim.ids}.renumbered")
@@ -164,13 +162,6 @@ def _common_length(tables: Sequence[ir.Value], logits: ir.Value) -> int:
                 f"is of shape {table.shape}; name the output that holds logits"
             )
     return size
-
-
-def _constant(graph: ir.Graph, name: str, array: npt.NDArray[np.integer[Any]]) -> ir.Value:
-    tensor = ir.tensor(array, name=name)
-    value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
-    graph.register_initializer(value)
-    return value
 
 
 def _pick(data: ir.Value, kept: ir.Value, axis: int) -> ir.Node:

@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from cpcompile.core.cache import INPUT, OUTPUT
 from cpcompile.core.config import ValidateConfig
 from cpcompile.core.measured import NotMeasured
 from cpcompile.core.selection import UnitKind
@@ -41,7 +42,6 @@ from cpcompile.validation.quality import (
 )
 from cpcompile.validation.reference import Outputs, Run, Timed
 
-INPUT, OUTPUT = "input_ids", "logits"
 BATCHES_PER_SHAPE = 4
 NO_DENSE = "there is no dense baseline beside the model"
 NO_TEXT = "there is no held-out text of this context"
