@@ -6,10 +6,13 @@ Callers read its shapes from the graph, so a context may have fewer heads in it,
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 
 import onnx_ir as ir
 
 from cpcompile.core.cache import present_of
+
+FLOAT = ir.DataType.FLOAT
 
 
 def caches(graph: ir.Graph) -> Mapping[ir.Value, ir.Value]:
@@ -17,6 +20,12 @@ def caches(graph: ir.Graph) -> Mapping[ir.Value, ir.Value]:
     outputs = {value.name: value for value in graph.outputs}
     named = ((value, present_of(value.name or "")) for value in graph.inputs)
     return {value: outputs[present] for value, present in named if present in outputs}
+
+
+def bytes_per_token(graph: ir.Graph) -> int:
+    """What the cache grows by with every token of a sequence; 0 without a cache."""
+    channels = {value: prod(axis for axis in value.shape or () if isinstance(axis, int)) for value in caches(graph)}
+    return sum(number * int((value.dtype or FLOAT).itemsize) for value, number in channels.items())
 
 
 def input_shapes(graph: ir.Graph) -> dict[str, list[int | str | None]]:

@@ -15,6 +15,9 @@ import onnx_ir as ir
 from cpcompile.core.cache import INPUT, KEEP, MASK, POSITIONS, PRESENT
 from cpcompile.core.errors import CpcompileError
 from cpcompile.passes.cache_interface import caches
+from cpcompile.passes.canonicalize_shapes import CanonicalizeShapes
+from cpcompile.passes.clean_up import CleanUp
+from cpcompile.passes.fold_constants import FoldConstants
 from cpcompile.passes.graph_pass import GraphPass
 from cpcompile.passes.nodes import add_constant
 
@@ -43,6 +46,15 @@ class RemoveCache(GraphPass):
             graph.inputs.remove(past)
         _bind_texts(graph, inputs)
         return ir.passes.PassResult(model, True)
+
+
+def without_cache(frozen: ir.Model) -> ir.Model:
+    """A copy of a frozen graph that reads whole texts, for engines that have no cache; tensors are shared."""
+    model, clean_up = frozen.clone(), CleanUp(frozenset(frozen.graph.initializers))
+    if RemoveCache()(model).modified:
+        for each in (FoldConstants(), clean_up, CanonicalizeShapes(), clean_up):
+            each(model)
+    return model
 
 
 def _bind_texts(graph: ir.Graph, inputs: Mapping[str | None, ir.Value]) -> None:

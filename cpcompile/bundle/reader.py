@@ -41,6 +41,7 @@ from cpcompile.bundle.manifest import (
 )
 from cpcompile.core.coercion import as_path
 from cpcompile.core.errors import UsageError
+from cpcompile.core.generation import GenerationSettings
 from cpcompile.files.external_data import references_of
 from cpcompile.targets.plan_info import PlanInfo
 
@@ -130,6 +131,12 @@ class Bundle:
         if ids.ndim != 1 or ids.dtype.kind not in "iu" or (ids.size and not 0 <= ids.min() <= ids.max() < 1 << 31):
             raise UsageError(f"{path}: holds {ids.dtype} of shape {ids.shape}, not token ids; build the bundle again")
         return ids.astype(np.int64)
+
+    def generation(self, context: str) -> GenerationSettings | None:
+        """What a program that generates text needs; None for a model that reads no text, and in older bundles."""
+        self._require_context(context)
+        plain = self.metadata.get("generation", {}).get(context)
+        return GenerationSettings.from_plain(plain) if plain is not None else None
 
     @property
     def bytes(self) -> int:
@@ -276,7 +283,9 @@ def _require_readable(bundle: Bundle) -> None:
     require(metadata["checkpoint"], str, "checkpoint")
     for name, digest in require(metadata["files"], dict, "files").items():
         require(digest, str, f"the digest of {name}")
+    require(metadata.get("generation", {}), dict, "generation")
     for context in bundle.contexts:
+        bundle.generation(context)
         parameters = require(metadata["parameters"], dict, "parameters")[context]
         for key in ("total", "kept", "removed"):
             if require(parameters[key], int, f"parameters of {context}") < (key == "total"):

@@ -88,6 +88,8 @@ class PretrainedConfig:
     align: int = 1
     """Channels of one FFN unit: 1, because neighbouring channels of a pretrained model have nothing in common; units
     are reordered so that partitions are contiguous."""
+    chat_template: str | None = None
+    """The Jinja template that makes a prompt of messages, if its tokenizer has one."""
 
     def __post_init__(self) -> None:
         require(isinstance(self.settings, dict), "pretrained.settings: the content of a config.json is needed")
@@ -97,6 +99,8 @@ class PretrainedConfig:
             type(self.vocabulary) is int and self.vocabulary > 0,
             "pretrained.settings: vocab_size is not a positive integer",
         )
+        template = self.chat_template
+        require(template is None or isinstance(template, str), "pretrained.chat_template: is no text")
         require(type(self.align) is int and self.align >= 1, f"pretrained.align is {self.align}: at least 1 is needed")
 
     @property

@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from cpcompile.core.config import PretrainedConfig, TrainConfig
 from cpcompile.core.errors import UsageError
+from cpcompile.core.generation import GenerationSettings
 from cpcompile.core.measured import NotMeasured
 from cpcompile.core.selection import Digits, Selection, UnitKind
 from cpcompile.core.types import Progress
@@ -25,11 +26,13 @@ from cpcompile.frontend.program import Program, load_program
 from cpcompile.models.language_model import LanguageModel
 from cpcompile.partitioning.pretrained import PretrainedDecoder
 from cpcompile.text.corpus import load_corpus
-from cpcompile.text.tokenization import parse_tokenizer, vocabulary_size
-from cpcompile.text.vocabulary import TrimmedVocabulary, cut_tokenizer, needed_tokens, order_tokens
+from cpcompile.text.tokenization import leading_tokens, parse_tokenizer, vocabulary_size
+from cpcompile.text.vocabulary import TrimmedVocabulary, cut_tokenizer, end_of, needed_tokens, order_tokens
 
 FLOAT32_BYTES = 4
 PROGRAM_SUFFIX = ".pt2"
+LENGTHS = ("max_position_embeddings", "n_positions")
+"""The settings of a pretrained model that say how many tokens it reads."""
 NO_TOKENIZER = "{}: is a program and brings no tokenizer; leave --vocabulary-coverage out"
 
 
@@ -49,6 +52,8 @@ class Source(ABC):
     """What the checkpoint records of its training; None where nothing is recorded."""
     tokenizer: str | None = None
     """The text of tokenizer.json."""
+    generation: GenerationSettings | None = None
+    """What generates text with it, in the ids of its own tokenizer; None if it reads no text."""
     selection: Digits | NotMeasured
     """`Selection.digits`."""
     has_text: bool
@@ -135,6 +140,7 @@ class TrainedSource(Source):
         plain = settings.settings if isinstance(settings, PretrainedConfig) else dataclasses.asdict(settings)
         self.config = {name: value for name, value in plain.items() if isinstance(value, int | float | str)}
         self.checkpoint = checkpoint
+        self.generation = _generation(checkpoint)
         self.sequence: int = int(checkpoint.training.get("settings", {}).get("sequence", TrainConfig.sequence))
         self.selection = self._selection.digits(
             {
@@ -150,7 +156,7 @@ class TrainedSource(Source):
         return self.checkpoint.model
 
     def capture(self, *, opset: int) -> ir.Model:
-        return capture(self._eager, opset=opset)
+        return capture(self._eager, opset=opset, cached=True)
 
     def capture_dense(self, *, opset: int) -> ir.Model | None:
         return capture_dense(load_checkpoint(self.dense).model, opset=opset) if self.dense else None
@@ -239,6 +245,20 @@ class ProgramSource(Source):
         self, contexts: Sequence[str], coverage: float
     ) -> tuple[npt.NDArray[np.int64], dict[str, TrimmedVocabulary]]:
         raise UsageError(NO_TOKENIZER.format(self.path))
+
+
+def _generation(checkpoint: Checkpoint) -> GenerationSettings:
+    tokenizer, config = parse_tokenizer(checkpoint.tokenizer), checkpoint.config
+    settings = config.settings if isinstance(config, PretrainedConfig) else {}
+    end = settings.get("eos_token_id")
+    ends = {tokenizer.token_to_id(end_of(tokenizer)), *(end if isinstance(end, list) else [end])}
+    limit = next((settings[name] for name in LENGTHS if isinstance(settings.get(name), int)), None)
+    return GenerationSettings(
+        end=tuple(sorted(number for number in ends if isinstance(number, int))),
+        leading=leading_tokens(checkpoint.tokenizer),
+        context_length=limit,
+        chat_template=config.chat_template if isinstance(config, PretrainedConfig) else None,
+    )
 
 
 def _dense_bytes(path: Path, model: Path, checkpoint: Checkpoint) -> int:

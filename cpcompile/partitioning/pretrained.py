@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -69,9 +69,12 @@ def read_pretrained(folder: Path) -> Pretrained:
     settings = json.loads(model.config.to_json_string(use_diff=False))
     # Its origin and the packing of its weights there are not part of the model.
     settings = {k: v for k, v in settings.items() if not k.startswith("_") and k not in NOT_THE_MODEL}
-    config = PretrainedConfig(settings=settings)
+    if (generation := getattr(model, "generation_config", None)) is not None:  # it may name several ends of a text
+        settings["eos_token_id"] = generation.eos_token_id or settings.get("eos_token_id")
+    tokenizer, template = _tokenizer(folder, gguf_file)
+    config = PretrainedConfig(settings=settings, chat_template=template)
     wrapped = PretrainedDecoder(config, model=model)
-    return Pretrained(config=config, state=wrapped.state_dict(), tokenizer=_tokenizer(folder, gguf_file))
+    return Pretrained(config=config, state=wrapped.state_dict(), tokenizer=tokenizer)
 
 
 def _require_causal(model: Any, folder: Path) -> None:
@@ -90,20 +93,34 @@ def _require_causal(model: Any, folder: Path) -> None:
         )
 
 
-def _tokenizer(folder: Path, gguf_file: str | None) -> str:
-    try:
-        return (folder / "tokenizer.json").read_text(encoding="utf-8")
-    except FileNotFoundError:  # transformers converts other forms
-        pass
+def _tokenizer(folder: Path, gguf_file: str | None) -> tuple[str, str | None]:
+    """The text of tokenizer.json, and the chat template."""
+    with suppress(FileNotFoundError):  # transformers converts other forms
+        return (folder / "tokenizer.json").read_text(encoding="utf-8"), _chat_template(folder)
     transformers = transformers_package()
     extra = {} if gguf_file is None else {"gguf_file": gguf_file}
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, **extra)
-        return str(tokenizer.backend_tokenizer.to_str())
+        template = tokenizer.chat_template
+        return str(tokenizer.backend_tokenizer.to_str()), template if isinstance(template, str) else None
     except Exception as error:  # many kinds of error, from several packages
         raise UsageError(
             f"{folder}: its tokenizer cannot be read ({reason_of(error)}); a tokenizer.json is needed"
         ) from error
+
+
+def _chat_template(folder: Path) -> str | None:
+    """The default template of chat_template.jinja or tokenizer_config.json."""
+    with suppress(FileNotFoundError):
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    try:
+        found = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("chat_template")
+        named = {each["name"]: each["template"] for each in found} if isinstance(found, list) else {"default": found}
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"{folder / 'tokenizer_config.json'}: is malformed ({error}); correct or remove it") from error
+    return named.get("default")
 
 
 class PretrainedDecoder(LanguageModel):

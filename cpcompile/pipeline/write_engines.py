@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from itertools import product
 from typing import Any
@@ -20,12 +20,14 @@ from cpcompile.exporters.tensorrt_exporter import export_tensorrt, variant_name
 from cpcompile.exporters.weights_file import INLINE, Location, write_weights
 from cpcompile.files.whole_files import file_digest
 from cpcompile.frontend.source import Source
+from cpcompile.passes.cache_interface import bytes_per_token, caches
 from cpcompile.passes.fold_gates import FoldGates
 from cpcompile.passes.freeze import Frozen
 from cpcompile.passes.infer_shapes import InferShapes
 from cpcompile.passes.legalize_for_tensorrt import LegalizeForTensorRT
 from cpcompile.passes.lower_precision import HALVES, LowerPrecision
 from cpcompile.passes.merge_contexts import merge_contexts
+from cpcompile.passes.remove_cache import without_cache
 from cpcompile.passes.share_weights import Run, ShareWeights, plan_runs
 from cpcompile.pipeline.accounting import Accounting
 from cpcompile.targets.requests import CUDA, Added
@@ -84,7 +86,7 @@ def export_engines(
         writer.add_variant(context, artifact, weights=uri)
         done()
     if config.merged:
-        one = merge_contexts({context: frozen[context].model for context in frozen})
+        one = merge_contexts({context: without_cache(frozen[context].model) for context in frozen})
         folder = writer.folder(ROUTER, MERGED)
         artifact = export_onnxruntime(one, folder, weights=weights, locations=locations, contexts=tuple(frozen))
         writer.add_variant(ROUTER, artifact, weights=uri)
@@ -92,6 +94,15 @@ def export_engines(
     return {
         "checkpoint": file_digest(source.path),
         "tokenizers": tokenizers,
+        "generation": _generation(source, frozen, trimmed),
+        "cache": {
+            context: {
+                "bytes_per_token": bytes_per_token(each.model.graph),
+                "dense_bytes_per_token": bytes_per_token(dynamic.graph),
+            }
+            for context, each in frozen.items()
+            if caches(dynamic.graph)
+        },
         "shared_weights": not config.standalone,
         "parameters": {context: _parameters(accounts[context], frozen[context]) for context in frozen},
     }
@@ -124,7 +135,7 @@ def export_added(
 
 def _export_cuda(writer: BundleWriter, context: str, frozen: ir.Model, precision: str) -> None:
     """Write a CUDA engine with its own weights, because the shared ones are in float32."""
-    model = frozen.clone()
+    model = without_cache(frozen)
     for each in (InferShapes(), FoldGates()):
         each(model)
     if precision in HALVES:
@@ -142,7 +153,7 @@ def _export_cuda(writer: BundleWriter, context: str, frozen: ir.Model, precision
 
 def legal_for_plans(frozen: ir.Model, precision: str) -> ir.Model:
     """A copy that TensorRT accepts, in `precision`; tensors are shared, and converted when they are read."""
-    model = frozen.clone()
+    model = without_cache(frozen)
     for each in (InferShapes(), FoldGates(), LegalizeForTensorRT()):
         each(model)
     if precision in HALVES:
@@ -161,6 +172,16 @@ def _whole(dynamic: ir.Model, permutations: Mapping[str, tuple[int, ...]], name:
     assert tensor is not None
     array = tensor.numpy()
     return array.transpose(permutations[name]) if name in permutations else array
+
+
+def _generation(
+    source: Source, contexts: Iterable[str], trimmed: Mapping[str, TrimmedVocabulary]
+) -> dict[str, dict[str, Any]]:
+    """What generates text with the engines of each context, in their own token ids."""
+    if (whole := source.generation) is None:
+        return {}
+    new_ids = {c: {old: new for new, old in enumerate(own.kept.tolist())} for c, own in trimmed.items()}
+    return {c: (whole.renumbered(new_ids[c]) if c in new_ids else whole).to_plain() for c in contexts}
 
 
 def _parameters(accounting: Accounting, frozen: Frozen) -> dict[str, Any]:
