@@ -1,4 +1,7 @@
-"""Random inputs for any model: normal numbers, and whole numbers in the ranges that the graph gives them."""
+"""Random inputs for any model: normal numbers, and whole numbers in the ranges that the graph gives them.
+
+A language model with a cache gets random tokens after a random past; its mask and its positions follow from them.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 
+from cpcompile.core.cache import INPUT, KEEP, MASK, PAST, POSITIONS, complete
 from cpcompile.core.types import Array, Feeds
 from cpcompile.validation.input_uses import InputRange, InputUses, find_input_uses
 
@@ -27,6 +31,9 @@ class RandomInputs:
     def __init__(self, session: ort.InferenceSession, model: ir.Model, *, rounds: int = 1) -> None:
         """`model` is the graph of `session`; in every round all `LENGTHS` are tried."""
         self._inputs = [(value.name, dtype_of(value), value.shape) for value in session.get_inputs()]
+        names = {name for name, *_ in self._inputs}
+        cached = INPUT in names and any(PAST.fullmatch(name) for name in names)
+        self._dependent = names & {MASK, POSITIONS, KEEP} if cached else set()
         self._rounds = rounds
         self._uses = find_input_uses(model)
         self.ranges: dict[str, InputRange] = {}
@@ -47,6 +54,8 @@ class RandomInputs:
             for name, dtype, shape in self._inputs:
                 if dtype is None:
                     return
+                if name in self._dependent:
+                    continue
                 uses = self._uses.get(name) or InputUses(name)
                 sizes = [dim if isinstance(dim, int) else lengths[dim] for dim in shape]
                 drawn = uses.range(dtype, lengths)
@@ -57,7 +66,7 @@ class RandomInputs:
                 feeds[name] = array.astype(dtype)
                 begun[name] += placed
                 self.ranges[name] = drawn.joined(self.ranges.get(name, drawn))
-            yield feeds
+            yield complete(feeds, dict.fromkeys(self._dependent, ())) if self._dependent else feeds
 
 
 def _draw(

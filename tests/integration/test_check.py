@@ -148,7 +148,7 @@ def test_an_engine_with_more_nodes_and_weights_fails(built: Path, tmp_path: Path
     context = open_bundle(grown).contexts[0]
     path = grown / context / "cpu-fp32" / "model.onnx"
     model = onnx.load(path, load_external_data=False)
-    (logits,) = model.graph.output
+    logits = model.graph.output[0]
     name = logits.name
     for node in model.graph.node:
         node.output[:] = ["raw" if each == name else each for each in node.output]
