@@ -31,6 +31,8 @@ MESSAGES = {
 }
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 KEY, VALUE = 1, 2
+DIMS, DATA_TYPE, NAME, ENTRIES = 1, 2, 8, 13
+"""The fields of a tensor that are read."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,10 @@ class Reference:
     location: str
     offset: int
     length: int | None
+    name: str = ""
+    dims: tuple[int, ...] = ()
+    data_type: int = 0
+    """Its number in TensorProto.DataType."""
 
 
 def references_of(model: Path) -> tuple[Reference, ...]:
@@ -47,9 +53,9 @@ def references_of(model: Path) -> tuple[Reference, ...]:
     try:
         with model.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return tuple(
-                _reference(entries)
+                _reference(entries, _name(data, start, end), _dims(data, start, end), _type(data, start, end))
                 for start, end in _tensors(data, 0, len(data), "Model", 0)
-                if (entries := [_entry(data, s, e) for number, s, e in _fields(data, start, end) if number == 13])
+                if (entries := [_entry(data, s, e) for number, s, e in _fields(data, start, end) if number == ENTRIES])
             )
     except OSError as error:
         raise UsageError(f"{model}: cannot be read ({error.strerror}); build the bundle again") from error
@@ -69,7 +75,25 @@ def _tensors(data: mmap.mmap, start: int, end: int, message: str, depth: int) ->
             yield from _tensors(data, inner, inner_end, kind, depth + 1)
 
 
-def _reference(entries: list[tuple[str, str]]) -> Reference:
+def _name(data: mmap.mmap, start: int, end: int) -> str:
+    return "".join(data[s:e].decode() for number, s, e in _fields(data, start, end) if number == NAME)
+
+
+def _dims(data: mmap.mmap, start: int, end: int) -> tuple[int, ...]:
+    """The dimensions, which writers may pack into one field."""
+    dims = [value for number, value in _numbers(data, start, end) if number == DIMS]
+    for number, position, stop in _fields(data, start, end):
+        while number == DIMS and position < stop:
+            value, position = _varint(data, position, stop)
+            dims.append(value)
+    return tuple(dims)
+
+
+def _type(data: mmap.mmap, start: int, end: int) -> int:
+    return sum(value for number, value in _numbers(data, start, end) if number == DATA_TYPE)
+
+
+def _reference(entries: list[tuple[str, str]], name: str, dims: tuple[int, ...], data_type: int) -> Reference:
     given = dict(entries)
     if len(given) != len(entries):
         raise ValueError("a tensor has two locations")
@@ -81,9 +105,8 @@ def _reference(entries: list[tuple[str, str]]) -> Reference:
         raise ValueError(f"the {wrong[0]} of a tensor is {given[wrong[0]][:40]!r}")
     if max(len(given.get(key, "")) for key in ("offset", "length")) > 20:
         raise ValueError("the offset or length of a tensor exceeds 64 bits")
-    return Reference(
-        given["location"], int(given.get("offset", 0)), int(given["length"]) if "length" in given else None
-    )
+    length = int(given["length"]) if "length" in given else None
+    return Reference(given["location"], int(given.get("offset", 0)), length, name, dims, data_type)
 
 
 def _entry(data: mmap.mmap, start: int, end: int) -> tuple[str, str]:
@@ -96,19 +119,30 @@ def _entry(data: mmap.mmap, start: int, end: int) -> tuple[str, str]:
 
 def _fields(data: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int, int]]:
     """Number, start and end of each length-delimited field of a message."""
+    return ((number, at, stop) for number, wire, at, stop in _walk(data, start, end) if wire == BYTES)
+
+
+def _numbers(data: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int]]:
+    """Number and value of each integer field of a message."""
+    return ((number, value) for number, wire, value, _ in _walk(data, start, end) if wire == VARINT)
+
+
+def _walk(data: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:
+    """Number and wire type of each field of a message; then start and end, or an integer and the end."""
     while start < end:
         tag, start = _varint(data, start, end)
         number, wire = tag >> 3, tag & 7
         if number == 0 or tag >= 1 << 32:
             raise ValueError(f"no field can have the number {number}")
         if wire == VARINT:
-            _, start = _varint(data, start, end)
+            value, start = _varint(data, start, end)
+            yield number, wire, value, start
         elif wire in (FIXED32, FIXED64):
             start += 4 if wire == FIXED32 else 8
         elif wire == BYTES:
             length, start = _varint(data, start, end)
             if length <= end - start:
-                yield number, start, start + length
+                yield number, wire, start, start + length
             start += length
         else:
             raise ValueError(f"a field has the wire type {wire}")

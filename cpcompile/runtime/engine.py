@@ -11,7 +11,7 @@ import importlib
 import io
 import operator
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from functools import cached_property
 from os import PathLike
@@ -23,11 +23,13 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from cpcompile.bundle.reader import WEIGHTS_OPTION, Bundle, Variant, open_bundle
-from cpcompile.core.cache import INPUT, KEEP, OUTPUT, PRESENT, complete, is_optional, present_of
+from cpcompile.core.cache import INPUT, KEEP, MASK, OUTPUT, POSITIONS, PRESENT, complete, is_optional, present_of
 from cpcompile.core.coercion import coerce, require
 from cpcompile.core.errors import CpcompileError, UsageError, first_line
 from cpcompile.core.measured import NotMeasured
 from cpcompile.core.types import Array, Feeds
+from cpcompile.runtime.decoding import Step, decode
+from cpcompile.runtime.sampling import Sampling
 
 PLUGINS: Mapping[str, str] = {"NvTensorRTRTXExecutionProvider": "onnxruntime_ep_nv_tensorrt_rtx"}
 """Execution providers that come in packages of their own, which the standard onnxruntime loads."""
@@ -98,6 +100,11 @@ class Engine:
         names = [OUTPUT, *self._presents.values()]
         logits, *present = self._run(names, feeds)
         return logits, dict(zip(self._presents, present, strict=True))
+
+    @cached_property
+    def has_cache(self) -> bool:
+        """Whether it goes on where it was, instead of reading the whole text again."""
+        return KEEP in self._inputs
 
     @cached_property
     def _names(self) -> list[str]:
@@ -171,6 +178,41 @@ class Engine:
             ) from error
         return outputs
 
+    @contextmanager
+    def cached_steps(self, batch: int) -> Iterator[Step]:
+        """A function that reads `batch` texts step by step, and keeps the cache in the buffers of ONNX Runtime.
+
+        It takes input_ids (batch, new), attention_mask (batch, past + new) and position_ids (batch, new), and gives the
+        logits (batch, vocabulary) of the last token.
+        """
+        binding = self.session.io_binding()
+        names = [OUTPUT, *self._presents.values()]
+        empty = complete({INPUT: np.zeros((batch, 1), dtype=np.int64)}, self._shapes)
+        for name in self._presents:
+            binding.bind_cpu_input(name, empty[name])
+        for name, number in {KEEP: 1, **self.variant.feeds}.items():
+            binding.bind_cpu_input(name, np.asarray(number))
+
+        def step(input_ids: Array, attention_mask: Array, position_ids: Array) -> npt.NDArray[np.float32]:
+            given = {INPUT: input_ids, MASK: attention_mask, POSITIONS: position_ids}
+            for name in given.keys() & self._inputs.keys():
+                binding.bind_cpu_input(name, np.ascontiguousarray(given[name]))
+            for name in names:  # anew, or the last step's buffers would be written while they are read
+                binding.bind_output(name)
+            try:
+                self.session.run_with_iobinding(binding)
+            except Exception as error:  # as in `create_session`
+                raise CpcompileError(
+                    f"{self.variant.model}: ONNX Runtime {ort.__version__} cannot run it on these inputs: {error}"
+                ) from error
+            logits, *present = binding.get_outputs()
+            for past, value in zip(self._presents, present, strict=True):
+                binding.bind_ortvalue_input(past, value)
+            last: npt.NDArray[np.float32] = logits.numpy()[:, -1]
+            return last
+
+        yield step
+
     def generate(
         self, prompt: Sequence[int] | Array, *, tokens: int, temperature: float = 0.0, seed: int | None = None
     ) -> Iterator[int]:
@@ -179,6 +221,12 @@ class Engine:
         Samples differ from call to call unless a `seed` is given. UsageError: a prompt without tokens, or with others
         than those of the vocabulary; a negative number of tokens or temperature.
         """
+        ids = self.require_prompt(prompt)
+        steps = decode(self, [ids], tokens=tokens, sampling=Sampling(temperature=temperature), seed=seed)
+        return (token for (token,) in steps if token is not None)
+
+    def require_prompt(self, prompt: Sequence[int] | Array) -> list[int]:
+        """`prompt` as a list of ids; UsageError unless it has at least one, and only those of the vocabulary."""
         try:
             ids = [operator.index(token) for token in prompt]
         except TypeError as error:
@@ -188,27 +236,7 @@ class Engine:
         if not ids:
             raise UsageError("the prompt is empty; give at least one token, such as the one that texts begin with")
         self._tokens([ids])
-        tokens = coerce(tokens, int, "tokens")
-        temperature, seed = coerce(temperature, float, "temperature"), coerce(seed, int | None, "seed")
-        for name, number in (("tokens", tokens), ("temperature", temperature), ("seed", seed or 0)):
-            require(number >= 0, f"{name} is {number}: it cannot be negative")
-        return self._continue(ids, tokens, temperature, np.random.default_rng(seed))
-
-    def _continue(
-        self, ids: list[int], tokens: int, temperature: float, generator: np.random.Generator
-    ) -> Iterator[int]:
-        cache: Cache | None = None
-        for _ in range(tokens):
-            if KEEP in self._inputs:  # with a cache only what is new is read
-                logits, cache = self.step([ids if cache is None else ids[-1:]], cache, logits_to_keep=1)
-            else:
-                logits = self.run([ids])
-            logits = logits[0, -1].astype(np.float64)
-            if temperature > 0:
-                noise = generator.gumbel(size=logits.shape)
-                logits = logits / temperature + noise
-            ids.append(int(logits.argmax()))
-            yield ids[-1]
+        return ids
 
 
 def _convert(name: str, array: Array, kind: type[np.generic]) -> Array:
@@ -238,14 +266,19 @@ def load_engine(
     require(threads >= 0, f"threads is {threads}: it cannot be negative; 0 leaves the number to ONNX Runtime")
     bundle = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
     chosen = bundle.variant(context, variant)
-    if chosen.plan:
-        raise UsageError(f"{chosen.model}: is a plan of {chosen.runtime}, which ONNX Runtime does not run")
+    require_onnx(chosen)
     bundle.verify_engine(chosen)
     session = create_session(chosen, session_options(chosen, threads=threads))
-    return Engine(chosen, session, _classes(session) if context in bundle.metadata["tokenizers"] else None)
+    return Engine(chosen, session, last_dimension(session) if context in bundle.metadata["tokenizers"] else None)
 
 
-def _classes(session: Any) -> int | None:
+def require_onnx(variant: Variant) -> None:
+    """UsageError if `variant` is a plan of TensorRT."""
+    if variant.plan:
+        raise UsageError(f"{variant.model}: is a plan of {variant.runtime}, which ONNX Runtime does not run")
+
+
+def last_dimension(session: Any) -> int | None:
     """The last dimension of the logits; None where the graph does not fix it."""
     shape = next((output.shape for output in session.get_outputs() if output.name == OUTPUT), None)
     return shape[-1] if shape and isinstance(shape[-1], int) else None

@@ -1,5 +1,6 @@
 import numpy as np
 import onnx_ir as ir
+import pytest
 
 from cpcompile.passes.transpose_parameters import TransposeParameters
 from tests.unit.passes.graph_text import parse
@@ -37,13 +38,31 @@ def test_three_axes_are_permuted_in_order(graphs):
     graphs.assert_same(before, after, X, 0)
 
 
-def test_a_tied_embedding_stays_as_it_is(graphs):
-    model = graphs.build(
-        """(int64[N] ids) => (float[N,6] y) { e = Gather(w, ids) t = Transpose(w) y = MatMul(e, t) }""",
+@pytest.mark.parametrize("shape", ["N", "N,M"])
+def test_a_tied_embedding_is_stored_as_its_head(graphs, shape):
+    before = graphs.build(
+        f"""(int64[{shape}] ids) => (float[{shape},6] y) {{ e = Gather(w, ids) t = Transpose(w) y = MatMul(e, t) }}""",
         w=RNG.normal(size=(6, 4)),
     )
+    after = before.clone()
+    assert TransposeParameters()(after).permutations == {"w": (1, 0)}
+    assert not TransposeParameters()(after).modified
+    assert graphs.shapes(after) == {"w": (4, 6)}
+    ids = np.array([-1, 0, 5, 3, 3, -6])
+    graphs.assert_same(before, after, {"ids": {"N": ids, "N,M": ids.reshape(2, 3)}[shape]}, 0)
+
+
+@pytest.mark.parametrize(
+    "nodes",
+    [
+        "e = Gather <axis = 1> (w, ids) t = Transpose(w) y = MatMul(e, t)",
+        "e = Gather(w, ids) t = Transpose(w) u = Neg(w) v = MatMul(e, t) y = MatMul(v, u)",
+        "e = Gather(w, ids) y = MatMul(e, w)",
+    ],
+)
+def test_a_table_that_is_read_in_other_ways_stays_as_it_is(graphs, nodes):
+    model = graphs.build(f"(int64[N] ids) => (float[N,M] y) {{ {nodes} }}", infer=False, w=RNG.normal(size=(4, 4)))
     assert not TransposeParameters()(model).modified
-    assert graphs.shapes(model) == {"w": (6, 4)}
 
 
 def test_the_layout_of_an_input_with_a_default_is_the_interface(graphs):

@@ -1,0 +1,122 @@
+"""The engines of many contexts in one process.
+
+engines["german"] -> loaded already?  -> the engine
+                     else loaded with weights that all share; the least recently used leave if memory is short
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from os import PathLike
+from threading import RLock
+from types import TracebackType
+
+from cpcompile.bundle.reader import Bundle, Variant, open_bundle
+from cpcompile.core.coercion import coerce, require
+from cpcompile.core.errors import UsageError
+from cpcompile.files.external_data import references_of
+from cpcompile.runtime.engine import Engine, create_session, last_dimension, require_onnx, session_options
+from cpcompile.runtime.shared_weights import SharedWeights
+from cpcompile.runtime.text_engine import BEST, TextEngine, choose_variant, with_tokenizer
+
+SESSION_BYTES = 8_000_000
+"""What a session takes besides its weights: measured, 5 to 8 MB for graphs of 200 to 600 nodes."""
+
+
+class Engines(Mapping[str, TextEngine]):
+    """Context -> engine, loaded when it is asked for. Threads may share it, and the engines."""
+
+    def __init__(self, bundle: Bundle, variant: str, *, max_memory: int | None, threads: int) -> None:
+        self._bundle = bundle
+        self._variant = variant
+        self._max_memory = max_memory
+        self._threads = threads
+        self._weights = SharedWeights()
+        self._loaded: OrderedDict[str, TextEngine] = OrderedDict()
+        self._lock = RLock()
+        self._closed = False
+
+    def __getitem__(self, context: str) -> TextEngine:
+        with self._lock:
+            if self._closed:
+                raise UsageError(f"the engines of {self._bundle.root} were closed; open them again with load_all")
+            if context not in self._loaded:
+                if context not in self._bundle.contexts:
+                    raise KeyError(context)
+                self._loaded[context] = self._load(context)
+                self._make_room()
+            self._loaded.move_to_end(context)
+            return self._loaded[context]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._bundle.contexts)
+
+    def __len__(self) -> int:
+        return len(self._bundle.contexts)
+
+    @property
+    def loaded(self) -> tuple[str, ...]:
+        """The contexts that are in memory, the most recently used last."""
+        with self._lock:
+            return tuple(self._loaded)
+
+    def close(self) -> None:
+        """Give the memory back; engines that are still held elsewhere stay usable, and keep theirs."""
+        with self._lock:
+            self._closed = True
+            self._loaded.clear()
+            self._weights = SharedWeights()
+
+    def __enter__(self) -> Engines:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _load(self, context: str) -> TextEngine:
+        variant = self._bundle.variant(context, choose_variant(self._bundle, context, self._variant))
+        require_onnx(variant)
+        self._bundle.verify_engine(variant)
+        options = session_options(variant, threads=self._threads)
+        self._weights.give_to(options, variant)
+        session = create_session(variant, options)
+        return with_tokenizer(self._bundle, Engine(variant, session, last_dimension(session)))
+
+    def _make_room(self) -> None:
+        """Let the least recently used engines go until the others fit; the last one stays."""
+        left = False
+        while self._max_memory is not None and len(self._loaded) > 1 and self._bytes() > self._max_memory:
+            self._loaded.popitem(last=False)
+            left = True
+        if left:
+            self._weights.forget_pages()
+
+    def _bytes(self) -> int:
+        """The weights of all loaded engines, each counted once, and what their sessions take."""
+        variants = [each.engine.variant for each in self._loaded.values()]
+        shared = {(each.location, each.offset): each.length or 0 for v in variants for each in references_of(v.model)}
+        return sum(shared.values()) + sum(SESSION_BYTES + _own_bytes(variant) for variant in variants)
+
+
+def _own_bytes(variant: Variant) -> int:
+    return variant.model.stat().st_size
+
+
+def load_all(
+    bundle: Bundle | str | PathLike[str], variant: str = BEST, *, max_memory: int | None = None, threads: int = 0
+) -> Engines:
+    """The engines of all contexts, by name, with the weights that they share in memory once.
+
+    Each is verified and loaded when it is asked for. max_memory: bytes; where more would be in use, those that were not
+    used for the longest time are unloaded. The estimate counts weights and sessions, not what a run takes for a while.
+    variant, threads and errors: as in `load`. A single engine is a little faster with `load`, which rearranges its
+    weights for the processor in a copy of its own.
+    """
+    threads, max_memory = coerce(threads, int, "threads"), None if max_memory is None else int(max_memory)
+    require(threads >= 0, f"threads is {threads}: it cannot be negative; 0 leaves the number to ONNX Runtime")
+    require(max_memory is None or max_memory > 0, f"max_memory is {max_memory}: give a number of bytes")
+    opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
+    return Engines(opened, variant, max_memory=max_memory, threads=threads)
