@@ -69,12 +69,22 @@ class ParameterCounts:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CacheSizes:
+    """What the keys and values of every token of a sequence take, in this context and in the dense model."""
+
+    bytes_per_token: int
+    dense_bytes_per_token: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class ContextResult:
     """One context: its parameters, and the engines that were measured."""
 
     name: str
     parameters: ParameterCounts
     variants: tuple[VariantResult, ...]
+    cache: CacheSizes | None = None
+    """None if its engines have no cache."""
 
 
 @dataclass(frozen=True, kw_only=True)

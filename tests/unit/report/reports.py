@@ -17,6 +17,7 @@ from cpcompile.machine.memory import ProcessMemory
 from cpcompile.report import (
     BuildResult,
     BuildStage,
+    CacheSizes,
     ContextResult,
     ModelInfo,
     ParameterCounts,
@@ -224,7 +225,12 @@ def arguments(*variants: Engine, bundle_bytes: int = 9, dense_bytes: int | None 
         "dense_bytes": dense_bytes,
         "shared_weights": True,
         "contexts": [
-            ContextResult(name=c, parameters=parameters, variants=tuple(v.result for v in variants if v.context == c))
+            ContextResult(
+                name=c,
+                parameters=parameters,
+                variants=tuple(v.result for v in variants if v.context == c),
+                cache=CacheSizes(bytes_per_token=3_072, dense_bytes_per_token=12_288),
+            )
             for c in contexts
         ],
         "selection": SELECTION,

@@ -1,0 +1,263 @@
+"""Text from a bundle: the tokens of the eager model, one by one and in batches, one context and many; and `run`."""
+
+from __future__ import annotations
+
+import gc
+import shutil
+import weakref
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+from cpcompile.bundle.reader import open_bundle
+from cpcompile.cli import main
+from cpcompile.core.errors import CpcompileError, UsageError
+from cpcompile.core.generation import GenerationSettings
+from cpcompile.frontend.checkpoint import load_checkpoint
+from cpcompile.runtime import Engines, TextEngine, load, load_all
+from tests.bundles import reseal
+
+PROMPTS = ("Return the ", "import numpy as np\n\n\ndef main(", "x", "größer als 漢字 🙂")
+TOLERANCE = 1e-4
+"""Of logits: two tokens whose logits differ by less may change places."""
+
+
+@pytest.fixture(scope="module")
+def bundle(measured: Path) -> Path:
+    return measured / "model.cpc"
+
+
+@pytest.fixture(scope="module")
+def engine(bundle: Path) -> TextEngine:
+    return load(bundle, "python")
+
+
+def test_greedy_tokens_are_those_of_the_eager_model(bundle: Path, measured: Path) -> None:
+    checkpoint = load_checkpoint(measured / "model.pt")
+    for index, context in enumerate(checkpoint.contexts):
+        engine = load(bundle, context)
+        prompts = [engine.encode(prompt) for prompt in PROMPTS]
+        alone = [engine.generate(ids, max_new_tokens=24) for ids in prompts]
+        for ids, new in zip(prompts, alone, strict=True):
+            assert len(new) == 24 or _ends(engine, ids + new)
+            with torch.inference_mode():
+                logits = checkpoint.model(torch.tensor([ids + new]), torch.tensor(index))[0, len(ids) - 1 : -1].numpy()
+            best = logits.max(axis=-1)
+            assert np.all(best - logits[np.arange(len(new)), new] <= TOLERANCE)
+        together = engine.generate(prompts, max_new_tokens=24)
+        assert together == alone
+        assert engine.generate(list(PROMPTS), max_new_tokens=24) == [engine.decode(ids) for ids in alone]
+
+
+def _ends(engine: TextEngine, ids: Sequence[int]) -> bool:
+    return int(engine([ids])[0, -1].argmax()) in engine.generation.end
+
+
+def test_text_comes_whole_or_in_pieces(engine: TextEngine) -> None:
+    for options in ({}, {"temperature": 0.9, "seed": 3}, {"temperature": 1.5, "top_k": 50, "top_p": 0.9, "seed": 1}):
+        whole = engine.generate(PROMPTS[0], max_new_tokens=30, **options)
+        pieces = list(engine.generate(PROMPTS[0], max_new_tokens=30, stream=True, **options))
+        assert "".join(pieces) == whole and len(pieces) > 1
+        ids = engine.generate(engine.encode(PROMPTS[0]), max_new_tokens=30, **options)
+        assert ids == list(engine.generate(engine.encode(PROMPTS[0]), max_new_tokens=30, stream=True, **options))
+        assert engine.decode(ids) == whole
+    assert engine.generate(PROMPTS[0], temperature=2.0) != engine.generate(PROMPTS[0], temperature=2.0)
+
+
+def test_text_ends_where_it_is_told_to(engine: TextEngine) -> None:
+    text = engine.generate(PROMPTS[0], max_new_tokens=40, temperature=1.0, seed=0)
+    stop = text[8:12]
+    expected = text[: text.find(stop)]
+    assert engine.generate(PROMPTS[0], max_new_tokens=40, temperature=1.0, seed=0, stop=stop) == expected
+    assert engine.generate([PROMPTS[0]], max_new_tokens=40, temperature=1.0, seed=0, stop=[stop, "\0"]) == [expected]
+    assert engine.generate(PROMPTS[0], max_new_tokens=0) == ""
+    ids = engine.generate(engine.encode(PROMPTS[0]), max_new_tokens=6)
+    ended = TextEngine(engine.engine, engine.tokenizer, GenerationSettings(end=(ids[3],)))
+    assert ended.generate(engine.encode(PROMPTS[0]), max_new_tokens=6) == ids[: ids.index(ids[3])]
+    short = len(engine.encode(PROMPTS[0])) + 4
+    limited = TextEngine(engine.engine, engine.tokenizer, GenerationSettings(context_length=short))
+    assert limited.generate(engine.encode(PROMPTS[0])) == ids[:4]
+    with pytest.raises(UsageError, match=f"the prompt has {short + 1} tokens; python reads at most {short}: shorten"):
+        limited.generate([5] * (short + 1))
+
+
+def test_special_tokens_in_a_prompt_are_text_unless_asked_for(engine: TextEngine) -> None:
+    (end,) = engine.generation.end
+    assert end not in engine.encode("a<|endoftext|>")
+    assert engine.encode("a<|endoftext|>", special_tokens=True)[-1] == end
+
+
+def test_a_score_is_that_of_the_logits(engine: TextEngine) -> None:
+    ids = engine.encode(PROMPTS[1])
+    logits = torch.from_numpy(engine([ids]))[0, :-1].double()
+    expected = torch.log_softmax(logits, -1)[torch.arange(len(ids) - 1), torch.tensor(ids[1:])].sum()
+    found = engine.score(PROMPTS[1])
+    assert found.tokens == len(ids) - 1
+    assert found.log_likelihood == pytest.approx(expected.item(), abs=1e-6 * len(ids))
+    assert found.perplexity == pytest.approx(np.exp(-expected.item() / found.tokens))
+    leading = TextEngine(engine.engine, engine.tokenizer, GenerationSettings(leading=(0,)))
+    assert leading.score("x").tokens == 1
+    with pytest.raises(UsageError, match="the text 'x' is too short to be scored"):
+        engine.score("x")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "says"),
+    [
+        ("", {}, "the prompt is empty"),
+        ([], {}, "the prompt is empty"),
+        (["a", ""], {}, "the prompt is empty"),
+        ([1, 10**6], {}, "input_ids has the token 1000000"),
+        (3, {}, "the prompt is 3; token ids are needed"),
+        (None, {}, "the prompt is None"),
+        (["a", "b"], {"stream": True}, "stream is for one prompt"),
+        ([1, 2], {"stop": "x"}, "stop strings are for text"),
+        ("a", {"stop": [""]}, "stop has an empty string"),
+        ("a", {"stop": [3]}, r"stop\[0\] is 3"),
+        ("a", {"max_new_tokens": -1}, "max_new_tokens is -1"),
+        ("a", {"max_new_tokens": 1.5}, "max_new_tokens is 1.5"),
+        ("a", {"seed": -1}, "seed is -1"),
+        ("a", {"top_p": 7}, "top_p is 7"),
+    ],
+)
+def test_what_cannot_be_generated_is_said(engine: TextEngine, prompt: Any, options: dict[str, Any], says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        engine.generate(prompt, **options)
+
+
+def test_a_context_and_a_variant_are_chosen(bundle: Path) -> None:
+    with pytest.raises(UsageError, match="has several contexts, choose one of cpp, english, python"):
+        load(bundle)
+    with pytest.raises(UsageError, match="has no context 'german'"):
+        load(bundle, "german")
+    with pytest.raises(UsageError, match="english has no variant 'int1'"):
+        load(bundle, "english", "int1")
+    assert load(bundle, "english").engine.variant.name == "cpu-fp32"
+
+
+def test_engines_of_many_contexts_share_their_weights(bundle: Path) -> None:
+    with load_all(bundle) as engines:
+        assert list(engines) == ["cpp", "english", "python"] and engines.loaded == ()
+        for context in engines:
+            expected = load(bundle, context).generate(list(PROMPTS), max_new_tokens=10)
+            assert engines[context].generate(list(PROMPTS), max_new_tokens=10) == expected
+            assert engines[context] is engines[context]
+        tensors = len(engines._weights._tensors)
+        assert tensors < sum(len(_references(bundle, context)) for context in engines)
+        with pytest.raises(KeyError):
+            engines["german"]
+    with pytest.raises(UsageError, match="were closed; open them again with load_all"):
+        engines["cpp"]
+
+
+def _references(bundle: Path, context: str) -> Sequence[Any]:
+    from cpcompile.files.external_data import references_of
+
+    return references_of(open_bundle(bundle).variant(context, "cpu-fp32").model)
+
+
+def test_threads_get_what_one_gets(bundle: Path) -> None:
+    with load_all(bundle) as engines:
+        work = [(context, prompt) for prompt in PROMPTS for context in engines] * 3
+        one_by_one = [engines[context].generate(prompt, max_new_tokens=6) for context, prompt in work]
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(lambda each: engines[each[0]].generate(each[1], max_new_tokens=6), work))
+        assert found == one_by_one
+
+
+def test_the_least_recently_used_engine_leaves(bundle: Path) -> None:
+    with load_all(bundle, max_memory=1) as tight:
+        for context in ("cpp", "english", "cpp"):
+            held = tight[context]
+            assert tight.loaded == (context,)
+        assert held.generate("x", max_new_tokens=2) == load(bundle, "cpp").generate("x", max_new_tokens=2)
+    with load_all(bundle) as wide:
+        two = _bytes_of(wide, "cpp", "english")
+    with load_all(bundle, max_memory=two) as engines:
+        for context in ("cpp", "english", "cpp", "python"):
+            engines[context]
+        assert engines.loaded[-1] == "python" and "english" not in engines.loaded
+    with pytest.raises(UsageError, match="max_memory is 0"):
+        load_all(bundle, max_memory=0)
+
+
+def _bytes_of(engines: Engines, *contexts: str) -> int:
+    for context in contexts:
+        engines[context]
+    return engines._bytes()
+
+
+def test_a_second_size_of_the_shared_pool_is_refused(bundle: Path) -> None:
+    load_all(bundle)["cpp"]
+    with pytest.raises(CpcompileError, match="give `threads` in the first load_all"):
+        load_all(bundle, threads=3)
+
+
+def test_a_bundle_from_before_opens_scores_and_generates(bundle: Path, tmp_path: Path) -> None:
+    """Its graphs have no cache and read the whole text; it does not say what ends a text."""
+    import onnx_ir as ir
+
+    from cpcompile.passes.remove_cache import without_cache
+
+    old = tmp_path / "old.cpc"
+    shutil.copytree(bundle, old)
+    path = old / "python" / "cpu-fp32" / "model.onnx"
+    ir.save(without_cache(ir.load(path)), path)
+    recorded = ("generation", "cache")
+    reseal(old, lambda manifest: [manifest["additional_metadata"]["cpcompile"].pop(key) for key in recorded])
+    before, now = load(old, "python"), load(bundle, "python")
+    assert not before.engine.has_cache and now.engine.has_cache
+    assert before.generation.end == now.generation.end
+    for prompt in (PROMPTS[0], list(PROMPTS)):
+        assert before.generate(prompt, max_new_tokens=8) == now.generate(prompt, max_new_tokens=8)
+    assert before.score(PROMPTS[1]).perplexity == pytest.approx(now.score(PROMPTS[1]).perplexity, rel=1e-5)
+    result = CliRunner().invoke(
+        main, ["check", str(old), "--baseline", str(tmp_path / "b.json"), "--write-baseline", "--without-model"]
+    )
+    assert result.exit_code == 0, result.output
+
+
+def test_run_writes_what_generate_gives(bundle: Path, engine: TextEngine) -> None:
+    arguments = ["run", str(bundle), "--context", "python", "-n", "12"]
+    result = CliRunner().invoke(main, [*arguments, PROMPTS[0]])
+    assert result.exit_code == 0 and result.stdout == engine.generate(PROMPTS[0], max_new_tokens=12) + "\n"
+    piped = CliRunner().invoke(main, [*arguments, "-"], input=PROMPTS[0])
+    assert piped.stdout == result.stdout
+    options = ["--temperature", "1", "--top-k", "40", "--top-p", "0.9", "--repetition-penalty", "1.1", "--seed", "5"]
+    sampled = CliRunner().invoke(main, [*arguments, *options, PROMPTS[0]])
+    expected = engine.generate(
+        PROMPTS[0], max_new_tokens=12, temperature=1, top_k=40, top_p=0.9, repetition_penalty=1.1, seed=5
+    )
+    assert sampled.stdout == expected + "\n"
+    scored = CliRunner().invoke(main, [*arguments, PROMPTS[1], "--score"])
+    found = engine.score(PROMPTS[1])
+    assert scored.stdout == f"perplexity {found.perplexity:.4g} over {found.tokens} tokens\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["x"], "has several contexts, choose one of cpp, english, python"),
+        (["-c", "python", ""], "the prompt is empty"),
+        (["-c", "python", "x", "--top-p", "2"], "top_p is 2.0: it has to be above 0 and at most 1"),
+        (["-c", "python", "x", "--variant", "y"], "python has no variant 'y'"),
+    ],
+)
+def test_run_says_what_is_wrong(bundle: Path, arguments: list[str], says: str) -> None:
+    result = CliRunner().invoke(main, ["run", str(bundle), *arguments])
+    assert result.exit_code == 2 and says in result.output
+
+
+def test_memory_comes_back_on_close(bundle: Path) -> None:
+    engines = load_all(bundle)
+    sessions = [weakref.ref(engines[context].engine.session) for context in engines]
+    assert all(session() is not None for session in sessions)
+    engines.close()
+    gc.collect()
+    assert all(session() is None for session in sessions)
