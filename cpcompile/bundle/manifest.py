@@ -15,7 +15,9 @@ from cpcompile.files.pointers import require_fetched
 from cpcompile.files.whole_files import file_digest
 
 T = TypeVar("T")
-BUNDLE_VERSION = 3
+BUNDLE_VERSION = 4
+READABLE = (3, 4)
+"""Bundles of version 3 have graphs without a cache, and do not record what ends a text."""
 MANIFEST = "manifest.json"
 REPORTS = ("report.json", "report.html")
 SESSION_OPTIONS = frozenset({"session.disable_prepacking"})

@@ -27,9 +27,9 @@ import numpy as np
 import numpy.typing as npt
 
 from cpcompile.bundle.manifest import (
-    BUNDLE_VERSION,
     MANIFEST,
     PROVIDER_OPTIONS,
+    READABLE,
     REPORTS,
     SESSION_OPTIONS,
     inside,
@@ -248,9 +248,10 @@ def open_bundle(path: str | PathLike[str]) -> Bundle:
     try:
         metadata = dict(manifest["additional_metadata"]["cpcompile"])
         digest = metadata.pop("manifest_digest")
-        if metadata["version"] != BUNDLE_VERSION:
+        if metadata["version"] not in READABLE:
             raise UsageError(
-                f"{path}: bundle version {metadata['version']!r}, this cpcompile reads {BUNDLE_VERSION}; build it again"
+                f"{path}: bundle version {metadata['version']!r}, this cpcompile reads "
+                f"{' and '.join(map(str, READABLE))}; build it again"
             )
         if digest != manifest_digest(manifest):
             raise UsageError(f"{path / MANIFEST}: was changed or damaged after the build; build the bundle again")

@@ -209,8 +209,14 @@ def test_a_bundle_from_before_opens_scores_and_generates(bundle: Path, tmp_path:
     shutil.copytree(bundle, old)
     path = old / "python" / "cpu-fp32" / "model.onnx"
     ir.save(without_cache(ir.load(path)), path)
-    recorded = ("generation", "cache")
-    reseal(old, lambda manifest: [manifest["additional_metadata"]["cpcompile"].pop(key) for key in recorded])
+
+    def as_before(manifest: dict[str, Any]) -> None:
+        ours = manifest["additional_metadata"]["cpcompile"]
+        ours["version"] = 3
+        for key in ("generation", "cache"):
+            del ours[key]
+
+    reseal(old, as_before)
     before, now = load(old, "python"), load(bundle, "python")
     assert not before.engine.has_cache and now.engine.has_cache
     assert before.generation.end == now.generation.end
@@ -218,7 +224,7 @@ def test_a_bundle_from_before_opens_scores_and_generates(bundle: Path, tmp_path:
         assert before.generate(prompt, max_new_tokens=8) == now.generate(prompt, max_new_tokens=8)
     assert before.score(PROMPTS[1]).perplexity == pytest.approx(now.score(PROMPTS[1]).perplexity, rel=1e-5)
     result = CliRunner().invoke(
-        main, ["check", str(old), "--baseline", str(tmp_path / "b.json"), "--write-baseline", "--without-model"]
+        main, ["check", str(old), "--baseline", str(tmp_path / "b.json"), "--update-baseline", "--without-model"]
     )
     assert result.exit_code == 0, result.output
 
