@@ -12,11 +12,9 @@ from os import PathLike
 from threading import RLock
 from types import TracebackType
 
-import onnxruntime as ort
-
 from cpcompile.bundle.reader import Bundle, Variant, open_bundle
 from cpcompile.core.coercion import coerce, require
-from cpcompile.core.errors import CpcompileError, UsageError, first_line
+from cpcompile.core.errors import UsageError
 from cpcompile.files.external_data import references_of
 from cpcompile.runtime.engine import Engine, create_session, last_dimension, require_onnx, session_options
 from cpcompile.runtime.shared_weights import SharedWeights
@@ -29,10 +27,11 @@ SESSION_BYTES = 8_000_000
 class Engines(Mapping[str, TextEngine]):
     """Context -> engine, loaded when it is asked for. Threads may share it, and the engines."""
 
-    def __init__(self, bundle: Bundle, variant: str, *, max_memory: int | None) -> None:
+    def __init__(self, bundle: Bundle, variant: str, *, max_memory: int | None, threads: int) -> None:
         self._bundle = bundle
         self._variant = variant
         self._max_memory = max_memory
+        self._threads = threads
         self._weights = SharedWeights()
         self._loaded: OrderedDict[str, TextEngine] = OrderedDict()
         self._lock = RLock()
@@ -81,8 +80,9 @@ class Engines(Mapping[str, TextEngine]):
         variant = self._bundle.variant(context, choose_variant(self._bundle, context, self._variant))
         require_onnx(variant)
         self._bundle.verify_engine(variant)
-        options = session_options(variant)
-        options.use_per_session_threads = False
+        options = session_options(variant, threads=self._threads)
+        # Each session has its own threads: a pool for all of them would forbid the application any other session.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         self._weights.give_to(options, variant)
         session = create_session(variant, options)
         return with_tokenizer(self._bundle, Engine(variant, session, last_dimension(session)))
@@ -114,19 +114,11 @@ def load_all(
 
     Each is verified and loaded when it is asked for. max_memory: bytes; where more would be in use, those that were not
     used for the longest time are unloaded. The estimate counts weights and sessions, not what a run takes for a while.
-    threads: of the pool that they all share, one in a process; 0 leaves the number to ONNX Runtime. variant and errors:
-    as in `load`. A single engine is a little faster with `load`, which rearranges its
+    threads: of each engine, which sleep while it does not run. variant and errors: as in `load`. A single engine is a little faster with `load`, which rearranges its
     weights for the processor in a copy of its own.
     """
     threads, max_memory = coerce(threads, int, "threads"), None if max_memory is None else int(max_memory)
     require(threads >= 0, f"threads is {threads}: it cannot be negative; 0 leaves the number to ONNX Runtime")
     require(max_memory is None or max_memory > 0, f"max_memory is {max_memory}: give a number of bytes")
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
-    if threads:
-        try:
-            ort.set_global_thread_pool_sizes(threads, 1)
-        except Exception as error:  # onnxruntime has no common error class
-            raise CpcompileError(
-                f"its threads exist already ({first_line(error)}); give `threads` in the first load_all"
-            ) from error
-    return Engines(opened, variant, max_memory=max_memory)
+    return Engines(opened, variant, max_memory=max_memory, threads=threads)

@@ -17,7 +17,7 @@ from click.testing import CliRunner
 
 from cpcompile.bundle.reader import open_bundle
 from cpcompile.cli import main
-from cpcompile.core.errors import CpcompileError, UsageError
+from cpcompile.core.errors import UsageError
 from cpcompile.core.generation import GenerationSettings
 from cpcompile.frontend.checkpoint import load_checkpoint
 from cpcompile.runtime import Engines, TextEngine, load, load_all
@@ -191,12 +191,6 @@ def _bytes_of(engines: Engines, *contexts: str) -> int:
     for context in contexts:
         engines[context]
     return engines._bytes()
-
-
-def test_a_second_size_of_the_shared_pool_is_refused(bundle: Path) -> None:
-    load_all(bundle)["cpp"]
-    with pytest.raises(CpcompileError, match="give `threads` in the first load_all"):
-        load_all(bundle, threads=3)
 
 
 def test_a_bundle_from_before_opens_scores_and_generates(bundle: Path, tmp_path: Path) -> None:
