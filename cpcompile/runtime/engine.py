@@ -101,6 +101,15 @@ class Engine:
         logits, *present = self._run(names, feeds)
         return logits, dict(zip(self._presents, present, strict=True))
 
+    def in_two_steps(self, feeds: Feeds) -> dict[str, Array]:
+        """The logits of input_ids (batch, sequence), by name, where the second half goes on with the first one's cache."""
+        ids = feeds[INPUT]
+        first, cache = self.step(ids[:, : (ids.shape[1] + 1) // 2])
+        if ids.shape[1] == 1:
+            return {OUTPUT: first}
+        second, _ = self.step(ids[:, first.shape[1] :], cache)
+        return {OUTPUT: np.concatenate([first, second], axis=1)}
+
     @cached_property
     def has_cache(self) -> bool:
         """Whether it goes on where it was, instead of reading the whole text again."""

@@ -114,8 +114,8 @@ def load_all(
 
     Each is verified and loaded when it is asked for. max_memory: bytes; where more would be in use, those that were not
     used for the longest time are unloaded. The estimate counts weights and sessions, not what a run takes for a while.
-    threads: of each engine, which sleep while it does not run. variant and errors: as in `load`. A single engine is a little faster with `load`, which rearranges its
-    weights for the processor in a copy of its own.
+    threads: of each engine, which sleep while it does not run. variant and errors: as in `load`. A single engine is a
+    little faster with `load`, which rearranges its weights for the processor in a copy of its own.
     """
     threads, max_memory = coerce(threads, int, "threads"), None if max_memory is None else int(max_memory)
     require(threads >= 0, f"threads is {threads}: it cannot be negative; 0 leaves the number to ONNX Runtime")

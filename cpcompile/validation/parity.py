@@ -34,6 +34,7 @@ from cpcompile.validation.reference import Outputs, Run
 FLOAT32_ROUNDING = float(np.finfo(np.float32).eps)
 COARSER: Mapping[str, int] = {"fp16": 2**13, "bf16": 2**16}
 """How many times as coarsely as float32 a precision rounds: 11 and 8 bits of significand instead of 24."""
+THROUGH_CACHE = "logits through the cache"
 NO_LOGITS = "the model gives no logits"
 
 
@@ -102,12 +103,14 @@ def check_parity(
     logits: str | None,
     missing: str,
     precision: str = "fp32",
+    cached: Run | None = None,
 ) -> Parity:
     """Compare `engine` with the masked eager model in float32 and float64 on `inputs`.
 
     A missing or additional output, a wrong shape or type, a value that is not finite or an engine that raises: fail.
     `logits` names the output of which divergence and agreement are taken. Without inputs it is inconclusive: `missing`.
-    An engine in another `precision` may be off by as much more as that rounds more coarsely.
+    An engine in another `precision` may be off by as much more as that rounds more coarsely. `cached` is the same
+    engine, reading its tokens in two steps; its logits are one more output.
     """
     errors: dict[str, _Errors] = {}
     agreement = _Agreement()
@@ -125,6 +128,11 @@ def check_parity(
                 errors.setdefault(name, _Errors()).add(expected[name], exact[name], actual[name])
         if logits is not None:
             agreement.add(expected[logits], actual[logits])
+        if logits is not None and cached is not None:
+            in_steps = cached(feeds)[logits]
+            if fault := _fault({logits: in_steps}, {logits: expected[logits]}):
+                return _no_numbers("fail", f"{_at(feeds)}, {THROUGH_CACHE}: {fault}")
+            errors.setdefault(THROUGH_CACHE, _Errors()).add(expected[logits], exact[logits], in_steps)
         del expected, exact, actual  # before the next ones are there
     if not errors:
         return _no_numbers("inconclusive", missing)

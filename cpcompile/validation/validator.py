@@ -29,7 +29,7 @@ from cpcompile.report.results import (
     Throughput,
     VariantResult,
 )
-from cpcompile.runtime.engine import CPU_PROVIDER, load_engine, missing_provider
+from cpcompile.runtime.engine import CPU_PROVIDER, Engine, load_engine, missing_provider
 from cpcompile.runtime.plan import load_plan, why_not_here, why_not_taken
 from cpcompile.validation.memory import compare_memory, compare_start, measure_engine
 from cpcompile.validation.parity import check_parity
@@ -122,7 +122,8 @@ def _validate_variant(
             bytes=variant.bytes,
         )
     engine = load_plan(variant) if variant.plan else load_engine(bundle, context, variant.name, threads=threads)
-    parity = _parity(engine.outputs, reference, context, config, variant, part("parity"))
+    cached = engine.in_two_steps if isinstance(engine, Engine) and engine.has_cache else None
+    parity = _parity(engine.outputs, reference, context, config, variant, part("parity"), cached)
     results: tuple[PeerResult, ...] = ()
     if parity.verdict == "fail" and isinstance(parity.max_abs_error, NotMeasured):
         # Its outputs cannot be compared: there is nothing to score, and no point in timing it.
@@ -172,6 +173,7 @@ def _parity(
     config: ValidateConfig,
     variant: Variant | None = None,
     steps: Steps = unwatched,
+    cached: Run | None = None,
 ) -> Parity:
     """`variant` is what runs, unless it is a peer, which is in float32 and takes every shape."""
     inputs, missing = _counted(lambda: reference.inputs(context), steps), reference.no_inputs
@@ -187,6 +189,7 @@ def _parity(
         logits=reference.logits,
         missing=missing,
         precision=variant.precision if variant is not None else "fp32",
+        cached=cached,
     )
     release_memory()  # of the model in float64
     return parity

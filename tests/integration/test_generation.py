@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import shutil
 import weakref
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from click.testing import CliRunner
@@ -221,6 +223,26 @@ def test_a_bundle_from_before_opens_scores_and_generates(bundle: Path, tmp_path:
         main, ["check", str(old), "--baseline", str(tmp_path / "b.json"), "--update-baseline", "--without-model"]
     )
     assert result.exit_code == 0, result.output
+
+
+def test_a_wrong_cache_fails_the_validation(measured: Path, bundle: Path, tmp_path: Path) -> None:
+    """The engine is right on whole texts; only what goes on with its cache is wrong."""
+    wrong = tmp_path / "wrong.cpc"
+    shutil.copytree(bundle, wrong)
+    path = wrong / "python" / "cpu-fp32" / "model.onnx"
+    model = onnx.load(path, load_external_data=False)
+    (join,) = [node for node in model.graph.node if "past_key_values.1.value" in node.input]
+    assert join.op_type == "Concat"
+    join.input[:] = reversed(join.input)
+    onnx.save(model, path)
+    reseal(wrong)
+    assert np.array_equal(load(wrong, "python")([[5, 6, 7]]), load(bundle, "python")([[5, 6, 7]]))
+    flags = ("--no-speed", "--no-memory", "--no-layers", "--json", "--model", str(measured / "model.pt"))
+    result = CliRunner().invoke(main, ["validate", str(wrong), *flags])
+    assert result.exit_code == 1, result.output
+    parity = {c["name"]: c["variants"][0]["parity"] for c in json.loads(result.stdout)["contexts"]}
+    assert parity["python"]["verdict"] == "fail" and "logits through the cache" in parity["python"]["reason"]
+    assert parity["cpp"]["verdict"] == "pass"
 
 
 def test_run_writes_what_generate_gives(bundle: Path, engine: TextEngine) -> None:
