@@ -102,7 +102,7 @@ class Engine:
         return logits, dict(zip(self._presents, present, strict=True))
 
     def in_two_steps(self, feeds: Feeds) -> dict[str, Array]:
-        """The logits of input_ids (batch, sequence), by name, where the second half goes on with the first one's cache."""
+        """The logits of input_ids (batch, sequence), by name; the second half goes on with the cache of the first."""
         ids = feeds[INPUT]
         first, cache = self.step(ids[:, : (ids.shape[1] + 1) // 2])
         if ids.shape[1] == 1:
