@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import json
 import shutil
+import subprocess
+import sys
 import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -171,6 +173,32 @@ def test_threads_get_what_one_gets(bundle: Path) -> None:
         with ThreadPoolExecutor(8) as pool:
             found = list(pool.map(lambda each: engines[each[0]].generate(each[1], max_new_tokens=6), work))
         assert found == one_by_one
+
+
+@pytest.mark.slow
+def test_eight_threads_take_no_more_memory_after_thousands_of_requests(bundle: Path) -> None:
+    """In a process of its own: 8 threads x 1,000 requests over all contexts, each compared with the sequential one."""
+    code = """
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from cpcompile.machine.procfs import status_bytes
+from cpcompile.runtime import load_all
+with load_all(sys.argv[1], threads=1) as engines:
+    prompts = ("Return the ", "import numpy as np", "x", "for (int i = 0; i < n; ++i) {")
+    work = [(context, prompt) for prompt in prompts for context in engines]
+    expected = [engines[c].generate(p, max_new_tokens=4) for c, p in work]
+    with ThreadPoolExecutor(8) as pool:
+        def run(number):
+            context, prompt = work[number % len(work)]
+            return engines[context].generate(prompt, max_new_tokens=4) == expected[number % len(work)]
+        assert all(pool.map(run, range(800)))  # every thread has its buffers now
+        before = status_bytes("RssAnon")  # pages of files come and go as the system likes
+        assert all(pool.map(run, range(8_000)))
+        print(status_bytes("RssAnon") / before)
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(bundle)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) <= 1.05
 
 
 def test_the_least_recently_used_engine_leaves(bundle: Path) -> None:
