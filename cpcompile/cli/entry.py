@@ -33,8 +33,8 @@ def doctor(as_json: bool) -> None:
       cpcompile doctor
       cpcompile doctor --json
 
-    Each target is tried by creating a session or a Builder. The exit code is 0 if CPU engines can be built and run
-    here, 1 if not.
+    Each target is tried by creating a session or a Builder. The exit code is 0 if CPU engines run here, 1 if not, or if
+    something that building them needs is broken. The extra `build` may be missing.
     """
     from cpcompile.doctor.examination import examine
 

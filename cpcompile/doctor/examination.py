@@ -1,7 +1,7 @@
 """Examine the machine: what each target needs, what works, and the commands that fix the rest.
 
 target            builds with                                runs with
-cpu-fp32          the dependencies of cpcompile              ONNX Runtime on the CPU
+cpu-fp32          the extra build                            ONNX Runtime on the CPU
 cpu-fp32-merged   the same                                   the same
 cuda-fp16         the same                                   its CUDA, TensorRT or TensorRT-RTX provider, a GPU
 tensorrt          the same, tensorrt and a GPU               a GPU, torch for CUDA
@@ -18,6 +18,7 @@ from functools import partial
 from typing import Any, Literal
 
 from cpcompile.core.errors import first_line
+from cpcompile.core.extras import BUILD, RUNTIME
 from cpcompile.core.measured import NotMeasured
 from cpcompile.doctor import look
 from cpcompile.doctor.finding import Finding
@@ -25,11 +26,7 @@ from cpcompile.doctor.trials import run_trial
 from cpcompile.machine.gpu import NO_GPU, NO_NVML
 
 SCHEMA_VERSION = 1
-DEPENDENCIES = (
-    *("torch", "onnx", "onnx-ir", "onnxscript", "numpy", "click"),
-    *("rich", "jinja2", "matplotlib", "jsonschema", "tokenizers"),
-)
-"""What every installation brings, by pyproject.toml."""
+DEPENDENCIES = (*RUNTIME, *BUILD)
 GPU_PROVIDERS = ("CUDAExecutionProvider", "TensorrtExecutionProvider", "NvTensorRTRTXExecutionProvider")
 PROVIDERS = ("CPUExecutionProvider", *GPU_PROVIDERS)
 PROVIDER_FIXES: Mapping[str, tuple[str, ...]] = {
@@ -59,9 +56,9 @@ class Target:
 
 
 TARGETS = (
-    Target(name=MAIN_TARGET, builds_with=DEPENDENCIES, runs_with=("CPUExecutionProvider",)),
-    Target(name="cpu-fp32-merged", builds_with=DEPENDENCIES, runs_with=("CPUExecutionProvider",)),
-    Target(name="cuda-fp16", builds_with=DEPENDENCIES, runs_with=(GPU,), any_of=GPU_PROVIDERS),
+    Target(name=MAIN_TARGET, builds_with=DEPENDENCIES, runs_with=(*RUNTIME, "CPUExecutionProvider")),
+    Target(name="cpu-fp32-merged", builds_with=DEPENDENCIES, runs_with=(*RUNTIME, "CPUExecutionProvider")),
+    Target(name="cuda-fp16", builds_with=DEPENDENCIES, runs_with=(*RUNTIME, GPU), any_of=GPU_PROVIDERS),
     Target(name="tensorrt", builds_with=(*DEPENDENCIES, "tensorrt", GPU), runs_with=(GPU, "torch-cuda")),
     Target(name="tensorrt-rtx", builds_with=(*DEPENDENCIES, "tensorrt-rtx"), runs_with=(GPU, "torch-cuda")),
     Target(name="openvino", builds_with=(), runs_with=("openvino",)),
@@ -92,8 +89,10 @@ class Examination:
 
     @property
     def healthy(self) -> bool:
-        """Whether this machine can build and run the CPU target."""
-        return any(target.name == MAIN_TARGET and target.status == "works" for target in self.targets)
+        """Whether CPU engines run here, and nothing that building them needs is broken; it may be left out."""
+        broken = {finding.name for finding in self.findings if finding.state == "broken"}
+        (main,) = (target for target in self.targets if target.name == MAIN_TARGET)
+        return main.status in ("works", "runs") and broken.isdisjoint(main.missing)
 
     @property
     def fixes(self) -> dict[tuple[str, ...], list[str]]:
@@ -143,7 +142,7 @@ def examine() -> Examination:
 
 
 def _dependency(name: str) -> Sequence[Finding]:
-    return [look.package(name, name.replace("-", "_"))]
+    return [look.package(name, name.replace("-", "_"), extra="build" if name in BUILD else None)]
 
 
 def _guarded(name: str, probe: Callable[[], Sequence[Finding]]) -> Sequence[Finding]:
@@ -231,6 +230,14 @@ def _judge(target: Target, known: Mapping[str, Finding]) -> TargetState:
         status=status,
         needs=tuple(dict.fromkeys((*target.builds_with, *target.runs_with, *target.any_of))),
         missing=missing,
-        reason="; ".join(known[name].detail if name == GPU else f"{name}: {known[name].detail}" for name in first),
+        reason=_reason([known[name] for name in first]),
         fix=tuple(dict.fromkeys(command for name in fixed for command in known[name].fix)),
     )
+
+
+def _reason(findings: Sequence[Finding]) -> str:
+    """What is wrong, each detail once, behind the names that it is about."""
+    names: dict[str, list[str]] = {}
+    for finding in findings:
+        names.setdefault(finding.detail, []).extend([finding.name] if finding.name != GPU else [])
+    return "; ".join(f"{', '.join(about)}: {detail}" if about else detail for detail, about in names.items())

@@ -69,7 +69,7 @@ def onnxruntime() -> Finding:
 
 def torch() -> Finding:
     """The torch package; version.py says whether it was built for CUDA, and importing it would take seconds."""
-    found = package("torch", "torch")
+    found = package("torch", "torch", extra="build")
     if found.state != "ok":
         return found
     cuda = _torch_cuda()

@@ -15,9 +15,10 @@ import click
 import onnx
 import pytest
 
+from cpcompile.core.extras import BUILD, RUNTIME
 from cpcompile.core.measured import NotMeasured
 from cpcompile.doctor import look
-from cpcompile.doctor.examination import DEPENDENCIES, TARGETS, examine
+from cpcompile.doctor.examination import TARGETS, examine
 from cpcompile.doctor.trials import TWO_NODES, run_trial
 from cpcompile.machine.gpu import gpu_model
 
@@ -274,8 +275,9 @@ def test_a_card_without_a_driver_brings_the_commands_for_gpus(tmp_path: Path, mo
 
 
 def test_the_dependencies_are_those_of_the_package() -> None:
-    declared = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
-    assert {re.split("[<>=!~]", each)[0] for each in declared} == set(DEPENDENCIES)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    for declared, known in ((project["dependencies"], RUNTIME), (project["optional-dependencies"]["build"], BUILD)):
+        assert tuple(re.split("[<>=!~]", each)[0] for each in declared) == known
 
 
 def test_with_click_alone_the_doctor_says_what_is_missing_and_so_does_every_command(tmp_path: Path) -> None:
@@ -292,7 +294,8 @@ def test_with_click_alone_the_doctor_says_what_is_missing_and_so_does_every_comm
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     assert re.search(r"^rich +absent +- not installed$", done.stdout, re.MULTILINE), done.stdout
     assert re.search(r"^click +ok ", done.stdout, re.MULTILINE) and "  pip install cpcompile\n" in done.stdout
-    assert re.search(r"^cpu-fp32 +\w+ +torch: not installed; onnx: not installed", done.stdout, re.MULTILINE)
+    assert re.search(r"^cpu-fp32 +no +numpy, rich, tokenizers, torch, .*: not installed; ", done.stdout, re.MULTILINE)
+    assert "  pip install 'cpcompile[build]'\n" in done.stdout
     done = run("passes")
     assert done.returncode == 1
     assert re.fullmatch(r"Error: No module named '\w+'; `cpcompile doctor` says .* how to install it\n", done.stderr)
