@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from cpcompile.core.extras import missing_extra
 from cpcompile.core.version import __version__
 
 if TYPE_CHECKING:
@@ -27,7 +28,12 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> object:
-    """Import what is public when it is first used."""
-    if name in _MODULES:
+    """Import what is public when it is first used; ModuleNotFoundError names the extra that it needs."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
         return getattr(importlib.import_module(_MODULES[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    except ModuleNotFoundError as error:
+        if (sentence := missing_extra(error, f"cpcompile.{name}")) is None:
+            raise
+        raise ModuleNotFoundError(sentence, name=error.name) from error

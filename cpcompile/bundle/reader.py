@@ -42,7 +42,7 @@ from cpcompile.bundle.manifest import (
 from cpcompile.core.coercion import as_path
 from cpcompile.core.errors import UsageError
 from cpcompile.core.generation import GenerationSettings
-from cpcompile.files.external_data import references_of
+from cpcompile.files.external_data import embed_data, references_of
 from cpcompile.targets.plan_info import PlanInfo
 
 if TYPE_CHECKING:
@@ -84,15 +84,17 @@ class Variant:
         """The graph of a verified engine, whose weights stay in their file; UsageError for a plan."""
         from cpcompile.files.onnx_file import load_onnx  # running engines does not need onnx_ir
 
-        if self.plan:
-            raise UsageError(f"{self.model}: is a plan of {self.runtime}, not an ONNX graph; choose another variant")
+        self._require_graph()
         return load_onnx(self.model, data=self.weights)
 
-    def standalone(self) -> ir.Model:
-        """The graph with all weights inside."""
-        import onnx_ir as ir
+    def save_standalone(self, path: Path) -> None:
+        """Write the graph of a verified engine to `path`, with all weights inside; UsageError for a plan."""
+        self._require_graph()
+        embed_data(self.model, self.weights or self.model.parent, path)
 
-        return ir.external_data.load_to_model(self.graph())
+    def _require_graph(self) -> None:
+        if self.plan:
+            raise UsageError(f"{self.model}: is a plan of {self.runtime}, not an ONNX graph; choose another variant")
 
 
 @dataclass(frozen=True, kw_only=True)

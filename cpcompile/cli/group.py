@@ -10,7 +10,8 @@ from typing import Any
 import click
 
 from cpcompile.cli.interruption import message_and_exit_code, terminable
-from cpcompile.core.errors import CpcompileError, first_line, printable
+from cpcompile.core.errors import CpcompileError, UsageError, first_line, printable
+from cpcompile.core.extras import missing_extra
 from cpcompile.core.version import __version__
 
 NO_MEMORY = "not enough memory"
@@ -36,6 +37,9 @@ class _Group(click.Group):
         except ImportError as error:  # of a package that is not installed, or half
             if ctx.params.get("debug") or error.name is None or error.name.partition(".")[0] == "cpcompile":
                 raise
+            if (sentence := missing_extra(error, f"`cpcompile {ctx.invoked_subcommand}`")) is not None:
+                click.echo(f"Error: {sentence}", err=True)
+                ctx.exit(UsageError.exit_code)
             click.echo(
                 f"Error: {first_line(error)}; `cpcompile doctor` says what is missing and how to install it", err=True
             )

@@ -1,4 +1,6 @@
-"""Find the bytes of other files that an ONNX model refers to, from protobuf's wire format, so without onnx.
+"""Find the bytes of other files that an ONNX model refers to, and copy them into it: in protobuf's wire format.
+
+Installations that only run and export engines have no onnx.
 
 The files that an engine makes its runtime open must be known before the runtime gets it. Only the messages that lead
 to tensors are entered; everything else, above all the weights, is skipped and never read. It is stricter than protobuf
@@ -9,12 +11,14 @@ is visited twice, so no reference is missed. Sources: protobuf.dev, Encoding; on
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from cpcompile.core.errors import UsageError
+from cpcompile.core.errors import CpcompileError, UsageError
 
+PROTOBUF_LIMIT = 2**31 - 1
+"""Bytes that one protobuf file can hold."""
 MAX_DEPTH = 100
 """The deepest nesting of messages, as in protobuf's own parsers."""
 
@@ -33,6 +37,10 @@ VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 KEY, VALUE = 1, 2
 DIMS, DATA_TYPE, NAME, ENTRIES = 1, 2, 8, 13
 """The fields of a tensor that are read."""
+RAW_DATA = 9
+DATA_INSIDE = b"\x70\x00"
+"""`data_location: DEFAULT`; of a field that is given twice, the last one counts."""
+Bytes = mmap.mmap | memoryview
 
 
 @dataclass(frozen=True)
@@ -63,7 +71,78 @@ def references_of(model: Path) -> tuple[Reference, ...]:
         raise UsageError(f"{model}: is not a valid ONNX model ({error}); build the bundle again") from error
 
 
-def _tensors(data: mmap.mmap, start: int, end: int, message: str, depth: int) -> Iterator[tuple[int, int]]:
+def embed_data(model: Path, folder: Path, out: Path) -> None:
+    """Write the model in the file `model` to `out`, with the bytes that it refers to, of files in `folder`, in it.
+
+    `references_of` says which they are; whoever calls this has checked them. CpcompileError: the result is too large.
+    """
+    files: dict[Path, memoryview] = {}
+
+    def read(reference: Reference) -> memoryview:
+        path = folder / reference.location
+        if path not in files:
+            files[path] = _mapped(path)
+        whole = files[path]
+        end = len(whole) if reference.length is None else reference.offset + reference.length
+        if not reference.offset <= end <= len(whole):
+            raise ValueError(f"a tensor needs the bytes up to {end:,} of {path}, which has {len(whole):,}")
+        return whole[reference.offset : end]
+
+    try:
+        parts = list(_embedded(_mapped(model), "Model", 0, read))
+    except OSError as error:
+        raise UsageError(f"{error.filename}: cannot be read ({error.strerror}); build the bundle again") from error
+    except ValueError as error:
+        raise UsageError(f"{model}: is not a valid ONNX model ({error}); build the bundle again") from error
+    if (size := sum(map(len, parts))) > PROTOBUF_LIMIT:
+        raise CpcompileError(f"{model}: has {size:,} bytes with its weights; one file holds {PROTOBUF_LIMIT:,} at most")
+    with out.open("wb") as file:
+        file.writelines(parts)
+
+
+def _mapped(path: Path) -> memoryview:
+    with path.open("rb") as file:
+        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+
+
+def _embedded(
+    data: memoryview, message: str, depth: int, read: Callable[[Reference], memoryview]
+) -> Iterator[bytes | memoryview]:
+    """The parts of a message whose tensors hold what they refer to; everything else is copied."""
+    if depth > MAX_DEPTH:
+        raise ValueError(f"messages are nested more than {MAX_DEPTH} deep")
+    begin, entries = 0, []
+    for number, wire, start, end in _walk(data, 0, len(data)):
+        kind = MESSAGES[message].get(number) if wire == BYTES else None
+        if kind is None:
+            yield data[begin:end]
+        elif kind == "Entry":
+            entries.append(_entry(data, start, end))
+        else:
+            inner = list(_embedded(data[start:end], kind, depth + 1, read))
+            yield _head(number, sum(map(len, inner)))
+            yield from inner
+        begin = end
+    if entries:
+        content = read(_reference(entries))
+        yield from (_head(RAW_DATA, len(content)), content, DATA_INSIDE)
+
+
+def _head(number: int, length: int) -> bytes:
+    """Tag and length of a length-delimited field."""
+    return _encoded(number << 3 | BYTES) + _encoded(length)
+
+
+def _encoded(value: int) -> bytes:
+    """`value` as a varint."""
+    low = bytearray()
+    while value > 0x7F:
+        low.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*low, value])
+
+
+def _tensors(data: Bytes, start: int, end: int, message: str, depth: int) -> Iterator[tuple[int, int]]:
     """Start and end of the tensors within a message."""
     if depth > MAX_DEPTH:
         raise ValueError(f"messages are nested more than {MAX_DEPTH} deep")
@@ -75,11 +154,11 @@ def _tensors(data: mmap.mmap, start: int, end: int, message: str, depth: int) ->
             yield from _tensors(data, inner, inner_end, kind, depth + 1)
 
 
-def _name(data: mmap.mmap, start: int, end: int) -> str:
-    return "".join(data[s:e].decode() for number, s, e in _fields(data, start, end) if number == NAME)
+def _name(data: Bytes, start: int, end: int) -> str:
+    return "".join(bytes(data[s:e]).decode() for number, s, e in _fields(data, start, end) if number == NAME)
 
 
-def _dims(data: mmap.mmap, start: int, end: int) -> tuple[int, ...]:
+def _dims(data: Bytes, start: int, end: int) -> tuple[int, ...]:
     """The dimensions, which writers may pack into one field."""
     dims = [value for number, value in _numbers(data, start, end) if number == DIMS]
     for number, position, stop in _fields(data, start, end):
@@ -89,11 +168,13 @@ def _dims(data: mmap.mmap, start: int, end: int) -> tuple[int, ...]:
     return tuple(dims)
 
 
-def _type(data: mmap.mmap, start: int, end: int) -> int:
+def _type(data: Bytes, start: int, end: int) -> int:
     return sum(value for number, value in _numbers(data, start, end) if number == DATA_TYPE)
 
 
-def _reference(entries: list[tuple[str, str]], name: str, dims: tuple[int, ...], data_type: int) -> Reference:
+def _reference(
+    entries: list[tuple[str, str]], name: str = "", dims: tuple[int, ...] = (), data_type: int = 0
+) -> Reference:
     given = dict(entries)
     if len(given) != len(entries):
         raise ValueError("a tensor has two locations")
@@ -109,26 +190,26 @@ def _reference(entries: list[tuple[str, str]], name: str, dims: tuple[int, ...],
     return Reference(given["location"], int(given.get("offset", 0)), length, name, dims, data_type)
 
 
-def _entry(data: mmap.mmap, start: int, end: int) -> tuple[str, str]:
+def _entry(data: Bytes, start: int, end: int) -> tuple[str, str]:
     texts = {KEY: b"", VALUE: b""}
     for number, inner, inner_end in _fields(data, start, end):
         if number in texts:
-            texts[number] = data[inner:inner_end]
+            texts[number] = bytes(data[inner:inner_end])
     return texts[KEY].decode(), texts[VALUE].decode()
 
 
-def _fields(data: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int, int]]:
+def _fields(data: Bytes, start: int, end: int) -> Iterator[tuple[int, int, int]]:
     """Number, start and end of each length-delimited field of a message."""
     return ((number, at, stop) for number, wire, at, stop in _walk(data, start, end) if wire == BYTES)
 
 
-def _numbers(data: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int]]:
+def _numbers(data: Bytes, start: int, end: int) -> Iterator[tuple[int, int]]:
     """Number and value of each integer field of a message."""
     return ((number, value) for number, wire, value, _ in _walk(data, start, end) if wire == VARINT)
 
 
-def _walk(data: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:
-    """Number and wire type of each field of a message; then start and end, or an integer and the end."""
+def _walk(data: Bytes, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:
+    """Number and wire type of each field of a message; then start and end of its content, or an integer and the end."""
     while start < end:
         tag, start = _varint(data, start, end)
         number, wire = tag >> 3, tag & 7
@@ -138,7 +219,10 @@ def _walk(data: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int, int
             value, start = _varint(data, start, end)
             yield number, wire, value, start
         elif wire in (FIXED32, FIXED64):
-            start += 4 if wire == FIXED32 else 8
+            size = 4 if wire == FIXED32 else 8
+            if size <= end - start:
+                yield number, wire, start, start + size
+            start += size
         elif wire == BYTES:
             length, start = _varint(data, start, end)
             if length <= end - start:
@@ -150,7 +234,7 @@ def _walk(data: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int, int
             raise ValueError("it is truncated, or a length in it is wrong")
 
 
-def _varint(data: mmap.mmap, start: int, end: int) -> tuple[int, int]:
+def _varint(data: Bytes, start: int, end: int) -> tuple[int, int]:
     value = 0
     for shift, position in enumerate(range(start, min(end, start + 10))):
         byte = data[position]

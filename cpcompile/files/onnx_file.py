@@ -13,13 +13,13 @@ from pathlib import Path
 import onnx_ir as ir
 
 from cpcompile.core.errors import CpcompileError, UsageError, first_line
+from cpcompile.files.external_data import PROTOBUF_LIMIT
 from cpcompile.files.pointers import require_fetched
 from cpcompile.files.weights import parameters_in
 from cpcompile.files.whole_files import unfinished
 
-PROTOBUF_LIMIT = 2**31 - 1
-"""Bytes that one protobuf file can hold; the weights of larger models are in a file beside it."""
 ROOM_FOR_THE_GRAPH = 1 << 27
+"""Bytes below PROTOBUF_LIMIT; the weights of larger models are in a file beside the graph."""
 MODULE = "namespace"
 """The node property in which torch records the module path: `: Decoder/layers.0: Layer/…`."""
 NO_MODULE = "_empty_nn_module_stack"

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import onnx_ir as ir
-
 from cpcompile.bundle.reader import open_bundle
 from cpcompile.core.errors import UsageError
 from cpcompile.files.whole_files import require_file_path, whole_file
@@ -19,4 +17,4 @@ def export_standalone(path: Path, context: str, out: Path, *, variant: str) -> N
     chosen = bundle.variant(context, variant)
     bundle.verify_engine(chosen)
     with whole_file(out) as temporary:
-        ir.save(chosen.standalone(), temporary, format="protobuf")
+        chosen.save_standalone(temporary)

@@ -75,7 +75,7 @@ class Peers:
 
         @contextmanager
         def load() -> Iterator[Run]:
-            ir.save(variant.standalone(), path)
+            variant.save_standalone(path)
             try:
                 with runner.load() as run:
                     yield run

@@ -297,5 +297,8 @@ def test_with_click_alone_the_doctor_says_what_is_missing_and_so_does_every_comm
     assert re.search(r"^cpu-fp32 +no +numpy, rich, tokenizers, torch, .*: not installed; ", done.stdout, re.MULTILINE)
     assert "  pip install 'cpcompile[build]'\n" in done.stdout
     done = run("passes")
+    assert done.returncode == 2
+    assert re.fullmatch(r"Error: `cpcompile passes` needs \w+: pip install 'cpcompile\[build\]'\n", done.stderr)
+    done = run("inspect", "model.cpc")
     assert done.returncode == 1
     assert re.fullmatch(r"Error: No module named '\w+'; `cpcompile doctor` says .* how to install it\n", done.stderr)
