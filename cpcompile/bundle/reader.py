@@ -98,6 +98,14 @@ class Variant:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CacheBytes:
+    """What a token takes in the cache of a context, and in that of the dense model."""
+
+    bytes_per_token: int
+    dense_bytes_per_token: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Bundle:
     """An opened bundle: its manifest has been checked; `verify` checks its files before they are loaded."""
 
@@ -139,6 +147,17 @@ class Bundle:
         self._require_context(context)
         plain = self.metadata.get("generation", {}).get(context)
         return GenerationSettings.from_plain(plain) if plain is not None else None
+
+    def cache(self, context: str) -> CacheBytes | None:
+        """What a token takes in the cache; None for a model without a cache, and in older bundles."""
+        self._require_context(context)
+        plain = self.metadata.get("cache", {}).get(context)
+        if plain is None:
+            return None
+        sizes = {name: require(plain[name], int, name) for name in ("bytes_per_token", "dense_bytes_per_token")}
+        if min(sizes.values()) < 0:
+            raise ValueError(f"cache of {context}: {sizes}")
+        return CacheBytes(**sizes)
 
     @property
     def bytes(self) -> int:
@@ -287,8 +306,10 @@ def _require_readable(bundle: Bundle) -> None:
     for name, digest in require(metadata["files"], dict, "files").items():
         require(digest, str, f"the digest of {name}")
     require(metadata.get("generation", {}), dict, "generation")
+    require(metadata.get("cache", {}), dict, "cache")
     for context in bundle.contexts:
         bundle.generation(context)
+        bundle.cache(context)
         parameters = require(metadata["parameters"], dict, "parameters")[context]
         for key in ("total", "kept", "removed"):
             if require(parameters[key], int, f"parameters of {context}") < (key == "total"):

@@ -15,6 +15,7 @@ from cpcompile.cli.build import build, estimate
 from cpcompile.cli.check import check
 from cpcompile.cli.graphs import compare, export, opt, passes
 from cpcompile.cli.group import main
+from cpcompile.cli.inspect import inspect
 from cpcompile.cli.options import FilePath, exit_with, print_report
 from cpcompile.cli.run import run
 from cpcompile.cli.train import run_training, train
@@ -70,5 +71,8 @@ def demo(out: Path) -> None:
     exit_with(run_demo(out, train=run_training, show=print_report))
 
 
-for command in (train, build, estimate, validate, report, check, run, export, opt, compare, doctor, passes, demo):
+for command in (
+    *(train, build, estimate, validate, report, check, inspect, run, export),
+    *(opt, compare, doctor, passes, demo),
+):
     main.add_command(command)

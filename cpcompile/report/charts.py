@@ -16,14 +16,13 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 from xml.etree import ElementTree
 
-from markupsafe import Markup
-
 from cpcompile.core.config import DENSE_PEER
 from cpcompile.report.contents import BuildStage
 from cpcompile.report.formats import megabytes, milliseconds, module_name, number, shape_name, short
 from cpcompile.report.results import LayerError, ShapeSpeed, ratio_with_bounds
 
 if TYPE_CHECKING:
+    from markupsafe import Markup
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -95,7 +94,7 @@ def ratio_chart(shapes: Sequence[ShapeSpeed], key: str) -> Markup:
             sides.append(("eager", bounded, NEUTRAL))
         known += [(shape_name(shape) if side is sides[0] else "", *side) for side in sides]
     if not known:
-        return Markup()
+        return _markup()
     with _style():
         figure, axes = _rows(len(known), left=104, right=112)
         for row, (name, side, (ratio, low, high), colour) in enumerate(known):
@@ -173,7 +172,7 @@ def memory_chart(stages: Sequence[BuildStage], key: str) -> Markup:
     """Peak memory of the building process so far, over time; empty where it was not measured."""
     peaks = [stage.peak_rss_bytes / 1e6 for stage in stages if stage.peak_rss_bytes is not None]
     if len(peaks) < len(stages) or not peaks:
-        return Markup()
+        return _markup()
     ends = [0.0]
     for stage in stages:
         ends.append(ends[-1] + stage.seconds)
@@ -302,10 +301,16 @@ def _inline(figure: Figure, title: str, key: str) -> Markup:
     label = ElementTree.Element("title", {"id": f"{key}-title"})
     label.text = title
     root.insert(0, label)
-    return Markup(ElementTree.tostring(root, encoding="unicode", method="html"))
+    return _markup(ElementTree.tostring(root, encoding="unicode", method="html"))
 
 
 def _paint(style: str) -> str:
     """Colours of the page, and its font."""
     style = re.sub(r"font-family:[^;]*;? ?", "", style)
     return re.sub("#01010[1-5]", lambda match: INKS[match[0]], style)
+
+
+def _markup(text: str = "") -> Markup:
+    from markupsafe import Markup  # of the extra `build`, which reports in a terminal do not need
+
+    return Markup(text)

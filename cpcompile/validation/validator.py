@@ -15,7 +15,6 @@ from cpcompile.core.errors import CpcompileError, UsageError
 from cpcompile.core.measured import NotMeasured
 from cpcompile.core.types import Feeds, Progress, Steps, unwatched
 from cpcompile.machine.environment import available_cores
-from cpcompile.machine.gpu import NO_GPU, gpu_model
 from cpcompile.machine.memory import ProcessMemory, release_memory
 from cpcompile.machine.noise import watch_machine
 from cpcompile.report.results import (
@@ -29,8 +28,9 @@ from cpcompile.report.results import (
     Throughput,
     VariantResult,
 )
-from cpcompile.runtime.engine import CPU_PROVIDER, Engine, load_engine, missing_provider
-from cpcompile.runtime.plan import load_plan, why_not_here, why_not_taken
+from cpcompile.runtime.availability import why_not_here
+from cpcompile.runtime.engine import CPU_PROVIDER, Engine, load_engine
+from cpcompile.runtime.plan import load_plan, why_not_taken
 from cpcompile.validation.memory import compare_memory, compare_start, measure_engine
 from cpcompile.validation.parity import check_parity
 from cpcompile.validation.placement import measure_placement
@@ -112,7 +112,7 @@ def _validate_variant(
         return partial(progress, f"{STAGE}: {name} of {context} {variant.name}")
 
     bundle.verify_engine(variant)
-    if (reason := _why_not_here(variant)) is not None:
+    if (reason := why_not_here(variant)) is not None:
         return VariantResult.not_run(
             name=variant.name,
             runtime=variant.runtime,
@@ -155,15 +155,6 @@ def _validate_variant(
         placement=placement,
         peers=results,
     )
-
-
-def _why_not_here(variant: Variant) -> str | None:
-    """Why an engine for a GPU cannot be run on this machine; None if it can."""
-    if variant.plan:
-        return why_not_here(variant)
-    if variant.provider == CPU_PROVIDER:
-        return None
-    return NO_GPU if gpu_model() is None else missing_provider(variant)
 
 
 def _parity(

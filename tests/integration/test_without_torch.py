@@ -21,7 +21,7 @@ from cpcompile.core.extras import BUILD, RUNTIME
 from cpcompile.runtime.engine import Engine, load_engine, session_options
 
 ROOT = Path(__file__).parents[2]
-WORK = ("doctor", "export", "run")
+WORK = ("doctor", "export", "inspect", "run")
 """Commands that need nothing of the extra `build`."""
 OTHERS = {
     "train": "--data {folder} --out {folder}/new.pt",
@@ -128,6 +128,15 @@ def test_the_doctor_is_not_content_if_what_builds_is_broken(packages: Path, tmp_
     (tmp_path / "torch" / "__init__.py").touch()
     done = cpcompile(Path(f"{tmp_path}{os.pathsep}{packages}"), "doctor", "--json")
     assert done.returncode == 1 and not json.loads(done.stdout)["healthy"]
+
+
+def test_inspect_shows_how_to_load_an_engine(packages: Path, measured: Path) -> None:
+    done = cpcompile(packages, "inspect", measured / "model.cpc", "--verify")
+    assert done.returncode == 0 and "cpu-fp32" in done.stdout and not done.stderr, done.stderr
+    found = json.loads(cpcompile(packages, "inspect", measured / "model.cpc", "--json").stdout)
+    assert [each["runs_here"] for each in found["engines"]] == [True] * 3
+    done = python(packages, "-c", f"{found['loading']['python']}\nprint(engine.run([[1, 2, 3]]).shape)")
+    assert done.stdout == f"(1, 3, {found['contexts'][0]['vocabulary']['tokens']})\n", done.stderr
 
 
 def test_an_exported_engine_computes_the_same(packages: Path, measured: Path, tmp_path: Path) -> None:
