@@ -1,13 +1,22 @@
-"""The wheel holds every module: built, installed without dependencies in an empty environment, sources compared."""
+"""The wheel holds every module: built, installed without dependencies in an empty environment, sources compared.
 
+With the extra `cpu` and what it needs, it runs engines: `test_without_torch` checks the same in less time, without pip.
+"""
+
+import os
+import re
 import subprocess
 import sys
 import venv
 from pathlib import Path
 
+import onnx
 import pytest
 
+from cpcompile.core.extras import BUILD
+
 ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 FOLDERS = {
     "cpcompile": ROOT / "cpcompile",
     "cpcompile/bundle": ROOT / "cpcompile/bundle",
@@ -37,19 +46,28 @@ FOLDERS = {
 
 
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The site-packages of an empty environment with only our wheel."""
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
     run = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT)]
     subprocess.run(run, check=True, capture_output=True, text=True)
-    (wheel,) = folder.glob("*.whl")
-    environment = folder / "environment"
+    (found,) = folder.glob("*.whl")
+    return found
+
+
+def install(environment: Path, *arguments: str) -> Path:
+    """The site-packages of a new environment in which pip has installed `arguments`."""
     venv.create(environment, with_pip=False)
-    python = environment / "bin" / "python"
-    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-deps", "--no-index", str(wheel)]
-    subprocess.run(pip, check=True, capture_output=True, text=True)
+    pip = [sys.executable, "-m", "pip", "--python", str(environment / "bin" / "python"), "install", *arguments]
+    done = subprocess.run(pip, check=False, capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
     (site,) = (environment / "lib").glob("python*/site-packages")
     return site
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path) -> Path:
+    """The site-packages of an empty environment with only our wheel."""
+    return install(wheel.with_name("alone"), "--no-deps", "--no-index", str(wheel))
 
 
 @pytest.mark.parametrize("package", FOLDERS)
@@ -77,3 +95,34 @@ def test_every_folder_with_sources_is_listed() -> None:
         for source in (ROOT / folder).glob("**/*.py")
     }
     assert packages == {folder.resolve() for folder in FOLDERS.values()}
+
+
+@pytest.fixture(scope="module")
+def runtime(wheel: Path) -> Path:
+    """The site-packages of a new environment with the wheel, the extra `cpu` and what they need, from pip's index."""
+    return install(wheel.with_name("runtime"), f"{wheel}[cpu]", "-c", str(ROOT / "constraints.txt"))
+
+
+@pytest.mark.slow
+def test_what_runs_engines_is_small(runtime: Path) -> None:
+    assert not [name for name in BUILD if (runtime / name.replace("-", "_")).exists()]
+    size = sum(path.stat().st_blocks * 512 for path in runtime.rglob("*") if not path.is_symlink())
+    assert size < 250 << 20, f"{size >> 20} MB"
+
+
+@pytest.mark.slow
+def test_what_runs_engines_inspects_exports_and_writes_text(runtime: Path, measured: Path, tmp_path: Path) -> None:
+    def run(program: str, *arguments: object) -> str:
+        words = [runtime.parents[2] / "bin" / program, *arguments]
+        done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=measured, env=ENVIRONMENT)
+        assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+        return done.stdout
+
+    assert re.search(r"cpu-fp32 +runs ", run("cpcompile", "doctor"))
+    assert "cpu-fp32" in run("cpcompile", "inspect", "model.cpc", "--verify")
+    run("cpcompile", "export", "model.cpc", "english", "-o", tmp_path / "english.onnx")
+    onnx.checker.check_model(tmp_path / "english.onnx", full_check=True)
+    (snippet,) = re.findall(
+        r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text("utf-8"), re.DOTALL | re.MULTILINE
+    )
+    assert run("python", "-P", "-c", snippet).strip()
