@@ -72,6 +72,7 @@ def main(debug: bool) -> None:
     cpcompile report before.json model.cpc        # what changed
     cpcompile check model.cpc --baseline base.json
     cpcompile inspect model.cpc                   # what is in it, and how to load it
+    cpcompile run model.cpc --context english "Return the "
     cpcompile export model.cpc english -o english.onnx
     cpcompile opt any.onnx -o smaller.onnx
     cpcompile compare any.onnx smaller.onnx

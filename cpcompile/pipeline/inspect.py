@@ -203,8 +203,9 @@ def _verdict(bundle: Bundle) -> str | None:
 def _loading(bundle: Bundle) -> Loading:
     path, context = str(bundle.root), bundle.contexts[0]
     text = context in bundle.metadata["tokenizers"]
+    load = f"load({path!r}, context={context!r})" if text else f"load_engine({path!r}, {context!r})"
     return Loading(
-        python=f"from cpcompile.runtime import load_engine\nengine = load_engine({path!r}, {context!r})",
+        python=f"from cpcompile.runtime import {load.partition('(')[0]}\nengine = {load}",
         cpp=f"auto bundle = cpcompile::open_bundle({json.dumps(path)});\n"
         f"auto engine = cpcompile::load(bundle, {json.dumps(context)});",
         command=f'cpcompile run {shlex.quote(path)} --context {context} "Once upon a time"' if text else None,

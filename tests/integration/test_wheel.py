@@ -125,4 +125,4 @@ def test_what_runs_engines_inspects_exports_and_writes_text(runtime: Path, measu
     (snippet,) = re.findall(
         r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text("utf-8"), re.DOTALL | re.MULTILINE
     )
-    assert run("python", "-P", "-c", snippet).strip()
+    assert run("python", "-P", "-c", snippet)

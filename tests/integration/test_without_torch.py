@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -135,7 +136,7 @@ def test_inspect_shows_how_to_load_an_engine(packages: Path, measured: Path) -> 
     assert done.returncode == 0 and "cpu-fp32" in done.stdout and not done.stderr, done.stderr
     found = json.loads(cpcompile(packages, "inspect", measured / "model.cpc", "--json").stdout)
     assert [each["runs_here"] for each in found["engines"]] == [True] * 3
-    done = python(packages, "-c", f"{found['loading']['python']}\nprint(engine.run([[1, 2, 3]]).shape)")
+    done = python(packages, "-c", f"{found['loading']['python']}\nprint(engine([[1, 2, 3]]).shape)")
     assert done.stdout == f"(1, 3, {found['contexts'][0]['vocabulary']['tokens']})\n", done.stderr
 
 
@@ -149,9 +150,16 @@ def test_an_exported_engine_computes_the_same(packages: Path, measured: Path, tm
     assert np.array_equal(Engine(engine.variant, session).run(IDS), engine.run(IDS))
 
 
+def test_the_command_that_inspect_shows_writes_text(packages: Path, measured: Path) -> None:
+    command = json.loads(cpcompile(packages, "inspect", measured / "model.cpc", "--json").stdout)["loading"]["command"]
+    program, *words = shlex.split(command)
+    done = cpcompile(packages, *words, "-n", "8")
+    assert program == "cpcompile" and done.returncode == 0 and len(done.stdout) > 1 and not done.stderr, done.stderr
+
+
 def test_the_snippet_of_the_readme_writes_text(packages: Path, measured: Path) -> None:
     done = python(packages, "-c", snippet_of_the_readme(), folder=measured)
-    assert done.returncode == 0 and done.stdout.strip() and not done.stderr, done.stderr
+    assert done.returncode == 0 and done.stdout and not done.stderr, done.stderr
 
 
 def snippet_of_the_readme() -> str:

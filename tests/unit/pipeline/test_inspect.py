@@ -193,7 +193,7 @@ def test_a_model_that_reads_no_text(bundle: Path) -> None:
     edit_ours(bundle, lambda ours: ours.update(tokenizers={}, generation={}, cache={}))
     found = contents(bundle)
     assert all(each["vocabulary"] is None for each in found["contexts"])
-    assert found["loading"]["command"] is None
+    assert found["loading"]["command"] is None and "load_engine(" in found["loading"]["python"]
     shown = inspect(bundle).stdout
     assert "not recorded" not in shown and "Shell:" not in shown
 
