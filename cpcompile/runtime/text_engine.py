@@ -20,8 +20,9 @@ from cpcompile.bundle.reader import ROUTER, Bundle, Variant, open_bundle
 from cpcompile.core.coercion import coerce, require
 from cpcompile.core.errors import CpcompileError, UsageError
 from cpcompile.core.generation import GenerationSettings
+from cpcompile.runtime.availability import why_not_here
 from cpcompile.runtime.decoding import decode
-from cpcompile.runtime.engine import DOCTOR, Engine, load_engine, missing_provider
+from cpcompile.runtime.engine import DOCTOR, Engine, load_engine
 from cpcompile.runtime.sampling import Sampling
 from cpcompile.runtime.text_stream import TextStream
 from cpcompile.text.tokenization import leading_tokens, parse_tokenizer
@@ -209,7 +210,7 @@ def choose_variant(bundle: Bundle, context: str, name: str) -> str:
     """`name`, or what "best" stands for."""
     if name != BEST:
         return name
-    variants = [each for each in bundle.variants(context) if not each.plan and missing_provider(each) is None]
+    variants = [each for each in bundle.variants(context) if not each.plan and why_not_here(each) is None]
     if not variants:
         raise CpcompileError(f"{bundle.root}: no engine of {context} runs here; {DOCTOR}")
     return min(variants, key=_rank).name

@@ -253,6 +253,7 @@ def test_the_readme_names_these_commands_and_no_others() -> None:
         ["cpcompile", "build"],
         ["cpcompile", "validate"],
         ["cpcompile", "report"],
+        ["cpcompile", "run"],
         ["cpcompile", "export"],
     ]
 
