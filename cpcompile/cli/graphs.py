@@ -12,26 +12,54 @@ from cpcompile.cli.options import VERDICT_EXIT_CODES, FilePath, names_in
 from cpcompile.core.config import (
     ValidateConfig,
 )
+from cpcompile.core.errors import UsageError
 from cpcompile.core.json_form import to_json
 
 
 @click.command(context_settings={"show_default": True})
 @click.argument("bundle", type=FilePath)
-@click.argument("context")
-@click.option("--out", "-o", type=FilePath, help="ONNX file to write.  [default: CONTEXT.onnx]")
+@click.argument("contexts", metavar="CONTEXT[,CONTEXT...]")
+@click.option("--out", "-o", type=FilePath, help="What to write; see --format.  [default: CONTEXT.onnx]")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["onnx", "genai"]),
+    default="onnx",
+    help="onnx: one self-contained file. genai: a folder for ONNX Runtime GenAI.",
+)
 @click.option("--variant", default="cpu-fp32", help="Engine to export.")
-def export(bundle: Path, context: str, out: Path | None, variant: str) -> None:
-    """Write the engine of CONTEXT as one self-contained .onnx file.
+@click.option("--no-tokenizer", is_flag=True, help="With genai: leave out the tokenizer of GenAI.")
+def export(bundle: Path, contexts: str, out: Path | None, form: str, variant: str, no_tokenizer: bool) -> None:
+    """Write engines in the form that other programs read.
 
     \b
-    Example:
+    Examples:
       cpcompile export model.cpc english -o english.onnx
+      cpcompile export model.cpc english --format genai -o english-genai/
+      cpcompile export model.cpc english,python --format genai -o genai/
+
+    Several contexts are written side by side, each into a folder of its own name. With genai they share one file of
+    weights. A folder that exists is never overwritten.
     """
     from cpcompile.pipeline.export import export_standalone
 
-    path = out or Path(f"{context}.onnx")
-    export_standalone(bundle, context, path, variant=variant)
-    click.echo(f"wrote {path} ({path.stat().st_size:,} bytes)", err=True)
+    names = names_in(contexts) or ()
+    if no_tokenizer and form != "genai":
+        raise UsageError("--no-tokenizer belongs to --format genai; leave it out")
+    if form == "onnx":
+        if len(names) > 1:
+            raise UsageError(f"{contexts}: --format onnx writes one file of one context; export them one by one")
+        path = out or Path(f"{names[0]}.onnx")
+        export_standalone(bundle, names[0], path, variant=variant)
+        click.echo(f"wrote {path} ({path.stat().st_size:,} bytes)", err=True)
+        return
+    if out is None:
+        raise UsageError(f"--format {form} writes a folder; name it with --out")
+    from cpcompile.pipeline.export_folders import export_genai_folder
+
+    export_genai_folder(bundle, names, out, variant=variant, tokenizer=not no_tokenizer)
+    total = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    click.echo(f"wrote {out} ({total:,} bytes)", err=True)
 
 
 @click.command(context_settings={"show_default": True})

@@ -38,7 +38,7 @@ class LayerCache:
     head_dim: int
 
 
-def past_name(layer: int, part: str) -> str:
+def past_name(layer: int | str, part: str) -> str:
     """`past_key_values.0.key`"""
     return f"past_key_values.{layer}.{part}"
 
