@@ -23,9 +23,9 @@ from cpcompile.core.json_form import to_json
 @click.option(
     "--format",
     "form",
-    type=click.Choice(["onnx", "genai"]),
+    type=click.Choice(["onnx", "genai", "triton"]),
     default="onnx",
-    help="onnx: one self-contained file. genai: a folder for ONNX Runtime GenAI.",
+    help="onnx: a self-contained file. genai: a folder for ONNX Runtime GenAI. triton: a model repository for Triton.",
 )
 @click.option("--variant", default="cpu-fp32", help="Engine to export.")
 @click.option("--no-tokenizer", is_flag=True, help="With genai: leave out the tokenizer of GenAI.")
@@ -37,6 +37,7 @@ def export(bundle: Path, contexts: str, out: Path | None, form: str, variant: st
       cpcompile export model.cpc english -o english.onnx
       cpcompile export model.cpc english --format genai -o english-genai/
       cpcompile export model.cpc english,python --format genai -o genai/
+      cpcompile export model.cpc english,python --format triton -o repository/
 
     Several contexts are written side by side, each into a folder of its own name. With genai they share one file of
     weights. A folder that exists is never overwritten.
@@ -55,9 +56,12 @@ def export(bundle: Path, contexts: str, out: Path | None, form: str, variant: st
         return
     if out is None:
         raise UsageError(f"--format {form} writes a folder; name it with --out")
-    from cpcompile.pipeline.export_folders import export_genai_folder
+    from cpcompile.pipeline.export_folders import export_genai_folder, export_triton_repository
 
-    export_genai_folder(bundle, names, out, variant=variant, tokenizer=not no_tokenizer)
+    if form == "genai":
+        export_genai_folder(bundle, names, out, variant=variant, tokenizer=not no_tokenizer)
+    else:
+        export_triton_repository(bundle, names, out, variant=variant)
     total = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     click.echo(f"wrote {out} ({total:,} bytes)", err=True)
 

@@ -14,6 +14,7 @@ from cpcompile.core.errors import CpcompileError, UsageError
 from cpcompile.core.generation import GenerationSettings
 from cpcompile.exporters.genai_exporter import export_genai, write_tokenizer
 from cpcompile.exporters.genai_tokenizer import genai_tokenizer
+from cpcompile.exporters.triton_exporter import export_triton
 from cpcompile.files.whole_files import unfinished
 from cpcompile.passes.keep_last_logits import KeepLastLogits
 
@@ -40,6 +41,15 @@ def export_genai_folder(
                 write_tokenizer(target, own[context])
             else:
                 (target / "tokenizer.json").write_bytes(texts[context].read_bytes())
+
+
+def export_triton_repository(path: Path, contexts: Sequence[str], out: Path, *, variant: str) -> None:
+    """A model repository for NVIDIA Triton with one model for each context."""
+    bundle = open_bundle(path)
+    chosen = {context: _verified(bundle, context, variant) for context in contexts}
+    with _whole_folder(bundle, out) as folder:
+        for context, each in chosen.items():
+            each.save_standalone(export_triton(each.graph().graph, folder, context))
 
 
 def _verified(bundle: Bundle, context: str, variant: str) -> Variant:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from cpcompile.bundle import open_bundle
 from cpcompile.cli import main
 from cpcompile.passes.remove_cache import without_cache
 from cpcompile.runtime import load_engine
+from cpcompile.runtime.engine import Engine, create_session, session_options
 from tests.bundles import reseal
 from tests.conftest import Once
 from tests.unit.exporters.genai import assert_likeliest, generate
@@ -100,6 +102,20 @@ def test_an_engine_without_a_cache_is_refused(measured: Path, tmp_path: Path) ->
     result = run("export", old, "english", "--format", "genai", "-o", tmp_path / "out")
     assert result.exit_code == 2 and "build the bundle again" in " ".join(result.output.split()), result.output
     assert not (tmp_path / "out").exists()
+
+
+def test_triton_gets_a_model_for_each_context(measured: Path, tmp_path: Path) -> None:
+    """The engine as it is in the bundle; that Triton runs it is not tested."""
+    bundle, out = measured / "model.cpc", tmp_path / "repository"
+    result = run("export", bundle, "english,python", "--format", "triton", "-o", out)
+    assert result.exit_code == 0, result.output
+    for context in ("english", "python"):
+        (model,) = (out / context).rglob("*.onnx")
+        assert model.relative_to(out / context).as_posix() == "1/model.onnx"
+        assert f'name: "{context}"' in (out / context / "config.pbtxt").read_text()
+        variant = replace(open_bundle(bundle).variant(context, "cpu-fp32"), model=model, weights=None)
+        alone = Engine(variant, create_session(variant, session_options(variant, threads=1)), 512)
+        assert np.array_equal(alone.run([[1, 2, 3]]), load_engine(bundle, context, threads=1).run([[1, 2, 3]]))
 
 
 def test_errors_name_the_option(measured: Path, tmp_path: Path) -> None:
