@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -23,7 +24,7 @@ def exported(models: Mapping[str, ir.Model], folder: Path, settings: GenerationS
     for model in models.values():
         KeepLastLogits()(model)
     folder.mkdir()
-    options: dict[str, str] = {"intra_op_num_threads": 1}  # type: ignore[dict-item]
+    options: dict[str, Any] = {"intra_op_num_threads": 1}
     return export_genai(
         models, folder, settings=dict.fromkeys(models, settings), session_options=dict.fromkeys(models, options)
     )
