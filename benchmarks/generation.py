@@ -17,8 +17,10 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -28,9 +30,13 @@ from rich.console import Console
 from rich.table import Table
 
 from cpcompile.bundle.reader import open_bundle
+from cpcompile.core.generation import GenerationSettings
+from cpcompile.exporters.genai_exporter import export_genai
+from cpcompile.frontend.capture import capture_dense
 from cpcompile.frontend.checkpoint import dense_path, load_checkpoint
 from cpcompile.machine.environment import available_cores
 from cpcompile.models.language_model import KeysValues, LanguageModel
+from cpcompile.passes.keep_last_logits import KeepLastLogits
 from cpcompile.runtime import Engine, load_engine
 
 POSITIONS = (10, 128, 1000)
@@ -72,6 +78,29 @@ def eager_sides(model: LanguageModel, ids: np.ndarray) -> dict[str, Side]:
     return sides
 
 
+def genai_sides(model: LanguageModel, ids: np.ndarray, folder: Path) -> dict[str, Side]:
+    """The same with a plain export of the dense model in ONNX Runtime GenAI; nothing where that is not installed."""
+    try:
+        import onnxruntime_genai as genai
+    except ImportError:
+        return {}
+    dense = capture_dense(model, cached=True)
+    KeepLastLogits()(dense)
+    settings = GenerationSettings(end=(0,))
+    export_genai({"dense": dense}, folder, settings={"dense": settings}, session_options={"dense": {}})
+    loaded = genai.Model(str(folder))
+
+    def begin(position: int) -> Any:
+        options = genai.GeneratorParams(loaded)
+        options.set_search_options(max_length=position + 1000, min_length=position + 1000)
+        generator = genai.Generator(loaded, options)
+        generator.append_tokens(ids[0, :position].tolist())
+        return generator
+
+    sides: dict[str, Side] = {f"decode {position}": begin(position).generate_next_token for position in POSITIONS}
+    return sides | {f"prefill {PREFILL}": lambda: begin(PREFILL)}
+
+
 def memory_of(bundle: Path, context: str, tokens: int) -> dict[str, int]:
     """Resident bytes of a fresh process that wrote `tokens`, and of these the private ones."""
     code = (
@@ -100,16 +129,19 @@ def main(model: Path, bundle: Path, context: str | None, rounds: int, name: str)
     sides = {("engine", what): side for what, side in engine_sides(engine, ids).items()}
     dense = load_checkpoint(dense_path(model)).model
     sides |= {("eager dense", what): side for what, side in eager_sides(dense, ids).items()}
+    folder = tempfile.TemporaryDirectory()
+    sides |= {("GenAI dense", what): side for what, side in genai_sides(dense, ids, Path(folder.name)).items()}
     seconds = time_sides({" / ".join(key): side for key, side in sides.items()}, rounds=rounds)
     found = {side: spread(runs) for side, runs in seconds.items()}
-    table = Table(title=f"{context}, {threads} threads: median milliseconds")
-    for column in ("", "engine", "eager dense", "times as fast"):
+    table = Table(title=f"{context}, {threads} threads: median milliseconds; in brackets: the engine's speedup")
+    peers = list(dict.fromkeys(side for side, _ in sides if side != "engine"))
+    for column in ("", "engine", *peers):
         table.add_column(column, justify="right" if column else "left")
     for what in dict.fromkeys(what for _, what in sides):
-        ours, eager = (found.get(f"{side} / {what}", {}).get("median") for side in ("engine", "eager dense"))
-        assert ours is not None
-        peer = ("", "") if eager is None else (f"{1000 * eager:.2f}", f"{eager / ours:.2f}")
-        table.add_row(what, f"{1000 * ours:.2f}", *peer)
+        ours = found[f"engine / {what}"]["median"]
+        times = [found.get(f"{peer} / {what}", {}).get("median") for peer in peers]
+        cells = ["" if time is None else f"{1000 * time:.2f} ({time / ours:.2f}x)" for time in times]
+        table.add_row(what, f"{1000 * ours:.2f}", *cells)
     Console().print(table)
 
     def ratio(above: str, below: str) -> float:

@@ -53,9 +53,10 @@ def capture(model: LanguageModel, *, opset: int = OPSETS[-1], cached: bool = Fal
     return _capture(model, torch.tensor(0), opset) if caches is None else _capture_cached(model, caches, opset)
 
 
-def capture_dense(model: LanguageModel, *, opset: int = OPSETS[-1]) -> ir.Model:
-    """The graph of an ungated model without a cache: what a plain export of the dense baseline gives."""
-    return _capture(model, None, opset)
+def capture_dense(model: LanguageModel, *, opset: int = OPSETS[-1], cached: bool = False) -> ir.Model:
+    """The graph of an ungated model, as `capture`: what a plain export of the dense baseline gives."""
+    caches = model.caches() if cached else None
+    return _capture(model, None, opset) if caches is None else _capture_cached(model, caches, opset)
 
 
 def _capture(model: LanguageModel, context: torch.Tensor | None, opset: int) -> ir.Model:
@@ -80,6 +81,7 @@ def _own_names(model: nn.Module) -> Mapping[str, str]:
 def _capture_cached(model: LanguageModel, caches: Sequence[LayerCache], opset: int) -> ir.Model:
     tokens = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
     parts = [(layer, part) for layer in range(len(caches)) for part in PARTS]
+    gated = [CONTEXT] if model.contexts else []
     past = [torch.zeros((2, caches[layer].heads, PAST_TOKENS, caches[layer].head_dim)) for layer, _ in parts]
     with _decoding(model.eval()):
         captured = export_graph(
@@ -89,20 +91,19 @@ def _capture_cached(model: LanguageModel, caches: Sequence[LayerCache], opset: i
                 torch.ones((2, 16 + PAST_TOKENS), dtype=torch.int64),
                 torch.arange(PAST_TOKENS, 16 + PAST_TOKENS).repeat(2, 1),
                 torch.tensor(4),
-                torch.tensor(0),
+                *(torch.tensor(0) for _ in gated),
                 *past,
             ),
             _own_names(model),
             opset=opset,
-            input_names=[INPUT, MASK, POSITIONS, KEEP, CONTEXT, *(past_name(*each) for each in parts)],
+            input_names=[INPUT, MASK, POSITIONS, KEEP, *gated, *(past_name(*each) for each in parts)],
             output_names=[OUTPUT, *(present_name(*each) for each in parts)],
             dynamic_shapes=(
                 tokens,
                 tokens,
                 tokens,
                 None,
-                None,
-                tuple({0: Dim.DYNAMIC, LENGTH: Dim.DYNAMIC} for _ in past),
+                (*(None for _ in gated), *({0: Dim.DYNAMIC, LENGTH: Dim.DYNAMIC} for _ in past)),
             ),
         )
     _name_axes(captured.graph)
@@ -119,9 +120,9 @@ def _decoding(model: LanguageModel) -> Iterator[None]:
         attention_mask: Tensor,
         position_ids: Tensor,
         logits_to_keep: Tensor,
-        context: Tensor,
-        *past: Tensor,
+        *rest: Tensor,
     ) -> tuple[Tensor, ...]:
+        context, past = (rest[0], rest[1:]) if self.contexts else (None, rest)
         pairs = list(zip(past[::2], past[1::2], strict=True))
         logits, present = self.decode(input_ids, attention_mask, position_ids, logits_to_keep, pairs, context)
         return logits, *(tensor for pair in present for tensor in pair)
