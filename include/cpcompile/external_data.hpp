@@ -26,6 +26,10 @@ struct Reference {
     std::string location;
     std::uint64_t offset = 0;
     std::optional<std::uint64_t> length;
+    std::string name;                 // of the tensor
+    std::int32_t type = 0;            // TensorProto.DataType
+    std::vector<std::int64_t> shape;
+    bool initializer = false;         // whether it is one of the model's own graph
 
     std::uint64_t end() const {
         const std::uint64_t size = length.value_or(0), most = std::numeric_limits<std::uint64_t>::max();
@@ -79,22 +83,30 @@ class ReferenceReader {
 
     void visit(std::string_view data, Message message, int depth) {
         if (depth > kMaxDepth) throw Malformed("messages are nested more than " + std::to_string(kMaxDepth) + " deep");
-        if (message == Message::tensor) return add(data);
+        if (message == Message::tensor) return add(data, depth == 2);
         fields(data, [&](std::uint64_t field, std::string_view inner) {
             const Message kind = child(message, field);
             if (kind != Message::none) visit(inner, kind, depth + 1);
         });
     }
 
-    void add(std::string_view tensor) {
+    void add(std::string_view tensor, bool initializer) {
         std::vector<std::pair<std::string, std::string>> entries;
-        fields(tensor, [&](std::uint64_t field, std::string_view entry) {
+        Reference reference;
+        const auto use_bytes = [&](std::uint64_t field, std::string_view content) {
+            if (field == 1)  // packed
+                while (!content.empty()) reference.shape.push_back(static_cast<std::int64_t>(take_varint(content)));
+            if (field == 8) reference.name = content;
             if (field != 13) return;
             entries.emplace_back();
-            fields(entry, [&](std::uint64_t part, std::string_view text) {
+            fields(content, [&](std::uint64_t part, std::string_view text) {
                 if (part == 1) entries.back().first = text;
                 if (part == 2) entries.back().second = text;
             });
+        };
+        fields(tensor, use_bytes, [&](std::uint64_t field, std::uint64_t value) {
+            if (field == 1) reference.shape.push_back(static_cast<std::int64_t>(value));
+            if (field == 2) reference.type = static_cast<std::int32_t>(value);
         });
         if (entries.empty()) return;
         const auto value = [&entries](const std::string& wanted) {
@@ -106,9 +118,12 @@ class ReferenceReader {
         for (std::size_t one = 0; one < entries.size(); ++one)
             for (std::size_t other = 0; other < one; ++other)
                 if (entries[one].first == entries[other].first) throw Malformed("a tensor has two locations");
-        const std::string location = value("location").value_or("");
-        if (location.empty()) throw Malformed("a tensor is in another file that is not named");
-        found_.push_back({location, number("offset", value("offset")).value_or(0), number("length", value("length"))});
+        reference.location = value("location").value_or("");
+        if (reference.location.empty()) throw Malformed("a tensor is in another file that is not named");
+        reference.offset = number("offset", value("offset")).value_or(0);
+        reference.length = number("length", value("length"));
+        reference.initializer = initializer;
+        found_.push_back(std::move(reference));
     }
 
     static std::optional<std::uint64_t> number(const std::string& key, const std::optional<std::string>& text) {
@@ -121,16 +136,18 @@ class ReferenceReader {
         return value;
     }
 
-    /// Calls `use(number, content)` for each length-delimited field of a message.
-    template <typename Use>
-    static void fields(std::string_view data, const Use& use) {
+    static void ignore(std::uint64_t, std::uint64_t) {}
+
+    /// Calls `use_bytes(number, content)` for each length-delimited field of a message, `use_number` for each number.
+    template <typename UseBytes, typename UseNumber = decltype(&ignore)>
+    static void fields(std::string_view data, const UseBytes& use_bytes, const UseNumber& use_number = &ignore) {
         while (!data.empty()) {
             const std::uint64_t tag = take_varint(data), field = tag >> 3;
             if (field == 0 || tag >> 32 != 0) throw Malformed("no field can have the number " + std::to_string(field));
             std::uint64_t length = 0;
             switch (tag & 7) {
                 case varint:
-                    take_varint(data);
+                    use_number(field, take_varint(data));
                     break;
                 case fixed32:
                 case fixed64:
@@ -138,7 +155,7 @@ class ReferenceReader {
                     break;
                 case bytes:
                     length = take_varint(data);
-                    if (length <= data.size()) use(field, data.substr(0, length));
+                    if (length <= data.size()) use_bytes(field, data.substr(0, length));
                     break;
                 default:
                     throw Malformed("a field has the wire type " + std::to_string(tag & 7));

@@ -119,6 +119,10 @@ class MappedFile {
     MappedFile(const MappedFile&) = delete;
     MappedFile& operator=(const MappedFile&) = delete;
     std::string_view bytes() const { return {static_cast<const char*>(data_), size_}; }
+    /// Gives its memory back until it is read again.
+    void forget() const {
+        if (size_ > 0) ::madvise(data_, size_, MADV_DONTNEED);
+    }
 
    private:
     [[noreturn]] static void fail(int file) {

@@ -57,18 +57,43 @@ class Runtime {
         auto model = std::make_shared<detail::LoadedModel>();
         model->environment = environment_;
         Ort::SessionOptions options;
-        options.DisablePerSessionThreads();
+        options.DisablePerSessionThreads().AddConfigEntry("session.use_env_allocators", "1");
         for (const auto& [key, value] : variant.session_options) options.AddConfigEntry(key.c_str(), value.c_str());
-        if (variant.weights)
-            options.AddConfigEntry("session.model_external_initializers_file_folder_path", folder.c_str());
         try {
-            model->session = Ort::Session(environment_->env(), variant.model.c_str(), options);
+            if (variant.weights) share(*model, variant, folder, options);
+            model->session = variant.weights ? Ort::Session(environment_->env(), variant.model.c_str(), options,
+                                                            model->weights->prepacked.container)
+                                             : Ort::Session(environment_->env(), variant.model.c_str(), options);
         } catch (const Ort::Exception& error) {
             throw Error(variant.model.string() + ": ONNX Runtime " + OrtGetApiBase()->GetVersionString() +
                         " cannot load it: " + error.what());
         }
+        if (model->weights)
+            for (const auto& file : model->weights->files) file.second.forget();  // most of it was packed
         known = model;
         return model;
+    }
+
+    /// Makes sessions use the same weights and the same packed matrices: ONNX Runtime shares those that it is given as
+    /// initializers. Folding constants would make each session a transposed copy of a tied embedding, so it is off.
+    void share(detail::LoadedModel& model, const Variant& variant, const std::string& folder,
+               Ort::SessionOptions& options) const {
+        options.AddConfigEntry("session.model_external_initializers_file_folder_path", folder.c_str())
+            .AddConfigEntry("optimization.disable_specified_optimizers", "ConstantFolding");
+        std::weak_ptr<detail::SharedWeights>& known = environment_->weights[folder];
+        model.weights = known.lock();
+        if (!model.weights) known = model.weights = std::make_shared<detail::SharedWeights>();
+        const auto memory = Ort::MemoryInfo::CreateCpu(OrtDeviceAllocator, OrtMemTypeDefault);
+        for (const detail::Reference& tensor : detail::references_of(variant.model)) {
+            if (!tensor.initializer || !tensor.length) continue;
+            const auto& file = model.weights->files.try_emplace(tensor.location, folder + "/" + tensor.location).first->second;
+            if (tensor.end() > file.bytes().size()) throw Error(folder + ": has changed since it was verified");
+            char* data = const_cast<char*>(file.bytes().data()) + tensor.offset;  // ONNX Runtime only reads it
+            model.initializers.push_back(Ort::Value::CreateTensor(
+                memory, data, *tensor.length, tensor.shape.data(), tensor.shape.size(),
+                static_cast<ONNXTensorElementDataType>(tensor.type)));
+            options.AddInitializer(tensor.name.c_str(), model.initializers.back());
+        }
     }
 
     std::shared_ptr<detail::Environment> environment_;

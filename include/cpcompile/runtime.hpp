@@ -26,10 +26,10 @@ struct PrepackedWeights {
     OrtPrepackedWeightsContainer* container = nullptr;
 };
 
-/// A weights file in memory, and what ONNX Runtime packs of it.
+/// The weights of a bundle in memory, and what ONNX Runtime packs of them. Both stay until the last engine is gone that
+/// uses them.
 struct SharedWeights {
-    explicit SharedWeights(const fs::path& path) : file(path) {}
-    MappedFile file;
+    std::map<std::string, MappedFile> files;
     PrepackedWeights prepacked;
 };
 
@@ -59,7 +59,15 @@ class Environment {
                         ", and the older " + OrtGetApiBase()->GetVersionString() + " was loaded; install a newer one");
         Ort::ThreadingOptions options;
         options.SetGlobalIntraOpNumThreads(threads).SetGlobalInterOpNumThreads(1);
-        return Ort::Env(options, ORT_LOGGING_LEVEL_ERROR, "cpcompile");
+        Ort::Env env(options, ORT_LOGGING_LEVEL_ERROR, "cpcompile");
+        // One arena for all sessions, which grows by what is asked for. A program that has made an Ort::Env before may
+        // have given it an arena; then that one serves.
+        try {
+            env.CreateAndRegisterAllocator(Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault),
+                                           Ort::ArenaCfg(0, 1, -1, -1));
+        } catch (const Ort::Exception&) {
+        }
+        return env;
     }
     int threads_;
     Ort::Env env_;
