@@ -27,8 +27,8 @@ using Tokens = std::vector<std::int64_t>;
 
 /// What a program that generates text has to know besides the graph and the tokenizer. Ids are those of the engine.
 struct GenerationSettings {
-    Tokens end;      ///< A text is complete after any of them.
-    Tokens leading;  ///< They stand in front of every text, such as that of a BOS token.
+    Tokens end;                                  ///< A text is complete after any of them.
+    Tokens leading;                              ///< They stand in front of every text, such as that of a BOS token.
     std::optional<std::int64_t> context_length;  ///< Tokens that the model reads at most; empty if there is no limit.
     std::optional<std::string> chat_template;    ///< A Jinja template that makes a prompt of messages.
 };
@@ -50,7 +50,7 @@ Bundle open_bundle(const std::filesystem::path& path);
 
 /// An opened bundle: its manifest has been checked; `verify` checks its files before they are loaded.
 class Bundle {
-   public:
+ public:
     const std::filesystem::path& root() const { return root_; }
     const std::string& name() const { return name_; }
     const std::vector<std::string>& contexts() const { return contexts_; }
@@ -111,7 +111,8 @@ class Bundle {
     /// Compares a file, or all files of a folder, with the digests in the manifest.
     void verify(const std::filesystem::path& path) const {
         if (!detail::within(path, root_))
-            throw UsageError(path.string() + ": lies outside of " + root_.string() + "; give a path that begins with it");
+            throw UsageError(path.string() + ": lies outside of " + root_.string() +
+                             "; give a path that begins with it");
         const std::string relative = path.lexically_relative(root_).generic_string();
         bool listed = false;
         for (const auto& item : metadata_["files"].items()) {
@@ -144,7 +145,7 @@ class Bundle {
         verify_references(variant);
     }
 
-   private:
+ private:
     friend Bundle open_bundle(const std::filesystem::path& path);
     using Json = detail::Json;
     static constexpr const char *kManifest = "manifest.json", *kRouter = "router";
@@ -191,9 +192,9 @@ class Bundle {
         variant.runtime = detail::text_at(own, "runtime");
         variant.precision = detail::text_at(own, "precision");
         if (!variant.plan) variant.provider = detail::text_at(body, "ep");
-        const std::string folder = body.contains("variant_directory") ? detail::text_at(body, "variant_directory") : name;
-        variant.model =
-            detail::inside(root_, component + "/" + folder + "/" + detail::text_at(executor, "model_file"));
+        const std::string folder =
+            body.contains("variant_directory") ? detail::text_at(body, "variant_directory") : name;
+        variant.model = detail::inside(root_, component + "/" + folder + "/" + detail::text_at(executor, "model_file"));
         variant.session_options = options(executor, "session_options", "session option ");
         variant.provider_options = options(executor, "provider_options", "provider option ");
         if (const auto weights = variant.session_options.extract(kWeights); weights && !weights.mapped().empty())
@@ -252,7 +253,8 @@ inline void require_name(const std::string& name, const std::string& what) {
         throw Malformed(what + " " + repr(name) + " is not a valid name");
 }
 
-/// The options that a bundle may set: others load libraries or write files, and devices and caches belong to the machine.
+/// The options that a bundle may set: others load libraries or write files, and devices and caches belong to the
+/// machine.
 inline bool may_set(const std::string& provider, const std::string& option) {
     static const std::map<std::string, std::set<std::string>> allowed{
         {"", {"session.disable_prepacking"}},  // options of the session

@@ -12,3 +12,4 @@
 #include "error.hpp"
 #include "load.hpp"
 #include "sampling.hpp"
+#include "tokenizer.hpp"

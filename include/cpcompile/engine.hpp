@@ -21,8 +21,9 @@ namespace cpcompile {
 
 /// Scores of the next token, (batch, kept, vocabulary).
 class Logits {
-   public:
-    explicit Logits(Ort::Value value) : value_(std::move(value)), shape_(value_.GetTensorTypeAndShapeInfo().GetShape()) {}
+ public:
+    explicit Logits(Ort::Value value)
+        : value_(std::move(value)), shape_(value_.GetTensorTypeAndShapeInfo().GetShape()) {}
     std::size_t batch() const { return static_cast<std::size_t>(shape_[0]); }
     std::size_t kept() const { return static_cast<std::size_t>(shape_[1]); }
     std::size_t vocabulary() const { return static_cast<std::size_t>(shape_[2]); }
@@ -31,17 +32,17 @@ class Logits {
         return value_.GetTensorData<float>() + (row * kept() + position) * vocabulary();
     }
 
-   private:
+ private:
     Ort::Value value_;
     std::vector<std::int64_t> shape_;
 };
 
 /// Keys and values of the tokens so far. Steps leave it as it is, so that several texts can go on from it.
 class Cache {
-   public:
+ public:
     std::size_t length() const { return length_; }
 
-   private:
+ private:
     friend class Engine;
     std::vector<Ort::Value> values_;
     std::size_t length_ = 0;
@@ -54,7 +55,7 @@ struct Step {
 
 /// A loaded engine. Copies share it, and all of its methods may be called from several threads at once.
 class Engine {
-   public:
+ public:
     using Batch = std::vector<Tokens>;
     /// Takes the row of the batch and its next token; false ends that text.
     using OnToken = std::function<bool(std::size_t row, std::int64_t token)>;
@@ -96,7 +97,8 @@ class Engine {
     /// logits_to_keep: how many of the last tokens' logits are computed; 0 for all.
     Step step(const Batch& input_ids, const Cache& cache = {}, std::size_t logits_to_keep = 0) const {
         require_tokens(input_ids);
-        if (pasts_.empty()) throw UsageError(variant_.model.string() + ": has no cache; use `run`, or build the bundle again");
+        if (pasts_.empty())
+            throw UsageError(variant_.model.string() + ": has no cache; use `run`, or build the bundle again");
         return step({input_ids, &cache, {}, logits_to_keep, true});
     }
 
@@ -125,7 +127,7 @@ class Engine {
     /// The outputs of any graph by name, for all its inputs by name except the one that selects the context.
     std::map<std::string, Ort::Value> outputs(const std::map<std::string, Ort::Value>& feeds) const;
 
-   private:
+ private:
     static constexpr const char *kInput = "input_ids", *kMask = "attention_mask", *kPositions = "position_ids";
     static constexpr const char *kKeep = "logits_to_keep", *kLogits = "logits";
 
@@ -214,7 +216,8 @@ class Engine {
         std::vector<std::string> wanted{kLogits};
         for (std::size_t index = 0; index < pasts_.size(); ++index) {
             if (past > 0) feeds.emplace_back(pasts_[index], pass.cache->values_[index]);
-            if (pass.presents) wanted.push_back("present." + pasts_[index].substr(std::string("past_key_values.").size()));
+            if (pass.presents)
+                wanted.push_back("present." + pasts_[index].substr(std::string("past_key_values.").size()));
         }
         std::vector<Ort::Value> results = run(feeds, wanted);
         if (results[0].GetTensorTypeAndShapeInfo().GetElementType() != ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT)
@@ -231,7 +234,8 @@ class Engine {
     }
 
     /// Continues `prompts` together; rows count from `first` for the seed and `on_token`.
-    Batch continue_texts(const Batch& prompts, std::size_t first, const Sampling& sampling, const OnToken& on_token) const {
+    Batch continue_texts(const Batch& prompts, std::size_t first, const Sampling& sampling,
+                         const OnToken& on_token) const {
         Batch texts = prompts, feed = prompts, generated(prompts.size());
         std::vector<detail::Sampler> samplers;
         std::vector<std::size_t> filled;
@@ -266,7 +270,9 @@ class Engine {
         return generated;
     }
 
-    bool is_past(const std::string& name) const { return std::find(pasts_.begin(), pasts_.end(), name) != pasts_.end(); }
+    bool is_past(const std::string& name) const {
+        return std::find(pasts_.begin(), pasts_.end(), name) != pasts_.end();
+    }
 
     bool is_full(const Tokens& text) const {
         return settings_.context_length && static_cast<std::int64_t>(text.size()) >= *settings_.context_length;
@@ -304,7 +310,8 @@ class Engine {
         require_tokens({prompt});
         if (is_full(prompt))
             throw UsageError("the prompt has " + detail::grouped(prompt.size()) + " tokens, and " + variant_.context +
-                             " reads at most " + detail::grouped(static_cast<std::uint64_t>(*settings_.context_length)));
+                             " reads at most " +
+                             detail::grouped(static_cast<std::uint64_t>(*settings_.context_length)));
     }
 
     Variant variant_;
@@ -331,7 +338,8 @@ inline std::map<std::string, Ort::Value> Engine::outputs(const std::map<std::str
     }
     std::map<std::string, Ort::Value> results;
     std::vector<Ort::Value> values = run(complete, outputs_);
-    for (std::size_t index = 0; index < outputs_.size(); ++index) results.emplace(outputs_[index], std::move(values[index]));
+    for (std::size_t index = 0; index < outputs_.size(); ++index)
+        results.emplace(outputs_[index], std::move(values[index]));
     return results;
 }
 

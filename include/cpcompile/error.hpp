@@ -11,13 +11,13 @@ namespace cpcompile {
 
 /// The work failed: ONNX Runtime refuses a model, or a library is missing.
 class Error : public std::runtime_error {
-   public:
+ public:
     using std::runtime_error::runtime_error;
 };
 
 /// The input or the settings are wrong; the user can fix them.
 class UsageError : public Error {
-   public:
+ public:
     using Error::Error;
 };
 

@@ -26,10 +26,10 @@ struct Reference {
     std::string location;
     std::uint64_t offset = 0;
     std::optional<std::uint64_t> length;
-    std::string name;                 // of the tensor
-    std::int32_t type = 0;            // TensorProto.DataType
+    std::string name;       // of the tensor
+    std::int32_t type = 0;  // TensorProto.DataType
     std::vector<std::int64_t> shape;
-    bool initializer = false;         // whether it is one of the model's own graph
+    bool initializer = false;  // whether it is one of the model's own graph
 
     std::uint64_t end() const {
         const std::uint64_t size = length.value_or(0), most = std::numeric_limits<std::uint64_t>::max();
@@ -38,7 +38,7 @@ struct Reference {
 };
 
 class ReferenceReader {
-   public:
+ public:
     /// Every reference in a model, in order; Malformed if it is not protobuf or a reference is malformed.
     static std::vector<Reference> read(std::string_view model) {
         ReferenceReader reader;
@@ -46,7 +46,7 @@ class ReferenceReader {
         return std::move(reader.found_);
     }
 
-   private:
+ private:
     enum class Message { none, model, training, graph, function, node, attribute, sparse, tensor };
     enum Wire : unsigned { varint = 0, fixed64 = 1, bytes = 2, fixed32 = 5 };
 
@@ -70,8 +70,8 @@ class ReferenceReader {
             case Message::node:
                 return field == 5 ? Message::attribute : Message::none;
             case Message::attribute:
-                return field == 5 || field == 10   ? Message::tensor
-                       : field == 6 || field == 11 ? Message::graph
+                return field == 5 || field == 10    ? Message::tensor
+                       : field == 6 || field == 11  ? Message::graph
                        : field == 22 || field == 23 ? Message::sparse
                                                     : Message::none;
             case Message::sparse:
@@ -169,8 +169,10 @@ class ReferenceReader {
         std::uint64_t value = 0;
         for (std::size_t place = 0; place < data.size() && place < 10; ++place) {
             const auto byte = static_cast<unsigned char>(data[place]);
-            if (place == 9 && byte > 1 && byte < 0x80) value = std::numeric_limits<std::uint64_t>::max();  // beyond 64 bits
-            else value |= static_cast<std::uint64_t>(byte & 0x7F) << (7 * place);
+            if (place == 9 && byte > 1 && byte < 0x80)
+                value = std::numeric_limits<std::uint64_t>::max();  // beyond 64 bits
+            else
+                value |= static_cast<std::uint64_t>(byte & 0x7F) << (7 * place);
             if (byte < 0x80) {
                 data.remove_prefix(place + 1);
                 return value;

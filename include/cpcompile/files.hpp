@@ -53,7 +53,7 @@ inline fs::path inside(const fs::path& root, const std::string& name) {
 
 /// A SHA-256 in the making.
 class Sha256 {
-   public:
+ public:
     Sha256() : context_(EVP_MD_CTX_new(), EVP_MD_CTX_free) {
         if (!context_ || EVP_DigestInit_ex(context_.get(), EVP_sha256(), nullptr) != 1)
             throw Error("OpenSSL offers no SHA-256, which every file of a bundle is checked with");
@@ -71,7 +71,7 @@ class Sha256 {
         return text;
     }
 
-   private:
+ private:
     std::unique_ptr<EVP_MD_CTX, decltype(&EVP_MD_CTX_free)> context_;
 };
 
@@ -101,10 +101,10 @@ inline void verify_file(const fs::path& path, const std::string& digest) {
 
 /// A file mapped into memory for reading. std::system_error: it cannot be opened.
 class MappedFile {
-   public:
+ public:
     explicit MappedFile(const fs::path& path) {
         const int file = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
-        struct stat status {};
+        struct stat status{};
         if (file < 0 || ::fstat(file, &status) != 0) fail(file);
         size_ = static_cast<std::size_t>(status.st_size);
         if (size_ > 0) {
@@ -124,7 +124,7 @@ class MappedFile {
         if (size_ > 0) ::madvise(data_, size_, MADV_DONTNEED);
     }
 
-   private:
+ private:
     [[noreturn]] static void fail(int file) {
         const int reason = errno;
         if (file >= 0) ::close(file);

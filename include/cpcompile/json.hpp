@@ -1,5 +1,5 @@
-/// JSON as a bundle has it: read strictly, and written as Python's `json.dumps(value, sort_keys=True)` does, because the
-/// manifest's own digest is that of those bytes.
+/// JSON as a bundle has it: read strictly, and written as Python's `json.dumps(value, sort_keys=True)` does, because
+/// the manifest's own digest is that of those bytes.
 #pragma once
 
 #include <charconv>
@@ -42,7 +42,7 @@ inline void require_fetched(const std::filesystem::path& path) {
 
 /// Refuses repeated keys, because one parser may take the first and another the last, and deep nesting.
 class StrictParser {
-   public:
+ public:
     bool operator()(int depth, Json::parse_event_t event, Json& value) {
         if (depth > kMaxDepth) throw Malformed("it is nested too deeply");
         if (event == Json::parse_event_t::object_start) keys_.emplace_back();
@@ -52,7 +52,7 @@ class StrictParser {
         return true;
     }
 
-   private:
+ private:
     std::vector<std::set<std::string>> keys_;
 };
 
@@ -86,7 +86,8 @@ inline std::string python_float(double number) {
     const int exponent = std::stoi(text.substr(mark + 1));
     if (exponent < -4 || exponent >= 16) return text;
     const bool negative = text[0] == '-';
-    std::string digits = text.substr(negative, 1) + (mark > negative + 2U ? text.substr(negative + 2, mark - negative - 2) : "");
+    std::string digits =
+        text.substr(negative, 1) + (mark > negative + 2U ? text.substr(negative + 2, mark - negative - 2) : "");
     if (exponent < 0) digits = "0." + std::string(static_cast<std::size_t>(-exponent) - 1, '0') + digits;
     if (exponent >= 0) {
         const auto point = static_cast<std::size_t>(exponent) + 1;
@@ -157,9 +158,12 @@ inline const Json& at(const Json& object, const std::string& key, const std::str
 /// A whole number; those beyond 64 bits become the largest.
 inline std::int64_t integer(const Json& value) {
     constexpr auto most = std::numeric_limits<std::int64_t>::max();
-    return value.is_number_unsigned() && value.get<std::uint64_t>() > std::uint64_t{most} ? most : value.get<std::int64_t>();
+    return value.is_number_unsigned() && value.get<std::uint64_t>() > std::uint64_t{most} ? most
+                                                                                          : value.get<std::int64_t>();
 }
 
-inline std::string text_at(const Json& object, const std::string& key) { return at(object, key, "str").get<std::string>(); }
+inline std::string text_at(const Json& object, const std::string& key) {
+    return at(object, key, "str").get<std::string>();
+}
 
 }  // namespace cpcompile::detail

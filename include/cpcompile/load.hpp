@@ -15,7 +15,7 @@ namespace cpcompile {
 /// What the engines of a process share: threads, models and weights. Copies are the same runtime, which ends with its
 /// last copy or engine.
 class Runtime {
-   public:
+ public:
     /// threads: of all engines together; 0 leaves the number to ONNX Runtime, or takes the runtime that there is.
     /// UsageError: a process has one runtime, and there is one with another number of threads.
     explicit Runtime(int threads = 0) {
@@ -38,17 +38,18 @@ class Runtime {
     Engine load(const Bundle& bundle, const std::string& context, const std::string& variant = "cpu-fp32") const {
         Variant chosen = bundle.variant(context, variant);
         if (chosen.plan)
-            throw UsageError(chosen.model.string() + ": is a plan of " + chosen.runtime + ", which ONNX Runtime does not run");
+            throw UsageError(chosen.model.string() + ": is a plan of " + chosen.runtime +
+                             ", which ONNX Runtime does not run");
         if (chosen.provider != "CPUExecutionProvider")
             throw Error(chosen.model.string() + ": needs " + chosen.provider +
                         ", and this library runs engines on the CPU; choose another variant");
         bundle.verify_engine(chosen);
         auto model = find_or_load(chosen, bundle.digest(chosen.model));
-        return Engine(std::move(chosen), bundle.generation(context).value_or(GenerationSettings()), bundle.reads_text(context),
-                      std::move(model));
+        return Engine(std::move(chosen), bundle.generation(context).value_or(GenerationSettings()),
+                      bundle.reads_text(context), std::move(model));
     }
 
-   private:
+ private:
     std::shared_ptr<detail::LoadedModel> find_or_load(const Variant& variant, const std::string& digest) const {
         const std::string folder = variant.weights ? std::filesystem::canonical(*variant.weights).string() : "";
         const std::lock_guard<std::mutex> lock(environment_->mutex);
@@ -86,12 +87,13 @@ class Runtime {
         const auto memory = Ort::MemoryInfo::CreateCpu(OrtDeviceAllocator, OrtMemTypeDefault);
         for (const detail::Reference& tensor : detail::references_of(variant.model)) {
             if (!tensor.initializer || !tensor.length) continue;
-            const auto& file = model.weights->files.try_emplace(tensor.location, folder + "/" + tensor.location).first->second;
+            const auto& file =
+                model.weights->files.try_emplace(tensor.location, folder + "/" + tensor.location).first->second;
             if (tensor.end() > file.bytes().size()) throw Error(folder + ": has changed since it was verified");
             char* data = const_cast<char*>(file.bytes().data()) + tensor.offset;  // ONNX Runtime only reads it
-            model.initializers.push_back(Ort::Value::CreateTensor(
-                memory, data, *tensor.length, tensor.shape.data(), tensor.shape.size(),
-                static_cast<ONNXTensorElementDataType>(tensor.type)));
+            model.initializers.push_back(Ort::Value::CreateTensor(memory, data, *tensor.length, tensor.shape.data(),
+                                                                  tensor.shape.size(),
+                                                                  static_cast<ONNXTensorElementDataType>(tensor.type)));
             options.AddInitializer(tensor.name.c_str(), model.initializers.back());
         }
     }

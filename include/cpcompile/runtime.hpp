@@ -3,7 +3,10 @@
 
 #include <onnxruntime_cxx_api.h>
 
-#include <cstdlib>
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
+
 #include <map>
 #include <memory>
 #include <mutex>
@@ -37,6 +40,17 @@ class Environment;
 
 /// A model in memory, with what has to outlive its session.
 struct LoadedModel {
+    LoadedModel() = default;
+    LoadedModel(const LoadedModel&) = delete;
+    LoadedModel& operator=(const LoadedModel&) = delete;
+    ~LoadedModel() {
+        session = Ort::Session(nullptr);
+        weights.reset();
+#ifdef __GLIBC__
+        malloc_trim(0);  // it would keep most of what was freed
+#endif
+    }
+
     std::shared_ptr<Environment> environment;
     std::shared_ptr<SharedWeights> weights;
     std::vector<Ort::Value> initializers;
@@ -44,7 +58,7 @@ struct LoadedModel {
 };
 
 class Environment {
-   public:
+ public:
     explicit Environment(int threads) : threads_(threads), env_(create(threads)) {}
     int threads() const { return threads_; }
     Ort::Env& env() { return env_; }
@@ -52,7 +66,7 @@ class Environment {
     std::map<std::string, std::weak_ptr<LoadedModel>> models;
     std::map<std::string, std::weak_ptr<SharedWeights>> weights;
 
-   private:
+ private:
     static Ort::Env create(int threads) {
         if (OrtGetApiBase()->GetApi(ORT_API_VERSION) == nullptr)
             throw Error("this program was compiled for ONNX Runtime 1." + std::to_string(ORT_API_VERSION) +

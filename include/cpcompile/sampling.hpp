@@ -19,13 +19,13 @@ namespace cpcompile {
 /// How `Engine::generate` continues a text. The defaults choose the likeliest token.
 struct Sampling {
     std::size_t max_new_tokens = 128;
-    double temperature = 0;                ///< 0 chooses the likeliest token; 1 samples from the model's distribution.
-    std::size_t top_k = 0;                 ///< Samples only from that many of the likeliest tokens; 0 from all.
-    double top_p = 1;                      ///< Samples only from the likeliest tokens that together have this probability.
-    double repetition_penalty = 1;         ///< Above 1, tokens that have occurred become less likely (CTRL, arXiv 1909.05858).
-    std::optional<std::uint64_t> seed;     ///< Repeats the samples; row r of a batch uses `seed + r`.
-    Tokens stop;                           ///< Ids that end a text, besides those that the bundle records.
-    bool stop_at_end = true;               ///< Whether the ids that the bundle records end a text.
+    double temperature = 0;         ///< 0 chooses the likeliest token; 1 samples from the model's distribution.
+    std::size_t top_k = 0;          ///< Samples only from that many of the likeliest tokens; 0 from all.
+    double top_p = 1;               ///< Samples only from the likeliest tokens that together have this probability.
+    double repetition_penalty = 1;  ///< Above 1, tokens that have occurred become less likely (CTRL, arXiv 1909.05858).
+    std::optional<std::uint64_t> seed;  ///< Repeats the samples; row r of a batch uses `seed + r`.
+    Tokens stop;                        ///< Ids that end a text, besides those that the bundle records.
+    bool stop_at_end = true;            ///< Whether the ids that the bundle records end a text.
 };
 
 namespace detail {
@@ -36,14 +36,15 @@ inline void require_valid(const Sampling& sampling) {
     };
     if (!(sampling.temperature >= 0) || std::isinf(sampling.temperature))
         refuse("temperature", sampling.temperature, "has to be finite and cannot be negative");
-    if (!(sampling.top_p > 0 && sampling.top_p <= 1)) refuse("top_p", sampling.top_p, "has to be above 0 and at most 1");
+    if (!(sampling.top_p > 0 && sampling.top_p <= 1))
+        refuse("top_p", sampling.top_p, "has to be above 0 and at most 1");
     if (!(sampling.repetition_penalty > 0) || std::isinf(sampling.repetition_penalty))
         refuse("repetition_penalty", sampling.repetition_penalty, "has to be finite and above 0");
 }
 
 /// Chooses the tokens of one text.
 class Sampler {
-   public:
+ public:
     Sampler(const Sampling& sampling, std::size_t row)
         : sampling_(sampling), generator_(sampling.seed ? *sampling.seed + row : random_seed()) {}
 
@@ -51,7 +52,8 @@ class Sampler {
     std::int64_t choose(const float* logits, std::size_t vocabulary, const Tokens& before) {
         scores_.assign(logits, logits + vocabulary);
         for (const double score : scores_)
-            if (std::isnan(score)) throw Error("the logits are not numbers (NaN); run `cpcompile validate` on the bundle");
+            if (std::isnan(score))
+                throw Error("the logits are not numbers (NaN); run `cpcompile validate` on the bundle");
         if (sampling_.repetition_penalty != 1)
             for (const std::int64_t token : std::set<std::int64_t>(before.begin(), before.end())) {
                 double& score = scores_[static_cast<std::size_t>(token)];
@@ -61,7 +63,7 @@ class Sampler {
         return sampling_.temperature == 0 ? likeliest - scores_.begin() : sample(*likeliest);
     }
 
-   private:
+ private:
     static std::uint64_t random_seed() {
         std::random_device device;
         return (std::uint64_t{device()} << 32) ^ device();
