@@ -102,7 +102,7 @@ class Engine {
         return step({input_ids, &cache, {}, logits_to_keep, true});
     }
 
-    /// Continues `prompt`; the ids of the new tokens, with the one that ended the text, if one did.
+    /// Continues `prompt`; the ids of the new tokens, without the one that ended the text.
     Tokens generate(const Tokens& prompt, const Sampling& sampling = {},
                     const std::function<bool(std::int64_t)>& on_token = {}) const {
         OnToken each;
@@ -258,10 +258,12 @@ class Engine {
                 if (!done[row]) {
                     token = samplers[row].choose(next.logits.at(row, next.logits.kept() - 1), next.logits.vocabulary(),
                                                  texts[row]);
+                    done[row] = is_end(token, sampling);
+                }
+                if (!done[row]) {
                     texts[row].push_back(token);
                     generated[row].push_back(token);
-                    const bool go_on = !on_token || on_token(first + row, token);
-                    done[row] = !go_on || is_end(token, sampling);
+                    done[row] = on_token && !on_token(first + row, token);
                 }
                 if (!pasts_.empty()) feed[row].clear();  // with a cache only what is new is read
                 feed[row].push_back(token);
@@ -308,10 +310,10 @@ class Engine {
         if (prompt.empty())
             throw UsageError("the prompt is empty; give at least one token, such as the one that texts begin with");
         require_tokens({prompt});
-        if (is_full(prompt))
-            throw UsageError("the prompt has " + detail::grouped(prompt.size()) + " tokens, and " + variant_.context +
+        if (settings_.context_length && static_cast<std::int64_t>(prompt.size()) > *settings_.context_length)
+            throw UsageError("the prompt has " + detail::grouped(prompt.size()) + " tokens; " + variant_.context +
                              " reads at most " +
-                             detail::grouped(static_cast<std::uint64_t>(*settings_.context_length)));
+                             detail::grouped(static_cast<std::uint64_t>(*settings_.context_length)) + ": shorten it");
     }
 
     Variant variant_;
