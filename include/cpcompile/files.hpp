@@ -41,9 +41,12 @@ inline fs::path inside(const fs::path& root, const std::string& name) {
     try {
         if (name.find('\0') != name.npos) throw std::invalid_argument("a zero byte");
         leaves = leaves || !within(fs::weakly_canonical(root / relative), fs::weakly_canonical(root));
-    } catch (const std::exception&) {  // too long, a loop of links, an invalid character
-        const std::string shown = repr(first(name, 100));
-        throw UsageError(root.string() + ": " + shown + " is not a valid path; build the bundle again");
+    } catch (const std::exception& error) {  // a loop of links, an invalid character
+        const auto* reason = dynamic_cast<const fs::filesystem_error*>(&error);
+        if (reason == nullptr || reason->code() != std::errc::filename_too_long) {  // no file can have such a name
+            const std::string shown = repr(first(name, 100));
+            throw UsageError(root.string() + ": " + shown + " is not a valid path; build the bundle again");
+        }
     }
     if (leaves)
         throw UsageError(root.string() + ": the path " + repr(name) +

@@ -35,7 +35,8 @@ inline void require_valid(const Sampling& sampling) {
         throw UsageError(name + " is " + python_float(value) + ": it " + need);
     };
     if (!(sampling.temperature >= 0) || std::isinf(sampling.temperature))
-        refuse("temperature", sampling.temperature, std::isinf(sampling.temperature) ? "has to be finite" : "cannot be negative");
+        refuse("temperature", sampling.temperature,
+               std::isinf(sampling.temperature) ? "has to be finite" : "cannot be negative");
     if (!(sampling.top_p > 0 && sampling.top_p <= 1))
         refuse("top_p", sampling.top_p, "has to be above 0 and at most 1");
     if (!(sampling.repetition_penalty > 0) || std::isinf(sampling.repetition_penalty))

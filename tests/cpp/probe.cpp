@@ -4,6 +4,7 @@
 #include <iostream>
 #include <iterator>
 #include <limits>
+#include <map>
 #include <string>
 
 #include "threads.hpp"
@@ -77,7 +78,10 @@ Json do_job(const Json& job) {
     if (job.value("verify", false)) bundle.verify_all();
     if (!job.contains("context")) return bundle.contexts();
     const std::string context = job["context"], variant = job.value("variant", "cpu-fp32");
-    const auto engine = cpcompile::load(bundle, context, variant);
+    static std::map<std::string, cpcompile::Engine> loaded;  // none of the bundles changes
+    const std::string key = bundle.root().string() + "\n" + context + "\n" + variant;
+    if (loaded.count(key) == 0) loaded.emplace(key, cpcompile::load(bundle, context, variant));
+    const cpcompile::Engine& engine = loaded.at(key);
     if (job.contains("run")) return plain(engine.run(job["run"].get<cpcompile::Engine::Batch>()));
     if (job.contains("step")) return stepped(engine, job["step"].get<cpcompile::Engine::Batch>(), job["pieces"]);
     if (job.contains("outputs")) {

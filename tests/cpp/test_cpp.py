@@ -1,7 +1,7 @@
 """The C++ library does what Python does: the same refusals in the same words, the same logits, the same tokens.
 
-`probe` does what it is asked for in JSON; it is built with the address and undefined-behaviour sanitizers, and again with
-the thread sanitizer for what runs in threads. What C++ needs is fetched or named by `building`.
+`probe` does what it is asked for in JSON. It is built with the sanitizers of addresses and of undefined behaviour, and
+again with that of threads for what runs in threads. What C++ needs is fetched or named by `building`.
 """
 
 from __future__ import annotations
@@ -105,12 +105,16 @@ def edit_model(bundle: Path, edit: Callable[[onnx.ModelProto], object]) -> None:
     reseal(bundle)
 
 
-def external(model: onnx.ModelProto, key: str, value: str) -> None:
+def external(key: str, value: str) -> Callable[[Path], None]:
     """Set an entry of the first tensor that lies in another file."""
-    tensor = next(each for each in model.graph.initializer if each.external_data)
-    for entry in tensor.external_data:
-        if entry.key == key:
-            entry.value = value
+
+    def edit(model: onnx.ModelProto) -> None:
+        tensor = next(each for each in model.graph.initializer if each.external_data)
+        for entry in tensor.external_data:
+            if entry.key == key:
+                entry.value = value
+
+    return lambda bundle: edit_model(bundle, edit)
 
 
 def edit_component(bundle: Path, edit: Callable[[dict[str, Any]], object]) -> None:
@@ -171,9 +175,9 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "link to a context": (lambda b: to_link(b / "cpp"), "leaves the bundle"),
     "link to weights": (lambda b: to_link(b / "shared_assets"), "leaves the bundle"),
     "path upwards": (ort("model_file", "../../../secret.onnx"), "leaves the bundle"),
-    "absolute path": (ort("model_file", "/etc/model.onnx"), "leaves the bundle"),
+    "absolute path": (files("/etc/passwd"), "leaves the bundle"),
     "zero in a path": (files("a\0b"), "is not a valid path"),
-    "long path": (files("x" * 5000), "is not a valid path"),
+    "long path": (files("x" * 5000), "cannot be read (File name too long)"),
     "listed file upwards": (files("a/../../secret"), "leaves the bundle"),
     "other suffix": (ort("model_file", "model.bin"), "malformed"),
     "option of a session": (ort("session_options", {"session.load_model_format": "ORT"}), "malformed"),
@@ -187,18 +191,12 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "nothing": (text(""), "as JSON"),
     "not UTF-8": (lambda b: (b / "manifest.json").write_bytes(b'{"\xff": 1}'), "as JSON"),
     "huge": (lambda b: os.truncate(b / "manifest.json", 10 << 30), "10,737,418,240 bytes"),
-    "other file": (
-        lambda b: edit_model(b, lambda m: external(m, "location", "../secret.bin")),
-        "lies in '../secret.bin'",
-    ),
-    "unnamed file": (lambda b: edit_model(b, lambda m: external(m, "location", "")), "is not named"),
-    "beyond the weights": (
-        lambda b: edit_model(b, lambda m: external(m, "length", str(10 << 30))),
-        "needs the bytes up to",
-    ),
-    "offset beyond": (lambda b: edit_model(b, lambda m: external(m, "offset", str(10 << 30))), "needs the bytes up to"),
-    "negative offset": (lambda b: edit_model(b, lambda m: external(m, "offset", "-16")), "is '-16'"),
-    "long number": (lambda b: edit_model(b, lambda m: external(m, "offset", "9" * 100)), "64 bits"),
+    "other file": (external("location", "../secret.bin"), "lies in '../secret.bin'"),
+    "unnamed file": (external("location", ""), "is not named"),
+    "beyond the weights": (external("length", str(10 << 30)), "needs the bytes up to"),
+    "offset beyond": (external("offset", str(10 << 30)), "needs the bytes up to"),
+    "negative offset": (external("offset", "-16"), "is '-16'"),
+    "long number": (external("offset", "9" * 100), "64 bits"),
     "other dimensions": (
         lambda b: edit_model(b, lambda m: m.graph.initializer[1].dims.append(1 << 30)),
         "cannot load it",
@@ -246,37 +244,37 @@ GARBAGE = (None, 5, -1.5, True, "x", [], {}, [[1]], "\0", 1 << 40, REMOVE)
 
 
 def test_both_languages_accept_and_refuse_the_same_manifests(probe: Probe, bundle: Path, tmp_path: Path) -> None:
-    """Each value of a manifest and of a component, replaced by values of every kind."""
+    """Each value of a manifest and of a component, replaced by values of other kinds."""
     rng, copies = random.Random(3), []
-    manifest = json.loads((bundle / "manifest.json").read_text())
-    component = json.loads((bundle / "cpp" / "component.json").read_text())
-    places = [(True, path) for path in leaves(component) if path]
-    places += [(False, path) for path in leaves(manifest) if path and not {"by_name", "manifest_digest"} & set(path)]
-    for in_component, path in places:
-        for number, value in enumerate(rng.sample(GARBAGE, 4)):
-            copy = tmp_path / f"{len(copies)}-{number}"
-            copy.mkdir()
-            for each in bundle.iterdir():
-                (copy / each.name).symlink_to(each) if False else None
-            shutil.copytree(bundle, copy, dirs_exist_ok=True, copy_function=os.link)
-            target = copy / ("cpp/component.json" if in_component else "manifest.json")
-            target.unlink()
-            if in_component:
-                (copy / "manifest.json").unlink()
-                shutil.copy(bundle / "manifest.json", copy)
-                changed = json.loads(json.dumps(component))
-                put(changed, path, value)
-                target.write_text(json.dumps(changed))
-                reseal(copy)
-            else:
-                shutil.copy(bundle / "manifest.json", target)
-                try:
-                    reseal(copy, lambda tree, path=path, value=value: put(tree, path, value))
-                except (TypeError, KeyError, AttributeError):
-                    continue  # without a place for its own digest
+    trees = {name: json.loads((bundle / name).read_text()) for name in ("cpp/component.json", "manifest.json")}
+    places = [(name, path) for name, tree in trees.items() for path in leaves(tree) if path]
+    for name, path in places:
+        if {"by_name", "manifest_digest", "files"} & set(path[2:3]):
+            continue  # not read, or not without the others
+        for value in rng.sample(GARBAGE, 4):
+            copy = tmp_path / str(len(copies))
+            shutil.copytree(bundle, copy, copy_function=os.link)
             copies.append(copy)
-    said = compare_refusals(probe, copies)
-    assert sum(message is not None for _, message in said) > 100 < len(said)
+            changed = json.loads(json.dumps(trees))
+            put(changed[name], path, value)
+            for each, tree in changed.items():
+                (copy / each).unlink()
+                (copy / each).write_text(json.dumps(tree))
+            try:
+                reseal(copy)
+            except (TypeError, KeyError, AttributeError):
+                pass  # without a place for the digest
+    answers = probe(*({"bundle": str(copy), "verify": True} for copy in copies))
+    refused = 0
+    for copy, answer in zip(copies, answers, strict=True):
+        try:
+            open_bundle(copy).verify_all()
+        except UsageError as error:
+            assert answer.get("kind") == "UsageError", (copy, str(error), answer)
+            refused += 1
+        else:
+            assert "result" in answer, (copy, answer)
+    assert 100 < refused < len(copies)
 
 
 def test_contexts_and_variants_that_do_not_exist(probe: Probe, bundle: Path) -> None:
@@ -341,7 +339,7 @@ def test_logits_are_those_of_python(probe: Probe, bundle: Path) -> None:
 
 def test_greedy_tokens_are_those_of_python(probe: Probe, bundle: Path) -> None:
     """With and without a cache, alone and in a batch of prompts of different lengths."""
-    prompts = PROMPTS + np.random.default_rng(4).integers(512, size=(6, 7)).tolist()
+    prompts = PROMPTS + np.random.default_rng(4).integers(512, size=(3, 7)).tolist()
     for context, variant, engine in engines(bundle):
         expected = [list(engine.generate(prompt, tokens=24)) for prompt in prompts]
         job = {"bundle": str(bundle), "context": context, "variant": variant, **GREEDY}
@@ -396,19 +394,17 @@ def test_bundles_from_before_caches_were_recorded(probe: Probe, bundle: Path, tm
 def test_wrong_input_is_refused_in_the_same_words(probe: Probe, bundle: Path) -> None:
     engine = load_engine(bundle, "cpp", threads=1)
     job = {"bundle": str(bundle), "context": "cpp"}
-    for ids in ([[]], [], [[1, 512]], [[-1]], [[1], [2, 3]]):
-        (answer,) = probe(job | {"run": ids})
+    wrong: tuple[list[list[int]], ...] = ([[]], [], [[1, 512]], [[-1]], [[1], [2, 3]])
+    for ids, answer in zip(wrong, probe(*(job | {"run": ids} for ids in wrong)), strict=True):
         with pytest.raises(UsageError) as caught:
             engine.run(ids)
         if ids and ids[0] and len(ids) == 1:  # Python's shapes are those of numpy
             assert answer == {"kind": "UsageError", "error": str(caught.value)}
         assert answer["kind"] == "UsageError"
     settings = ({"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}, {"repetition_penalty": 0.0}, {"stop": [512]})
-    for setting in settings:
-        (answer,) = probe(job | {"generate": [[1]]} | setting)
-        assert answer["kind"] == "UsageError", setting
-    (answer,) = probe(job | {"generate": [[1], []]})
-    assert "the prompt is empty" in answer["error"]
+    *refused, empty = probe(*(job | {"generate": [[1]]} | each for each in settings), job | {"generate": [[1], []]})
+    assert {answer["kind"] for answer in refused} == {"UsageError"}
+    assert "the prompt is empty" in empty["error"]
 
 
 def test_any_graph_runs_by_the_names_of_its_inputs(probe: Probe, bundle: Path, tmp_path: Path) -> None:
@@ -417,11 +413,9 @@ def test_any_graph_runs_by_the_names_of_its_inputs(probe: Probe, bundle: Path, t
     shutil.copytree(bundle, copy)
     old = onnx.load(copy / MODEL, load_external_data=False)
     tensor = next(each for each in old.graph.initializer if each.external_data and list(each.dims) == [64])
-    name = tensor.name
     values = [onnx.helper.make_tensor_value_info(each, onnx.TensorProto.FLOAT, [64]) for each in ("x", "y")]
-    graph = onnx.helper.make_graph(
-        [onnx.helper.make_node("Add", ["x", name], ["y"])], "g", values[:1], values[1:], [tensor]
-    )
+    add = onnx.helper.make_node("Add", ["x", tensor.name], ["y"])
+    graph = onnx.helper.make_graph([add], "g", values[:1], values[1:], [tensor])
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10)
     (copy / MODEL).write_bytes(model.SerializeToString())
     reseal(copy)
@@ -481,8 +475,10 @@ def test_a_seed_repeats_samples(probe: Probe, bundle: Path) -> None:
 
 @pytest.mark.parametrize(("sanitizer", "requests"), [("asan", 300), ("tsan", 200)])
 def test_threads_get_what_a_single_one_gets(bundle: Path, sanitizer: str, requests: int) -> None:
+    """And memory stays what it was after the first requests, as far as the sanitizer does not keep it."""
     program = build(sanitizer, "probe") / "tests" / "cpp" / "probe"
-    (found,) = results(ask(program, [{"bundle": str(bundle), "requests": requests}]))
+    options = {"ASAN_OPTIONS": "quarantine_size_mb=0:thread_local_quarantine_size_kb=0"}
+    (found,) = results(ask(program, [{"bundle": str(bundle), "requests": requests}], **options))
     assert found["wrong"] == 0
     if sanitizer == "asan":
         assert found["after"] <= found["before"] * 1.05
@@ -490,7 +486,7 @@ def test_threads_get_what_a_single_one_gets(bundle: Path, sanitizer: str, reques
 
 def test_the_examples_run(bundle: Path) -> None:
     targets = ("score", "generate", "generate_c", *(("genai",) if genai() else ()))
-    examples = build("asan", *targets) / "examples" / "cpp"
+    examples = build("plain", *targets) / "examples" / "cpp"
     engine = load_engine(bundle, "cpp", threads=1)
     logits = engine.run([PROMPTS[0]])[0].astype(np.float64)
     likelihoods = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
