@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 DOCS_STAMP := $(VENV)/docs-installed
 
-.PHONY: help test quick-tests test-all test-gpu lint demo bench docs clean
+.PHONY: help test quick-tests test-all test-cpp test-gpu lint demo bench docs clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/'
@@ -30,6 +30,9 @@ quick-tests: $(STAMP)
 test-all: lint ## test, with the tests marked slow, and coverage: its total and the ten worst files
 	$(PYTEST) --cov --cov-report=
 	$(BIN)/coverage report --sort=cover | awk 'NR <= 12 || /^TOTAL/'
+
+test-cpp: $(STAMP) ## the C++ library: needs CMake, a compiler, OpenSSL's headers and a Debian mirror for the others
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/cpp -rs
 
 test-gpu: $(STAMP) ## what needs an NVIDIA GPU; `cpcompile doctor` says what else it needs
 	$(BIN)/cpcompile doctor

@@ -57,6 +57,29 @@ Json stepped(const cpcompile::Engine& engine, const cpcompile::Engine::Batch& ba
     return all;
 }
 
+/// Ids of texts, or why one is refused; or texts of ids, at once and token by token.
+Json text_job(const cpcompile::Tokenizer& tokenizer, const Json& job) {
+    Json result = Json::array();
+    for (const Json& text : job.value("encode", Json::array())) {
+        try {
+            result.push_back(tokenizer.encode(text.get<std::string>()));
+        } catch (const cpcompile::UsageError& error) {
+            result.push_back(error.what());
+        }
+    }
+    for (const Json& ids : job.value("decode", Json::array())) {
+        std::string pending;
+        Json pieces = Json::array();
+        for (const std::int64_t id : ids.get<cpcompile::Tokens>()) {
+            pending += tokenizer.bytes_of(id);
+            pieces.push_back(cpcompile::detail::take_text(pending, false));
+        }
+        pieces.push_back(cpcompile::detail::take_text(pending, true));
+        result.push_back({{"text", tokenizer.decode(ids.get<cpcompile::Tokens>())}, {"pieces", pieces}});
+    }
+    return result;
+}
+
 Json do_job(const Json& job) {
     if (job.contains("choose")) {  // no bundle: samples from logits
         const auto logits = job["choose"].get<std::vector<float>>();
@@ -78,6 +101,7 @@ Json do_job(const Json& job) {
     if (job.value("verify", false)) bundle.verify_all();
     if (!job.contains("context")) return bundle.contexts();
     const std::string context = job["context"], variant = job.value("variant", "cpu-fp32");
+    if (job.contains("encode") || job.contains("decode")) return text_job(cpcompile::Tokenizer(bundle, context), job);
     static std::map<std::string, cpcompile::Engine> loaded;  // none of the bundles changes
     const std::string key = bundle.root().string() + "\n" + context + "\n" + variant;
     if (loaded.count(key) == 0) loaded.emplace(key, cpcompile::load(bundle, context, variant));
@@ -125,5 +149,5 @@ int main() {
             results.push_back({{"kind", "Error"}, {"error", error.what()}});
         }
     }
-    std::cout << results.dump(-1, ' ', false, Json::error_handler_t::replace) << "\n";
+    std::cout << results.dump() << "\n";
 }

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from tokenizers import Tokenizer
 
 from cpcompile.bundle.reader import open_bundle
 from cpcompile.core.errors import CpcompileError, UsageError
@@ -27,6 +28,7 @@ from cpcompile.runtime.engine import Engine, load_engine
 from tests.bundles import reseal
 from tests.cpp.building import build, genai, run
 from tests.cpp.conftest import CONTEXTS
+from tests.cpp.lines import lines
 
 MODEL = "cpp/cpu-fp32/model.onnx"
 MERGED = "cpu-fp32-merged"
@@ -263,11 +265,11 @@ def test_both_languages_accept_and_refuse_the_same_manifests(probe: Probe, bundl
                 (copy / each).write_text(json.dumps(tree))
             with contextlib.suppress(TypeError, KeyError, AttributeError):  # without a place for the digest
                 reseal(copy)
-    answers = probe(*({"bundle": str(copy)} for copy in copies))
+    answers = probe(*({"bundle": str(copy), "verify": True} for copy in copies))
     refused = 0
     for copy, answer in zip(copies, answers, strict=True):
         try:
-            open_bundle(copy)
+            open_bundle(copy).verify_all()
         except UsageError as error:
             assert answer.get("kind") == "UsageError", (copy, str(error), answer)
             refused += 1
@@ -481,6 +483,91 @@ def test_threads_get_what_a_single_one_gets(bundle: Path, sanitizer: str, reques
     assert found["wrong"] == 0
     if sanitizer == "asan":
         assert found["after"] <= found["before"] * 1.05
+
+
+@pytest.fixture
+def library() -> dict[str, str]:
+    """The environment in which C++ finds the library that it needs for text."""
+    if (path := genai()) is None:
+        pytest.skip("needs onnxruntime-genai: pip install onnxruntime-genai, or set CPCOMPILE_GENAI")
+    return {"CPCOMPILE_GENAI": str(path)}
+
+
+def test_text_becomes_the_ids_of_tokenizers(probe: Probe, bundle: Path, library: dict[str, str]) -> None:
+    """`python -m tests.cpp.compare_tokenizers 100000 model.cpc` compares more."""
+    tokenizer = Tokenizer.from_file(str(open_bundle(bundle).tokenizer("cpp")))
+    job = {"bundle": str(bundle), "context": "cpp"}
+    texts = ["", "def f(x):\n    return x  # \U0001f600\n", *lines(1500)]
+    refused = ["a\0b", "a\u0085b", "\ua7d1", "\U00031350"]
+    (found,) = results(probe(job | {"encode": [*texts, *refused]}, **library))
+    assert found[: len(texts)] == [each.ids for each in tokenizer.encode_batch(texts, add_special_tokens=False)]
+    for text, reason in zip(refused, found[len(texts) :], strict=True):
+        (sign,) = set(text) - set("ab")
+        assert f"the text has the character U+{ord(sign):04X}, which" in reason
+
+
+def test_text_of_ids_is_that_of_tokenizers(probe: Probe, bundle: Path) -> None:
+    """Also of bytes that are no characters; in a stream, every piece is whole."""
+    tokenizer = Tokenizer.from_file(str(open_bundle(bundle).tokenizer("cpp")))
+    rng = random.Random(2)
+    ids = [[rng.randrange(512) for _ in range(rng.randrange(30))] for _ in range(300)]
+    ids += [tokenizer.encode(text).ids for text in lines(300, seed=1)]
+    (found,) = results(probe({"bundle": str(bundle), "context": "cpp", "decode": ids}))
+    expected = [tokenizer.decode(each) for each in ids]
+    assert [each["text"] for each in found] == expected
+    assert ["".join(each["pieces"]) for each in found] == expected
+
+
+def test_a_bos_token_stands_in_front(probe: Probe, bundle: Path, tmp_path: Path, library: dict[str, str]) -> None:
+    copy = shutil.copytree(bundle, tmp_path / "model.cpc")
+    reseal(
+        copy, lambda manifest: manifest["additional_metadata"]["cpcompile"]["generation"]["cpp"].update(leading=[3, 4])
+    )
+    job = {"context": "cpp", "encode": ["hello", ""]}
+    with_it, without = results(probe(job | {"bundle": str(copy)}, job | {"bundle": str(bundle)}, **library))
+    assert with_it == [[3, 4, *ids] for ids in without]
+
+
+def edit_tokenizer(bundle: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+    (path,) = bundle.glob("shared_assets/*/tokenizer.json")
+    content = json.loads(path.read_text())
+    edit(content)
+    path.write_text(json.dumps(content))
+    reseal(bundle)
+
+
+def test_tokenizers_that_genai_would_read_differently(
+    probe: Probe, bundle: Path, tmp_path: Path, library: dict[str, str]
+) -> None:
+    """`Digits`, which it ignores, is rewritten; what cannot be written for it is refused."""
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    digits = {"type": "Digits", "individual_digits": True}
+    changes: dict[str, tuple[Callable[[dict[str, Any]], object], str | None]] = {
+        "digits": (lambda t: t.update(pre_tokenizer={"type": "Sequence", "pretokenizers": [digits, byte_level]}), None),
+        "normalizer": (lambda t: t.update(normalizer={"type": "NFC"}), "does not read the normalizer NFC as"),
+        "prefix": (lambda t: t["pre_tokenizer"].update(add_prefix_space=True), "the setting add_prefix_space"),
+        "unsplit": (lambda t: t["pre_tokenizer"].update(use_regex=False), "texts that are not split at all"),
+        "words": (lambda t: t.update(pre_tokenizer={"type": "Whitespace"}), "the pre-tokenizer Whitespace at the end"),
+        "unmade": (lambda t: t["model"].update(merges=t["model"]["merges"][1:]), "which merges do not make"),
+        "decoder": (lambda t: t.update(decoder=None), "its tokens are not bytes"),
+    }
+    jobs = []
+    texts = ["x = 1234567 + 89", *lines(300, seed=5)]
+    for name, (change, _) in changes.items():
+        edit_tokenizer(shutil.copytree(bundle, tmp_path / name), change)
+        jobs.append({"bundle": str(tmp_path / name), "context": "cpp", "encode": texts})
+    for (name, (_, says)), answer in zip(changes.items(), probe(*jobs, **library), strict=True):
+        if says is None:
+            tokenizer = Tokenizer.from_file(str(open_bundle(tmp_path / name).tokenizer("cpp")))
+            assert answer["result"] == [each.ids for each in tokenizer.encode_batch(texts)]
+        else:
+            assert says in str(answer.get("error", answer.get("result", [""])[0])), (name, str(answer)[:300])
+
+
+def test_without_the_library_of_genai_text_is_refused(probe: Probe, bundle: Path) -> None:
+    job = {"bundle": str(bundle), "context": "cpp", "encode": ["a"]}
+    (answer,) = probe(job, CPCOMPILE_GENAI="/nowhere/libonnxruntime-genai.so")
+    assert "text needs the library of ONNX Runtime GenAI, which cannot be opened" in answer["error"]
 
 
 def test_the_examples_run(bundle: Path) -> None:
