@@ -45,6 +45,8 @@ GUIDES = ["README.md", *sorted(path.relative_to(ROOT).as_posix() for path in (RO
 LINKED = [*GUIDES, "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"]
 QUICK_PAGES = ("README.md", "docs/how-to/optimize-onnx.md")
 """The others train and build models of their own, and are left to `make test-all`."""
+ELSEWHERE = ("docs/how-to/embed-in-cpp.md",)
+"""Run by tests/cpp/test_guide.py."""
 NOT_RUN = ("Needs an NVIDIA GPU", "Takes a while")
 ELSEWHERE = ("Needs the server",)
 """Titles of blocks that `test_examples` runs."""
@@ -219,7 +221,11 @@ def parse(words: list[str]) -> None:
 
 @pytest.mark.parametrize(
     "page",
-    [pytest.param(page, marks=() if page in QUICK_PAGES else pytest.mark.slow) for page in GUIDES if blocks(page)],
+    [
+        pytest.param(page, marks=() if page in QUICK_PAGES else pytest.mark.slow)
+        for page in GUIDES
+        if blocks(page) and page not in ELSEWHERE
+    ],
 )
 def test_the_blocks_of_a_page_run_one_after_the_other(
     page: str, workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
