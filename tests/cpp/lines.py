@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import sysconfig
-from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
@@ -37,20 +37,20 @@ def made_up(rng: random.Random) -> str:
     return text
 
 
-def real() -> Iterator[str]:
+@functools.cache
+def real() -> list[str]:
     """The lines of the standard library's sources, and of the translations that the machine has."""
     library = Path(sysconfig.get_path("stdlib"))
     sources = sorted(
         chain(library.glob("*.py"), library.glob("test/test_u*.py"), Path("/usr/share/doc").rglob("*.txt"))
     )
-    for path in sources:
-        if path.is_file():
-            yield from path.read_text(encoding="utf-8", errors="ignore").splitlines(keepends=True)
+    texts = [path.read_text(encoding="utf-8", errors="ignore") for path in sources if path.is_file()]
+    return [line for text in texts for line in text.splitlines(keepends=True)]
 
 
 def lines(count: int, seed: int = 0) -> list[str]:
     """A third of real text, the rest made up."""
     rng = random.Random(seed)
-    found = list(real())
+    found = real()
     taken = rng.sample(found, min(len(found), count // 3))
     return taken + [made_up(rng) for _ in range(count - len(taken))]

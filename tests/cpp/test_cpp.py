@@ -254,7 +254,7 @@ def test_both_languages_accept_and_refuse_the_same_manifests(probe: Probe, bundl
     for name, path in places:
         if {"by_name", "manifest_digest", "report.json"} & set(path):
             continue  # not read, or written anew
-        for value in rng.sample(GARBAGE, 2):
+        for value in rng.sample(GARBAGE, 1 + name.startswith("cpp")):
             copy = tmp_path / str(len(copies))
             shutil.copytree(bundle, copy, copy_function=os.link)
             copies.append(copy)
@@ -275,7 +275,7 @@ def test_both_languages_accept_and_refuse_the_same_manifests(probe: Probe, bundl
             refused += 1
         else:
             assert "result" in answer, (copy, answer)
-    assert 100 < refused < len(copies)
+    assert 50 < refused < len(copies)
 
 
 def test_contexts_and_variants_that_do_not_exist(probe: Probe, bundle: Path) -> None:
@@ -552,7 +552,7 @@ def test_tokenizers_that_genai_would_read_differently(
         "decoder": (lambda t: t.update(decoder=None), "its tokens are not bytes"),
     }
     jobs = []
-    texts = ["x = 1234567 + 89", *lines(300, seed=5)]
+    texts = ["x = 1234567 + 89", *lines(100, seed=5)]
     for name, (change, _) in changes.items():
         edit_tokenizer(shutil.copytree(bundle, tmp_path / name), change)
         jobs.append({"bundle": str(tmp_path / name), "context": "cpp", "encode": texts})
