@@ -2,6 +2,7 @@
 /// the manifest's own digest is that of those bytes.
 #pragma once
 
+#include <algorithm>
 #include <charconv>
 #include <cmath>
 #include <filesystem>
@@ -72,7 +73,10 @@ inline Json read_json(const std::filesystem::path& path) {
     } catch (const UsageError&) {
         throw;
     } catch (const std::exception& error) {
-        throw UsageError(path.string() + ": cannot be read as JSON (" + error.what() + "); build the bundle again");
+        std::string reason = error.what();  // it quotes bytes that may be no text
+        std::replace_if(
+            reason.begin(), reason.end(), [](char sign) { return sign < ' ' || sign > '~'; }, '?');
+        throw UsageError(path.string() + ": cannot be read as JSON (" + reason + "); build the bundle again");
     }
 }
 
