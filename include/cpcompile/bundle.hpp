@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <filesystem>
+#include <iterator>
 #include <limits>
 #include <map>
 #include <optional>
@@ -244,7 +245,7 @@ class Bundle {
 
 namespace detail {
 
-constexpr int kBundleVersion = 3;
+constexpr int kReadable[] = {3, 4};  // bundles of version 3 have graphs without a cache
 
 inline void require_name(const std::string& name, const std::string& what) {
     const auto valid = [](char sign) { return (sign >= 'a' && sign <= 'z') || (sign >= '0' && sign <= '9'); };
@@ -291,9 +292,13 @@ inline void Bundle::require_readable() const {
     at(metadata_, "checkpoint", "str");
     for (const auto& item : at(metadata_, "files", "dict").items())
         require(item.value(), "str", "the digest of " + item.key());
-    if (metadata_.contains("generation")) at(metadata_, "generation", "dict");
+    for (const char* key : {"generation", "cache"})
+        if (metadata_.contains(key)) at(metadata_, key, "dict");
     for (const std::string& context : contexts_) {
         generation(context);
+        const Json cache = metadata_.value("cache", Json::object()).value(context, Json());
+        for (const char* key : {"bytes_per_token", "dense_bytes_per_token"})
+            if (!cache.is_null() && detail::integer(at(cache, key, "int")) < 0) throw Malformed("cache of " + context);
         const Json& parameters = at(at(metadata_, "parameters", "dict"), context, "dict");
         for (const char* key : {"total", "kept", "removed"})
             if (detail::integer(require(at(parameters, key), "int", "parameters of " + context)) <
@@ -344,10 +349,12 @@ inline Bundle open_bundle(const std::filesystem::path& path) {
     try {
         bundle.metadata_ = detail::at(detail::at(manifest, "additional_metadata"), "cpcompile", "dict");
         const detail::Json digest = detail::at(bundle.metadata_, "manifest_digest");
-        if (const detail::Json& version = detail::at(bundle.metadata_, "version"); version != detail::kBundleVersion)
+        const detail::Json& version = detail::at(bundle.metadata_, "version");
+        if (std::find(std::begin(detail::kReadable), std::end(detail::kReadable), version) ==
+            std::end(detail::kReadable))
             throw UsageError(path.string() + ": bundle version " +
                              (version.is_string() ? detail::repr(version.get<std::string>()) : version.dump()) +
-                             ", this cpcompile reads " + std::to_string(detail::kBundleVersion) + "; build it again");
+                             ", this cpcompile reads 3 and 4; build it again");
         if (digest != detail::manifest_digest(manifest))
             throw UsageError(file.string() + ": was changed or damaged after the build; build the bundle again");
         for (const auto& item : detail::at(manifest, "components", "dict").items()) {

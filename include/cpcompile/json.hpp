@@ -74,8 +74,7 @@ inline Json read_json(const std::filesystem::path& path) {
         throw;
     } catch (const std::exception& error) {
         std::string reason = error.what();  // it quotes bytes that may be no text
-        std::replace_if(
-            reason.begin(), reason.end(), [](char sign) { return sign < ' ' || sign > '~'; }, '?');
+        std::replace_if(reason.begin(), reason.end(), [](char sign) { return sign < ' ' || sign > '~'; }, '?');
         throw UsageError(path.string() + ": cannot be read as JSON (" + reason + "); build the bundle again");
     }
 }

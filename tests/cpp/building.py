@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -18,7 +19,7 @@ STRICT = "-Wall -Wextra -Wpedantic -Wshadow -Wconversion -Werror"
 SANITIZERS = {"asan": "-fsanitize=address,undefined -fno-sanitize-recover=all", "tsan": "-fsanitize=thread"}
 
 
-def not_run(reason: str) -> None:
+def not_run(reason: str) -> NoReturn:
     """Say that these tests did not run; where CI is set, that is a failure."""
     message = f"the tests of C++ were not run: {reason}"
     if os.environ.get("CI"):

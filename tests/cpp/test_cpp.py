@@ -26,7 +26,7 @@ from cpcompile.bundle.reader import open_bundle
 from cpcompile.core.errors import CpcompileError, UsageError
 from cpcompile.runtime.engine import Engine, load_engine
 from tests.bundles import reseal
-from tests.cpp.building import build, genai, run
+from tests.cpp.building import build, genai, not_run, run
 from tests.cpp.conftest import CONTEXTS
 from tests.cpp.lines import lines
 
@@ -164,7 +164,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "changed manifest": (lambda b: text((b / "manifest.json").read_text().replace('"model"', '"other"'))(b), "damaged"),
     "older version": (
         lambda b: reseal(b, lambda m: m["additional_metadata"]["cpcompile"].update(version=2)),
-        "bundle version 2, this cpcompile reads 3",
+        "bundle version 2, this cpcompile reads 3 and 4",
     ),
     "changed model": (lambda b: (b / MODEL).write_bytes((b / MODEL).read_bytes() + b"\0"), "digest mismatch"),
     "missing model": (lambda b: (b / MODEL).unlink(), "is missing"),
@@ -387,6 +387,7 @@ def test_bundles_from_before_caches_were_recorded(probe: Probe, bundle: Path, tm
     shutil.copytree(bundle, old)
     for key in ("generation", "cache"):
         reseal(old, lambda manifest, key=key: manifest["additional_metadata"]["cpcompile"].pop(key))
+    reseal(old, lambda manifest: manifest["additional_metadata"]["cpcompile"].update(version=3))
     job = {"context": "english", "variant": MERGED, "generate": PROMPTS, **GREEDY}
     before, now = results(probe(job | {"bundle": str(old)}, job | {"bundle": str(bundle)}))
     assert before == now
@@ -489,7 +490,7 @@ def test_threads_get_what_a_single_one_gets(bundle: Path, sanitizer: str, reques
 def library() -> dict[str, str]:
     """The environment in which C++ finds the library that it needs for text."""
     if (path := genai()) is None:
-        pytest.skip("needs onnxruntime-genai: pip install onnxruntime-genai, or set CPCOMPILE_GENAI")
+        not_run("onnxruntime-genai is not installed, and CPCOMPILE_GENAI does not name its library")
     return {"CPCOMPILE_GENAI": str(path)}
 
 

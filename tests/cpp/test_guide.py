@@ -8,9 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-from tests.cpp.building import ROOT, genai, headers, run
+from tests.cpp.building import ROOT, genai, headers, not_run, run
 
 PAGE = (ROOT / "docs/how-to/embed-in-cpp.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r'^```(\w+)(?: title="([^"]*)")?\n(.*?)^```$', PAGE, re.MULTILINE | re.DOTALL)
@@ -21,7 +19,7 @@ def test_from_a_bundle_to_text(bundle: Path, tmp_path: Path) -> None:
     """All but what installs packages, which have to be there."""
     include, library = headers(), genai()
     if library is None:
-        pytest.skip("needs onnxruntime-genai: pip install onnxruntime-genai, or set CPCOMPILE_GENAI")
+        not_run("onnxruntime-genai is not installed, and CPCOMPILE_GENAI does not name its library")
     (tmp_path / "model.cpc").symlink_to(bundle)
     (tmp_path / "cpcompile").symlink_to(ROOT)
     scripts = {title: text for language, title, text in BLOCKS if language == "sh"}
