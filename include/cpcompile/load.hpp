@@ -76,11 +76,10 @@ class Runtime {
     }
 
     /// Makes sessions use the same weights and the same packed matrices: ONNX Runtime shares those that it is given as
-    /// initializers. Folding constants would make each session a transposed copy of a tied embedding, so it is off.
+    /// initializers.
     void share(detail::LoadedModel& model, const Variant& variant, const std::string& folder,
                Ort::SessionOptions& options) const {
-        options.AddConfigEntry("session.model_external_initializers_file_folder_path", folder.c_str())
-            .AddConfigEntry("optimization.disable_specified_optimizers", "ConstantFolding");
+        options.AddConfigEntry("session.model_external_initializers_file_folder_path", folder.c_str());
         std::weak_ptr<detail::SharedWeights>& known = environment_->weights[folder];
         model.weights = known.lock();
         if (!model.weights) known = model.weights = std::make_shared<detail::SharedWeights>();
