@@ -26,7 +26,7 @@ def test_from_a_bundle_to_text(bundle: Path, tmp_path: Path) -> None:
     for language, title, text in BLOCKS:
         if title and language != "sh":
             (tmp_path / title).write_text(text, encoding="utf-8")
-    lines = [line for text in scripts.values() for line in text.replace("\\\n", "").splitlines()]
+    lines = [line for text in scripts.values() for line in text.splitlines()]
     assert len(lines) < 10
     assert all(f" {name}" in scripts[NEEDS_ROOT] for name in ("libonnxruntime-dev", "nlohmann-json3-dev"))
     script = "".join(text for title, text in scripts.items() if title != NEEDS_ROOT)
