@@ -25,7 +25,7 @@ test: $(STAMP) ## everything that has to hold: lint, types, layers, tests, the w
 	$(MAKE) --jobs 2 lint quick-tests
 
 quick-tests: $(STAMP)
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow" --ignore tests/cpp
 
 test-all: lint ## test, with the tests marked slow, and coverage: its total and the ten worst files
 	$(PYTEST) --cov --cov-report=
