@@ -78,6 +78,7 @@ def _gather_columns(value: ir.Value) -> None:
         names = (f"{picked.name}.table", f"{picked.name}.columns", picked.name)
         for each, name in zip((turned, gathered, back), names, strict=True):
             each.name, each.outputs[0].name = name, name
+            each.metadata_props.update(node.metadata_props)
 
 
 def _common_order(value: ir.Value) -> tuple[int, ...] | None:

@@ -5,7 +5,8 @@ Every table that the ids look up, and the logits, get a Gather of the kept entri
     Gather(table, ids)  ->  Gather(Gather(table, kept), ids)      logits  ->  Gather(logits, kept, axis=-1)
 
 Nothing needs the other entries then, and `EliminateDeadChannels` cuts them: rows of the table, columns of the
-head, its bias. A tied weight is both table and head, and stays one. A Gather that selects everything goes as well.
+head, its bias. A tied weight is both table and head, and stays one; if it is stored as the head reads it, the ids look
+up its columns. A Gather that selects everything goes as well.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class TrimVocabulary(MinOpsetPass):
             raise UsageError("the model is trimmed to another vocabulary already; start from the whole model")
         logits = _named(graph.outputs, self.logits, "output")
         lookups = _find_lookups(graph, _named(graph.inputs, self.ids, "input"))
-        tables = list(dict.fromkeys(table for node in lookups if (table := node.inputs[0]) is not None))
+        tables = list(dict.fromkeys(map(_table_of, lookups)))
         size = _common_length(tables, logits)
         if MARK in model.metadata_props or len(self.kept) == size == self.kept[-1] + 1:
             return Trimming(model, False, {n: (None,) * len(v.shape or ()) for n, v in graph.initializers.items()})
@@ -76,9 +77,9 @@ class TrimVocabulary(MinOpsetPass):
         graph.outputs[graph.outputs.index(logits)] = whole.outputs[0]
         logits.name, whole.outputs[0].name = f"{self.logits}.whole", self.logits
         picks = [whole]
-        for table in tables:
-            picks.append(_pick(table, kept, 0))
-            users = [node for node in lookups if node.inputs[0] is table]
+        for table, axis in tables:
+            picks.append(_pick(table, kept, axis))
+            users = [node for node in lookups if _table_of(node) == (table, axis)]
             graph.insert_before(next(node for node in graph if node in users), picks[-1])
             for node in users:
                 node.replace_input_with(0, picks[-1].outputs[0])
@@ -129,6 +130,13 @@ def _named(values: Sequence[ir.Value], name: str, what: str) -> ir.Value:
     return value
 
 
+def _table_of(lookup: ir.Node) -> tuple[ir.Value, int]:
+    """The table of a Gather, and the axis on which it picks."""
+    table = lookup.inputs[0]
+    assert table is not None
+    return table, int_attribute(lookup, "axis", 0) % (table.shape.rank() if table.shape is not None else 1)
+
+
 def _find_lookups(graph: ir.Graph, ids: ir.Value) -> list[ir.Node]:
     """The nodes that look up a table by the ids; nothing else may read what the ids are."""
     lookups, todo = [], [ids]
@@ -136,27 +144,27 @@ def _find_lookups(graph: ir.Graph, ids: ir.Value) -> list[ir.Node]:
         for node, at in todo.pop().uses():
             known = node.graph is graph and is_standard(node)
             cast = node.op_type == "Cast" and int_attribute(node, "to", 0) in (ir.DataType.INT32, ir.DataType.INT64)
-            if known and node.op_type == "Gather" and at == 1 and int_attribute(node, "axis", 0) == 0:
+            if known and node.op_type == "Gather" and at == 1:
                 lookups.append(node)
             elif known and at == 0 and (cast or node.op_type in MOVES):
                 todo.append(node.outputs[0])
             elif not known or node.op_type not in ("Shape", "Size"):
                 raise CpcompileError(
                     f"{node.op_type} {node.name!r} reads the token ids {ids.name!r} themselves, and new ids would "
-                    "change its result; they may only look up tables (Gather on axis 0)"
+                    "change its result; they may only look up tables (Gather)"
                 )
     if not lookups:
-        raise CpcompileError(f"no table is looked up by {ids.name!r} (Gather on axis 0); name the input of token ids")
+        raise CpcompileError(f"no table is looked up by {ids.name!r} (Gather); name the input of token ids")
     return lookups
 
 
-def _common_length(tables: Sequence[ir.Value], logits: ir.Value) -> int:
+def _common_length(tables: Sequence[tuple[ir.Value, int]], logits: ir.Value) -> int:
     """The size of the vocabulary: rows of every table, channels of the logits."""
     size = logits.shape[-1] if logits.shape is not None and logits.shape.rank() else None
     if not isinstance(size, int):
         raise CpcompileError(f"{logits.name!r} is of shape {logits.shape}; its last axis has to be the vocabulary")
-    for table in tables:
-        if table.shape is None or table.shape[0] != size:
+    for table, axis in tables:
+        if table.shape is None or table.shape[axis] != size:
             raise CpcompileError(
                 f"the last axis of {logits.name!r} is not the vocabulary: it is {size} long, the table {table.name!r} "
                 f"is of shape {table.shape}; name the output that holds logits"

@@ -116,7 +116,7 @@ def test_a_trimmed_vocabulary_is_compared_with_the_tokens_that_are_left(tmp_path
     assert result.comparison
     assert (result.comparison.runs, result.comparison.outputs[0].max_abs_error) == (4, 0.0)
     shapes = {tensor.name: tuple(tensor.shape) for tensor in tensors_of(load_onnx(out))}
-    assert shapes == {"w": (3, 8), "r": (8,), "v": (8, 8)}
+    assert shapes == {"w": (8, 3), "r": (8,), "v": (8, 8)}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.onnx", "kept.npy", "out.onnx"]
 
 
