@@ -45,11 +45,12 @@ Side = Callable[[], object]
 
 
 def engine_sides(engine: Engine, ids: np.ndarray) -> dict[str, Side]:
-    """One token at each of POSITIONS, and the prompts, with a context's engine."""
+    """One token at each of POSITIONS and after, and the prompts, with a context's engine."""
     sides: dict[str, Side] = {}
     for position in POSITIONS:
-        _, cache = engine.step(ids[:, :position], logits_to_keep=1)
-        sides[f"decode {position}"] = lambda cache=cache: engine.step(ids[:, :1], cache, logits_to_keep=1)
+        text = engine.generate(ids[0, :position].tolist(), tokens=1_000)
+        next(text)
+        sides[f"decode {position}"] = lambda text=text: next(text)
     sides[f"prefill {PREFILL}"] = lambda: engine.step(ids[:, :PREFILL], logits_to_keep=1)
     sides[f"head {HEAD} last"] = lambda: engine.step(ids[:, :HEAD], logits_to_keep=1)
     sides[f"head {HEAD} all"] = lambda: engine.step(ids[:, :HEAD])

@@ -237,6 +237,8 @@ class Engine:
     def require_prompt(self, prompt: Sequence[int] | Array) -> list[int]:
         """`prompt` as a list of ids; UsageError unless it has at least one, and only those of the vocabulary."""
         try:
+            if isinstance(prompt, str | bytes | Mapping):
+                raise TypeError("it holds no ids")
             ids = [operator.index(token) for token in prompt]
         except TypeError as error:
             raise UsageError(

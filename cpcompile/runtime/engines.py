@@ -117,8 +117,9 @@ def load_all(
     threads: of each engine, which sleep while it does not run. variant and errors: as in `load`. A single engine is a
     little faster with `load`, which rearranges its weights for the processor in a copy of its own.
     """
-    threads, max_memory = coerce(threads, int, "threads"), None if max_memory is None else int(max_memory)
+    threads = coerce(threads, int, "threads")
+    limit = max_memory is None or (isinstance(max_memory, int) and max_memory > 0)
+    require(limit, f"max_memory is {max_memory!r:.80}: give a number of bytes")
     require(threads >= 0, f"threads is {threads}: it cannot be negative; 0 leaves the number to ONNX Runtime")
-    require(max_memory is None or max_memory > 0, f"max_memory is {max_memory}: give a number of bytes")
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
     return Engines(opened, variant, max_memory=max_memory, threads=threads)
