@@ -6,7 +6,7 @@ from tests.fuzz.batches import run_batch
 from tests.fuzz.fuzz_passes import MODULE, SECONDS_PER_PROCESS
 
 
-@pytest.mark.parametrize("first", [0, 100])
+@pytest.mark.parametrize("first", [0, pytest.param(100, marks=pytest.mark.slow)])
 def test_optimized_graphs_compute_the_same(first: int) -> None:
     findings, tally = run_batch(MODULE, first, 100, SECONDS_PER_PROCESS)
     assert findings == []

@@ -169,8 +169,9 @@ def snippet_of_the_readme() -> str:
     return str(snippet)
 
 
-def test_the_plugin_of_pytest_is_loaded(packages: Path, tmp_path: Path) -> None:
-    """As an entry point, it is in every run of pytest."""
+def test_the_plugin_of_pytest_is_loaded(packages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an entry point, it is in every run of pytest; here it is named, whether or not the sources are installed."""
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
     link(tmp_path, "pytest")
     (tmp_path / "test_one.py").write_text("def test_one(): pass\n")
     plugin = ("-p", "cpcompile.check.pytest_plugin", "-p", "no:cacheprovider")

@@ -65,7 +65,7 @@ def test_contexts_side_by_side_share_a_weights_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", ["llama", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("gpt2", "gemma3_text", "qwen3"))]
+    "kind", [pytest.param(kind, marks=pytest.mark.slow) for kind in ("llama", "gpt2", "gemma3_text", "qwen3")]
 )
 def test_pretrained_models_run(kind: str, tmp_path: Path) -> None:
     """Context 0 has one head in layer 1 and no cache in layer 0."""
