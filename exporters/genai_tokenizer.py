@@ -9,7 +9,7 @@ becomes a sequence of expressions that both sides were found to split by alike:
 
 What cannot be written in this way is refused, among it the expressions of Llama 3 and Qwen: GenAI splits line breaks
 followed by blanks in another way. These differences are left: GenAI does not take U+0085 for a blank, does not know the
-letters and digits that Unicode has had since version 15, and its C interface ends a text at a NUL.
+letters and digits that Unicode has had since version 14, and its C interface ends a text at a NUL.
 Source: microsoft/onnxruntime-extensions, operators/tokenizer.
 """
 

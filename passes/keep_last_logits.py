@@ -16,7 +16,7 @@ from cpcompile.core.cache import INPUT, KEEP, MASK, OUTPUT
 from cpcompile.core.errors import CpcompileError
 from cpcompile.passes.clean_up import CleanUp
 from cpcompile.passes.graph_pass import GraphPass
-from cpcompile.passes.nodes import add_constant
+from cpcompile.passes.nodes import add_constant, integer_node
 
 STARTS = 1
 """The input of a Slice that says where it begins."""
@@ -69,17 +69,11 @@ def _last_tokens(
     """Nodes whose last one gives `hidden` (batch, sequence, channels) at the last token of each row."""
     constants = {"axis": [1], "end": [np.iinfo(np.int64).max], "row": [2]}
     known = {name: add_constant(graph, f"last.{name}", np.array(value)) for name, value in constants.items()}
-    length = _node("Shape", [ids], "last.length", start=1, end=2)
-    first = _node("Neg", [length.outputs[0]], "last.first")
-    own = _node("Slice", [mask, first.outputs[0], known["end"], known["axis"]], "last.mask")
-    last = _node("ArgMax", [own.outputs[0]], "last.index", axis=1, keepdims=1, select_last_index=1)
-    index = _node("Unsqueeze", [last.outputs[0], known["row"]], "last.indices")
-    rows = _node("GatherND", [hidden, index.outputs[0]], "last.hidden", batch_dims=1)
+    length = integer_node("Shape", [ids], "last.length", start=1, end=2)
+    first = integer_node("Neg", [length.outputs[0]], "last.first")
+    own = integer_node("Slice", [mask, first.outputs[0], known["end"], known["axis"]], "last.mask")
+    last = integer_node("ArgMax", [own.outputs[0]], "last.index", axis=1, keepdims=1, select_last_index=1)
+    index = integer_node("Unsqueeze", [last.outputs[0], known["row"]], "last.indices")
+    rows = integer_node("GatherND", [hidden, index.outputs[0]], "last.hidden", batch_dims=1)
     rows.outputs[0].type, rows.outputs[0].shape = hidden.type, like.shape
     return length, first, own, last, index, rows
-
-
-def _node(operator: str, inputs: list[ir.Value], name: str, **attributes: int) -> ir.Node:
-    node = ir.node(operator, inputs, attributes, name=name)
-    node.outputs[0].name, node.outputs[0].type = name, ir.TensorType(ir.DataType.INT64)
-    return node

@@ -21,7 +21,6 @@ import json
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 from onnx_ir.passes.common import NameFixPass
 
@@ -33,6 +32,7 @@ from cpcompile.passes.context_parts import (
     share_inputs,
     share_last_nodes,
 )
+from cpcompile.passes.nodes import add_constant
 from cpcompile.passes.opset import require_opset
 
 CONTEXTS = "contexts"
@@ -107,7 +107,7 @@ def _number_of_context(graph: ir.Graph, name: str, contexts: int) -> ir.Value:
     context = ir.Value(name=name, shape=ir.Shape(()), type=ir.TensorType(ir.DataType.INT64))
     graph.inputs.append(context)
     zero, beyond, table = (
-        _constant(graph, f"{name}.{kind}", numbers)
+        add_constant(graph, f"{name}.{kind}", np.asarray(numbers, dtype=np.int64))
         for kind, numbers in (("zero", 0), ("beyond", contexts), ("numbers", range(contexts)))
     )
     below = ir.node("Less", [context, zero], name=f"{name}.below")
@@ -119,22 +119,13 @@ def _number_of_context(graph: ir.Graph, name: str, contexts: int) -> ir.Value:
     return known.outputs[0]
 
 
-def _constant(graph: ir.Graph, name: str, numbers: npt.ArrayLike) -> ir.Value:
-    tensor = ir.tensor(np.asarray(numbers, dtype=np.int64), name=name)
-    value = ir.Value(
-        name=name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype), const_value=tensor
-    )
-    graph.register_initializer(value)
-    return value
-
-
 def _choose(
     graph: ir.Graph, parts: Sequence[Part], known: ir.Value, start: int = 0
 ) -> tuple[list[ir.Node], Sequence[ir.Value]]:
     """The nodes that run the part with the number `known`, and its results; `parts` count from `start`."""
     middle = len(parts) // 2
     name = f"{known.name}.below.{start + middle}"
-    less = ir.node("Less", [known, _constant(graph, f"{name}.bound", start + middle)], name=name)
+    less = ir.node("Less", [known, add_constant(graph, f"{name}.bound", np.array(start + middle))], name=name)
     less.outputs[0].name = name
     subgraphs = []
     for own, first in ((parts[:middle], start), (parts[middle:], start + middle)):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy.typing as npt
@@ -43,6 +43,13 @@ def post_order(graph: ir.Graph) -> Iterator[ir.Node]:
         for subgraph in subgraphs_of(node):
             yield from post_order(subgraph)
         yield node
+
+
+def integer_node(operator: str, inputs: Sequence[ir.Value | None], name: str, **attributes: int) -> ir.Node:
+    """A node, and its one result of int64, under `name`."""
+    node = ir.node(operator, inputs, attributes, name=name)
+    node.outputs[0].name, node.outputs[0].type = name, ir.TensorType(ir.DataType.INT64)
+    return node
 
 
 def add_constant(graph: ir.Graph, name: str, array: npt.NDArray[Any]) -> ir.Value:

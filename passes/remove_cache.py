@@ -6,7 +6,7 @@ attention_mask               ->  ones       position_ids -> 0, 1, 2, …       l
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +19,7 @@ from cpcompile.passes.canonicalize_shapes import CanonicalizeShapes
 from cpcompile.passes.clean_up import CleanUp
 from cpcompile.passes.fold_constants import FoldConstants
 from cpcompile.passes.graph_pass import GraphPass
-from cpcompile.passes.nodes import add_constant
+from cpcompile.passes.nodes import add_constant, integer_node
 
 
 @dataclass(frozen=True)
@@ -61,20 +61,14 @@ def _bind_texts(graph: ir.Graph, inputs: Mapping[str | None, ir.Value]) -> None:
     """Compute from the tokens alone where they stand."""
     constants = {"ones": np.ones(1), "axis": np.array(1), "first": np.array(0), "each": np.array(1)}
     known = {name: add_constant(graph, f"text.{name}", array.astype(np.int64)) for name, array in constants.items()}
-    shape = _node("Shape", [inputs[INPUT]], "text.shape")
-    length = _node("Gather", [shape.outputs[0], known["axis"]], "text.length")
-    numbers = _node("Range", [known["first"], length.outputs[0], known["each"]], "text.numbers")
-    positions = _node("Expand", [numbers.outputs[0], shape.outputs[0]], "text.positions")
-    mask = _node("Expand", [known["ones"], shape.outputs[0]], "text.mask")
+    shape = integer_node("Shape", [inputs[INPUT]], "text.shape")
+    length = integer_node("Gather", [shape.outputs[0], known["axis"]], "text.length")
+    numbers = integer_node("Range", [known["first"], length.outputs[0], known["each"]], "text.numbers")
+    positions = integer_node("Expand", [numbers.outputs[0], shape.outputs[0]], "text.positions")
+    mask = integer_node("Expand", [known["ones"], shape.outputs[0]], "text.mask")
     graph.insert_before(graph[0], (shape, length, numbers, positions, mask))
     for name, value in {MASK: mask.outputs[0], POSITIONS: positions.outputs[0], KEEP: known["first"]}.items():
         if (given := inputs.get(name)) is not None:
             value.type, value.shape = given.type, inputs[INPUT].shape if name != KEEP else given.shape
             ir.convenience.replace_all_uses_with(given, value)
             graph.inputs.remove(given)
-
-
-def _node(operator: str, inputs: Sequence[ir.Value], name: str) -> ir.Node:
-    node = ir.node(operator, inputs, name=name)
-    node.outputs[0].name, node.outputs[0].type = name, ir.TensorType(ir.DataType.INT64)
-    return node

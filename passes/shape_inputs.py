@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from cpcompile.files.onnx_file import opset_of
 from cpcompile.passes.axes import Axis, Shape
-from cpcompile.passes.nodes import int_attribute
+from cpcompile.passes.nodes import add_constant, int_attribute
 from cpcompile.passes.symbolic_shapes import ShapeTable
 
 ZERO = Axis((), 0)
@@ -142,15 +142,7 @@ def _find_axis(node: ir.Node, axis: Axis, source: Shape, table: ShapeTable) -> t
 def _constant(node: ir.Node, suffix: str, array: npt.NDArray[Any]) -> ir.Value:
     graph = node.graph
     assert isinstance(graph, ir.Graph)
-    name = unique_name(graph, f"{node.outputs[0].name}.{suffix}")
-    value = ir.Value(
-        name=name,
-        shape=ir.Shape(array.shape),
-        type=ir.TensorType(ir.DataType.from_numpy(array.dtype)),
-        const_value=ir.tensor(array, name=name),
-    )
-    graph.register_initializer(value)
-    return value
+    return add_constant(graph, unique_name(graph, f"{node.outputs[0].name}.{suffix}"), array)
 
 
 def _insert(node: ir.Node, new: ir.Node, suffix: str, length: int) -> ir.Value:

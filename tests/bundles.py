@@ -10,6 +10,7 @@ from typing import Any
 from cpcompile.bundle.artifact import Artifact
 from cpcompile.bundle.manifest import manifest_digest
 from cpcompile.files.whole_files import file_digest
+from cpcompile.targets.plan_info import PlanInfo, Profile, TensorInfo
 
 ARTIFACT = Artifact(
     variant="cpu-fp32",
@@ -22,6 +23,16 @@ ARTIFACT = Artifact(
     shared_bytes=0,
 )
 """An engine of the CPU in one file, without shared weights."""
+PLAN_INFO = PlanInfo(
+    flavour="tensorrt-rtx",
+    version="1.7.1.116",
+    capabilities=("sm86",),
+    precision="fp16",
+    profiles=(Profile(name="default", shapes={"x": ((4,), (4,), (4,))}),),
+    tensors=(TensorInfo(name="x", is_input=True, dtype="float32", shape=(4,)),),
+    onnx_digest="0" * 64,
+)
+"""What is recorded of a plan with one input."""
 
 
 def reseal(bundle: Path, edit: Callable[[dict[str, Any]], object] = lambda manifest: None) -> None:

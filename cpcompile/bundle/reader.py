@@ -39,6 +39,7 @@ from cpcompile.bundle.manifest import (
     require_name,
     verify_file,
 )
+from cpcompile.core.cache import CacheBytes
 from cpcompile.core.coercion import as_path
 from cpcompile.core.errors import UsageError
 from cpcompile.core.generation import GenerationSettings
@@ -95,14 +96,6 @@ class Variant:
     def _require_graph(self) -> None:
         if self.plan:
             raise UsageError(f"{self.model}: is a plan of {self.runtime}, not an ONNX graph; choose another variant")
-
-
-@dataclass(frozen=True, kw_only=True)
-class CacheBytes:
-    """What a token takes in the cache of a context, and in that of the dense model."""
-
-    bytes_per_token: int
-    dense_bytes_per_token: int
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,12 +42,12 @@ def export(bundle: Path, contexts: str, out: Path | None, form: str, variant: st
     Several contexts are written side by side, each into a folder of its own name. With genai they share one file of
     weights. A folder that exists is never overwritten.
     """
-    from cpcompile.pipeline.export import export_standalone
-
     names = names_in(contexts) or ()
     if no_tokenizer and form != "genai":
         raise UsageError("--no-tokenizer belongs to --format genai; leave it out")
     if form == "onnx":
+        from cpcompile.pipeline.export import export_standalone
+
         if len(names) > 1:
             raise UsageError(f"{contexts}: --format onnx writes one file of one context; export them one by one")
         path = out or Path(f"{names[0]}.onnx")

@@ -38,6 +38,14 @@ class LayerCache:
     head_dim: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class CacheBytes:
+    """What the keys and values of every token of a text take, in a context and in the dense model."""
+
+    bytes_per_token: int
+    dense_bytes_per_token: int
+
+
 def past_name(layer: int | str, part: str) -> str:
     """`past_key_values.0.key`"""
     return f"past_key_values.{layer}.{part}"

@@ -10,10 +10,12 @@ bundle + eager models + held-out text -> validator -> report, verdict
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from cpcompile.bundle.writer import BundleWriter
@@ -28,6 +30,7 @@ from cpcompile.pipeline.validate import report_of, training_of
 from cpcompile.pipeline.write_engines import export_added, export_engines
 from cpcompile.report import Report, write_report
 from cpcompile.targets.requests import CUDA, parse_targets
+from cpcompile.text.vocabulary import TrimmedVocabulary
 from cpcompile.validation.diagnosis import diagnose
 from cpcompile.validation.expected_graphs import FreshGraphs, order_rows
 from cpcompile.validation.open_reference import open_reference
@@ -66,13 +69,7 @@ def build_bundle(
         dynamic = source.capture(opset=config.opset)
     with stages("freeze", len(chosen)) as done:
         rows = order_rows(dynamic, source, order) if order is not None else None
-        prepared, frozen, accounts = prepare(dynamic), {}, {}
-        for context in chosen:
-            tokens = rows[trimmed[context].kept].tolist() if rows is not None else None
-            frozen[context] = freeze(prepared, source.contexts.index(context), tokens)
-            used = partial(used_sizes, prepared)
-            accounts[context] = _account(context, frozen[context], source, tokens and len(tokens), used, dynamic)
-            done()
+        frozen, accounts = freeze_contexts(source, dynamic, chosen, trimmed, rows, done)
     with writer:
         whole = {context: each.model.clone() for context, each in frozen.items()} if added.targets else {}
         with stages("export", 1 + len(chosen) + config.merged) as done:
@@ -83,7 +80,7 @@ def build_bundle(
         bundle = writer.seal(name=source.path.stem, metadata=metadata)
         build = stages.result()
         del whole
-        del prepared, frozen  # validation needs the memory
+        del frozen  # validation needs the memory
         with open_peers(validation, source, reference) as peers:
             results = validate(bundle, reference, validation, peers=peers, progress=progress)
         tokens = {context: rows[own.kept] for context, own in trimmed.items()} if rows is not None else {}
@@ -92,6 +89,28 @@ def build_bundle(
         report = report_of(bundle, source, results, build, validation, training)
         write_report(report, writer.root)
         return report, writer.commit(failed=report.verdict == "fail")
+
+
+def freeze_contexts(
+    source: Source,
+    dynamic: ir.Model,
+    contexts: Sequence[str],
+    trimmed: Mapping[str, TrimmedVocabulary],
+    rows: npt.NDArray[np.int64] | None,
+    done: Callable[[], None],
+) -> tuple[dict[str, Frozen], dict[str, Accounting]]:
+    """The graph of each context, and what it keeps of every parameter; `done` is called after each.
+
+    rows: where `dynamic` has each token of the vocabulary, if those in `trimmed` are cut.
+    """
+    prepared, frozen, accounts = prepare(dynamic), {}, {}
+    used = partial(used_sizes, prepared)
+    for context in contexts:
+        tokens = rows[trimmed[context].kept].tolist() if rows is not None else None
+        frozen[context] = freeze(prepared, source.contexts.index(context), tokens)
+        accounts[context] = _account(context, frozen[context], source, tokens and len(tokens), used, dynamic)
+        done()
+    return frozen, accounts
 
 
 def _account(

@@ -7,17 +7,20 @@ import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 from cpcompile.bundle.manifest import inside, read_json
-from cpcompile.bundle.reader import Bundle, CacheBytes, Variant, open_bundle
+from cpcompile.bundle.reader import Bundle, Variant, open_bundle
+from cpcompile.core.cache import CacheBytes
 from cpcompile.core.errors import UsageError
 from cpcompile.core.generation import GenerationSettings
+from cpcompile.report.results import Verdict
 from cpcompile.runtime.availability import why_not_here
 from cpcompile.text.tokenization import parse_tokenizer
 
 SCHEMA_VERSION = 1
 MODELS = (".pt", ".pt2")
-VERDICTS = ("pass", "fail", "inconclusive")
+VERDICTS = get_args(Verdict)
 
 
 @dataclass(frozen=True, kw_only=True)

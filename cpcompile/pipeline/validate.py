@@ -16,7 +16,6 @@ from cpcompile.frontend.source import Source, open_source
 from cpcompile.machine.environment import environment
 from cpcompile.report import (
     BuildResult,
-    CacheSizes,
     ContextResult,
     ModelInfo,
     ParameterCounts,
@@ -117,7 +116,7 @@ def report_of(
                 name=context,
                 parameters=from_json(ParameterCounts, {name: parameters[context][name] for name in PARAMETERS}),
                 variants=results[context],
-                cache=CacheSizes(**sizes) if (sizes := bundle.metadata.get("cache", {}).get(context)) else None,
+                cache=bundle.cache(context),
             )
             for context in bundle.contexts
         ],

@@ -20,7 +20,7 @@ from cpcompile.exporters.tensorrt_exporter import export_tensorrt, variant_name
 from cpcompile.exporters.weights_file import INLINE, Location, write_weights
 from cpcompile.files.whole_files import file_digest
 from cpcompile.frontend.source import Source
-from cpcompile.passes.cache_interface import bytes_per_token, caches
+from cpcompile.passes.cache_interface import bytes_per_token
 from cpcompile.passes.fold_gates import FoldGates
 from cpcompile.passes.freeze import Frozen
 from cpcompile.passes.infer_shapes import InferShapes
@@ -96,12 +96,9 @@ def export_engines(
         "tokenizers": tokenizers,
         "generation": _generation(source, frozen, trimmed),
         "cache": {
-            context: {
-                "bytes_per_token": bytes_per_token(each.model.graph),
-                "dense_bytes_per_token": bytes_per_token(dynamic.graph),
-            }
+            context: {"bytes_per_token": bytes_per_token(each.model.graph), "dense_bytes_per_token": dense}
             for context, each in frozen.items()
-            if caches(dynamic.graph)
+            if (dense := bytes_per_token(dynamic.graph))
         },
         "shared_weights": not config.standalone,
         "parameters": {context: _parameters(accounts[context], frozen[context]) for context in frozen},

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from cpcompile.core.cache import CacheBytes
 from cpcompile.core.measured import Measurements, NotMeasured
 from cpcompile.machine.environment import Environment
 from cpcompile.report.results import VariantResult, Verdict
@@ -69,21 +70,13 @@ class ParameterCounts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CacheSizes:
-    """What the keys and values of every token of a sequence take, in this context and in the dense model."""
-
-    bytes_per_token: int
-    dense_bytes_per_token: int
-
-
-@dataclass(frozen=True, kw_only=True)
 class ContextResult:
     """One context: its parameters, and the engines that were measured."""
 
     name: str
     parameters: ParameterCounts
     variants: tuple[VariantResult, ...]
-    cache: CacheSizes | None = None
+    cache: CacheBytes | None = None
     """None if its engines have no cache."""
 
 

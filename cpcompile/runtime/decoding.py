@@ -73,20 +73,19 @@ def _decode(
 
 def _with_cache(engine: Engine, texts: Sequence[list[int]]) -> Iterator[Logits]:
     """The logits (batch, vocabulary) after `texts`, which the caller extends by one token between the steps."""
-    lengths = np.array([len(text) for text in texts])
-    longest = int(lengths.max())
+    longest = max(map(len, texts))
     ids = np.full((len(texts), longest), FILLER, dtype=np.int64)
     mask = np.zeros((len(texts), longest), dtype=np.int64)
     for row, text in enumerate(texts):
         ids[row, longest - len(text) :] = text
         mask[row, longest - len(text) :] = 1
     positions = np.maximum(mask.cumsum(1) - 1, 0)
-    with engine.cached_steps(len(texts)) as step:
-        while True:
-            yield step(ids, mask, positions)
-            ids = np.array([[text[-1]] for text in texts], dtype=np.int64)
-            mask = np.concatenate([mask, np.ones((len(texts), 1), dtype=np.int64)], axis=1)
-            positions = positions[:, -1:] + 1
+    step = engine.cached_steps(len(texts))
+    while True:
+        yield step(ids, mask, positions)
+        ids = np.array([[text[-1]] for text in texts], dtype=np.int64)
+        mask = np.concatenate([mask, np.ones((len(texts), 1), dtype=np.int64)], axis=1)
+        positions = positions[:, -1:] + 1
 
 
 def _without_cache(engine: Engine, texts: Sequence[list[int]]) -> Iterator[Logits]:

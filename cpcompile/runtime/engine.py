@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import io
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from functools import cached_property
@@ -101,15 +101,6 @@ class Engine:
         logits, *present = self._run(names, feeds)
         return logits, dict(zip(self._presents, present, strict=True))
 
-    def in_two_steps(self, feeds: Feeds) -> dict[str, Array]:
-        """The logits of input_ids (batch, sequence), by name; the second half goes on with the cache of the first."""
-        ids = feeds[INPUT]
-        first, cache = self.step(ids[:, : (ids.shape[1] + 1) // 2])
-        if ids.shape[1] == 1:
-            return {OUTPUT: first}
-        second, _ = self.step(ids[:, first.shape[1] :], cache)
-        return {OUTPUT: np.concatenate([first, second], axis=1)}
-
     @cached_property
     def has_cache(self) -> bool:
         """Whether it goes on where it was, instead of reading the whole text again."""
@@ -179,16 +170,21 @@ class Engine:
     def _run(self, names: list[str], feeds: Feeds) -> list[Array]:
         """Run the session with the input that selects the context, where the engine serves several."""
         chosen = {name: np.asarray(number) for name, number in self.variant.feeds.items()}
-        try:
+        with self._running():
             outputs: list[Array] = self.session.run(names, complete(feeds, self._shapes) | chosen)
+        return outputs
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        """Turn an error of ONNX Runtime into one that names the engine."""
+        try:
+            yield
         except Exception as error:  # as in `create_session`
             raise CpcompileError(
                 f"{self.variant.model}: ONNX Runtime {ort.__version__} cannot run it on these inputs: {error}"
             ) from error
-        return outputs
 
-    @contextmanager
-    def cached_steps(self, batch: int) -> Iterator[Step]:
+    def cached_steps(self, batch: int) -> Step:
         """A function that reads `batch` texts step by step, and keeps the cache in the buffers of ONNX Runtime.
 
         It takes input_ids (batch, new), attention_mask (batch, past + new) and position_ids (batch, new), and gives the
@@ -208,19 +204,15 @@ class Engine:
                 binding.bind_cpu_input(name, np.ascontiguousarray(given[name]))
             for name in names:  # anew, or the last step's buffers would be written while they are read
                 binding.bind_output(name)
-            try:
+            with self._running():
                 self.session.run_with_iobinding(binding)
-            except Exception as error:  # as in `create_session`
-                raise CpcompileError(
-                    f"{self.variant.model}: ONNX Runtime {ort.__version__} cannot run it on these inputs: {error}"
-                ) from error
             logits, *present = binding.get_outputs()
             for past, value in zip(self._presents, present, strict=True):
                 binding.bind_ortvalue_input(past, value)
             last: npt.NDArray[np.float32] = logits.numpy()[:, -1]
             return last
 
-        yield step
+        return step
 
     def generate(
         self, prompt: Sequence[int] | Array, *, tokens: int, temperature: float = 0.0, seed: int | None = None
@@ -273,23 +265,32 @@ def load_engine(
     ONNX Runtime parses the graph in this process. A graph from a stranger can take any amount of time and memory, so
     load it where that does no harm.
     """
+    threads = require_threads(threads)
+    bundle = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
+    return load_variant(bundle, bundle.variant(context, variant), threads=threads)
+
+
+def require_threads(threads: int) -> int:
+    """`threads`; UsageError unless it is 0 or more."""
     threads = coerce(threads, int, "threads")
     require(threads >= 0, f"threads is {threads}: it cannot be negative; 0 leaves the number to ONNX Runtime")
-    bundle = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
-    chosen = bundle.variant(context, variant)
-    require_onnx(chosen)
-    bundle.verify_engine(chosen)
-    session = create_session(chosen, session_options(chosen, threads=threads))
-    return Engine(chosen, session, last_dimension(session) if context in bundle.metadata["tokenizers"] else None)
+    return threads
 
 
-def require_onnx(variant: Variant) -> None:
-    """UsageError if `variant` is a plan of TensorRT."""
+def load_variant(
+    bundle: Bundle, variant: Variant, *, threads: int, configure: Callable[[Any], None] = lambda options: None
+) -> Engine:
+    """Verify and load `variant` of `bundle`; `configure` edits the session options once its files are verified."""
     if variant.plan:
         raise UsageError(f"{variant.model}: is a plan of {variant.runtime}, which ONNX Runtime does not run")
+    bundle.verify_engine(variant)
+    options = session_options(variant, threads=threads)
+    configure(options)
+    session = create_session(variant, options)
+    return Engine(variant, session, _classes(session) if variant.context in bundle.metadata["tokenizers"] else None)
 
 
-def last_dimension(session: Any) -> int | None:
+def _classes(session: Any) -> int | None:
     """The last dimension of the logits; None where the graph does not fix it."""
     shape = next((output.shape for output in session.get_outputs() if output.name == OUTPUT), None)
     return shape[-1] if shape and isinstance(shape[-1], int) else None

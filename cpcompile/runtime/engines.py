@@ -11,12 +11,12 @@ from collections.abc import Iterator, Mapping
 from os import PathLike
 from threading import RLock
 from types import TracebackType
+from typing import Any
 
-from cpcompile.bundle.reader import Bundle, Variant, open_bundle
-from cpcompile.core.coercion import coerce, require
+from cpcompile.bundle.reader import Bundle, open_bundle
+from cpcompile.core.coercion import require
 from cpcompile.core.errors import UsageError
-from cpcompile.files.external_data import references_of
-from cpcompile.runtime.engine import Engine, create_session, last_dimension, require_onnx, session_options
+from cpcompile.runtime.engine import load_variant, require_threads
 from cpcompile.runtime.shared_weights import SharedWeights
 from cpcompile.runtime.text_engine import BEST, TextEngine, choose_variant, with_tokenizer
 
@@ -78,14 +78,14 @@ class Engines(Mapping[str, TextEngine]):
 
     def _load(self, context: str) -> TextEngine:
         variant = self._bundle.variant(context, choose_variant(self._bundle, context, self._variant))
-        require_onnx(variant)
-        self._bundle.verify_engine(variant)
-        options = session_options(variant, threads=self._threads)
-        # Each session has its own threads: a pool for all of them would forbid the application any other session.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        self._weights.give_to(options, variant)
-        session = create_session(variant, options)
-        return with_tokenizer(self._bundle, Engine(variant, session, last_dimension(session)))
+
+        def configure(options: Any) -> None:
+            # Each session has its own threads: a pool for all of them would forbid the application any other session.
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+            self._weights.give_to(options, variant)
+
+        engine = load_variant(self._bundle, variant, threads=self._threads, configure=configure)
+        return with_tokenizer(self._bundle, engine)
 
     def _make_room(self) -> None:
         """Let the least recently used engines go until the others fit; the last one stays."""
@@ -99,12 +99,8 @@ class Engines(Mapping[str, TextEngine]):
     def _bytes(self) -> int:
         """The weights of all loaded engines, each counted once, and what their sessions take."""
         variants = [each.engine.variant for each in self._loaded.values()]
-        shared = {(each.location, each.offset): each.length or 0 for v in variants for each in references_of(v.model)}
-        return sum(shared.values()) + sum(SESSION_BYTES + _own_bytes(variant) for variant in variants)
-
-
-def _own_bytes(variant: Variant) -> int:
-    return variant.model.stat().st_size
+        own = sum(SESSION_BYTES + variant.model.stat().st_size for variant in variants)
+        return own + self._weights.bytes_of(variants)
 
 
 def load_all(
@@ -117,9 +113,8 @@ def load_all(
     threads: of each engine, which sleep while it does not run. variant and errors: as in `load`. A single engine is a
     little faster with `load`, which rearranges its weights for the processor in a copy of its own.
     """
-    threads = coerce(threads, int, "threads")
+    threads = require_threads(threads)
     limit = max_memory is None or (isinstance(max_memory, int) and max_memory > 0)
     require(limit, f"max_memory is {max_memory!r:.80}: give a number of bytes")
-    require(threads >= 0, f"threads is {threads}: it cannot be negative; 0 leaves the number to ONNX Runtime")
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
     return Engines(opened, variant, max_memory=max_memory, threads=threads)

@@ -8,7 +8,8 @@ each engine.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,8 @@ from cpcompile.files.external_data import references_of
 
 DTYPES: Mapping[int, type[np.generic]] = {1: np.float32, 2: np.uint8, 3: np.int8, 6: np.int32, 7: np.int64}
 """By the numbers of TensorProto.DataType."""
+Key = tuple[str, int, tuple[int, ...], int]
+"""File, offset, dimensions and type of a tensor."""
 NO_PREPACKING = "session.disable_prepacking"
 
 
@@ -28,13 +31,15 @@ class SharedWeights:
 
     def __init__(self) -> None:
         self._maps: dict[str, mmap.mmap] = {}
-        self._tensors: dict[tuple[str, int, tuple[int, ...], int], Any] = {}
+        self._tensors: dict[Key, Any] = {}
+        self._keys: dict[Path, tuple[Key, ...]] = {}
 
     def give_to(self, options: Any, variant: Variant) -> None:
         """Let the session of `variant`, which was verified, read its weights from here."""
         if variant.weights is None:
             return
         options.add_session_config_entry(NO_PREPACKING, "1")
+        keys = []
         for each in references_of(variant.model):
             path = str(variant.weights / each.location)
             if path not in self._maps:
@@ -49,6 +54,13 @@ class SharedWeights:
                 array = np.frombuffer(self._maps[path], dtype, count, each.offset).reshape(each.dims)
                 self._tensors[key] = ort.OrtValue.ortvalue_from_numpy(array)
             options.add_initializer(each.name, self._tensors[key])
+            keys.append(key)
+        self._keys[variant.model] = tuple(keys)
+
+    def bytes_of(self, variants: Iterable[Variant]) -> int:
+        """What the weights of `variants` take, each counted once."""
+        keys = {key for variant in variants for key in self._keys.get(variant.model, ())}
+        return sum(self._tensors[key].tensor_size_in_bytes() for key in keys)
 
     def forget_pages(self) -> None:
         """Give the memory of all pages back; those that are needed again come from the file."""

@@ -16,13 +16,14 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from cpcompile.bundle.reader import ROUTER, Bundle, Variant, open_bundle
+from cpcompile.bundle.reader import Bundle, Variant, open_bundle
 from cpcompile.core.coercion import coerce, require
 from cpcompile.core.errors import CpcompileError, UsageError
 from cpcompile.core.generation import GenerationSettings
+from cpcompile.core.probabilities import log_softmax
 from cpcompile.runtime.availability import why_not_here
 from cpcompile.runtime.decoding import decode
-from cpcompile.runtime.engine import DOCTOR, Engine, load_engine
+from cpcompile.runtime.engine import CPU_PROVIDER, DOCTOR, Engine, load_engine
 from cpcompile.runtime.sampling import Sampling
 from cpcompile.runtime.text_stream import TextStream
 from cpcompile.text.tokenization import leading_tokens, parse_tokenizer
@@ -89,10 +90,8 @@ class TextEngine:
         ids = self._prompt(text)
         given = max(1, len(self.generation.leading))
         require(len(ids) > given, f"the text {text!r:.80} is too short to be scored: its first token is given")
-        logits = self.engine.run([ids])[0, given - 1 : -1].astype(np.float64)
-        logits -= logits.max(axis=-1, keepdims=True)
-        chosen = logits[np.arange(len(logits)), ids[given:]] - np.log(np.exp(logits).sum(axis=-1))
-        return Score(float(chosen.sum()), len(logits))
+        likelihoods = log_softmax(self.engine.run([ids])[0, given - 1 : -1])
+        return Score(float(likelihoods[np.arange(len(likelihoods)), ids[given:]].sum()), len(likelihoods))
 
     def generate(
         self,
@@ -130,13 +129,11 @@ class TextEngine:
         if self.generation.context_length is not None:
             limit = min(limit, self.generation.context_length - max(map(len, rows)))
         steps = decode(self.engine, rows, tokens=limit, sampling=sampling, end=self.generation.end, seed=seed)
-        if single and not stream and not texts[0]:
-            return [token for (token,) in steps if token is not None]
-        if single:
+        if stream:
             ids = (token for (token,) in steps if token is not None)
-            pieces = self._pieces(rows[0], ids, stops) if texts[0] else ids
-            return pieces if stream else "".join(map(str, pieces))
-        return self._batch(rows, texts, steps, stops)
+            return self._pieces(rows[0], ids, stops) if texts[0] else ids
+        whole = self._batch(rows, texts, steps, stops)
+        return whole[0] if single else whole
 
     def _pieces(self, prompt: Sequence[int], ids: Iterator[int], stop: Sequence[str]) -> Iterator[str]:
         text = TextStream(self.tokenizer, prompt, stop)
@@ -217,8 +214,8 @@ def choose_variant(bundle: Bundle, context: str, name: str) -> str:
 
 
 def _rank(variant: Variant) -> tuple[bool, bool]:
-    merged = bool(variant.feeds) or variant.model.parent.parent.name == ROUTER
-    return merged, variant.provider == "CPUExecutionProvider"
+    """Engines of one context first, then those of a GPU."""
+    return bool(variant.feeds), variant.provider == CPU_PROVIDER
 
 
 def with_tokenizer(bundle: Bundle, engine: Engine) -> TextEngine:

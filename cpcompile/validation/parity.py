@@ -25,10 +25,10 @@ from typing import Any
 import numpy as np
 
 from cpcompile.core.measured import NotMeasured
+from cpcompile.core.probabilities import log_softmax
 from cpcompile.core.types import Array, Feeds
 from cpcompile.report.results import Parity, Verdict
 from cpcompile.validation.array_errors import PIECE, ArrayErrors, pieces
-from cpcompile.validation.quality import log_softmax
 from cpcompile.validation.reference import Outputs, Run
 
 FLOAT32_ROUNDING = float(np.finfo(np.float32).eps)

@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cpcompile.core.measured import NotMeasured
+from cpcompile.core.probabilities import log_softmax
 from cpcompile.core.types import Array
 from cpcompile.report.results import Quality
 from cpcompile.text.corpus import cut_windows
@@ -125,14 +126,6 @@ def _coherence(engine: Score | NotMeasured, dense: Score | NotMeasured) -> dict[
 def standard_error(values: Array) -> float:
     """The standard error of the mean of independent `values`."""
     return float(values.std(ddof=1) / math.sqrt(len(values)))
-
-
-def log_softmax(logits: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
-    """Logarithms of the probabilities along the last axis, in float64."""
-    shifted = logits.astype(np.float64)
-    shifted -= shifted.max(axis=-1, keepdims=True)
-    shifted -= np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-    return shifted
 
 
 def _exp(loss: float) -> float:

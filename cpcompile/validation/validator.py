@@ -7,9 +7,11 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TypeAlias
 
+import numpy as np
 import torch
 
 from cpcompile.bundle.reader import Bundle, Variant
+from cpcompile.core.cache import INPUT, OUTPUT
 from cpcompile.core.config import ValidateConfig
 from cpcompile.core.errors import CpcompileError, UsageError
 from cpcompile.core.measured import NotMeasured
@@ -34,7 +36,7 @@ from cpcompile.runtime.plan import load_plan, why_not_taken
 from cpcompile.validation.memory import compare_memory, compare_start, measure_engine
 from cpcompile.validation.parity import check_parity
 from cpcompile.validation.placement import measure_placement
-from cpcompile.validation.reference import Reference, Run, Timed
+from cpcompile.validation.reference import Outputs, Reference, Run, Timed
 from cpcompile.validation.runners import Runner, engine_runner
 from cpcompile.validation.speed import measure_speed
 from cpcompile.validation.throughput import ROUNDS, measure_throughput
@@ -122,7 +124,7 @@ def _validate_variant(
             bytes=variant.bytes,
         )
     engine = load_plan(variant) if variant.plan else load_engine(bundle, context, variant.name, threads=threads)
-    cached = engine.in_two_steps if isinstance(engine, Engine) and engine.has_cache else None
+    cached = partial(_in_two_steps, engine) if isinstance(engine, Engine) and engine.has_cache else None
     parity = _parity(engine.outputs, reference, context, config, variant, part("parity"), cached)
     results: tuple[PeerResult, ...] = ()
     if parity.verdict == "fail" and isinstance(parity.max_abs_error, NotMeasured):
@@ -155,6 +157,16 @@ def _validate_variant(
         placement=placement,
         peers=results,
     )
+
+
+def _in_two_steps(engine: Engine, feeds: Feeds) -> Outputs:
+    """The logits of input_ids (batch, sequence); the second half goes on with the cache of the first."""
+    ids = feeds[INPUT]
+    first, cache = engine.step(ids[:, : (ids.shape[1] + 1) // 2])
+    if ids.shape[1] == 1:
+        return {OUTPUT: first}
+    second, _ = engine.step(ids[:, first.shape[1] :], cache)
+    return {OUTPUT: np.concatenate([first, second], axis=1)}
 
 
 def _parity(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +14,7 @@ from cpcompile.core.selection import Selection, UnitKind
 from cpcompile.frontend.checkpoint import Checkpoint, save_checkpoint
 from cpcompile.frontend.source import open_source
 from cpcompile.models.decoder import Decoder
-from cpcompile.passes.freeze import freeze, prepare, used_sizes
-from cpcompile.pipeline.build import _account
+from cpcompile.pipeline.build import freeze_contexts
 from cpcompile.pipeline.write_engines import export_engines
 from cpcompile.text.tokenization import train_tokenizer
 from tests.conftest import Once
@@ -54,11 +52,7 @@ def write_bundle(folder: Path) -> None:
     write_checkpoint(folder / "model.pt")
     config, source = BuildConfig(merged=True), open_source(folder / "model.pt")
     dynamic = source.capture(opset=config.opset)
-    prepared, frozen, accounts = prepare(dynamic), {}, {}
-    for index, context in enumerate(CONTEXTS):
-        frozen[context] = freeze(prepared, index, None)
-        used = partial(used_sizes, prepared)
-        accounts[context] = _account(context, frozen[context], source, None, used, dynamic)
+    frozen, accounts = freeze_contexts(source, dynamic, CONTEXTS, {}, None, lambda: None)
     with BundleWriter(folder / "model.cpc") as writer:
         metadata = export_engines(writer, dynamic, frozen, accounts, source, {}, config, lambda: None)
         writer.seal(name="model", metadata=metadata)

@@ -17,8 +17,7 @@ from cpcompile.bundle.writer import BundleWriter
 from cpcompile.core.errors import CpcompileError, UsageError
 from cpcompile.files.external_data import references_of
 from cpcompile.runtime.engine import load_engine
-from cpcompile.targets.plan_info import PlanInfo, Profile, TensorInfo
-from tests.bundles import ARTIFACT, reseal
+from tests.bundles import ARTIFACT, PLAN_INFO, reseal
 
 ENGINE = "a/cpu-fp32/model.onnx"
 SECRET = np.arange(4, dtype=np.float32)
@@ -317,15 +316,7 @@ def test_a_context_that_the_engine_does_not_choose_is_a_sentence(bundle: Path) -
         load_engine(open_bundle(bundle), "a", threads=1).outputs({"x": SECRET})
 
 
-PLAN = PlanInfo(
-    flavour="tensorrt-rtx",
-    version="1.7.1.116",
-    capabilities=("sm86",),
-    precision="fp16",
-    profiles=(Profile(name="default", shapes={"x": ((4,), (4,), (4,))}),),
-    tensors=(TensorInfo(name="x", is_input=True, dtype="float32", shape=(4,)),),
-    onnx_digest="0" * 64,
-).to_plain()
+PLAN = PLAN_INFO.to_plain()
 
 
 @pytest.mark.parametrize(

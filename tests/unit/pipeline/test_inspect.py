@@ -21,23 +21,13 @@ from cpcompile.bundle.writer import BundleWriter
 from cpcompile.cli import main
 from cpcompile.core.generation import GenerationSettings
 from cpcompile.machine.gpu import NO_GPU, gpu_model
-from cpcompile.targets.plan_info import PlanInfo, Profile, TensorInfo
 from cpcompile.text.tokenization import train_tokenizer
-from tests.bundles import ARTIFACT, reseal
+from tests.bundles import ARTIFACT, PLAN_INFO, reseal
 
 CONTEXTS = ("de", "a-context-whose-name-is-much-longer-than-all-columns-of-a-terminal-leave")
 MERGED = "cpu-fp32-merged"
 COUNTS = {"total": 2_000_000, "kept": 500_000, "removed": 1_500_000, "removed_by_kind": {}, "removed_experts": {}}
 GENERATION = GenerationSettings(end=(0, 151_645), context_length=8192, chat_template="\x1b[31m{{ messages }}")
-PLAN = PlanInfo(
-    flavour="tensorrt-rtx",
-    version="1.7.1.116",
-    capabilities=("sm86",),
-    precision="fp16",
-    profiles=(Profile(name="default", shapes={"x": ((4,), (4,), (4,))}),),
-    tensors=(TensorInfo(name="x", is_input=True, dtype="float32", shape=(4,)),),
-    onnx_digest="0" * 64,
-)
 Edit = Callable[[dict[str, Any]], object]
 
 
@@ -59,7 +49,7 @@ def bundle(tmp_path: Path) -> Path:
         np.save(writer.root / ".trimmed" / "token_ids.npy", np.arange(257, dtype=np.int32))
         weights, *tokenizers = (writer.add_asset(writer.root / name) for name in (".weights", ".whole", ".trimmed"))
         fp16 = {"variant": "cuda-fp16", "precision": "fp16", "provider": "CUDAExecutionProvider", "device": "cuda"}
-        plan = {"variant": "tensorrt-rtx", "runtime": "tensorrt-rtx", "plan": PLAN, "model_file": "engine.plan"}
+        plan = {"variant": "tensorrt-rtx", "runtime": "tensorrt-rtx", "plan": PLAN_INFO, "model_file": "engine.plan"}
         engines = [(context, ARTIFACT) for context in CONTEXTS]
         engines += [(CONTEXTS[0], dataclasses.replace(ARTIFACT, **fp16))]
         engines += [(CONTEXTS[0], dataclasses.replace(ARTIFACT, files=("engine.plan",), **plan))]

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from cpcompile.core.cache import CacheBytes
 from cpcompile.core.json_form import from_json, to_json
 from cpcompile.core.measured import NotMeasured
 from cpcompile.machine.environment import environment
@@ -17,7 +18,6 @@ from cpcompile.machine.memory import ProcessMemory
 from cpcompile.report import (
     BuildResult,
     BuildStage,
-    CacheSizes,
     ContextResult,
     ModelInfo,
     ParameterCounts,
@@ -229,7 +229,7 @@ def arguments(*variants: Engine, bundle_bytes: int = 9, dense_bytes: int | None 
                 name=c,
                 parameters=parameters,
                 variants=tuple(v.result for v in variants if v.context == c),
-                cache=CacheSizes(bytes_per_token=3_072, dense_bytes_per_token=12_288),
+                cache=CacheBytes(bytes_per_token=3_072, dense_bytes_per_token=12_288),
             )
             for c in contexts
         ],
