@@ -12,6 +12,7 @@ from cpcompile.passes.canonicalize_shapes import CanonicalizeShapes
 from cpcompile.passes.clean_up import CleanUp
 from cpcompile.passes.eliminate_dead_channels import Blocked, EliminateDeadChannels, Elimination, KeptChannels
 from cpcompile.passes.fold_constants import FoldConstants
+from cpcompile.passes.group_query_heads import GroupQueryHeads
 from cpcompile.passes.prune_experts import PruneExperts, Pruning, Router
 from cpcompile.passes.remove_whole_gathers import RemoveWholeGathers
 from cpcompile.passes.strip_metadata import StripMetadata
@@ -75,6 +76,7 @@ def freeze(dynamic: ir.Model | Prepared, context: int, tokens: Sequence[int] | N
     eliminated = EliminateDeadChannels(clean_up, cut_caches=True)(model)
     assert isinstance(eliminated, Elimination)
     RemoveWholeGathers()(model)
+    GroupQueryHeads()(model)
     left = eliminated.kept
     if tokens is not None:
         trimmed = TrimVocabulary(tuple(tokens), clean_up=clean_up)(model)

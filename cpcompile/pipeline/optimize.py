@@ -28,6 +28,7 @@ from cpcompile.passes.clean_up import CleanUp
 from cpcompile.passes.eliminate_dead_channels import Blocked, EliminateDeadChannels, Elimination
 from cpcompile.passes.fold_constants import FoldConstants
 from cpcompile.passes.fold_gates import FoldGates
+from cpcompile.passes.group_query_heads import GroupQueryHeads
 from cpcompile.passes.infer_shapes import Inference, InferShapes
 from cpcompile.passes.opset import OpsetError
 from cpcompile.passes.prune_experts import PruneExperts
@@ -49,6 +50,7 @@ PASSES: Mapping[str, type[ir.passes.InPlacePass]] = MappingProxyType(
         "prune_experts": PruneExperts,
         "eliminate_dead_channels": EliminateDeadChannels,
         "remove_whole_gathers": RemoveWholeGathers,
+        "group_query_heads": GroupQueryHeads,
         "remove_empty_layers": RemoveEmptyLayers,
         "fold_gates": FoldGates,
         "transpose_parameters": TransposeParameters,

@@ -173,6 +173,8 @@ def test_pretrained_models_have_caches(kind: str) -> None:
         frozen = freeze(dynamic, index).model
         shapes = {name: shape for name, shape in input_shapes(frozen.graph).items() if PAST.fullmatch(name)}
         assert [shape[1] for shape in shapes.values()] == [n for n in heads for _ in ("key", "value") if n]
+        for node in (each for each in frozen.graph if each.op_type == "Attention"):
+            assert all(value in frozen.graph.outputs for value in node.inputs[1:3]), "a copy of the cache"
         expected = eager(model, ids, index)
         session = opened(frozen)
         logits, cache = step(session, {INPUT: ids[:, :6]})
