@@ -60,10 +60,10 @@ class CleanUp(GraphPass):
         if node.op_type == "Identity":
             return node.inputs[0]
         if node.op_type == "Expand":
-            return node.inputs[0] if _same_shape(node.inputs[0], node.outputs[0]) else None
+            return node.inputs[0] if same_shape(node.inputs[0], node.outputs[0]) else None
         if node.op_type == "Mul":
             for value, other in (node.inputs, node.inputs[::-1]):
-                if other is not None and self._is_ones(other) and _same_shape(value, node.outputs[0]):
+                if other is not None and self._is_ones(other) and same_shape(value, node.outputs[0]):
                     return value
         return None
 
@@ -74,7 +74,7 @@ class CleanUp(GraphPass):
         return bool(np.all(tensor.numpy() == 1))
 
 
-def _same_shape(value: ir.Value | None, out: ir.Value) -> bool:
+def same_shape(value: ir.Value | None, out: ir.Value) -> bool:
     """Whether both certainly have the same shape: an unknown dimension equals nothing."""
     if value is None or value.shape is None or out.shape is None or value.shape.has_unknown_dim():
         return False

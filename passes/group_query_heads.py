@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from cpcompile.passes.clean_up import same_shape
 from cpcompile.passes.graph_pass import GraphPass
 from cpcompile.passes.nodes import constant_of
 from cpcompile.passes.operators import is_standard
@@ -59,16 +60,13 @@ def _repeated(copies: ir.Value | None) -> ir.Value | None:
 
 def _whole(value: ir.Value | None) -> ir.Value | None:
     """What `value` is a slice of, if that slice takes everything."""
-    while (source := _input_of(value, "Slice")) is not None and value is not None:
-        node = value.producer()
-        assert node is not None
-        steps = node.inputs[STEPS] if len(node.inputs) > STEPS else None
-        step = None if steps is None else constant_of(steps)
-        in_order = steps is None or (step is not None and bool((step.numpy() == 1).all()))
-        if not in_order or not _shape(value) or _shape(value) != _shape(source):
-            return value
-        value = source
-    return value
+    node = None if value is None else value.producer()
+    if value is None or node is None or node.op_type != "Slice" or not is_standard(node):
+        return value
+    steps = node.inputs[STEPS] if len(node.inputs) > STEPS else None
+    step = None if steps is None else constant_of(steps)
+    in_order = steps is None or (step is not None and bool((step.numpy() == 1).all()))
+    return _whole(node.inputs[0]) if in_order and same_shape(node.inputs[0], value) else value
 
 
 def _input_of(value: ir.Value | None, operator: str) -> ir.Value | None:
@@ -77,7 +75,6 @@ def _input_of(value: ir.Value | None, operator: str) -> ir.Value | None:
     return node.inputs[0] if node is not None and node.op_type == operator and is_standard(node) else None
 
 
-def _shape(value: ir.Value) -> tuple[int | str, ...]:
+def _shape(value: ir.Value) -> tuple[int | ir.SymbolicDim, ...]:
     """Lengths and their names; () if one is unknown."""
-    lengths = [each if isinstance(each, int) else each.value for each in value.shape or ()]
-    return tuple(each for each in lengths if each is not None) if None not in lengths else ()
+    return () if value.shape is None or value.shape.has_unknown_dim() else tuple(value.shape)

@@ -91,6 +91,7 @@ def export_engines(
         artifact = export_onnxruntime(one, folder, weights=weights, locations=locations, contexts=tuple(frozen))
         writer.add_variant(ROUTER, artifact, weights=uri)
         done()
+    dense = bytes_per_token(dynamic.graph)
     return {
         "checkpoint": file_digest(source.path),
         "tokenizers": tokenizers,
@@ -98,7 +99,7 @@ def export_engines(
         "cache": {
             context: {"bytes_per_token": bytes_per_token(each.model.graph), "dense_bytes_per_token": dense}
             for context, each in frozen.items()
-            if (dense := bytes_per_token(dynamic.graph))
+            if dense
         },
         "shared_weights": not config.standalone,
         "parameters": {context: _parameters(accounts[context], frozen[context]) for context in frozen},

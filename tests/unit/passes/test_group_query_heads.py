@@ -24,7 +24,8 @@ def repeated(part: str = "", other: str = "") -> ir.Model:
     """The graph of repeated heads, with `other` in place of `part`."""
     assert part in REPEATED
     arrays = {name: np.array([number]) for name, number in CONSTANTS.items()}
-    arrays |= {"times": np.array([1, 1, 2, 1, 1]), "merged": np.array([0, 4, -1, 8])}
+    shapes = {"times": [1, 1, 2, 1, 1], "twice": [1, 2, 1, 1, 1], "merged": [0, 4, -1, 8]}
+    arrays |= {name: np.array(shape) for name, shape in shapes.items()}
     text = REPEATED.replace(part, other) if part else REPEATED
     return parse(text, {name: array for name, array in arrays.items() if f" {name}" in text})
 
@@ -52,6 +53,7 @@ def test_tokens_in_another_order_stay_in_it() -> None:
 @pytest.mark.parametrize(
     ("part", "other"),
     [
+        ("k1 = Unsqueeze(ks, two) k2 = Expand(k1, times)", "k1 = Unsqueeze(ks, one) k2 = Expand(k1, twice)"),
         ("k2 = Expand(k1, times)", "k0 = Unsqueeze(ks, one) k2 = Concat<axis = 1>(k0, k0)"),  # heads 0, 1, 0, 1
         (ATTENTION, f"k4 = Neg(k3) {ATTENTION.replace('k3', 'k4')}"),  # something happens to the copies
         (ATTENTION, ATTENTION.replace("v3)", "v3, , k, v)")),  # a cache of its own
