@@ -71,7 +71,8 @@ def _restore_object(kind: Any, content: Any) -> Any:
     reasons = content[NOT_MEASURED] if issubclass(kind, Measurements) else {}
     if unknown := content.keys() - {*fields, NOT_MEASURED}:
         raise KeyError(f"{kind.__name__} has no {', '.join(sorted(unknown))}")
-    return kind(**{name: _restore(hint, content[name], reasons.get(name)) for name, hint in fields.items()})
+    present = {name: hint for name, hint in fields.items() if name in content}  # others need a default
+    return kind(**{name: _restore(hint, content[name], reasons.get(name)) for name, hint in present.items()})
 
 
 def _restore_union(arguments: tuple[Any, ...], content: Any, reason: str | None) -> Any:

@@ -77,6 +77,12 @@ def test_the_page_opens_in_a_browser(width: int, scheme: str, bundle: Path, brow
     assert shot.stat().st_size > 20_000
 
 
+def test_the_page_fits_the_narrowest_phone(bundle: Path, browser: Page) -> None:
+    # Narrower than needed for most figures: whether long ones fit must not depend on what was measured.
+    browser.open(bundle / "report.html", width=320, scheme="light")
+    assert browser.evaluate("document.documentElement.scrollWidth") <= 320
+
+
 def test_the_page_can_be_printed(bundle: Path, browser: Page) -> None:
     browser.open(bundle / "report.html", width=1280, scheme="light")
     assert browser.print().startswith(b"%PDF")

@@ -73,6 +73,12 @@ def test_what_is_no_report_is_refused_with_the_reason(text: str, message: str, t
     assert message in str(caught.value)
 
 
+def test_a_report_of_an_engine_without_a_cache_may_leave_the_cache_out(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    path.write_text(edited(lambda r: [context.pop("cache", None) for context in r["contexts"]]), encoding="utf-8")
+    assert [context.cache for context in read_report(path).contexts] == [None, None]
+
+
 def test_a_report_that_is_not_there_is_refused_with_the_way_out(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="there is no such file; `cpcompile validate` writes one"):
         read_report(tmp_path)
