@@ -17,7 +17,7 @@ from typing import Any
 import onnx_ir as ir
 
 from cpcompile.bundle.reader import WEIGHTS_OPTION
-from cpcompile.core.cache import HEADS, INPUT, MASK, OUTPUT, PAST, POSITIONS, past_name, present_name
+from cpcompile.core.cache import HEADS, IN_PLACE, INPUT, MASK, OUTPUT, PAST, POSITIONS, past_name, present_name
 from cpcompile.core.generation import GenerationSettings
 from cpcompile.exporters.genai_tokenizer import GenaiTokenizer
 from cpcompile.exporters.weights_file import INLINE, refer_to_weights, write_weights
@@ -46,7 +46,7 @@ def export_genai(
     for context, model in models.items():
         folders[context].mkdir(exist_ok=True)
         options = dict(session_options[context]) | ({} if alone else {WEIGHTS_OPTION: ".."})
-        config = genai_config(model.graph, settings[context], options)
+        config = genai_config(model, settings[context], options)
         ir.save(model, folders[context] / MODEL_FILE)
         write_json(folders[context] / "genai_config.json", config)
     return folders
@@ -58,8 +58,9 @@ def write_tokenizer(folder: Path, tokenizer: GenaiTokenizer) -> None:
     write_json(folder / "tokenizer_config.json", tokenizer.config)
 
 
-def genai_config(graph: ir.Graph, settings: GenerationSettings, session_options: Mapping[str, str]) -> dict[str, Any]:
+def genai_config(model: ir.Model, settings: GenerationSettings, session_options: Mapping[str, str]) -> dict[str, Any]:
     """The content of genai_config.json; `settings` need a token that ends texts. Without heads there is no cache."""
+    graph = model.graph
     names = {value.name or "": value.shape or ir.Shape([]) for value in graph.inputs}
     shapes = {int(found[1]): names[found[0]] for name in names if (found := PAST.fullmatch(name))}
     (vocabulary,) = (value.shape[-1] for value in graph.outputs if value.name == OUTPUT and value.shape is not None)
@@ -95,7 +96,7 @@ def genai_config(graph: ir.Graph, settings: GenerationSettings, session_options:
             "max_length": min(length, DEFAULT_LENGTH),
             "do_sample": False,
             "num_beams": 1,
-            "past_present_share_buffer": False,  # the standard operators join past and present
+            "past_present_share_buffer": IN_PLACE in model.metadata_props,  # standard operators join past and present
         },
     }
 

@@ -12,9 +12,11 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedOpsetsPass, TopologicalSortPass
 
 from cpcompile.passes.graph_pass import GraphPass
-from cpcompile.passes.nodes import constant_of, subgraphs_of
+from cpcompile.passes.nodes import constant_of, made_by, optional_input, subgraphs_of
 from cpcompile.passes.operators import is_standard
 
+STEPS = 4
+"""The input of a Slice that says how far apart the kept elements are."""
 SMALL = 1 << 16
 """Constants with at most this many elements are checked for ones."""
 
@@ -79,6 +81,17 @@ def same_shape(value: ir.Value | None, out: ir.Value) -> bool:
     if value is None or value.shape is None or out.shape is None or value.shape.has_unknown_dim():
         return False
     return bool(value.shape == out.shape)
+
+
+def unsliced(value: ir.Value | None) -> ir.Value | None:
+    """What `value` is a slice of, if that slice takes everything."""
+    node = made_by(value, "Slice")
+    if value is None or node is None:
+        return value
+    steps = optional_input(node, STEPS)
+    step = None if steps is None else constant_of(steps)
+    in_order = steps is None or (step is not None and bool((step.numpy() == 1).all()))
+    return unsliced(node.inputs[0]) if in_order and same_shape(node.inputs[0], value) else value
 
 
 def replace_value(source: ir.Value, out: ir.Value) -> bool:

@@ -8,10 +8,34 @@ from typing import Any
 import numpy.typing as npt
 import onnx_ir as ir
 
+from cpcompile.passes.operators import is_standard
+
 
 def constant_of(value: ir.Value) -> ir.TensorProtocol | None:
     """The tensor of a constant; None for an initializer that is also an input, because a caller may replace it."""
     return None if value.is_graph_input() else value.const_value
+
+
+def made_by(value: ir.Value | None, *operators: str) -> ir.Node | None:
+    """The node that computes `value`, if it is one of these operators of the standard."""
+    node = None if value is None else value.producer()
+    return node if node is not None and node.op_type in operators and is_standard(node) else None
+
+
+def optional_input(node: ir.Node, index: int) -> ir.Value | None:
+    """An input that may be left out."""
+    return node.inputs[index] if index < len(node.inputs) else None
+
+
+def constant_integer(value: ir.Value | None) -> int | None:
+    """The whole number that is the one element of a constant."""
+    tensor = None if value is None else constant_of(value)
+    return int(tensor.numpy().item()) if tensor is not None and tensor.size == 1 else None
+
+
+def known_shape(value: ir.Value) -> tuple[int | ir.SymbolicDim, ...]:
+    """Lengths and their names; () if one is unknown."""
+    return () if value.shape is None or value.shape.has_unknown_dim() else tuple(value.shape)
 
 
 def int_attribute(node: ir.Node, name: str, default: int) -> int:

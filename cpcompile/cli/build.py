@@ -35,6 +35,9 @@ from cpcompile.targets.requests import parse_targets
     help="ONNX opset of the graphs.",
 )
 @click.option("--standalone", is_flag=True, help="Self-contained models instead of shared weights.")
+@click.option(
+    "--standard-operators", is_flag=True, help="Only operators of the ONNX standard, for other runtimes; slower."
+)
 @click.option("--merged", is_flag=True, help="Add one engine for all contexts, with the context as an input.")
 @click.option(
     "--vocabulary-coverage",
@@ -65,6 +68,7 @@ def build(
     contexts: str | None,
     opset: str,
     standalone: bool,
+    standard_operators: bool,
     merged: bool,
     vocabulary_coverage: float | None,
     targets: tuple[str, ...],
@@ -104,6 +108,7 @@ def build(
         contexts=names_in(contexts),
         opset=int(opset),
         standalone=standalone,
+        standard_operators=standard_operators,
         merged=merged,
         vocabulary_coverage=vocabulary_coverage,
         targets=targets,

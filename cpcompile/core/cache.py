@@ -26,6 +26,8 @@ OUTPUT = "logits"
 PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")
 PRESENT = re.compile(r"present\.(\d+)\.(key|value)")
 PARTS = ("key", "value")
+IN_PLACE = "cpcompile.cache_in_place"
+"""Metadata of graphs whose past and present may be one buffer, with room for tokens to come."""
 HEADS, LENGTH = 1, 2
 """The axes of a cache tensor that a context may cut, and along which it grows."""
 

@@ -240,6 +240,8 @@ class BuildConfig:
     opset: int = OPSETS[-1]
     standalone: bool = False
     """Whether every engine has its weights in its own file instead of sharing one."""
+    standard_operators: bool = False
+    """Whether engines keep to the operators of the ONNX standard, for other runtimes than ONNX Runtime."""
     merged: bool = False
     """Whether to add one engine for all contexts, with the context as an input."""
     vocabulary_coverage: float | None = None

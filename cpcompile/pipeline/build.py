@@ -3,7 +3,7 @@
 text per context -> Corpus -> trainer -> Checkpoint             or your own Program, with gates
 Checkpoint, Program -> capture (once) -> dynamic graph
 dynamic graph x context -> freeze passes -> frozen graph         for every context
-frozen graphs -> shared weights -> exporter -> bundle
+frozen graphs -> shared weights -> fused for the CPU -> exporter -> bundle
 frozen graphs x targets -> legal, in their precision -> exporters -> engines for GPUs in the bundle
 bundle + eager models + held-out text -> validator -> report, verdict
 """

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
+from onnx_ir.passes.common import CommonSubexpressionEliminationPass
 
 from cpcompile.bundle.reader import ROUTER, TOKEN_IDS
 from cpcompile.bundle.writer import BundleWriter
@@ -23,11 +24,13 @@ from cpcompile.frontend.source import Source
 from cpcompile.passes.cache_interface import bytes_per_token
 from cpcompile.passes.fold_gates import FoldGates
 from cpcompile.passes.freeze import Frozen
+from cpcompile.passes.group_query_attention import GroupQueryAttention
 from cpcompile.passes.infer_shapes import InferShapes
 from cpcompile.passes.legalize_for_tensorrt import LegalizeForTensorRT
 from cpcompile.passes.lower_precision import HALVES, LowerPrecision
 from cpcompile.passes.merge_contexts import merge_contexts
 from cpcompile.passes.remove_cache import without_cache
+from cpcompile.passes.rotary_embedding import RotaryEmbedding
 from cpcompile.passes.share_weights import Run, ShareWeights, plan_runs
 from cpcompile.pipeline.accounting import Accounting
 from cpcompile.targets.requests import CUDA, Added
@@ -82,7 +85,8 @@ def export_engines(
     weights = writer.asset(uri) / WEIGHTS_FILE if uri else None
     for context in frozen:
         folder = writer.folder(context, SINGLE)
-        artifact = export_onnxruntime(frozen[context].model, folder, weights=weights, locations=locations)
+        model = frozen[context].model if config.standard_operators else fused_for_cpu(frozen[context].model)
+        artifact = export_onnxruntime(model, folder, weights=weights, locations=locations)
         writer.add_variant(context, artifact, weights=uri)
         done()
     if config.merged:
@@ -147,6 +151,14 @@ def _export_cuda(writer: BundleWriter, context: str, frozen: ir.Model, precision
     weights = writer.asset(uri) / WEIGHTS_FILE
     artifact = export_onnxruntime(model, folder, weights=weights, locations=locations, cuda_precision=precision)
     writer.add_variant(context, artifact, weights=uri)
+
+
+def fused_for_cpu(frozen: ir.Model) -> ir.Model:
+    """A copy in operators that ONNX Runtime computes faster on the CPU; tensors are shared."""
+    model = frozen.clone()
+    for each in (CommonSubexpressionEliminationPass(), RotaryEmbedding(), GroupQueryAttention()):
+        each(model)
+    return model
 
 
 def legal_for_plans(frozen: ir.Model, precision: str) -> ir.Model:

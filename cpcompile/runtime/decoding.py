@@ -1,8 +1,8 @@
 """The loop that generates tokens: prompts -> the cache -> one token for each of them, again and again.
 
-Prompts of unequal lengths are filled up in front, where the attention mask leaves them out. The cache stays in the
-buffers that the engine wrote: what one step puts out is bound as the input of the next, without a copy. Engines without
-a cache read the whole text again for every token.
+Prompts of unequal lengths are filled up in front, where the attention mask leaves them out. The cache stays in buffers
+that steps read and write without a copy (`cache_buffers`). Engines without a cache read the whole text again for every
+token.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def _decode(
 ) -> Iterator[list[int | None]]:
     texts = [list(prompt) for prompt in prompts]
     going = [True] * len(texts)
-    steps = _with_cache(engine, texts) if engine.has_cache else _without_cache(engine, texts)
+    steps = _with_cache(engine, texts, tokens) if engine.has_cache else _without_cache(engine, texts)
     for _ in range(tokens):
         logits = next(steps)
         chosen: list[int | None] = []
@@ -71,8 +71,8 @@ def _decode(
         yield chosen
 
 
-def _with_cache(engine: Engine, texts: Sequence[list[int]]) -> Iterator[Logits]:
-    """The logits (batch, vocabulary) after `texts`, which the caller extends by one token between the steps."""
+def _with_cache(engine: Engine, texts: Sequence[list[int]], tokens: int) -> Iterator[Logits]:
+    """The logits (batch, vocabulary) after `texts`, which the caller extends by one of `tokens` between the steps."""
     longest = max(map(len, texts))
     ids = np.full((len(texts), longest), FILLER, dtype=np.int64)
     mask = np.zeros((len(texts), longest), dtype=np.int64)
@@ -80,7 +80,7 @@ def _with_cache(engine: Engine, texts: Sequence[list[int]]) -> Iterator[Logits]:
         ids[row, longest - len(text) :] = text
         mask[row, longest - len(text) :] = 1
     positions = np.maximum(mask.cumsum(1) - 1, 0)
-    step = engine.cached_steps(len(texts))
+    step = engine.cached_steps(len(texts), longest + tokens)
     while True:
         yield step(ids, mask, positions)
         ids = np.array([[text[-1]] for text in texts], dtype=np.int64)

@@ -23,11 +23,23 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from cpcompile.bundle.reader import WEIGHTS_OPTION, Bundle, Variant, open_bundle
-from cpcompile.core.cache import INPUT, KEEP, MASK, OUTPUT, POSITIONS, PRESENT, complete, is_optional, present_of
+from cpcompile.core.cache import (
+    IN_PLACE,
+    INPUT,
+    KEEP,
+    MASK,
+    OUTPUT,
+    POSITIONS,
+    PRESENT,
+    complete,
+    is_optional,
+    present_of,
+)
 from cpcompile.core.coercion import coerce, require
 from cpcompile.core.errors import CpcompileError, UsageError, first_line
 from cpcompile.core.measured import NotMeasured
 from cpcompile.core.types import Array, Feeds
+from cpcompile.runtime.cache_buffers import CacheBuffers, InPlace, Joined
 from cpcompile.runtime.decoding import Step, decode
 from cpcompile.runtime.sampling import Sampling
 
@@ -96,15 +108,29 @@ class Engine:
 
         logits_to_keep: how many of the last tokens' logits are computed; 0 for all.
         """
-        feeds = {INPUT: self._tokens(input_ids), **(cache or {}), KEEP: np.asarray(logits_to_keep)}
-        names = [OUTPUT, *self._presents.values()]
-        logits, *present = self._run(names, feeds)
+        tokens, names = self._tokens(input_ids), [OUTPUT, *self._presents.values()]
+        if cache and self.writes_in_place and min(tokens.shape) > 1:
+            return self._step_by_step(tokens, cache, logits_to_keep)
+        logits, *present = self._run(names, {INPUT: tokens, **(cache or {}), KEEP: np.asarray(logits_to_keep)})
         return logits, dict(zip(self._presents, present, strict=True))
+
+    def _step_by_step(self, tokens: Array, cache: Cache, keep: int) -> tuple[npt.NDArray[np.float32], Cache]:
+        """The same, token by token: GroupQueryAttention takes several after a cache from one text alone."""
+        logits = []
+        for column in range(tokens.shape[1]):
+            one, cache = self.step(tokens[:, column : column + 1], cache)
+            logits.append(one)
+        return np.concatenate(logits[-keep:], axis=1), cache
 
     @cached_property
     def has_cache(self) -> bool:
         """Whether it goes on where it was, instead of reading the whole text again."""
         return KEEP in self._inputs
+
+    @cached_property
+    def writes_in_place(self) -> bool:
+        """Whether the cache may be one buffer with room for more tokens, instead of being joined anew at every step."""
+        return IN_PLACE in self.session.get_modelmeta().custom_metadata_map
 
     @cached_property
     def _names(self) -> list[str]:
@@ -184,32 +210,32 @@ class Engine:
                 f"{self.variant.model}: ONNX Runtime {ort.__version__} cannot run it on these inputs: {error}"
             ) from error
 
-    def cached_steps(self, batch: int) -> Step:
-        """A function that reads `batch` texts step by step, and keeps the cache in the buffers of ONNX Runtime.
+    def cached_steps(self, batch: int, tokens: int) -> Step:
+        """A function that reads `batch` texts step by step, and keeps the cache in buffers of ONNX Runtime.
 
         It takes input_ids (batch, new), attention_mask (batch, past + new) and position_ids (batch, new), and gives the
-        logits (batch, vocabulary) of the last token.
+        logits (batch, vocabulary) of the last token. tokens: how many each text has in the end, if it is not more.
         """
         binding = self.session.io_binding()
-        names = [OUTPUT, *self._presents.values()]
-        empty = complete({INPUT: np.zeros((batch, 1), dtype=np.int64)}, self._shapes)
-        for name in self._presents:
-            binding.bind_cpu_input(name, empty[name])
         for name, number in {KEEP: 1, **self.variant.feeds}.items():
             binding.bind_cpu_input(name, np.asarray(number))
+        empty = complete({INPUT: np.zeros((batch, 1), dtype=np.int64)}, self._shapes)
+        cache: CacheBuffers = (
+            InPlace(binding, self._presents, empty, tokens)
+            if self.writes_in_place
+            else Joined(binding, self._presents, empty)
+        )
 
         def step(input_ids: Array, attention_mask: Array, position_ids: Array) -> npt.NDArray[np.float32]:
             given = {INPUT: input_ids, MASK: attention_mask, POSITIONS: position_ids}
             for name in given.keys() & self._inputs.keys():
                 binding.bind_cpu_input(name, np.ascontiguousarray(given[name]))
-            for name in names:  # anew, or the last step's buffers would be written while they are read
-                binding.bind_output(name)
+            binding.bind_output(OUTPUT)
+            cache.before(attention_mask.shape[1])
             with self._running():
                 self.session.run_with_iobinding(binding)
-            logits, *present = binding.get_outputs()
-            for past, value in zip(self._presents, present, strict=True):
-                binding.bind_ortvalue_input(past, value)
-            last: npt.NDArray[np.float32] = logits.numpy()[:, -1]
+            cache.after()
+            last: npt.NDArray[np.float32] = binding.get_outputs()[0].numpy()[:, -1]
             return last
 
         return step

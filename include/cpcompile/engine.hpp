@@ -46,6 +46,7 @@ class Cache {
     friend class Engine;
     std::vector<Ort::Value> values_;
     std::size_t length_ = 0;
+    std::size_t room_ = 0;  ///< How many tokens the values have room for; 0 where they are exactly as long as the texts.
 };
 
 struct Step {
@@ -78,6 +79,8 @@ class Engine {
             const auto tensor = type.GetTensorTypeAndShapeInfo();
             if (!tensor.GetShape().empty() && tensor.GetShape().back() > 0) vocabulary_ = tensor.GetShape().back();
         }
+        const Ort::ModelMetadata metadata = session().GetModelMetadata();
+        in_place_ = metadata.LookupCustomMetadataMapAllocated("cpcompile.cache_in_place", allocator) != nullptr;
     }
 
     const Variant& variant() const { return variant_; }
@@ -99,6 +102,8 @@ class Engine {
         require_tokens(input_ids);
         if (pasts_.empty())
             throw UsageError(variant_.model.string() + ": has no cache; use `run`, or build the bundle again");
+        if (in_place_ && cache.length() > 0 && input_ids.size() > 1 && input_ids[0].size() > 1)
+            return step_by_step(input_ids, cache, logits_to_keep);
         return step({input_ids, &cache, {}, logits_to_keep, true});
     }
 
@@ -129,6 +134,7 @@ class Engine {
 
  private:
     static constexpr const char *kInput = "input_ids", *kMask = "attention_mask", *kPositions = "position_ids";
+    static constexpr std::size_t kAhead = 1024;  ///< Tokens for which a cache has room beforehand, at most.
     static constexpr const char *kKeep = "logits_to_keep", *kLogits = "logits";
 
     struct Declared {
@@ -143,6 +149,7 @@ class Engine {
         std::vector<std::size_t> filled;  ///< How many tokens in front of each text only fill it up; empty for none.
         std::size_t keep;
         bool presents;  ///< Whether the cache is wanted, besides the logits.
+        bool in_place = false;  ///< Whether it is written to where the past is read, in `cache`, which has room.
     };
 
     static Ort::Value whole_numbers(const std::vector<std::int64_t>& shape) {
@@ -150,9 +157,10 @@ class Engine {
         return Ort::Value::CreateTensor<std::int64_t>(allocator, shape.data(), shape.size());
     }
 
-    /// Runs the session; the inputs and outputs are named in order.
+    /// Runs the session; the inputs and outputs are named in order. The last outputs are written to `given`.
     std::vector<Ort::Value> run(const std::vector<std::pair<std::string, const OrtValue*>>& feeds,
-                                const std::vector<std::string>& wanted) const {
+                                const std::vector<std::string>& wanted,
+                                const std::vector<OrtValue*>& given = {}) const {
         std::vector<const char*> names, outputs;
         std::vector<const OrtValue*> values;
         for (const auto& [name, value] : feeds) {
@@ -160,7 +168,8 @@ class Engine {
             values.push_back(value);
         }
         for (const std::string& name : wanted) outputs.push_back(name.c_str());
-        std::vector<OrtValue*> results(wanted.size());
+        std::vector<OrtValue*> results(wanted.size() - given.size());
+        results.insert(results.end(), given.begin(), given.end());
         try {
             Ort::ThrowOnError(Ort::GetApi().Run(session(), nullptr, names.data(), values.data(), values.size(),
                                                 outputs.data(), outputs.size(), results.data()));
@@ -168,6 +177,7 @@ class Engine {
             throw Error(variant_.model.string() + ": ONNX Runtime " + OrtGetApiBase()->GetVersionString() +
                         " cannot run it on these inputs: " + error.what());
         }
+        results.resize(wanted.size() - given.size());
         std::vector<Ort::Value> owned;
         for (OrtValue* result : results) owned.emplace_back(result);
         return owned;
@@ -202,7 +212,7 @@ class Engine {
                     for (std::int64_t index = 0; index < length; ++index)
                         *place++ = mask ? index >= filled : std::max<std::int64_t>(past + index - filled, 0);
                 }
-            } else if (past == 0 && is_past(name)) {
+            } else if (past == 0 && is_past(name) && !pass.in_place) {
                 const std::int64_t shape[] = {batch, declared.shape.at(1), 0, declared.shape.at(3)};
                 made.push_back(Ort::Value::CreateTensor(Ort::AllocatorWithDefaultOptions(), shape, 4, declared.type));
             } else if (!is_past(name)) {
@@ -214,12 +224,14 @@ class Engine {
             feeds.emplace_back(name, made.back());
         }
         std::vector<std::string> wanted{kLogits};
+        std::vector<OrtValue*> written;
         for (std::size_t index = 0; index < pasts_.size(); ++index) {
-            if (past > 0) feeds.emplace_back(pasts_[index], pass.cache->values_[index]);
+            if (past > 0 || pass.in_place) feeds.emplace_back(pasts_[index], pass.cache->values_[index]);
             if (pass.presents)
                 wanted.push_back("present." + pasts_[index].substr(std::string("past_key_values.").size()));
+            if (pass.in_place) written.push_back(const_cast<OrtValue*>(feeds.back().second));
         }
-        std::vector<Ort::Value> results = run(feeds, wanted);
+        std::vector<Ort::Value> results = run(feeds, wanted, written);
         if (results[0].GetTensorTypeAndShapeInfo().GetElementType() != ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT)
             throw Error(variant_.model.string() + ": its logits are not float32; choose another variant");
         return results;
@@ -231,6 +243,64 @@ class Engine {
         cache.length_ = (pass.cache ? pass.cache->length() : 0) + pass.ids[0].size();
         cache.values_.assign(std::make_move_iterator(results.begin() + 1), std::make_move_iterator(results.end()));
         return {Logits(std::move(results.front())), std::move(cache)};
+    }
+
+    /// The same, token by token: GroupQueryAttention takes several after a cache from one text alone.
+    Step step_by_step(const Batch& input_ids, const Cache& cache, std::size_t logits_to_keep) const {
+        const std::size_t length = input_ids[0].size(), kept = logits_to_keep ? std::min(logits_to_keep, length) : length;
+        Batch column(input_ids.size());
+        std::vector<float> logits;
+        Cache next;
+        for (std::size_t index = 0; index < length; ++index) {
+            for (std::size_t row = 0; row < input_ids.size(); ++row) column[row] = {input_ids[row][index]};
+            Step one = step({column, index ? &next : &cache, {}, 1, true});
+            next = std::move(one.cache);
+            if (index + kept < length) continue;
+            const std::size_t classes = one.logits.vocabulary();
+            logits.resize(input_ids.size() * kept * classes);
+            for (std::size_t row = 0; row < input_ids.size(); ++row)
+                std::copy_n(one.logits.at(row, 0), classes, &logits[(row * kept + index + kept - length) * classes]);
+        }
+        const std::int64_t shape[] = {static_cast<std::int64_t>(input_ids.size()), static_cast<std::int64_t>(kept),
+                                      static_cast<std::int64_t>(logits.size() / input_ids.size() / kept)};
+        Ort::Value joined = Ort::Value::CreateTensor<float>(Ort::AllocatorWithDefaultOptions(), shape, 3);
+        std::copy(logits.begin(), logits.end(), joined.GetTensorMutableData<float>());
+        return {Logits(std::move(joined)), std::move(next)};
+    }
+
+    /// Reads `feed` behind what is in `cache`, and leaves it there too. most: the tokens that the texts have in the end,
+    /// if it is not more.
+    Logits read_on(const Batch& feed, const std::vector<std::size_t>& filled, Cache& cache, std::size_t most) const {
+        if (!in_place_) {
+            Step next = step({feed, pasts_.empty() ? nullptr : &cache, filled, 1, !pasts_.empty()});
+            cache = std::move(next.cache);
+            return std::move(next.logits);
+        }
+        const std::size_t length = cache.length_ + feed[0].size();
+        if (length > cache.room_) grow(cache, feed.size(), std::max(length, std::min(most, length + kAhead)));
+        Logits logits(std::move(forward({feed, &cache, filled, 1, true, true}).front()));
+        cache.length_ = length;
+        return logits;
+    }
+
+    /// Gives `cache` room for so many tokens; memory that nothing is written to is not taken.
+    void grow(Cache& cache, std::size_t batch, std::size_t room) const {
+        for (std::size_t index = 0; index < pasts_.size(); ++index) {
+            const Declared& declared = inputs_.at(pasts_[index]);
+            const std::int64_t shape[] = {static_cast<std::int64_t>(batch), declared.shape.at(1),
+                                          static_cast<std::int64_t>(room), declared.shape.at(3)};
+            Ort::Value larger = Ort::Value::CreateTensor<float>(Ort::AllocatorWithDefaultOptions(), shape, 4);
+            const std::size_t channels = static_cast<std::size_t>(declared.shape.at(3));
+            const std::size_t heads = batch * static_cast<std::size_t>(declared.shape.at(1));
+            for (std::size_t head = 0; head < heads && cache.length_ > 0; ++head)
+                std::copy_n(cache.values_[index].GetTensorData<float>() + head * cache.room_ * channels,
+                            cache.length_ * channels, larger.GetTensorMutableData<float>() + head * room * channels);
+            if (index < cache.values_.size())
+                cache.values_[index] = std::move(larger);
+            else
+                cache.values_.push_back(std::move(larger));
+        }
+        cache.room_ = room;
     }
 
     /// Continues `prompts` together; rows count from `first` for the seed and `on_token`.
@@ -251,13 +321,11 @@ class Engine {
         for (std::size_t count = 0; count < sampling.max_new_tokens; ++count) {
             for (std::size_t row = 0; row < texts.size(); ++row) done[row] = done[row] || is_full(texts[row]);
             if (std::all_of(done.begin(), done.end(), [](bool each) { return each; })) break;
-            Step next = step({feed, pasts_.empty() ? nullptr : &cache, filled, 1, !pasts_.empty()});
-            cache = std::move(next.cache);
+            const Logits logits = read_on(feed, filled, cache, longest + sampling.max_new_tokens);
             for (std::size_t row = 0; row < texts.size(); ++row) {
                 std::int64_t token = 0;  // of a complete text
                 if (!done[row]) {
-                    token = samplers[row].choose(next.logits.at(row, next.logits.kept() - 1), next.logits.vocabulary(),
-                                                 texts[row]);
+                    token = samplers[row].choose(logits.at(row, logits.kept() - 1), logits.vocabulary(), texts[row]);
                     done[row] = is_end(token, sampling);
                 }
                 if (!done[row]) {
@@ -322,6 +390,7 @@ class Engine {
     std::map<std::string, Declared> inputs_;  // with the context
     std::vector<std::string> pasts_, outputs_;
     std::optional<std::int64_t> vocabulary_;
+    bool in_place_ = false;  ///< Whether past and present may be one buffer, with room for more tokens.
 };
 
 inline std::map<std::string, Ort::Value> Engine::outputs(const std::map<std::string, Ort::Value>& feeds) const {

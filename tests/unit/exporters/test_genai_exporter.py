@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from cpcompile.core.generation import GenerationSettings
 from cpcompile.exporters.genai_exporter import genai_config
 from cpcompile.frontend.capture import capture
 from cpcompile.passes.freeze import freeze
+from cpcompile.pipeline.write_engines import fused_for_cpu
 from tests.unit.exporters.genai import assert_likeliest, exported, generate
 from tests.unit.passes.decoders import CONTEXTS, dynamic_graph, random_decoder, random_selection
 from tests.unit.passes.test_caches import eager, opened, pretrained, step
@@ -34,12 +36,13 @@ def greedy(graph: ir.Model, prompt: list[int], tokens: int) -> list[int]:
     return text[len(prompt) :]
 
 
-def test_contexts_side_by_side_share_a_weights_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize("finish", [ir.Model.clone, fused_for_cpu])
+def test_contexts_side_by_side_share_a_weights_file(finish: Callable[[ir.Model], ir.Model], tmp_path: Path) -> None:
     """Context a has no cache in layer 0, and c has none at all."""
     model = random_decoder(2, 4)
     model.select(random_selection(model, 4))
     dynamic = dynamic_graph(model, 23, cached=True)
-    frozen = {name: freeze(dynamic, index).model for index, name in enumerate(CONTEXTS)}
+    frozen = {name: finish(freeze(dynamic, index).model) for index, name in enumerate(CONTEXTS)}
     expected = {name: greedy(graph, [5, 6, 7], 40) for name, graph in frozen.items()}
     folders = exported(frozen, tmp_path / "all", SETTINGS)
     assert {name: path.relative_to(tmp_path) for name, path in folders.items()} == {
@@ -47,7 +50,7 @@ def test_contexts_side_by_side_share_a_weights_file(tmp_path: Path) -> None:
     }
     (weights,) = (tmp_path / "all").rglob("*.bin")
     assert weights == tmp_path / "all" / "weights.bin"
-    alone = exported({"a": freeze(dynamic, 0).model}, tmp_path / "one", SETTINGS)
+    alone = exported({"a": finish(freeze(dynamic, 0).model)}, tmp_path / "one", SETTINGS)
     assert alone == {"a": tmp_path / "one"}
     own = (tmp_path / "one" / "weights.bin").stat().st_size
     assert own < weights.stat().st_size < 3 * own  # the embedding is stored once
@@ -71,7 +74,7 @@ def test_pretrained_models_run(kind: str, tmp_path: Path) -> None:
     """Context 0 has one head in layer 1 and no cache in layer 0."""
     model = pretrained(kind)
     dynamic = capture(model, cached=True)
-    frozen = {name: freeze(dynamic, index).model for index, name in enumerate(("a", "b"))}
+    frozen = {name: fused_for_cpu(freeze(dynamic, index).model) for index, name in enumerate(("a", "b"))}
     prompts = [[5, 6, 7], list(range(10, 30))]
     expected = {name: [greedy(graph, prompt, 30) for prompt in prompts] for name, graph in frozen.items()}
     folders = exported(frozen, tmp_path / "all", SETTINGS)
@@ -86,7 +89,7 @@ def test_pretrained_models_run(kind: str, tmp_path: Path) -> None:
 def test_the_config_says_what_the_bundle_and_the_graph_say() -> None:
     model = random_decoder(2, 4)
     model.select(random_selection(model, 4))
-    graph = freeze(dynamic_graph(model, 23, cached=True), 0).model.graph
+    graph = freeze(dynamic_graph(model, 23, cached=True), 0).model
     settings = GenerationSettings(end=(3, 9), leading=(1, 4))
     config = genai_config(graph, settings, {"session.intra_op.allow_spinning": "0"})
     own, decoder = config["model"], config["model"]["decoder"]
@@ -95,6 +98,7 @@ def test_the_config_says_what_the_bundle_and_the_graph_say() -> None:
     assert decoder["session_options"]["session.intra_op.allow_spinning"] == "0"
     assert decoder["outputs"][OUTPUT] == OUTPUT and decoder["inputs"][INPUT] == INPUT
     assert config["search"]["max_length"] == 2048 and not config["search"]["past_present_share_buffer"]
+    assert genai_config(fused_for_cpu(graph), settings, {})["search"]["past_present_share_buffer"]
     limited = genai_config(graph, GenerationSettings(end=(3,), context_length=64), {})
     assert (limited["model"]["context_length"], limited["search"]["max_length"]) == (64, 64)
     assert "bos_token_id" not in limited["model"] and json.dumps(limited)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,10 @@ from cpcompile.passes.cache_interface import input_shapes
 from cpcompile.passes.eliminate_dead_channels import EliminateDeadChannels
 from cpcompile.passes.freeze import freeze
 from cpcompile.passes.remove_cache import RemoveCache
+from cpcompile.pipeline.write_engines import fused_for_cpu
+from cpcompile.runtime.decoding import decode
 from cpcompile.runtime.engine import Engine, create_session, session_options
+from cpcompile.runtime.sampling import Sampling
 from tests.unit.passes.decoders import CONTEXTS, FORMS, dynamic_graph, random_decoder, random_selection
 from tests.unit.passes.graph_text import check, parse
 
@@ -176,19 +180,29 @@ def test_pretrained_models_have_caches(kind: str) -> None:
         for node in (each for each in frozen.graph if each.op_type == "Attention"):
             assert all(value in frozen.graph.outputs for value in node.inputs[1:3]), "a copy of the cache"
         expected = eager(model, ids, index)
-        session = opened(frozen)
-        logits, cache = step(session, {INPUT: ids[:, :6]})
-        assert_close(logits, expected[:, :6])
-        assert_close(step(session, {INPUT: ids[:, 6:], **cache, KEEP: np.array(2)})[0], expected[:, -2:])
+        fused = fused_for_cpu(frozen)
+        operators = Counter(node.op_type for node in fused.graph)
+        layers = sum(map(bool, heads))
+        assert operators["GroupQueryAttention"] == layers and "Attention" not in operators
+        assert operators["RotaryEmbedding"] == (0 if kind == "gpt2" else 2 * layers)
+        for graph, rows in ((frozen, 2), (fused, 1)):  # its operator takes several tokens after a cache from one text
+            session = opened(graph)
+            logits, cache = step(session, {INPUT: ids[:rows, :6]})
+            assert_close(logits, expected[:rows, :6])
+            after, _ = step(session, {INPUT: ids[:rows, 6:], **cache, KEEP: np.array(2)})
+            assert_close(after, expected[:rows, -2:])
 
 
-def test_an_engine_generates_with_its_cache_what_it_generates_without(tmp_path: Path) -> None:
+@pytest.fixture(name="engines")
+def with_and_without_cache(tmp_path: Path) -> dict[str, Engine]:
+    """Of one context: its cache joined anew for every token, written in place, and none."""
     model = random_decoder(2, 3)
     model.select(random_selection(model, 3))
+    frozen, whole = (freeze(dynamic_graph(model, 23, cached=cached), 1).model for cached in (True, False))
     engines = {}
-    for cached in (True, False):
-        path = tmp_path / f"{cached}.onnx"
-        ir.save(freeze(dynamic_graph(model, 23, cached=cached), 1).model, path)
+    for name, graph in {"joined": frozen, "in place": fused_for_cpu(frozen), "none": whole}.items():
+        path = tmp_path / f"{name}.onnx"
+        ir.save(graph, path)
         variant = Variant(
             context="b",
             name="cpu-fp32",
@@ -202,15 +216,35 @@ def test_an_engine_generates_with_its_cache_what_it_generates_without(tmp_path: 
             feeds={},
             bytes=path.stat().st_size,
         )
-        engines[cached] = Engine(variant, create_session(variant, session_options(variant, threads=1)), 512)
+        engines[name] = Engine(variant, create_session(variant, session_options(variant, threads=1)), 512)
+    return engines
+
+
+def test_an_engine_generates_with_its_cache_what_it_generates_without(engines: dict[str, Engine]) -> None:
+    joined, in_place, without = engines.values()
+    assert [each.writes_in_place for each in engines.values()] == [False, True, False]
     prompt = np.random.default_rng(2).integers(0, 512, 5)
     for temperature in (0.0, 1.0):
         texts = [list(each.generate(prompt, tokens=12, temperature=temperature, seed=4)) for each in engines.values()]
-        assert texts[0] == texts[1] and len(set(texts[0])) > 3
-    assert engines[True].outputs({INPUT: prompt[None]}).keys() == {OUTPUT}
-    assert_close(engines[True].run(prompt[None]), engines[False].run(prompt[None]))
-    with pytest.raises(UsageError, match="needs its inputs by name, input_ids; given: nothing"):
-        engines[True].outputs({})
+        assert texts[0] == texts[1] == texts[2] and len(set(texts[0])) > 3
+    ids = np.random.default_rng(5).integers(0, 512, (3, 8))
+    for engine in (joined, in_place):
+        assert engine.outputs({INPUT: prompt[None]}).keys() == {OUTPUT}
+        assert_close(engine.run(ids), without.run(ids))
+        _, cache = engine.step(ids[:, :3])
+        for keep in (0, 2):  # several tokens of several texts after a cache, twice after the same
+            logits, after = engine.step(ids[:, 3:7], cache, logits_to_keep=keep)
+            assert_close(logits, without.run(ids)[:, 7 - (keep or 4) : 7])
+        assert_close(engine.step(ids[:, 7:], after)[0], without.run(ids)[:, 7:])
+        with pytest.raises(UsageError, match="needs its inputs by name, input_ids; given: nothing"):
+            engine.outputs({})
+
+
+def test_a_cache_in_place_grows_when_it_is_full(engines: dict[str, Engine], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cpcompile.runtime.cache_buffers.AHEAD", 3)
+    prompts = [[5, 6, 7, 8, 9], [10, 11]]
+    texts = [list(decode(engines[name], prompts, tokens=12, sampling=Sampling())) for name in ("in place", "joined")]
+    assert texts[0] == texts[1] and len(texts[0]) == 12
 
 
 def test_caches_of_other_files_are_an_interface_like_any_other() -> None:

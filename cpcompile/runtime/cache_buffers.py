@@ -1,0 +1,77 @@
+"""Where the cache of a batch of texts lies from one step to the next.
+
+joined      a step writes past and new tokens to a new buffer, which the next step reads       standard operators
+in place    a step writes new tokens into the buffer that it reads, behind those of before     GroupQueryAttention
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+import onnxruntime as ort
+
+from cpcompile.core.types import Array
+
+AHEAD = 1024
+"""Tokens for which there is room, at most; memory that nothing was written to is not taken."""
+
+
+class CacheBuffers(Protocol):
+    """Binds the cache to a session before each run, and takes over what it wrote after it."""
+
+    def before(self, tokens: int) -> None:
+        """Before a run after which each text has so many `tokens`."""
+
+    def after(self) -> None:
+        """After the run; outputs of the binding are the logits, and then the cache."""
+
+
+class Joined:
+    """Buffers that ONNX Runtime allocates anew for every step."""
+
+    def __init__(self, binding: Any, presents: Mapping[str, str], empty: Mapping[str, Array]) -> None:
+        """presents: input of the past -> output of the present; empty: those inputs before the first token."""
+        self._binding, self._presents = binding, presents
+        for name in presents:
+            binding.bind_cpu_input(name, empty[name])
+
+    def before(self, tokens: int) -> None:
+        for present in self._presents.values():  # anew, or buffers would be written while they are read
+            self._binding.bind_output(present)
+
+    def after(self) -> None:
+        _, *presents = self._binding.get_outputs()
+        for past, value in zip(self._presents, presents, strict=True):
+            self._binding.bind_ortvalue_input(past, value)
+
+
+class InPlace:
+    """One buffer for each part of the cache, which grows when it is full."""
+
+    def __init__(self, binding: Any, presents: Mapping[str, str], empty: Mapping[str, Array], most: int) -> None:
+        """most: the tokens that each text has in the end, if it is not more; the others as in `Joined`."""
+        self._binding, self._presents, self._most = binding, presents, most
+        self._buffers = {name: empty[name] for name in presents}
+        self._room = self._filled = 0
+
+    def before(self, tokens: int) -> None:
+        if tokens > self._room:
+            self._room = max(tokens, min(self._most, tokens + AHEAD))
+            for past in self._presents:
+                self._grow(past)
+        self._filled = tokens
+
+    def after(self) -> None:
+        """Nothing: the tokens are where the next step reads them."""
+
+    def _grow(self, past: str) -> None:
+        old = self._buffers[past]
+        batch, heads, _, channels = old.shape
+        new = np.empty((batch, heads, self._room, channels), old.dtype)
+        new[:, :, : self._filled] = old[:, :, : self._filled]
+        self._buffers[past] = new
+        value = ort.OrtValue.ortvalue_from_numpy(new)  # on the CPU it is that array, not a copy
+        self._binding.bind_ortvalue_input(past, value)
+        self._binding.bind_ortvalue_output(self._presents[past], value)
