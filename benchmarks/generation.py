@@ -1,9 +1,11 @@
 """Generation beside what a user would pick: time per token as the text grows, prefill, decoding, the head, memory.
 
     python benchmarks/generation.py demo/model.pt demo/model.cpc
+    python benchmarks/generation.py smollm2.pt smollm2.cpc --gguf SmolLM2-135M-Instruct.Q4_1.gguf
 
 The peers are the dense baseline in eager torch with a cache of its own (that of transformers for pretrained models),
-and the dense baseline in ONNX Runtime GenAI where that is installed. Sides are interleaved; figures are medians.
+the dense baseline in ONNX Runtime GenAI where that is installed, and with --gguf the same model in llama.cpp, which
+llama-cpp-python brings: as the file has it, and in float32. Sides are interleaved; figures are medians.
 
     growth    seconds per token at position 1,000 / at position 10; at most 1.5
     prefill   a prompt of 512 tokens until the first token
@@ -19,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +105,37 @@ def genai_sides(model: LanguageModel, ids: np.ndarray, folder: Path) -> dict[str
     return sides | {f"prefill {PREFILL}": lambda: begin(PREFILL)}
 
 
+def llama_cpp_sides(gguf: Path, ids: np.ndarray, threads: int) -> dict[str, Side]:
+    """The same with llama.cpp."""
+    import llama_cpp
+
+    def begin(position: int) -> Any:
+        loaded = llama_cpp.Llama(str(gguf), n_ctx=2048, n_threads=threads, n_threads_batch=threads, verbose=False)
+        loaded.eval(ids[0, :position].tolist())
+        return loaded
+
+    whole = begin(1)
+
+    def prefill() -> None:
+        whole.reset()
+        whole.eval(ids[0, :PREFILL].tolist())
+
+    decoding = {f"decode {position}": partial(begin(position).eval, [5]) for position in POSITIONS}
+    return {**decoding, f"prefill {PREFILL}": prefill}
+
+
+def in_float32(gguf: Path, folder: Path) -> Path:
+    """The same weights as llama.cpp reads them, not quantised."""
+    import llama_cpp
+
+    options = llama_cpp.llama_model_quantize_default_params()
+    options.ftype, options.allow_requantize = llama_cpp.LLAMA_FTYPE_ALL_F32, True
+    path = folder / "float32.gguf"
+    if llama_cpp.llama_model_quantize(str(gguf).encode(), str(path).encode(), options):
+        raise click.ClickException(f"{gguf}: llama.cpp cannot convert it to float32")
+    return path
+
+
 def memory_of(bundle: Path, context: str, tokens: int) -> dict[str, int]:
     """Resident bytes of a fresh process that wrote `tokens`, and of these the private ones."""
     code = (
@@ -119,9 +153,10 @@ def memory_of(bundle: Path, context: str, tokens: int) -> dict[str, int]:
 @click.argument("model", type=click.Path(path_type=Path, exists=True), default="demo/model.pt")
 @click.argument("bundle", type=click.Path(path_type=Path, exists=True), default="demo/model.cpc")
 @click.option("--context", help="The context.  [default: the first]")
+@click.option("--gguf", type=click.Path(path_type=Path, exists=True), help="The same model for llama.cpp.")
 @click.option("--rounds", default=30)
 @click.option("--name", default="generation", help="Name of the file of results.")
-def main(model: Path, bundle: Path, context: str | None, rounds: int, name: str) -> None:
+def main(model: Path, bundle: Path, context: str | None, gguf: Path | None, rounds: int, name: str) -> None:
     opened = open_bundle(bundle)
     context, threads = context or opened.contexts[0], available_cores()
     torch.set_num_threads(threads)
@@ -132,6 +167,10 @@ def main(model: Path, bundle: Path, context: str | None, rounds: int, name: str)
     sides |= {("eager dense", what): side for what, side in eager_sides(dense, ids).items()}
     folder = tempfile.TemporaryDirectory()
     sides |= {("GenAI dense", what): side for what, side in genai_sides(dense, ids, Path(folder.name)).items()}
+    if gguf is not None:
+        files = {f"llama.cpp, {gguf.suffixes[0][1:]}": gguf, "llama.cpp, F32": in_float32(gguf, Path(folder.name))}
+        for peer, file in files.items():
+            sides |= {(peer, what): side for what, side in llama_cpp_sides(file, ids, threads).items()}
     seconds = time_sides({" / ".join(key): side for key, side in sides.items()}, rounds=rounds)
     found = {side: spread(runs) for side, runs in seconds.items()}
     table = Table(title=f"{context}, {threads} threads: median milliseconds; in brackets: the engine's speedup")

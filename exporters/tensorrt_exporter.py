@@ -37,7 +37,9 @@ BATCH = Range(1, 1, 8)
 SEQUENCES = ("sequence", "seq", "sequence_length", "seq_len")
 """The names that exporters give to the token axis."""
 PAST = "past"
-"""The prefix of the inputs that hold the cache."""
+"""The prefix of the inputs that hold the cache, and of its axis."""
+TOTAL = "total"
+"""The prefix of the axis of past and new tokens together, as masks have it."""
 LONGEST = 400
 """The most characters of a library's message that an error repeats."""
 
@@ -176,15 +178,19 @@ def profiles_of(model: ir.Model, ranges: Mapping[str, Range], sequence: int | No
     past = [axis for axis in axes if axis not in beside_cache]
     if not past:
         return (_profile("default", model, known),)
-    fresh = known | dict.fromkeys(past, Range(0, 0, 0))
-    step = known | {axis: Range(1, 1, 1) for axis in axes if axis in SEQUENCES}
+    new = [axis for axis in axes if axis in SEQUENCES]
+    whole = [axis for axis in axes if axis.startswith(TOTAL) and axis not in ranges]
+    fresh = known | dict.fromkeys(past, Range(0, 0, 0)) | {axis: known[new[0]] for axis in whole if new}
+    before = known[past[0]]
+    after = Range(before.min + 1, before.opt + 1, before.max + 1)
+    step = known | dict.fromkeys(new, Range(1, 1, 1)) | dict.fromkeys(whole, after)
     return _profile("prefill", model, fresh), _profile("decode", model, step)
 
 
 def _usual(axis: str, sequence: int | None) -> Range | None:
     if "batch" in axis:
         return BATCH
-    tokens = axis in SEQUENCES or axis.startswith(PAST) or axis.startswith("total")
+    tokens = axis in SEQUENCES or axis.startswith((PAST, TOTAL))
     return Range(1, sequence, 4 * sequence) if tokens and sequence else None
 
 

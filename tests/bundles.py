@@ -7,9 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
+
 from cpcompile.bundle.artifact import Artifact
 from cpcompile.bundle.manifest import manifest_digest
 from cpcompile.files.whole_files import file_digest
+from cpcompile.frontend.capture import capture
+from cpcompile.frontend.checkpoint import load_checkpoint
+from cpcompile.passes.freeze import freeze
 from cpcompile.targets.plan_info import PlanInfo, Profile, TensorInfo
 
 ARTIFACT = Artifact(
@@ -43,3 +48,9 @@ def reseal(bundle: Path, edit: Callable[[dict[str, Any]], object] = lambda manif
     edit(manifest)
     manifest["additional_metadata"]["cpcompile"]["manifest_digest"] = manifest_digest(manifest)
     (bundle / "manifest.json").write_text(json.dumps(manifest))
+
+
+def whole_text_graph(model: Path, context: str) -> ir.Model:
+    """The graph of an engine as it was before engines had a cache: it reads whole texts, and has its weights inside."""
+    checkpoint = load_checkpoint(model)
+    return freeze(capture(checkpoint.model), checkpoint.contexts.index(context)).model

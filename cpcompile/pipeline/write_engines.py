@@ -14,6 +14,7 @@ from onnx_ir.passes.common import CommonSubexpressionEliminationPass
 
 from cpcompile.bundle.reader import ROUTER, TOKEN_IDS
 from cpcompile.bundle.writer import BundleWriter
+from cpcompile.core.cache import KEEP
 from cpcompile.core.config import BuildConfig
 from cpcompile.core.types import Progress
 from cpcompile.exporters.onnxruntime_exporter import MERGED, SINGLE, cuda_variant, export_onnxruntime
@@ -21,7 +22,11 @@ from cpcompile.exporters.tensorrt_exporter import export_tensorrt, variant_name
 from cpcompile.exporters.weights_file import INLINE, Location, write_weights
 from cpcompile.files.whole_files import file_digest
 from cpcompile.frontend.source import Source
+from cpcompile.passes.bind_context import BindContext
 from cpcompile.passes.cache_interface import bytes_per_token
+from cpcompile.passes.canonicalize_shapes import CanonicalizeShapes
+from cpcompile.passes.clean_up import CleanUp
+from cpcompile.passes.fold_constants import FoldConstants
 from cpcompile.passes.fold_gates import FoldGates
 from cpcompile.passes.freeze import Frozen
 from cpcompile.passes.group_query_attention import GroupQueryAttention
@@ -162,9 +167,15 @@ def fused_for_cpu(frozen: ir.Model) -> ir.Model:
 
 
 def legal_for_plans(frozen: ir.Model, precision: str) -> ir.Model:
-    """A copy that TensorRT accepts, in `precision`; tensors are shared, and converted when they are read."""
-    model = without_cache(frozen)
-    for each in (InferShapes(), FoldGates(), LegalizeForTensorRT()):
+    """A copy that TensorRT accepts, in `precision`; tensors are shared, and converted when they are read.
+
+    It gives all logits: plans have no inputs whose values determine shapes.
+    """
+    model, clean_up = frozen.clone(), CleanUp(frozenset(frozen.graph.initializers))
+    folding = (
+        (FoldConstants(), clean_up, CanonicalizeShapes(), clean_up) if BindContext(0, KEEP)(model).modified else ()
+    )
+    for each in (*folding, InferShapes(), FoldGates(), LegalizeForTensorRT()):
         each(model)
     if precision in HALVES:
         LowerPrecision(precision)(model)

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from cpcompile.bundle.reader import Variant
+from cpcompile.core.cache import PRESENT, complete
 from cpcompile.core.errors import CpcompileError, UsageError, first_line
 from cpcompile.core.types import Array, Feeds
 from cpcompile.machine.gpu import NO_GPU, gpu_model
@@ -104,11 +105,15 @@ class PlanEngine:
         self._runs = 0
 
     def outputs(self, feeds: Feeds) -> dict[str, Array]:
-        """Every output by name, for `feeds`: the inputs by name. bfloat16, which numpy lacks, becomes float32."""
+        """Every output by name, for `feeds`: the inputs by name. bfloat16, which numpy lacks, becomes float32.
+
+        What belongs to the cache of a language model may be left out, as in `Engine.outputs`, and is not among the
+        outputs: the tokens then follow no others.
+        """
         with self._lock, torch.cuda.stream(self._stream):
             self._take(feeds)
             self._run()
-            outputs = [tensor for tensor in self._tensors if not tensor.is_input]
+            outputs = [each for each in self._tensors if not each.is_input and not PRESENT.fullmatch(each.name)]
             return {tensor.name: _to_numpy(self._buffers[tensor.name], self._shapes[tensor.name]) for tensor in outputs}
 
     def milliseconds(self, feeds: Feeds, *, runs: int) -> tuple[float, ...]:
@@ -130,6 +135,7 @@ class PlanEngine:
     def _take(self, feeds: Feeds) -> None:
         """Copy `feeds` into the buffers on the GPU."""
         inputs = {tensor.name: tensor for tensor in self._tensors if tensor.is_input}
+        feeds = complete(feeds, {tensor.name: tensor.shape for tensor in self._info.tensors if tensor.is_input})
         if feeds.keys() != inputs.keys():
             raise UsageError(
                 f"{self._plan}: its inputs are {', '.join(inputs)}; {', '.join(feeds) or 'none'} were given"

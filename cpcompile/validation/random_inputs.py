@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 
-from cpcompile.core.cache import INPUT, KEEP, MASK, PAST, POSITIONS, complete
+from cpcompile.core.cache import IN_PLACE, INPUT, KEEP, MASK, PAST, POSITIONS, complete
 from cpcompile.core.types import Array, Feeds
 from cpcompile.validation.input_uses import InputRange, InputUses, find_input_uses
 
@@ -34,6 +34,9 @@ class RandomInputs:
         names = {name for name, *_ in self._inputs}
         cached = INPUT in names and any(PAST.fullmatch(name) for name in names)
         self._dependent = names & {MASK, POSITIONS, KEEP} if cached else set()
+        # GroupQueryAttention takes several tokens after a cache from one text alone.
+        texts = [shape[0] for name, _, shape in self._inputs if name == INPUT and IN_PLACE in model.metadata_props]
+        self._fixed = dict.fromkeys(texts, 1)
         self._rounds = rounds
         self._uses = find_input_uses(model)
         self.ranges: dict[str, InputRange] = {}
@@ -49,7 +52,7 @@ class RandomInputs:
         for turn, row in enumerate(rows):
             if turn % len(LENGTHS) and not (symbols or self.ranges):
                 continue  # nothing but normal numbers would differ
-            lengths = {symbol: row[i % len(row)] for i, symbol in enumerate(symbols)}
+            lengths = {symbol: row[i % len(row)] for i, symbol in enumerate(symbols)} | self._fixed
             feeds: dict[str, Array] = {}
             for name, dtype, shape in self._inputs:
                 if dtype is None:

@@ -16,10 +16,9 @@ from tokenizers import Tokenizer
 
 from cpcompile.bundle import open_bundle
 from cpcompile.cli import main
-from cpcompile.passes.remove_cache import without_cache
 from cpcompile.runtime import load_engine
 from cpcompile.runtime.engine import Engine, create_session, session_options
-from tests.bundles import reseal
+from tests.bundles import reseal, whole_text_graph
 from tests.conftest import Once
 from tests.unit.exporters.genai import assert_likeliest, generate
 
@@ -95,8 +94,7 @@ def test_without_its_tokenizer_the_folder_has_that_of_the_bundle(measured: Path,
 def test_an_engine_without_a_cache_is_refused(measured: Path, tmp_path: Path) -> None:
     """As built before engines had one."""
     old = shutil.copytree(measured / "model.cpc", tmp_path / "old.cpc")
-    variant = open_bundle(old).variant("english", "cpu-fp32")
-    ir.save(without_cache(ir.external_data.load_to_model(variant.graph())), variant.model)
+    ir.save(whole_text_graph(measured / "model.pt", "english"), open_bundle(old).variant("english", "cpu-fp32").model)
     reseal(old, lambda manifest: manifest["additional_metadata"]["cpcompile"].pop("generation"))
     assert load_engine(old, "english").run(np.array([[1, 2, 3]])).shape == (1, 3, 512)
     result = run("export", old, "english", "--format", "genai", "-o", tmp_path / "out")

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from click.testing import CliRunner
@@ -25,7 +26,7 @@ from cpcompile.core.errors import UsageError
 from cpcompile.core.generation import GenerationSettings
 from cpcompile.frontend.checkpoint import load_checkpoint
 from cpcompile.runtime import Engines, TextEngine, load, load_all
-from tests.bundles import reseal
+from tests.bundles import reseal, whole_text_graph
 
 PROMPTS = ("Return the ", "import numpy as np\n\n\ndef main(", "x", "größer als 漢字 🙂")
 TOLERANCE = 1e-4
@@ -230,16 +231,11 @@ def _bytes_of(engines: Engines, *contexts: str) -> int:
     return engines._bytes()
 
 
-def test_a_bundle_from_before_opens_scores_and_generates(bundle: Path, tmp_path: Path) -> None:
+def test_a_bundle_from_before_opens_scores_and_generates(bundle: Path, measured: Path, tmp_path: Path) -> None:
     """Its graphs have no cache and read the whole text; it does not say what ends a text."""
-    import onnx_ir as ir
-
-    from cpcompile.passes.remove_cache import without_cache
-
     old = tmp_path / "old.cpc"
     shutil.copytree(bundle, old)
-    path = old / "python" / "cpu-fp32" / "model.onnx"
-    ir.save(without_cache(ir.load(path)), path)
+    ir.save(whole_text_graph(measured / "model.pt", "python"), old / "python" / "cpu-fp32" / "model.onnx")
 
     def as_before(manifest: dict[str, Any]) -> None:
         ours = manifest["additional_metadata"]["cpcompile"]
@@ -261,14 +257,14 @@ def test_a_bundle_from_before_opens_scores_and_generates(bundle: Path, tmp_path:
 
 
 def test_a_wrong_cache_fails_the_validation(measured: Path, bundle: Path, tmp_path: Path) -> None:
-    """The engine is right on whole texts; only what goes on with its cache is wrong."""
+    """The engine is right on whole texts; only what goes on with its cache is wrong: keys are read as values."""
     wrong = tmp_path / "wrong.cpc"
     shutil.copytree(bundle, wrong)
     path = wrong / "python" / "cpu-fp32" / "model.onnx"
     model = onnx.load(path, load_external_data=False)
-    (join,) = [node for node in model.graph.node if "past_key_values.1.value" in node.input]
-    assert join.op_type == "Concat"
-    join.input[:] = reversed(join.input)
+    (attention,) = [node for node in model.graph.node if "past_key_values.1.value" in node.input]
+    assert attention.op_type == "GroupQueryAttention"
+    attention.input[:] = [name.replace("past_key_values.1.value", "past_key_values.1.key") for name in attention.input]
     onnx.save(model, path)
     reseal(wrong)
     assert np.array_equal(load(wrong, "python")([[5, 6, 7]]), load(bundle, "python")([[5, 6, 7]]))

@@ -16,6 +16,7 @@ import onnx_ir as ir
 import pytest
 
 from cpcompile.bundle.artifact import Artifact
+from cpcompile.core.cache import present_of
 from cpcompile.core.errors import CpcompileError, UsageError
 from cpcompile.exporters.tensorrt_exporter import (
     PLAN_FILE,
@@ -29,6 +30,7 @@ from cpcompile.models.decoder import Decoder
 from cpcompile.passes.freeze import freeze
 from cpcompile.passes.legalize_for_tensorrt import LegalizeForTensorRT
 from cpcompile.passes.lower_precision import HALVES, LowerPrecision
+from cpcompile.pipeline.write_engines import legal_for_plans
 from cpcompile.targets.plan_info import Profile
 from cpcompile.targets.requests import Range, Target, parse_target
 from cpcompile.targets.tensorrt_library import load_library, logger_of
@@ -153,6 +155,26 @@ def test_a_cache_has_a_profile_for_the_prompt_and_one_for_the_tokens_after_it(pr
     assert decode.shapes["q"] == ((1, 2, 1, 64), (1, 2, 1, 64), (8, 2, 1, 64))
     assert decode.shapes["past_v"] == ((1, 2, 1, 64), (1, 2, 64, 64), (8, 2, 512, 64))
     assert [tensor.name for tensor in info.tensors] == ["q", "k", "v", "past_k", "past_v", "y", "new_k", "new_v"]
+
+
+def test_the_plan_of_a_language_model_has_its_cache(decoder: Decoder, tmp_path: Path) -> None:
+    frozen = freeze(dynamic_graph(decoder, 23, cached=True), 0).model
+    info = export(legal_for_plans(frozen, "fp16"), tmp_path / "out", "fp16").plan
+    assert info is not None
+    prefill, decode = info.profiles
+    heads = next(tensor.shape[1] for tensor in info.tensors if tensor.name.startswith("past"))
+    prompt, token = ((1, 1), (1, 32), (8, 128)), ((1, 1), (1, 1), (8, 1))
+    assert prefill.shapes["input_ids"] == prefill.shapes["attention_mask"] == prompt
+    assert decode.shapes["input_ids"] == decode.shapes["position_ids"] == token
+    assert decode.shapes["attention_mask"] == ((1, 2), (1, 33), (8, 129))
+    pasts = [name for name in decode.shapes if name.startswith("past_key_values")]
+    assert pasts and "logits_to_keep" not in decode.shapes
+    width = decoder.config.head_dim
+    assert decode.shapes[pasts[0]] == ((1, heads, 1, width), (1, heads, 32, width), (8, heads, 128, width))
+    assert {tensor.name for tensor in info.tensors if not tensor.is_input} == {
+        "logits",
+        *(present_of(name) for name in pasts),
+    }
 
 
 SIDE = 1024
