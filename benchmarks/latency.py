@@ -21,6 +21,7 @@ from rich.table import Table
 from cpcompile.bundle.reader import open_bundle
 from cpcompile.core.config import ValidateConfig
 from cpcompile.frontend.source import open_source
+from cpcompile.validation.expected_graphs import FreshGraphs
 from cpcompile.validation.open_reference import open_reference
 from cpcompile.validation.peers import open_peers
 from cpcompile.validation.runners import engine_runner
@@ -40,7 +41,8 @@ def main(model: Path, bundle: Path, rounds: int) -> None:
     opened, source, config = open_bundle(bundle), open_source(model), ValidateConfig(peers=("all",))
     reference = open_reference(source, config, data=None, trimmed={}, progress=lambda *_: None)
     variant, threads = opened.variants(opened.contexts[0])[0], torch.get_num_threads()
-    with open_peers(config, source, reference) as peers, ExitStack() as loaded:
+    graphs = FreshGraphs(source, lambda opset: source.capture(opset=opset), {})
+    with open_peers(config, source, reference, graphs) as peers, ExitStack() as loaded:
         speed = measure_speed(
             loaded.enter_context(engine_runner(variant, threads=threads).load()),
             reference.dense(variant.context),

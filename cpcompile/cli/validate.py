@@ -49,7 +49,7 @@ def validate(
       onnx-dense     the dense baseline as one plain export in ONNX Runtime, timed by default
       torch-compile  the dense baseline through torch.compile
       onnx-dynamic   the graph of all contexts in ONNX Runtime, with the context as an input
-      openvino       the engine's own graph in OpenVINO
+      openvino       the engine's graph in OpenVINO
     """
     from cpcompile.bundle.reader import ROUTER, open_bundle
     from cpcompile.cli.console import stage_progress

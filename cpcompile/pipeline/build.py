@@ -81,10 +81,10 @@ def build_bundle(
         build = stages.result()
         del whole
         del frozen  # validation needs the memory
-        with open_peers(validation, source, reference) as peers:
-            results = validate(bundle, reference, validation, peers=peers, progress=progress)
         tokens = {context: rows[own.kept] for context, own in trimmed.items()} if rows is not None else {}
         graphs = FreshGraphs(source, lambda _: dynamic, tokens)
+        with open_peers(validation, source, reference, graphs) as peers:
+            results = validate(bundle, reference, validation, peers=peers, progress=progress)
         results = diagnose(bundle, results, reference, graphs, repro, layers=validation.layers, progress=progress)
         report = report_of(bundle, source, results, build, validation, training)
         write_report(report, writer.root)

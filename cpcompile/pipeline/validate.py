@@ -53,9 +53,9 @@ def validate_bundle(
     training = training_of(source)
     trimmed = trimmed_vocabularies(bundle)
     reference = open_reference(source, config, data=data, trimmed=trimmed, progress=progress)
-    with open_peers(config, source, reference) as peers:
-        results = validate(bundle, reference, config, peers=peers, progress=progress)
     graphs = FreshGraphs(source, cache(lambda o: source.capture(opset=o)), {c: own.kept for c, own in trimmed.items()})
+    with open_peers(config, source, reference, graphs) as peers:
+        results = validate(bundle, reference, config, peers=peers, progress=progress)
     results = diagnose(bundle, results, reference, graphs, repro, layers=config.layers, progress=progress)
     return report_of(bundle, source, results, read_build(path), config, training)
 

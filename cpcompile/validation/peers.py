@@ -3,7 +3,7 @@
     onnx-dense      the dense baseline as one plain export in ONNX Runtime; the one that is timed by default
     torch-compile   the dense baseline through torch.compile
     onnx-dynamic    the graph of all contexts in ONNX Runtime, with the context as an input: any context, full cost
-    openvino        the engine's own graph in OpenVINO
+    openvino        the graph of the engine in OpenVINO, in the operators of the standard
 
 Graphs are made for the first engine that needs them, and shared by all. Peers run on the CPU, so engines for GPUs have
 none; an engine of all contexts has only those that compute the dense model.
@@ -25,6 +25,7 @@ from cpcompile.files.whole_files import scratch_folder
 from cpcompile.frontend.source import Source
 from cpcompile.machine.environment import available_cores
 from cpcompile.runtime.engine import CPU_PROVIDER
+from cpcompile.validation.diagnosis import Graphs
 from cpcompile.validation.reference import Reference, Run
 from cpcompile.validation.runners import Computes, Runner, callable_runner, onnx_runner, openvino_runner
 
@@ -32,19 +33,31 @@ DENSE = (DENSE_PEER, "torch-compile")
 
 
 @contextmanager
-def open_peers(config: ValidateConfig, source: Source, reference: Reference) -> Iterator[Peers]:
-    """The peers that `config` names of the engines that `source` was built into; their files are temporary."""
+def open_peers(config: ValidateConfig, source: Source, reference: Reference, graphs: Graphs) -> Iterator[Peers]:
+    """The peers that `config` names of the engines that `source` was built into; their files are temporary.
+
+    graphs: those that the engines were made from.
+    """
     with scratch_folder("peers") as folder:
-        yield Peers(config.peers, source, reference, folder, config.threads or available_cores())
+        yield Peers(config.peers, source, reference, graphs, folder, config.threads or available_cores())
 
 
 class Peers:
     """For each engine its runners, in the order of `names`; graphs go to `folder`."""
 
-    def __init__(self, names: Sequence[str], source: Source, reference: Reference, folder: Path, threads: int) -> None:
+    def __init__(
+        self,
+        names: Sequence[str],
+        source: Source,
+        reference: Reference,
+        graphs: Graphs,
+        folder: Path,
+        threads: int,
+    ) -> None:
         self._names = names
         self._source = source
         self._reference = reference
+        self._graphs = graphs
         self._folder = folder
         self._threads = threads
 
@@ -70,17 +83,19 @@ class Peers:
         return self._onnx("onnx-dynamic", variant, "context", lambda: self._dynamic_file, context=index)
 
     def _openvino(self, variant: Variant) -> Runner:
-        path = self._folder / f"{variant.context}.{variant.name}.onnx"
-        runner = openvino_runner("openvino", path, threads=self._threads, computes="context")
+        name = f"{variant.context}.{variant.name}.onnx"
+        runner = openvino_runner("openvino", self._folder / name, threads=self._threads, computes="context")
 
         @contextmanager
         def load() -> Iterator[Run]:
-            variant.save_standalone(path)
+            # Not the engine's own file: OpenVINO computes ONNX Runtime's operator of attention wrong.
+            path = self._save(self._graphs.frozen(variant.context, OPSETS[-1]), name)
             try:
                 with runner.load() as run:
                     yield run
             finally:
                 path.unlink()
+                path.with_name(f"{name}.data").unlink(missing_ok=True)
 
         return Runner(runner.name, runner.computes, load)
 
