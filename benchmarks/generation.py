@@ -137,11 +137,12 @@ def in_float32(gguf: Path, folder: Path) -> Path:
 
 
 def memory_of(bundle: Path, context: str, tokens: int) -> dict[str, int]:
-    """Resident bytes of a fresh process that wrote `tokens`, and of these the private ones."""
+    """Resident bytes of a fresh process that writes `tokens`, at the last of them, and of these the private ones."""
     code = (
         "import sys, json; from cpcompile.runtime import load; from cpcompile.machine.procfs import status_bytes;"
         "e = load(sys.argv[1], sys.argv[2]); n = int(sys.argv[3]);"
-        "list(e.engine.generate([5], tokens=n));"
+        "text = e.engine.generate([5], tokens=n);"
+        "[next(text) for _ in range(n - 1)];"  # its buffers are still there
         "print(json.dumps({'rss': status_bytes('VmRSS'), 'private': status_bytes('RssAnon')}))"
     )
     command = [sys.executable, "-c", code, str(bundle), context, str(tokens)]

@@ -285,10 +285,16 @@ def test_export_writes_one_self_contained_file(bundle: Path, tmp_path: Path) -> 
     assert np.array_equal(logits, load_engine(open_bundle(bundle), "english").run(IDS))
 
 
-def test_a_part_of_the_contexts_can_be_built(model: Path, tmp_path: Path) -> None:
-    result = run("build", model, "-o", tmp_path / "part.cpc", "--contexts", "python,cpp", *FAST)
+def test_a_part_of_the_contexts_can_be_built_in_standard_operators(model: Path, bundle: Path, tmp_path: Path) -> None:
+    flags = ("--contexts", "python,cpp", "--standard-operators")
+    result = run("build", model, "-o", tmp_path / "part.cpc", *flags, *FAST)
     assert result.exit_code in (0, 1), result.output
-    assert set(open_bundle(next(tmp_path.glob("part.cpc*"))).contexts) == {"python", "cpp"}
+    part, whole = open_bundle(next(tmp_path.glob("part.cpc*"))), open_bundle(bundle)
+    assert set(part.contexts) == {"python", "cpp"}
+    domains = [{node.domain for node in each.variants("python")[0].graph().graph} for each in (part, whole)]
+    assert domains == [{""}, {"", "com.microsoft"}]
+    logits = [load_engine(each, "python").run(IDS) for each in (part, whole)]
+    assert np.abs(logits[0] - logits[1]).max() <= 1e-4
 
 
 def test_without_a_dense_baseline_quality_is_null_with_the_reason(model: Path, tmp_path: Path) -> None:
