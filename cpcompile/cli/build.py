@@ -128,9 +128,21 @@ def build(
         report, bundle = build_bundle(model, out, plan, validation, progress=stage, data=data, repro=repro)
     click.echo(f"build and validation took {clock(time.perf_counter() - started)}", err=True)
     stays = f"; {out} is unchanged" if out.exists() else ""
+    warn_without_cache(bundle)
     click.echo(f"wrote {bundle}" + (f" (the verdict is fail{stays})" if report.verdict == "fail" else ""), err=True)
     print_report(report, as_json=as_json)
     exit_with(report)
+
+
+def warn_without_cache(bundle: Path) -> None:
+    """Say so if the engines of a language model have no cache, because the model's own could not be read."""
+    from cpcompile.bundle import open_bundle
+
+    opened = open_bundle(bundle)
+    if opened.metadata["tokenizers"] and all(opened.cache(context) is None for context in opened.contexts):
+        click.echo(
+            "Warning: the model has no cache that can be captured; each token computes the whole text", err=True
+        )
 
 
 @click.command(context_settings={"show_default": True})

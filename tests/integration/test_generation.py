@@ -22,6 +22,7 @@ from click.testing import CliRunner
 
 from cpcompile.bundle.reader import open_bundle
 from cpcompile.cli import main
+from cpcompile.cli.build import warn_without_cache
 from cpcompile.core.errors import UsageError
 from cpcompile.core.generation import GenerationSettings
 from cpcompile.frontend.checkpoint import load_checkpoint
@@ -231,7 +232,9 @@ def _bytes_of(engines: Engines, *contexts: str) -> int:
     return engines._bytes()
 
 
-def test_a_bundle_from_before_opens_scores_and_generates(bundle: Path, measured: Path, tmp_path: Path) -> None:
+def test_a_bundle_from_before_opens_scores_and_generates(
+    bundle: Path, measured: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Its graphs have no cache and read the whole text; it does not say what ends a text."""
     old = tmp_path / "old.cpc"
     shutil.copytree(bundle, old)
@@ -244,6 +247,10 @@ def test_a_bundle_from_before_opens_scores_and_generates(bundle: Path, measured:
             del ours[key]
 
     reseal(old, as_before)
+    for path, says in ((old, "Warning: the model has no cache that can be captured"), (bundle, "")):
+        warn_without_cache(path)
+        warning = capsys.readouterr().err
+        assert warning.startswith(says) and bool(warning) == bool(says)
     before, now = load(old, "python"), load(bundle, "python")
     assert not before.engine.has_cache and now.engine.has_cache
     assert before.generation.end == now.generation.end
