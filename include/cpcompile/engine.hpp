@@ -16,43 +16,9 @@
 #include "error.hpp"
 #include "runtime.hpp"
 #include "sampling.hpp"
+#include "step.hpp"
 
 namespace cpcompile {
-
-/// Scores of the next token, (batch, kept, vocabulary).
-class Logits {
- public:
-    explicit Logits(Ort::Value value)
-        : value_(std::move(value)), shape_(value_.GetTensorTypeAndShapeInfo().GetShape()) {}
-    std::size_t batch() const { return static_cast<std::size_t>(shape_[0]); }
-    std::size_t kept() const { return static_cast<std::size_t>(shape_[1]); }
-    std::size_t vocabulary() const { return static_cast<std::size_t>(shape_[2]); }
-    /// The scores of all tokens to follow the one at `position` of `row`.
-    const float* at(std::size_t row, std::size_t position) const {
-        return value_.GetTensorData<float>() + (row * kept() + position) * vocabulary();
-    }
-
- private:
-    Ort::Value value_;
-    std::vector<std::int64_t> shape_;
-};
-
-/// Keys and values of the tokens so far. Steps leave it as it is, so that several texts can go on from it.
-class Cache {
- public:
-    std::size_t length() const { return length_; }
-
- private:
-    friend class Engine;
-    std::vector<Ort::Value> values_;
-    std::size_t length_ = 0;
-    std::size_t room_ = 0;  ///< How many tokens the values have room for; 0 where they are exactly as long as the texts.
-};
-
-struct Step {
-    Logits logits;
-    Cache cache;
-};
 
 /// A loaded engine. Copies share it, and all of its methods may be called from several threads at once.
 class Engine {
@@ -247,7 +213,8 @@ class Engine {
 
     /// The same, token by token: GroupQueryAttention takes several after a cache from one text alone.
     Step step_by_step(const Batch& input_ids, const Cache& cache, std::size_t logits_to_keep) const {
-        const std::size_t length = input_ids[0].size(), kept = logits_to_keep ? std::min(logits_to_keep, length) : length;
+        const std::size_t length = input_ids[0].size();
+        const std::size_t kept = logits_to_keep ? std::min(logits_to_keep, length) : length;
         Batch column(input_ids.size());
         std::vector<float> logits;
         Cache next;
@@ -268,8 +235,8 @@ class Engine {
         return {Logits(std::move(joined)), std::move(next)};
     }
 
-    /// Reads `feed` behind what is in `cache`, and leaves it there too. most: the tokens that the texts have in the end,
-    /// if it is not more.
+    /// Reads `feed` behind what is in `cache`, and leaves it there, too.
+    /// most: the tokens that the texts have in the end, if it is not more.
     Logits read_on(const Batch& feed, const std::vector<std::size_t>& filled, Cache& cache, std::size_t most) const {
         if (!in_place_) {
             Step next = step({feed, pasts_.empty() ? nullptr : &cache, filled, 1, !pasts_.empty()});
@@ -277,30 +244,14 @@ class Engine {
             return std::move(next.logits);
         }
         const std::size_t length = cache.length_ + feed[0].size();
-        if (length > cache.room_) grow(cache, feed.size(), std::max(length, std::min(most, length + kAhead)));
+        if (length > cache.room_) {
+            std::vector<std::vector<std::int64_t>> shapes;
+            for (const std::string& name : pasts_) shapes.push_back(inputs_.at(name).shape);
+            cache.grow(shapes, feed.size(), std::max(length, std::min(most, length + kAhead)));
+        }
         Logits logits(std::move(forward({feed, &cache, filled, 1, true, true}).front()));
         cache.length_ = length;
         return logits;
-    }
-
-    /// Gives `cache` room for so many tokens; memory that nothing is written to is not taken.
-    void grow(Cache& cache, std::size_t batch, std::size_t room) const {
-        for (std::size_t index = 0; index < pasts_.size(); ++index) {
-            const Declared& declared = inputs_.at(pasts_[index]);
-            const std::int64_t shape[] = {static_cast<std::int64_t>(batch), declared.shape.at(1),
-                                          static_cast<std::int64_t>(room), declared.shape.at(3)};
-            Ort::Value larger = Ort::Value::CreateTensor<float>(Ort::AllocatorWithDefaultOptions(), shape, 4);
-            const std::size_t channels = static_cast<std::size_t>(declared.shape.at(3));
-            const std::size_t heads = batch * static_cast<std::size_t>(declared.shape.at(1));
-            for (std::size_t head = 0; head < heads && cache.length_ > 0; ++head)
-                std::copy_n(cache.values_[index].GetTensorData<float>() + head * cache.room_ * channels,
-                            cache.length_ * channels, larger.GetTensorMutableData<float>() + head * room * channels);
-            if (index < cache.values_.size())
-                cache.values_[index] = std::move(larger);
-            else
-                cache.values_.push_back(std::move(larger));
-        }
-        cache.room_ = room;
     }
 
     /// Continues `prompts` together; rows count from `first` for the seed and `on_token`.

@@ -351,6 +351,14 @@ def test_greedy_tokens_are_those_of_python(probe: Probe, bundle: Path) -> None:
         assert rows == expected  # what the callback saw
 
 
+def test_a_cache_grows_when_it_is_full(probe: Probe, bundle: Path) -> None:
+    """It has room for 1,024 tokens beforehand."""
+    context, _, engine = next(iter(engines(bundle)))
+    job = {"bundle": str(bundle), "context": context, "max_new_tokens": 1040, "stop_at_end": False}
+    ((text,),) = [each["texts"] for each in results(probe(job | {"generate": [PROMPTS[0]]}))]
+    assert text == list(engine.generate(PROMPTS[0], tokens=1040))
+
+
 def test_texts_end(probe: Probe, bundle: Path, tmp_path: Path) -> None:
     """At an id of the bundle, at one of the caller, at the length of the model, and when the callback says so."""
     job = {"bundle": str(bundle), "context": "cpp", "generate": PROMPTS}
