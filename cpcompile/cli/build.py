@@ -140,9 +140,7 @@ def warn_without_cache(bundle: Path) -> None:
 
     opened = open_bundle(bundle)
     if opened.metadata["tokenizers"] and all(opened.cache(context) is None for context in opened.contexts):
-        click.echo(
-            "Warning: the model has no cache that can be captured; each token computes the whole text", err=True
-        )
+        click.echo("Warning: the model has no cache that can be captured; each token computes the whole text", err=True)
 
 
 @click.command(context_settings={"show_default": True})

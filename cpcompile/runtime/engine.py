@@ -108,6 +108,7 @@ class Engine:
 
         logits_to_keep: how many of the last tokens' logits are computed; 0 for all.
         """
+        require(logits_to_keep >= 0, f"logits_to_keep is {logits_to_keep}: it cannot be negative; 0 keeps all")
         tokens, names = self._tokens(input_ids), [OUTPUT, *self._presents.values()]
         if cache and self.writes_in_place and min(tokens.shape) > 1:
             return self._step_by_step(tokens, cache, logits_to_keep)

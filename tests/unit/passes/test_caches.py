@@ -236,6 +236,8 @@ def test_an_engine_generates_with_its_cache_what_it_generates_without(engines: d
             logits, after = engine.step(ids[:, 3:7], cache, logits_to_keep=keep)
             assert_close(logits, without.run(ids)[:, 7 - (keep or 4) : 7])
         assert_close(engine.step(ids[:, 7:], after)[0], without.run(ids)[:, 7:])
+        with pytest.raises(UsageError, match="logits_to_keep is -1: it cannot be negative"):
+            engine.step(ids, logits_to_keep=-1)
         with pytest.raises(UsageError, match="needs its inputs by name, input_ids; given: nothing"):
             engine.outputs({})
 
