@@ -32,7 +32,7 @@ from cpcompile.targets.requests import parse_targets
     "--opset",
     type=click.Choice([str(each) for each in OPSETS]),
     default=str(BuildConfig.opset),
-    help="ONNX opset of the graphs.",
+    help="ONNX opset of the graphs; 20 has no operators for attention and rotations, and is slower.",
 )
 @click.option("--standalone", is_flag=True, help="Self-contained models instead of shared weights.")
 @click.option(

@@ -6,16 +6,33 @@ in place    a step writes new tokens into the buffer that it reads, behind those
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import onnxruntime as ort
 
+from cpcompile.core.cache import LENGTH
+from cpcompile.core.errors import UsageError
 from cpcompile.core.types import Array
 
 AHEAD = 1024
 """Tokens for which there is room, at most; memory that nothing was written to is not taken."""
+
+
+def require_cache(model: Path, cache: object, names: Collection[str], texts: int) -> None:
+    """UsageError unless `cache` is empty, or has every part of the cache of `model`, of so many texts of one length."""
+    if isinstance(cache, Mapping) and not cache:
+        return
+    if not isinstance(cache, Mapping) or cache.keys() != set(names):
+        raise UsageError(f"{model}: the cache is not of this engine; give the one that `step` returned")
+    shapes = {np.shape(value)[:1] + np.shape(value)[LENGTH : LENGTH + 1] for value in cache.values()}
+    if len(shapes) > 1 or next(iter(shapes))[:1] != (texts,):
+        raise UsageError(
+            f"{model}: input_ids has {texts} rows, the cache (texts, tokens) {', '.join(map(str, sorted(shapes)))}; "
+            "every part needs as many texts, of one length"
+        )
 
 
 class CacheBuffers(Protocol):

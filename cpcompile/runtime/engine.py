@@ -39,7 +39,7 @@ from cpcompile.core.coercion import coerce, require
 from cpcompile.core.errors import CpcompileError, UsageError, first_line
 from cpcompile.core.measured import NotMeasured
 from cpcompile.core.types import Array, Feeds
-from cpcompile.runtime.cache_buffers import CacheBuffers, InPlace, Joined
+from cpcompile.runtime.cache_buffers import CacheBuffers, InPlace, Joined, require_cache
 from cpcompile.runtime.decoding import Step, decode
 from cpcompile.runtime.sampling import Sampling
 
@@ -110,9 +110,11 @@ class Engine:
         """
         require(logits_to_keep >= 0, f"logits_to_keep is {logits_to_keep}: it cannot be negative; 0 keeps all")
         tokens, names = self._tokens(input_ids), [OUTPUT, *self._presents.values()]
+        require_cache(self.variant.model, cache := cache or {}, self._presents, len(tokens))
+        arrays = {name: self._array(name, value) for name, value in cache.items()}
         if cache and self.writes_in_place and min(tokens.shape) > 1:
             return self._step_by_step(tokens, cache, logits_to_keep)
-        logits, *present = self._run(names, {INPUT: tokens, **(cache or {}), KEEP: np.asarray(logits_to_keep)})
+        logits, *present = self._run(names, {INPUT: tokens, **arrays, KEEP: np.asarray(logits_to_keep)})
         return logits, dict(zip(self._presents, present, strict=True))
 
     def _step_by_step(self, tokens: Array, cache: Cache, keep: int) -> tuple[npt.NDArray[np.float32], Cache]:

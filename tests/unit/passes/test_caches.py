@@ -236,6 +236,19 @@ def test_an_engine_generates_with_its_cache_what_it_generates_without(engines: d
             logits, after = engine.step(ids[:, 3:7], cache, logits_to_keep=keep)
             assert_close(logits, without.run(ids)[:, 7 - (keep or 4) : 7])
         assert_close(engine.step(ids[:, 7:], after)[0], without.run(ids)[:, 7:])
+        some = dict(list(cache.items())[:1])
+        short = cache | {name: array[:, :, :1] for name, array in some.items()}
+        for wrong, says in (
+            (some, "is not of this engine"),
+            ([1], "is not of this engine"),
+            (short, r"\(3, 1\), \(3, 3\)"),
+        ):
+            with pytest.raises(UsageError, match=says):
+                engine.step(ids[:, 3:4], wrong)
+        with pytest.raises(UsageError, match=r"has 2 rows, the cache \(texts, tokens\) \(3, 3\)"):
+            engine.step(ids[:2, 3:5], cache)
+        with pytest.raises(UsageError, match="is float64; float32 is needed|has the shape"):
+            engine.step(ids[:, 3:4], {name: array[..., :1] for name, array in cache.items()})
         with pytest.raises(UsageError, match="logits_to_keep is -1: it cannot be negative"):
             engine.step(ids, logits_to_keep=-1)
         with pytest.raises(UsageError, match="needs its inputs by name, input_ids; given: nothing"):
