@@ -21,6 +21,8 @@ from cpcompile.passes.nodes import add_constant, constant_integer, constant_of, 
 
 OPSET = 23
 """The first with RotaryEmbedding."""
+TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+"""What it takes."""
 HEADS, CHANNELS = 1, 3
 """Axes of what is rotated: (batch, heads, sequence, channels)."""
 START, AXIS, STEP = 1, 3, 4
@@ -82,7 +84,7 @@ def _is_half(value: ir.Value | None, x: ir.Value, which: int) -> bool:
     if not isinstance(half, int) or x.shape[CHANNELS] != 2 * half:
         return False
     if node.op_type == "Split":
-        return int_attribute(node, "axis", 0) in (CHANNELS, -1) and value.index() == which
+        return len(node.outputs) == 2 and int_attribute(node, "axis", 0) in (CHANNELS, -1) and value.index() == which
     start, axis, step = (optional_input(node, index) for index in (START, AXIS, STEP))
     along = constant_integer(axis) in (CHANNELS, -1) and (step is None or constant_integer(step) == 1)
     return along and constant_integer(start) in ((0,), (half, -half))[which]
@@ -93,6 +95,8 @@ def _fits(table: ir.Value, x: ir.Value) -> bool:
     if not _is_known(table) or not _is_known(x):
         return False
     assert x.shape is not None
+    if table.dtype != x.dtype or x.dtype not in TYPES:
+        return False
     batch, _, sequence, channels = x.shape
     return table.shape == (batch, 1, sequence, channels) and _repeats(table, channels)
 

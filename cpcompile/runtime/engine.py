@@ -108,13 +108,15 @@ class Engine:
 
         logits_to_keep: how many of the last tokens' logits are computed; 0 for all.
         """
-        require(logits_to_keep >= 0, f"logits_to_keep is {logits_to_keep}: it cannot be negative; 0 keeps all")
+        keep = coerce(logits_to_keep, int, "logits_to_keep")
+        require(keep >= 0, f"logits_to_keep is {logits_to_keep}: it cannot be negative; 0 keeps all")
         tokens, names = self._tokens(input_ids), [OUTPUT, *self._presents.values()]
+        require(self.has_cache, f"{self.variant.model}: has no cache; use `run`, or build the bundle again")
         require_cache(self.variant.model, cache := cache or {}, self._presents, len(tokens))
         arrays = {name: self._array(name, value) for name, value in cache.items()}
         if cache and self.writes_in_place and min(tokens.shape) > 1:
-            return self._step_by_step(tokens, cache, logits_to_keep)
-        logits, *present = self._run(names, {INPUT: tokens, **arrays, KEEP: np.asarray(logits_to_keep)})
+            return self._step_by_step(tokens, cache, keep)
+        logits, *present = self._run(names, {INPUT: tokens, **arrays, KEEP: np.asarray(keep)})
         return logits, dict(zip(self._presents, present, strict=True))
 
     def _step_by_step(self, tokens: Array, cache: Cache, keep: int) -> tuple[npt.NDArray[np.float32], Cache]:

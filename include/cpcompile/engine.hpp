@@ -68,6 +68,8 @@ class Engine {
         require_tokens(input_ids);
         if (pasts_.empty())
             throw UsageError(variant_.model.string() + ": has no cache; use `run`, or build the bundle again");
+        require_fit(cache, input_ids.size());
+        logits_to_keep = std::min(logits_to_keep, input_ids[0].size());
         if (in_place_ && cache.length() > 0 && input_ids.size() > 1 && input_ids[0].size() > 1)
             return step_by_step(input_ids, cache, logits_to_keep);
         return step({input_ids, &cache, {}, logits_to_keep, true});
@@ -121,6 +123,20 @@ class Engine {
     static Ort::Value whole_numbers(const std::vector<std::int64_t>& shape) {
         static const Ort::AllocatorWithDefaultOptions allocator;
         return Ort::Value::CreateTensor<std::int64_t>(allocator, shape.data(), shape.size());
+    }
+
+    /// Refuses a cache of another engine, of other texts, or one that was moved from.
+    void require_fit(const Cache& cache, std::size_t texts) const {
+        bool fits = cache.length() == 0 || cache.values_.size() == pasts_.size();
+        for (std::size_t index = 0; fits && cache.length() > 0 && index < pasts_.size(); ++index) {
+            const auto& declared = inputs_.at(pasts_[index]).shape;
+            const auto shape = cache.values_[index].GetTensorTypeAndShapeInfo().GetShape();
+            fits = shape.size() == 4 && declared.size() == 4 && shape[0] == static_cast<std::int64_t>(texts) &&
+                   shape[1] == declared[1] && shape[3] == declared[3];
+        }
+        if (!fits)
+            throw UsageError(variant_.model.string() + ": the cache is not of this engine and of " +
+                             std::to_string(texts) + " texts; give the one that `step` returned for them");
     }
 
     /// Runs the session; the inputs and outputs are named in order. The last outputs are written to `given`.

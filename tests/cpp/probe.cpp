@@ -80,6 +80,27 @@ Json text_job(const cpcompile::Tokenizer& tokenizer, const Json& job) {
     return result;
 }
 
+/// What a step says of a cache of other texts, of another engine and one that was moved from; and how many of two
+/// logits it keeps if it shall keep as many as there are.
+Json misused(const cpcompile::Engine& engine, const cpcompile::Engine& other) {
+    Json said = Json::array();
+    const auto attempt = [&](const cpcompile::Engine::Batch& ids, const cpcompile::Cache& cache) {
+        try {
+            engine.step(ids, cache);
+            said.push_back(nullptr);
+        } catch (const cpcompile::UsageError& error) {
+            said.push_back(error.what());
+        }
+    };
+    cpcompile::Cache cache = engine.step({{1, 2, 3}}).cache;
+    attempt({{4}, {5}}, cache);
+    attempt({{4}}, other.step({{1, 2, 3}}).cache);
+    const cpcompile::Cache moved = std::move(cache);
+    attempt({{4}}, cache);
+    said.push_back(engine.step({{4, 5}}, moved, static_cast<std::size_t>(-1)).logits.kept());
+    return said;
+}
+
 Json do_job(const Json& job) {
     if (job.contains("choose")) {  // no bundle: samples from logits
         const auto logits = job["choose"].get<std::vector<float>>();
@@ -108,6 +129,7 @@ Json do_job(const Json& job) {
     const cpcompile::Engine& engine = loaded.at(key);
     if (job.contains("run")) return plain(engine.run(job["run"].get<cpcompile::Engine::Batch>()));
     if (job.contains("step")) return stepped(engine, job["step"].get<cpcompile::Engine::Batch>(), job["pieces"]);
+    if (job.contains("misuse")) return misused(engine, cpcompile::load(bundle, job["misuse"].get<std::string>()));
     if (job.contains("outputs")) {
         std::map<std::string, Ort::Value> feeds;
         for (const auto& item : job["outputs"].items()) {

@@ -23,7 +23,9 @@ import pytest
 from tokenizers import Tokenizer
 
 from cpcompile.bundle.reader import open_bundle
+from cpcompile.core.cache import PAST
 from cpcompile.core.errors import CpcompileError, UsageError
+from cpcompile.passes.cache_interface import input_shapes
 from cpcompile.runtime.engine import Engine, load_engine
 from tests.bundles import reseal
 from tests.cpp.building import build, genai, not_run, run
@@ -349,6 +351,20 @@ def test_greedy_tokens_are_those_of_python(probe: Probe, bundle: Path) -> None:
         assert [each["texts"][0] for each in alone] == expected
         rows = [[token for row, token in together["seen"] if row == number] for number in range(len(prompts))]
         assert rows == expected  # what the callback saw
+
+
+def test_caches_that_are_not_of_the_engine_are_refused(probe: Probe, bundle: Path) -> None:
+    opened = open_bundle(bundle)
+    graphs = {context: opened.variant(context, "cpu-fp32").graph().graph for context in opened.contexts}
+    parts = {
+        context: {name: shape for name, shape in input_shapes(graph).items() if PAST.fullmatch(name)}
+        for context, graph in graphs.items()
+    }
+    context, other = next((a, b) for a in parts for b in parts if parts[a] and parts[a] != parts[b])
+    (said,) = results(probe({"bundle": str(bundle), "context": context, "misuse": other}))
+    *refused, kept = said
+    assert kept == 2 and len(refused) == 3
+    assert all("the cache is not of this engine" in each for each in refused)
 
 
 def test_a_cache_grows_when_it_is_full(probe: Probe, bundle: Path) -> None:

@@ -45,7 +45,7 @@ GUIDES = ["README.md", *sorted(path.relative_to(ROOT).as_posix() for path in (RO
 LINKED = [*GUIDES, "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"]
 QUICK_PAGES = ("README.md", "docs/how-to/optimize-onnx.md")
 """The others train and build models of their own, and are left to `make test-all`."""
-ELSEWHERE = ("docs/how-to/embed-in-cpp.md",)
+PAGES_ELSEWHERE = ("docs/how-to/embed-in-cpp.md",)
 """Run by tests/cpp/test_guide.py."""
 NOT_RUN = ("Needs an NVIDIA GPU", "Takes a while")
 ELSEWHERE = ("Needs the server",)
@@ -114,7 +114,9 @@ def workspace(corpus: Corpus, corpus_folder: Path, tmp_path_factory: pytest.Temp
 
 def run(words: list[str]) -> None:
     """Run a line of a page in the current folder, with less work where it could take long."""
-    if words[0] == "cpcompile":
+    if words[:2] == ["printf", "%s"] and words[3] == "|":
+        run_cpcompile(words[5:], input=words[2])
+    elif words[0] == "cpcompile":
         words = [*words[1:], *shorter(words)]
         if "--resume" in words:
             interrupt([word for word in words if word != "--resume"])
@@ -182,8 +184,8 @@ def interrupt(words: list[str]) -> None:
     assert result.exit_code == 130 and "--resume" in result.output, result.output
 
 
-def run_cpcompile(words: list[str]) -> None:
-    result = CliRunner().invoke(main, words, catch_exceptions=False)
+def run_cpcompile(words: list[str], input: str | None = None) -> None:
+    result = CliRunner().invoke(main, words, catch_exceptions=False, input=input)
     allowed = (0, 1) if words[0] in JUDGES else (0,)
     assert result.exit_code in allowed and "Error:" not in result.output, f"{words}: {result.output}"
     for failed in Path.cwd().glob("*.failed"):
@@ -224,7 +226,7 @@ def parse(words: list[str]) -> None:
     [
         pytest.param(page, marks=() if page in QUICK_PAGES else pytest.mark.slow)
         for page in GUIDES
-        if blocks(page) and page not in ELSEWHERE
+        if blocks(page) and page not in PAGES_ELSEWHERE
     ],
 )
 def test_the_blocks_of_a_page_run_one_after_the_other(

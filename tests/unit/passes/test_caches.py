@@ -251,8 +251,12 @@ def test_an_engine_generates_with_its_cache_what_it_generates_without(engines: d
             engine.step(ids[:, 3:4], {name: array[..., :1] for name, array in cache.items()})
         with pytest.raises(UsageError, match="logits_to_keep is -1: it cannot be negative"):
             engine.step(ids, logits_to_keep=-1)
+        with pytest.raises(UsageError, match="logits_to_keep is 1.5"):
+            engine.step(ids, logits_to_keep=1.5)  # type: ignore[arg-type]
         with pytest.raises(UsageError, match="needs its inputs by name, input_ids; given: nothing"):
             engine.outputs({})
+    with pytest.raises(UsageError, match="has no cache; use `run`"):
+        without.step(ids)
 
 
 def test_a_cache_in_place_grows_when_it_is_full(engines: dict[str, Engine], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ def rotation(*changes: tuple[str, str], opset: int = 23) -> ir.Model:
         assert old in text
         text = text.replace(old, new)
     constants = {name: np.array([number]) for name, number in CONSTANTS.items()}
-    return parse(text, {**constants, "scale": np.array(1.25)}, opset=opset)
+    return parse(text, {**constants, "scale": np.array(1.25), "parts": np.array([2, 4, 2])}, opset=opset)
 
 
 @pytest.mark.parametrize(
@@ -57,6 +57,8 @@ def test_a_rotation_becomes_one_node(changes: tuple[tuple[str, str], ...]) -> No
         (("r = Slice(x, half, end, last)", "r = Slice(x, half, end, last, two)"),),
         (("d = Concat<axis = -1>(f, f)", "g = Neg(f) d = Concat<axis = -1>(f, g)"),),  # halves of sin that differ
         (("y = Add(a, b)", "y = Sub(a, b)"),),
+        (("r = Slice(x, half, end, last)", "r0, r, r2 = Split<axis = 3>(x, parts)"),),  # from the third channel on
+        (("float", "double"),),
         (("a = Mul(x, c)", "x2 = Neg(x) a = Mul(x2, c)"),),
     ],
 )
@@ -71,6 +73,13 @@ def test_older_opsets_and_unknown_shapes_stay() -> None:
         for out in node.outputs:
             out.shape = None
     assert not RotaryEmbedding()(model).modified
+
+
+def test_names_may_be_taken() -> None:
+    model = rotation()
+    model.graph.register_initializer(ir.Value(name="c.start", const_value=ir.tensor([5], name="c.start")))
+    assert RotaryEmbedding()(model).modified
+    assert_same_values(rotation(), model)
 
 
 def test_one_table_serves_all_layers() -> None:
