@@ -169,7 +169,8 @@ def main(model: Path, bundle: Path, context: str | None, gguf: Path | None, roun
     folder = tempfile.TemporaryDirectory()
     sides |= {("GenAI dense", what): side for what, side in genai_sides(dense, ids, Path(folder.name)).items()}
     if gguf is not None:
-        files = {f"llama.cpp, {gguf.suffixes[0][1:]}": gguf, "llama.cpp, F32": in_float32(gguf, Path(folder.name))}
+        precision = gguf.stem.rpartition(".")[2]
+        files = {f"llama.cpp, {precision}": gguf, "llama.cpp, F32": in_float32(gguf, Path(folder.name))}
         for peer, file in files.items():
             sides |= {(peer, what): side for what, side in llama_cpp_sides(file, ids, threads).items()}
     seconds = time_sides({" / ".join(key): side for key, side in sides.items()}, rounds=rounds)

@@ -78,8 +78,8 @@ def integer_node(operator: str, inputs: Sequence[ir.Value | None], name: str, **
 
 def add_constant(graph: ir.Graph, name: str, array: npt.NDArray[Any]) -> ir.Value:
     """A new initializer of `graph`, under another name if that is taken."""
-    taken = graph.initializers.keys() | {value.name for value in graph.inputs}
-    while name in taken:
+    inputs = {value.name for value in graph.inputs}
+    while name in graph.initializers or name in inputs:
         name += "_"
     tensor = ir.tensor(array, name=name)
     value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)

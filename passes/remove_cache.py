@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from cpcompile.core.cache import INPUT, KEEP, MASK, POSITIONS, PRESENT
 from cpcompile.core.errors import CpcompileError
+from cpcompile.passes.bind_context import BindContext
 from cpcompile.passes.cache_interface import caches
 from cpcompile.passes.canonicalize_shapes import CanonicalizeShapes
 from cpcompile.passes.clean_up import CleanUp
@@ -50,8 +51,18 @@ class RemoveCache(GraphPass):
 
 def without_cache(frozen: ir.Model) -> ir.Model:
     """A copy of a frozen graph that reads whole texts, for engines that have no cache; tensors are shared."""
+    return _folded(frozen, RemoveCache())
+
+
+def with_all_logits(frozen: ir.Model) -> ir.Model:
+    """A copy of a frozen graph without the input `logits_to_keep`, which keeps its cache; tensors are shared."""
+    return _folded(frozen, BindContext(0, KEEP))
+
+
+def _folded(frozen: ir.Model, change: ir.passes.InPlacePass) -> ir.Model:
+    """A copy after `change`, with what became constant folded."""
     model, clean_up = frozen.clone(), CleanUp(frozenset(frozen.graph.initializers))
-    if RemoveCache()(model).modified:
+    if change(model).modified:
         for each in (FoldConstants(), clean_up, CanonicalizeShapes(), clean_up):
             each(model)
     return model

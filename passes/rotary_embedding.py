@@ -17,13 +17,21 @@ import onnx_ir as ir
 from cpcompile.files.onnx_file import opset_of
 from cpcompile.passes.clean_up import CleanUp
 from cpcompile.passes.graph_pass import GraphPass
-from cpcompile.passes.nodes import add_constant, constant_integer, constant_of, int_attribute, made_by, optional_input
+from cpcompile.passes.nodes import (
+    add_constant,
+    constant_integer,
+    constant_of,
+    int_attribute,
+    known_shape,
+    made_by,
+    optional_input,
+)
 
 OPSET = 23
 """The first with RotaryEmbedding."""
 TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 """What it takes."""
-HEADS, CHANNELS = 1, 3
+HEADS, CHANNELS, RANK = 1, 3, 4
 """Axes of what is rotated: (batch, heads, sequence, channels)."""
 START, AXIS, STEP = 1, 3, 4
 """Inputs of a Slice."""
@@ -50,9 +58,10 @@ class RotaryEmbedding(GraphPass):
 
 def _rotation(node: ir.Node) -> tuple[ir.Value, ir.Value, ir.Value] | None:
     """x, cos and sin, if `node` adds up x * cos + turned * sin."""
-    terms = [made_by(value, "Mul") for value in node.inputs if made_by(node.outputs[0], "Add")]
-    for one, other in (terms, terms[::-1]) if None not in terms and terms else ():
-        assert one is not None and other is not None
+    if made_by(node.outputs[0], "Add") is None:
+        return None
+    terms = [term for value in node.inputs if (term := made_by(value, "Mul")) is not None]
+    for one, other in (terms, terms[::-1]) if len(terms) == 2 else ():
         for (x, cos), (turned, sin) in product(_both_orders(one), _both_orders(other)):
             if _is_turned(turned, x) and _fits(cos, x) and _fits(sin, x):
                 return x, cos, sin
@@ -77,11 +86,10 @@ def _is_turned(value: ir.Value, x: ir.Value) -> bool:
 def _is_half(value: ir.Value | None, x: ir.Value, which: int) -> bool:
     """Whether `value` is the left (0) or right (1) half of the channels of `x` (batch, heads, sequence, channels)."""
     node = made_by(value, "Split", "Slice")
-    if value is None or node is None or node.inputs[0] is not x or value.shape is None or not _is_known(x):
+    if value is None or node is None or node.inputs[0] is not x or value.shape is None:
         return False
-    assert x.shape is not None
-    half = value.shape[CHANNELS]
-    if not isinstance(half, int) or x.shape[CHANNELS] != 2 * half:
+    shape, half = known_shape(x), value.shape[-1]
+    if len(shape) != RANK or not isinstance(half, int) or shape[CHANNELS] != 2 * half:
         return False
     if node.op_type == "Split":
         return len(node.outputs) == 2 and int_attribute(node, "axis", 0) in (CHANNELS, -1) and value.index() == which
@@ -92,13 +100,11 @@ def _is_half(value: ir.Value | None, x: ir.Value, which: int) -> bool:
 
 def _fits(table: ir.Value, x: ir.Value) -> bool:
     """Whether `table` is (batch, 1, sequence, channels) with two equal halves."""
-    if not _is_known(table) or not _is_known(x):
+    shape = known_shape(x)
+    if len(shape) != RANK or table.dtype != x.dtype or x.dtype not in TYPES:
         return False
-    assert x.shape is not None
-    if table.dtype != x.dtype or x.dtype not in TYPES:
-        return False
-    batch, _, sequence, channels = x.shape
-    return table.shape == (batch, 1, sequence, channels) and _repeats(table, channels)
+    batch, _, sequence, channels = shape
+    return known_shape(table) == (batch, 1, sequence, channels) and _repeats(table, channels)
 
 
 def _repeats(value: ir.Value | None, channels: int | ir.SymbolicDim) -> bool:
@@ -136,7 +142,3 @@ def _left_half(graph: ir.Graph, table: ir.Value, made: dict[ir.Value, ir.Value])
         made[table] = squeezed.outputs[0]
         made[table].type, made[table].shape = table.type, ir.Shape([batch, sequence, channels // 2])
     return made[table]
-
-
-def _is_known(value: ir.Value) -> bool:
-    return value.shape is not None and value.shape.rank() == CHANNELS + 1 and not value.shape.has_unknown_dim()

@@ -14,7 +14,6 @@ from onnx_ir.passes.common import CommonSubexpressionEliminationPass
 
 from cpcompile.bundle.reader import ROUTER, TOKEN_IDS
 from cpcompile.bundle.writer import BundleWriter
-from cpcompile.core.cache import KEEP
 from cpcompile.core.config import BuildConfig
 from cpcompile.core.types import Progress
 from cpcompile.exporters.onnxruntime_exporter import MERGED, SINGLE, cuda_variant, export_onnxruntime
@@ -22,11 +21,7 @@ from cpcompile.exporters.tensorrt_exporter import export_tensorrt, variant_name
 from cpcompile.exporters.weights_file import INLINE, Location, write_weights
 from cpcompile.files.whole_files import file_digest
 from cpcompile.frontend.source import Source
-from cpcompile.passes.bind_context import BindContext
 from cpcompile.passes.cache_interface import bytes_per_token
-from cpcompile.passes.canonicalize_shapes import CanonicalizeShapes
-from cpcompile.passes.clean_up import CleanUp
-from cpcompile.passes.fold_constants import FoldConstants
 from cpcompile.passes.fold_gates import FoldGates
 from cpcompile.passes.freeze import Frozen
 from cpcompile.passes.group_query_attention import GroupQueryAttention
@@ -34,7 +29,7 @@ from cpcompile.passes.infer_shapes import InferShapes
 from cpcompile.passes.legalize_for_tensorrt import LegalizeForTensorRT
 from cpcompile.passes.lower_precision import HALVES, LowerPrecision
 from cpcompile.passes.merge_contexts import merge_contexts
-from cpcompile.passes.remove_cache import without_cache
+from cpcompile.passes.remove_cache import with_all_logits, without_cache
 from cpcompile.passes.rotary_embedding import RotaryEmbedding
 from cpcompile.passes.share_weights import Run, ShareWeights, plan_runs
 from cpcompile.pipeline.accounting import Accounting
@@ -171,11 +166,8 @@ def legal_for_plans(frozen: ir.Model, precision: str) -> ir.Model:
 
     It gives all logits: plans have no inputs whose values determine shapes.
     """
-    model, clean_up = frozen.clone(), CleanUp(frozenset(frozen.graph.initializers))
-    folding = (
-        (FoldConstants(), clean_up, CanonicalizeShapes(), clean_up) if BindContext(0, KEEP)(model).modified else ()
-    )
-    for each in (*folding, InferShapes(), FoldGates(), LegalizeForTensorRT()):
+    model = with_all_logits(frozen)
+    for each in (InferShapes(), FoldGates(), LegalizeForTensorRT()):
         each(model)
     if precision in HALVES:
         LowerPrecision(precision)(model)

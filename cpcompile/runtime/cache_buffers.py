@@ -22,8 +22,8 @@ AHEAD = 1024
 
 
 def require_cache(model: Path, cache: object, names: Collection[str], texts: int) -> None:
-    """UsageError unless `cache` is empty, or has every part of the cache of `model`, of so many texts of one length."""
-    if isinstance(cache, Mapping) and not cache:
+    """UsageError unless `cache` is none, or has every part of the cache of `model`, of so many texts of one length."""
+    if cache is None or cache == {}:
         return
     if not isinstance(cache, Mapping) or cache.keys() != set(names):
         raise UsageError(f"{model}: the cache is not of this engine; give the one that `step` returned")

@@ -112,8 +112,8 @@ class Engine:
         require(keep >= 0, f"logits_to_keep is {logits_to_keep}: it cannot be negative; 0 keeps all")
         tokens, names = self._tokens(input_ids), [OUTPUT, *self._presents.values()]
         require(self.has_cache, f"{self.variant.model}: has no cache; use `run`, or build the bundle again")
-        require_cache(self.variant.model, cache := cache or {}, self._presents, len(tokens))
-        arrays = {name: self._array(name, value) for name, value in cache.items()}
+        require_cache(self.variant.model, cache, self._presents, len(tokens))
+        arrays = {name: self._array(name, value) for name, value in (cache or {}).items()}
         if cache and self.writes_in_place and min(tokens.shape) > 1:
             return self._step_by_step(tokens, cache, keep)
         logits, *present = self._run(names, {INPUT: tokens, **arrays, KEEP: np.asarray(keep)})
