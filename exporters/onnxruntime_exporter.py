@@ -1,4 +1,4 @@
-"""ONNX Runtime: a frozen graph -> `cpu-fp32/model.onnx` or `cuda-fp16/model.onnx`, weights shared or inside."""
+"""ONNX Runtime: a frozen graph -> `cpu-fp32/model.onnx`, `cpu-int8/…` or `cuda-fp16/…`, weights shared or inside."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from cpcompile.exporters.weights_file import Location, refer_to_weights
 
 MODEL_FILE = "model.onnx"
 SINGLE, MERGED = "cpu-fp32", "cpu-fp32-merged"
+EXACT_PRODUCTS: Mapping[str, str] = {"session.x64quantprecision": "1"}
+"""Session options of products of 8-bit integers. Without them, x64 without VNNI adds up in 16 bits, which overflow."""
 
 
 def export_onnxruntime(
@@ -21,29 +23,31 @@ def export_onnxruntime(
     weights: Path | None,
     locations: Mapping[str, Location],
     contexts: tuple[str, ...] = (),
-    cuda_precision: str | None = None,
+    precision: str = "fp32",
+    cuda: bool = False,
 ) -> Artifact:
     """Write `model` to `folder`; its initializers refer to the file `weights`, or are inside if there is none.
 
-    contexts: those that the input of a merged model selects from. cuda_precision: the precision of an engine for a
-    GPU, which computes in the graph's own types.
+    contexts: those that the input of a merged model selects from. precision: what the graph computes in. cuda: whether
+    the engine is one for a GPU.
     """
     shared = refer_to_weights(model, weights, locations) if weights is not None else 0
     ir.save(model, folder / MODEL_FILE)
     return Artifact(
-        variant=cuda_variant(cuda_precision) if cuda_precision else MERGED if contexts else SINGLE,
+        variant=MERGED if contexts else variant_name(precision, cuda=cuda),
         runtime="onnxruntime",
-        precision=cuda_precision or "fp32",
-        provider="CUDAExecutionProvider" if cuda_precision else "CPUExecutionProvider",
-        device="gpu" if cuda_precision else "cpu",
+        precision=precision,
+        provider="CUDAExecutionProvider" if cuda else "CPUExecutionProvider",
+        device="gpu" if cuda else "cpu",
         model_file=MODEL_FILE,
         files=(MODEL_FILE,),
         shared_bytes=shared,
         contexts=contexts,
-        provider_options={"use_tf32": "0"} if cuda_precision else {},
+        session_options=EXACT_PRODUCTS if precision == "int8" else {},
+        provider_options={"use_tf32": "0"} if cuda else {},
     )
 
 
-def cuda_variant(precision: str) -> str:
-    """The name of a CUDA variant: device and precision."""
-    return f"cuda-{precision}"
+def variant_name(precision: str, *, cuda: bool = False) -> str:
+    """The name of a variant: device and precision."""
+    return f"{'cuda' if cuda else 'cpu'}-{precision}"

@@ -13,7 +13,7 @@ much again). Models whose units are stored partition by partition have one run p
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +25,14 @@ from cpcompile.passes.graph_pass import GraphPass
 
 KeptChannels = Mapping[str, tuple[npt.NDArray[np.intp] | None, ...]]
 """Parameter name -> per axis the kept indices; None where the axis is whole."""
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A parameter of all contexts: its shape, and how its elements are read."""
+
+    shape: tuple[int, ...]
+    read: Callable[[], npt.NDArray[np.generic]]
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ READABLE = (3, 4)
 """Bundles of version 3 have graphs without a cache, and do not record what ends a text."""
 MANIFEST = "manifest.json"
 REPORTS = ("report.json", "report.html")
-SESSION_OPTIONS = frozenset({"session.disable_prepacking"})
+SESSION_OPTIONS = frozenset({"session.disable_prepacking", "session.x64quantprecision"})
 """Session options that a bundle may set besides its weights; others load libraries or write files."""
 PROVIDER_OPTIONS: Mapping[str, frozenset[str]] = {
     "CUDAExecutionProvider": frozenset({"use_tf32", "prefer_nhwc", "enable_cuda_graph", "cudnn_conv_algo_search"}),

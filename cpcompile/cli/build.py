@@ -46,13 +46,17 @@ from cpcompile.targets.requests import parse_targets
     help="Trim each context's vocabulary to the tokens that make up this part of its text (such as 0.999).",
 )
 @click.option(
-    "--target", "targets", multiple=True, help="Add engines: tensorrt, tensorrt-rtx[=sm86,sm120], cuda; repeatable."
+    "--target",
+    "targets",
+    multiple=True,
+    help="Add engines: cpu, tensorrt, tensorrt-rtx[=sm86,sm120], cuda; repeatable.",
 )
 @click.option(
     "--precision",
     "precisions",
     metavar="NAMES",
-    help="Precisions of the added engines: fp32, fp16, bf16.  [default: fp16]",
+    help="Precisions of the added engines: int8, int8-weights, int4-weights of cpu; fp32, fp16, bf16 of the others.  "
+    "[default: int8 and fp16]",
 )
 @click.option(
     "--profile",
@@ -94,6 +98,11 @@ def build(
       cpcompile build model.pt --peers all            # also time torch.compile and others, see validate --help
       cpcompile build model.pt --max-perplexity-increase 0.05   # 5 % above the dense baseline is no failure
       cpcompile build model.pt2                       # your own module, see `cpcompile.save_program`
+
+    \b
+    Engines with weights in few bits are added alongside those in float32:
+      cpcompile build model.pt --target cpu           # cpu-int8: products of 8-bit integers
+      cpcompile build model.pt --target cpu --precision int8-weights,int4-weights
 
     \b
     GPU engines are added alongside the CPU engines; TensorRT-RTX and CUDA engines can be built without a GPU:

@@ -247,7 +247,7 @@ class BuildConfig:
     vocabulary_coverage: float | None = None
     """The part of a context's text that the kept tokens of its vocabulary cover; None keeps every token."""
     targets: tuple[str, ...] = ()
-    """Engines to add for GPUs, as `cpcompile.targets.requests.parse_targets` reads them."""
+    """Engines to add, as `cpcompile.targets.requests.parse_targets` reads them."""
     precisions: tuple[str, ...] | None = None
     """Precisions of the added engines; None is the default of the targets."""
     profiles: tuple[str, ...] = ()

@@ -11,6 +11,7 @@ bundle + eager models + held-out text -> validator -> report, verdict
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +21,7 @@ import onnx_ir as ir
 
 from cpcompile.bundle.writer import BundleWriter
 from cpcompile.core.config import BuildConfig, ValidateConfig
+from cpcompile.core.errors import UsageError
 from cpcompile.core.types import Progress
 from cpcompile.exporters.tensorrt_exporter import require_target
 from cpcompile.frontend.source import Source, open_source
@@ -29,7 +31,7 @@ from cpcompile.pipeline.stages import Stages
 from cpcompile.pipeline.validate import report_of, training_of
 from cpcompile.pipeline.write_engines import export_added, export_engines
 from cpcompile.report import Report, write_report
-from cpcompile.targets.requests import CUDA, parse_targets
+from cpcompile.targets.requests import CPU, FLAVOURS, Added, parse_targets
 from cpcompile.text.vocabulary import TrimmedVocabulary
 from cpcompile.validation.diagnosis import diagnose
 from cpcompile.validation.expected_graphs import FreshGraphs, order_rows
@@ -55,11 +57,12 @@ def build_bundle(
     """
     added = parse_targets(config.targets, config.precisions, config.profiles)
     for target in added.targets:
-        if target.flavour != CUDA:
+        if target.flavour in FLAVOURS:
             require_target(target)  # before the work begins
     stages, writer = Stages(progress), BundleWriter(out)
     with stages("load"):
         source = open_source(model)
+        require_rounding(source, added)
         training = training_of(source)
         chosen, coverage = source.choose(config.contexts), config.vocabulary_coverage
         config.require_compatible(chosen)
@@ -71,12 +74,12 @@ def build_bundle(
         rows = order_rows(dynamic, source, order) if order is not None else None
         frozen, accounts = freeze_contexts(source, dynamic, chosen, trimmed, rows, done)
     with writer:
-        whole = {context: each.model.clone() for context, each in frozen.items()} if added.targets else {}
+        whole = {c: replace(each, model=each.model.clone()) for c, each in frozen.items()} if added.targets else {}
         with stages("export", 1 + len(chosen) + config.merged) as done:
             metadata = export_engines(writer, dynamic, frozen, accounts, source, trimmed, config, done)
         if whole:
             with stages("plans"):
-                export_added(writer, whole, added, source.sequence, progress)
+                export_added(writer, dynamic, whole, accounts, added, config, source.sequence, progress)
         bundle = writer.seal(name=source.path.stem, metadata=metadata)
         build = stages.result()
         del whole
@@ -89,6 +92,15 @@ def build_bundle(
         report = report_of(bundle, source, results, build, validation, training)
         write_report(report, writer.root)
         return report, writer.commit(failed=report.verdict == "fail")
+
+
+def require_rounding(source: Source, added: Added) -> None:
+    """UsageError if `added` has engines whose weights are rounded, which could not be compared with `source`."""
+    if not source.has_text and any(target.flavour == CPU for target in added.targets):
+        raise UsageError(
+            f"{source.path}: --target cpu rounds the weights of language models; this model reads no text, and its "
+            "engines could not be validated. Omit it"
+        )
 
 
 def freeze_contexts(

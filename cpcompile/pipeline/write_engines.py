@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,8 +18,9 @@ from cpcompile.bundle.reader import ROUTER, TOKEN_IDS
 from cpcompile.bundle.writer import BundleWriter
 from cpcompile.core.config import BuildConfig
 from cpcompile.core.types import Progress
-from cpcompile.exporters.onnxruntime_exporter import MERGED, SINGLE, cuda_variant, export_onnxruntime
-from cpcompile.exporters.tensorrt_exporter import export_tensorrt, variant_name
+from cpcompile.exporters.onnxruntime_exporter import MERGED, SINGLE, export_onnxruntime, variant_name
+from cpcompile.exporters.tensorrt_exporter import export_tensorrt
+from cpcompile.exporters.tensorrt_exporter import variant_name as plan_name
 from cpcompile.exporters.weights_file import INLINE, Location, write_weights
 from cpcompile.files.whole_files import file_digest
 from cpcompile.frontend.source import Source
@@ -29,11 +32,14 @@ from cpcompile.passes.infer_shapes import InferShapes
 from cpcompile.passes.legalize_for_tensorrt import LegalizeForTensorRT
 from cpcompile.passes.lower_precision import HALVES, LowerPrecision
 from cpcompile.passes.merge_contexts import merge_contexts
+from cpcompile.passes.quantize_dynamic import QuantizeDynamic
+from cpcompile.passes.quantize_weights import QuantizeWeights
+from cpcompile.passes.quantized_parameters import Quantization
 from cpcompile.passes.remove_cache import with_all_logits, without_cache
 from cpcompile.passes.rotary_embedding import RotaryEmbedding
-from cpcompile.passes.share_weights import Run, ShareWeights, plan_runs
+from cpcompile.passes.share_weights import KeptChannels, Run, ShareWeights, Whole, plan_runs
 from cpcompile.pipeline.accounting import Accounting
-from cpcompile.targets.requests import CUDA, Added
+from cpcompile.targets.requests import CPU, CUDA, Added
 from cpcompile.text.vocabulary import TrimmedVocabulary
 
 WEIGHTS_FILE = "weights.bin"
@@ -53,23 +59,11 @@ def export_engines(
 
     done: called after the weights and tokenizers, and after each engine.
     """
-    uri: str | None = None
-    locations: Mapping[str, Location] = {}
+    stored = NOT_STORED
     if not config.standalone:
-        parameters = next(iter(accounts.values())).total_by_name
-        permutations = {n: order for f in frozen.values() for n, order in f.permutations.items()}
-        plan = plan_runs(
-            {c: {n: kept for n, kept in f.kept.items() if n in parameters} for c, f in frozen.items()},
-            {n: _whole(dynamic, permutations, n).shape for n in parameters if n in dynamic.graph.initializers},
-        )
-        runs = [run for runs in plan.values() for run in runs]
-        staging = writer.stage("weights")
-        locations = write_weights(
-            staging / WEIGHTS_FILE, ((run.stored_name, partial(_stored, dynamic, permutations, run)) for run in runs)
-        )
-        uri = writer.add_asset(staging)
-        for context in frozen:
-            ShareWeights(context, plan)(frozen[context].model)
+        whole = _wholes(dynamic, frozen, accounts)
+        kept = {c: {n: kept for n, kept in f.kept.items() if n in whole} for c, f in frozen.items()}
+        stored = _share(writer, {c: f.model for c, f in frozen.items()}, kept, whole)
     tokenizers = {}
     for context in frozen:
         own = trimmed.get(context)
@@ -82,18 +76,19 @@ def export_engines(
             np.save(staging / TOKEN_IDS, own.kept)
         tokenizers[context] = writer.add_asset(staging)
     done()
-    weights = writer.asset(uri) / WEIGHTS_FILE if uri else None
     for context in frozen:
         folder = writer.folder(context, SINGLE)
         model = frozen[context].model if config.standard_operators else fused_for_cpu(frozen[context].model)
-        artifact = export_onnxruntime(model, folder, weights=weights, locations=locations)
-        writer.add_variant(context, artifact, weights=uri)
+        artifact = export_onnxruntime(model, folder, weights=stored.file, locations=stored.locations)
+        writer.add_variant(context, artifact, weights=stored.uri)
         done()
     if config.merged:
         one = merge_contexts({context: without_cache(frozen[context].model) for context in frozen})
         folder = writer.folder(ROUTER, MERGED)
-        artifact = export_onnxruntime(one, folder, weights=weights, locations=locations, contexts=tuple(frozen))
-        writer.add_variant(ROUTER, artifact, weights=uri)
+        artifact = export_onnxruntime(
+            one, folder, weights=stored.file, locations=stored.locations, contexts=tuple(frozen)
+        )
+        writer.add_variant(ROUTER, artifact, weights=stored.uri)
         done()
     dense = bytes_per_token(dynamic.graph)
     return {
@@ -112,27 +107,76 @@ def export_engines(
 
 def export_added(
     writer: BundleWriter,
-    frozen: Mapping[str, ir.Model],
+    dynamic: ir.Model,
+    frozen: Mapping[str, Frozen],
+    accounts: Mapping[str, Accounting],
     added: Added,
+    config: BuildConfig,
     sequence: int | None,
     progress: Progress,
 ) -> None:
-    """Write an engine of every context for every target in every precision; `frozen` is not changed."""
-    for context, precision, target in product(frozen, added.precisions, added.targets):
-        if target.flavour == CUDA:
-            _export_cuda(writer, context, frozen[context], precision)
+    """Write engines of every context for every target in each precision that it can have; `frozen` is not changed."""
+    for precision, target in product(added.precisions, added.targets):
+        if precision not in target.precisions:
             continue
-        name = variant_name(target, precision)
-        artifact = export_tensorrt(
-            legal_for_plans(frozen[context], precision),
-            writer.folder(context, name),
-            target=target,
-            precision=precision,
-            ranges=added.ranges,
-            sequence=sequence,
-            progress=partial(progress, f"{context} {name}"),
+        if target.flavour == CPU:
+            _export_quantized(writer, dynamic, frozen, accounts, precision, config, progress)
+            continue
+        for context, each in frozen.items():
+            if target.flavour == CUDA:
+                _export_cuda(writer, context, each.model, precision)
+                continue
+            name = plan_name(target, precision)
+            artifact = export_tensorrt(
+                legal_for_plans(each.model, precision),
+                writer.folder(context, name),
+                target=target,
+                precision=precision,
+                ranges=added.ranges,
+                sequence=sequence,
+                progress=partial(progress, f"{context} {name}"),
+            )
+            writer.add_variant(context, artifact, weights=None)
+
+
+def _export_quantized(
+    writer: BundleWriter,
+    dynamic: ir.Model,
+    frozen: Mapping[str, Frozen],
+    accounts: Mapping[str, Accounting],
+    precision: str,
+    config: BuildConfig,
+    progress: Progress,
+) -> None:
+    """Write an engine of every context whose weights are rounded; contexts share them in a file of their own."""
+    whole = _wholes(dynamic, frozen, accounts)
+    models: dict[str, ir.Model] = {}
+    kept: dict[str, KeptChannels] = {}
+    for context, each in frozen.items():
+        models[context] = each.model.clone()
+        own = {name: axes for name, axes in each.kept.items() if name in whole}
+        parameters = quantize(precision, own, whole)(models[context])
+        assert isinstance(parameters, Quantization)
+        left = {name: axes for name, axes in own.items() if name in models[context].graph.initializers}
+        kept[context] = left | {name: derived.kept for name, derived in parameters.parameters.items()}
+        whole = whole | {name: derived.whole for name, derived in parameters.parameters.items()}
+    stored = NOT_STORED if config.standalone else _share(writer, models, kept, whole)
+    name = variant_name(precision)
+    for done, (context, model) in enumerate(models.items()):
+        progress(f"plans: {name}", done, len(models))
+        folder = writer.folder(context, name)
+        artifact = export_onnxruntime(
+            fused_for_cpu(model), folder, weights=stored.file, locations=stored.locations, precision=precision
         )
-        writer.add_variant(context, artifact, weights=None)
+        writer.add_variant(context, artifact, weights=stored.uri)
+    progress(f"plans: {name}", len(models), len(models))
+
+
+def quantize(precision: str, kept: KeptChannels, whole: Mapping[str, Whole]) -> ir.passes.InPlacePass:
+    """The pass that rounds weights to `precision`."""
+    if precision == "int8":
+        return QuantizeDynamic(kept, whole)
+    return QuantizeWeights(precision, kept, whole)
 
 
 def _export_cuda(writer: BundleWriter, context: str, frozen: ir.Model, precision: str) -> None:
@@ -147,9 +191,9 @@ def _export_cuda(writer: BundleWriter, context: str, frozen: ir.Model, precision
     large = [(name, tensor.numpy) for name, tensor in tensors.items() if tensor is not None and tensor.nbytes > INLINE]
     locations = write_weights(staging / WEIGHTS_FILE, large)
     uri = writer.add_asset(staging)
-    folder = writer.folder(context, cuda_variant(precision))
+    folder = writer.folder(context, variant_name(precision, cuda=True))
     weights = writer.asset(uri) / WEIGHTS_FILE
-    artifact = export_onnxruntime(model, folder, weights=weights, locations=locations, cuda_precision=precision)
+    artifact = export_onnxruntime(model, folder, weights=weights, locations=locations, precision=precision, cuda=True)
     writer.add_variant(context, artifact, weights=uri)
 
 
@@ -174,9 +218,50 @@ def legal_for_plans(frozen: ir.Model, precision: str) -> ir.Model:
     return model
 
 
-def _stored(dynamic: ir.Model, permutations: Mapping[str, tuple[int, ...]], run: Run) -> npt.NDArray[np.generic]:
+@dataclass(frozen=True)
+class Stored:
+    """A file of weights that engines share: the asset, the file in it, and where the tensors lie."""
+
+    uri: str | None
+    file: Path | None
+    locations: Mapping[str, Location]
+
+
+NOT_STORED = Stored(None, None, {})
+
+
+def _share(
+    writer: BundleWriter,
+    models: Mapping[str, ir.Model],
+    kept: Mapping[str, KeptChannels],
+    whole: Mapping[str, Whole],
+) -> Stored:
+    """Write what the contexts have `kept` of the `whole` parameters once, and let the graphs `models` read that."""
+    plan = plan_runs(kept, {name: whole[name].shape for channels in kept.values() for name in channels})
+    runs = [run for runs in plan.values() for run in runs]
+    staging = writer.stage("weights")
+    pieces = ((run.stored_name, partial(_piece, whole[run.name], run)) for run in runs)
+    locations = write_weights(staging / WEIGHTS_FILE, pieces)
+    uri = writer.add_asset(staging)
+    for context, model in models.items():
+        ShareWeights(context, plan)(model)
+    return Stored(uri, writer.asset(uri) / WEIGHTS_FILE, locations)
+
+
+def _piece(whole: Whole, run: Run) -> npt.NDArray[np.generic]:
     """The elements of `run` as the engines read them."""
-    return run.cut(_whole(dynamic, permutations, run.name))
+    return run.cut(whole.read())
+
+
+def _wholes(dynamic: ir.Model, frozen: Mapping[str, Frozen], accounts: Mapping[str, Accounting]) -> dict[str, Whole]:
+    """The parameters of all contexts by name, with their axes in the order of the engines."""
+    permutations = {name: order for each in frozen.values() for name, order in each.permutations.items()}
+    names = next(iter(accounts.values())).total_by_name
+    return {
+        name: Whole(_whole(dynamic, permutations, name).shape, partial(_whole, dynamic, permutations, name))
+        for name in names
+        if name in dynamic.graph.initializers
+    }
 
 
 def _whole(dynamic: ir.Model, permutations: Mapping[str, tuple[int, ...]], name: str) -> npt.NDArray[np.generic]:

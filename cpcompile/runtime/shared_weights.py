@@ -2,7 +2,7 @@
 
 ONNX Runtime takes tensors from outside in place of those that a graph refers to. They lie in one mapping of the file,
 whose pages are read when they are needed. It is not rearranged for the kernels (prepacked), which would copy it for
-each engine.
+each engine. Rounded weights are: their kernels need it, and they are small.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ class SharedWeights:
         """Let the session of `variant`, which was verified, read its weights from here."""
         if variant.weights is None:
             return
-        options.add_session_config_entry(NO_PREPACKING, "1")
+        if variant.precision == "fp32":
+            options.add_session_config_entry(NO_PREPACKING, "1")
         keys = []
         for each in references_of(variant.model):
             path = str(variant.weights / each.location)

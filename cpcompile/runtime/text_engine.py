@@ -188,8 +188,9 @@ def load(
 ) -> TextEngine:
     """Verify and load the engine of `context`; it may be left out where there is only one.
 
-    variant: the name of an engine, or "best" for a GPU's if it runs here, else the CPU's. threads: 0 leaves the number
-    to ONNX Runtime. UsageError and CpcompileError as `load_engine`; UsageError for a model that reads no text.
+    variant: the name of an engine, or "best" for a GPU's if it runs here, else the CPU's in float32: whether fewer bits
+    do is for you to say. threads: 0 leaves the number to ONNX Runtime. UsageError and CpcompileError as `load_engine`;
+    UsageError for a model that reads no text.
     """
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
     chosen = choose_context(opened, context)
@@ -213,9 +214,9 @@ def choose_variant(bundle: Bundle, context: str, name: str) -> str:
     return min(variants, key=_rank).name
 
 
-def _rank(variant: Variant) -> tuple[bool, bool]:
-    """Engines of one context first, then those of a GPU."""
-    return bool(variant.feeds), variant.provider == CPU_PROVIDER
+def _rank(variant: Variant) -> tuple[bool, bool, bool]:
+    """Engines of one context first, then those of a GPU, then those whose weights are not rounded."""
+    return bool(variant.feeds), variant.provider == CPU_PROVIDER, variant.precision != "fp32"
 
 
 def with_tokenizer(bundle: Bundle, engine: Engine) -> TextEngine:

@@ -11,13 +11,17 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from cpcompile.core.errors import UsageError
+from cpcompile.core.rounding import SCHEMES
 
 TENSORRT, TENSORRT_RTX = FLAVOURS = ("tensorrt", "tensorrt-rtx")
 """The libraries that build plans."""
 CUDA = "cuda"
 """ONNX Runtime on an NVIDIA GPU."""
+CPU = "cpu"
+"""ONNX Runtime on the CPU, with weights in few bits; its engines in float32 are always built."""
 PRECISIONS = ("fp32", "fp16", "bf16")
-DEFAULT_PRECISION = "fp16"
+"""Those of engines for GPUs."""
+DEFAULT_PRECISIONS = MappingProxyType({CPU: "int8"} | dict.fromkeys((*FLAVOURS, CUDA), "fp16"))
 CAPABILITIES = MappingProxyType({TENSORRT: (), TENSORRT_RTX: ("sm86", "sm89", "sm120")})
 """The defaults: GeForce and RTX of Ampere, Ada and Blackwell; an empty tuple means the GPU in the machine."""
 CAPABILITY = re.compile(r"sm\d{2,3}", re.ASCII)
@@ -26,7 +30,7 @@ LARGEST = 2**31 - 1
 
 @dataclass(frozen=True)
 class Target:
-    """A library that runs engines on NVIDIA GPUs, and the compute capabilities to build for.
+    """A library that runs engines, and the compute capabilities of NVIDIA GPUs to build for.
 
     Without capabilities, `cuda` builds for all GPUs and `tensorrt` for the one in this machine.
     """
@@ -35,8 +39,10 @@ class Target:
     capabilities: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.flavour not in (*FLAVOURS, CUDA):
-            raise UsageError(f"there is no target {self.flavour!r}; there are {', '.join((*FLAVOURS, CUDA))}")
+        if self.flavour not in DEFAULT_PRECISIONS:
+            raise UsageError(f"there is no target {self.flavour!r}; there are {', '.join(DEFAULT_PRECISIONS)}")
+        if self.flavour == CPU and self.capabilities:
+            raise UsageError("--target cpu builds for every processor; omit the capabilities")
         if self.flavour == CUDA and self.capabilities:
             raise UsageError("--target cuda builds for every GPU; omit the capabilities")
         if self.flavour == TENSORRT and self.capabilities:
@@ -44,6 +50,11 @@ class Target:
         for each in self.capabilities:
             if not CAPABILITY.fullmatch(each):
                 raise UsageError(f"{each!r} is not a compute capability; write it like sm86 (8.6) or sm120 (12.0)")
+
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        """Those that engines for this target can have."""
+        return tuple(SCHEMES) if self.flavour == CPU else PRECISIONS
 
     def __str__(self) -> str:
         return self.flavour + (f"={','.join(self.capabilities)}" if self.capabilities else "")
@@ -96,7 +107,7 @@ def parse_ranges(texts: Sequence[str]) -> dict[str, Range]:
 
 @dataclass(frozen=True, kw_only=True)
 class Added:
-    """The GPU engines that a build adds: every target in every precision."""
+    """The engines that a build adds: every target in every precision that it can have."""
 
     targets: tuple[Target, ...] = ()
     precisions: tuple[str, ...] = ()
@@ -111,14 +122,21 @@ def parse_targets(targets: Sequence[str], precisions: Sequence[str] | None, prof
     if not targets and (precisions or profiles):
         option = "--precision" if precisions else "--profile"
         raise UsageError(f"{option} applies to engines that --target adds; add a --target, or omit it")
-    for each in precisions or ():
-        if each not in PRECISIONS:
-            raise UsageError(f"--precision {each!r} does not exist; there are {', '.join(PRECISIONS)}")
     parsed = tuple(parse_target(text) for text in targets)
     if len({target.flavour for target in parsed}) < len(parsed):
         raise UsageError("--target: give one per library, with all its compute capabilities: tensorrt-rtx=sm86,sm120")
+    known = dict.fromkeys(name for target in parsed for name in target.precisions)
+    for each in precisions or ():
+        if each not in known:
+            raise UsageError(f"--precision {each!r} does not exist; there are {', '.join(known)}")
+    chosen = tuple(precisions or dict.fromkeys(DEFAULT_PRECISIONS[target.flavour] for target in parsed))
+    for target in parsed:
+        if not any(each in target.precisions for each in chosen):
+            raise UsageError(f"--target {target}: has none of the precisions {', '.join(chosen)}; add one, or omit it")
+    if profiles and all(target.flavour == CPU for target in parsed):
+        raise UsageError("--profile applies to engines for GPUs; engines for the CPU take every length")
     return Added(
         targets=parsed,
-        precisions=tuple(precisions or (DEFAULT_PRECISION,)) if parsed else (),
+        precisions=chosen,
         ranges=parse_ranges(profiles),
     )

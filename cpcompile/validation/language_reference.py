@@ -40,7 +40,8 @@ from cpcompile.validation.quality import (
     consecutive_windows,
     measure_score,
 )
-from cpcompile.validation.reference import Outputs, Run, Timed
+from cpcompile.validation.reference import UNROUNDED, Outputs, Run, Schemes, Timed
+from cpcompile.validation.rounded_model import Rounding
 
 BATCHES_PER_SHAPE = 4
 NO_DENSE = "there is no dense baseline beside the model"
@@ -100,14 +101,14 @@ class LanguageReference:
         self._dense_memory: ProcessMemory | NotMeasured | None = None
         self._texts = {context: self._text(context, (trimmed or {}).get(context)) for context in self.contexts}
 
-    def masked(self, context: str) -> Run:
-        return self._run(self._single, context)
+    def masked(self, context: str, schemes: Schemes = UNROUNDED) -> Run:
+        return self._run(self._single, context, schemes)
 
-    def exact(self, context: str) -> Run:
+    def exact(self, context: str, schemes: Schemes = UNROUNDED) -> Run:
         """Takes twice the model's bytes while the function lives; the dense baseline is released meanwhile."""
         self.__dict__.pop("_dense_model", None)
         release_memory()
-        return self._run(_in_float64(self._single), context)
+        return self._run(_in_float64(self._single), context, schemes)
 
     def dense(self, context: str) -> Run | NotMeasured:
         """It returns all logits, as for any user: selecting from them is not part of its cost."""
@@ -175,9 +176,18 @@ class LanguageReference:
     def _compiled(self) -> Callable[..., torch.Tensor]:
         return torch.compile(self._dense_model, dynamic=True)
 
-    def _run(self, model: LanguageModel, context: str) -> Run:
+    def _run(self, model: LanguageModel, context: str, schemes: Schemes) -> Run:
         index = torch.tensor(self.contexts.index(context)) if model.contexts else None
-        return self.as_engine(context, eager_run(model, index))
+        eager = eager_run(model, index)
+        if not schemes:
+            return self.as_engine(context, eager)
+        rounding = Rounding(model, schemes)
+
+        def rounded(feeds: Feeds) -> Outputs:
+            with rounding:
+                return eager(feeds)
+
+        return self.as_engine(context, rounded)
 
     def _text(self, context: str, trimmed: TrimmedVocabulary | None) -> _Text:
         ids = self._held_out[context]

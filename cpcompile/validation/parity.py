@@ -104,13 +104,15 @@ def check_parity(
     missing: str,
     precision: str = "fp32",
     cached: Run | None = None,
+    rounded: bool = False,
 ) -> Parity:
     """Compare `engine` with the masked eager model in float32 and float64 on `inputs`.
 
     A missing or additional output, a wrong shape or type, a value that is not finite or an engine that raises: fail.
     `logits` names the output of which divergence and agreement are taken. Without inputs it is inconclusive: `missing`.
     An engine in another `precision` may be off by as much more as that rounds more coarsely. `cached` is the same
-    engine, reading its tokens in two steps; its logits are one more output.
+    engine, reading its tokens in two steps; its logits are one more output. `rounded`: the eager model has the rounded
+    weights of the engine.
     """
     errors: dict[str, _Errors] = {}
     agreement = _Agreement()
@@ -143,6 +145,7 @@ def check_parity(
     farthest = worst.engine.max_abs
     within = farthest <= tolerance
     where = f" in {name}" if len(errors) > 1 else ""
+    weights = "; both with the engine's rounded weights" if rounded else ""
     positions = agreement.positions
     ratios: dict[str, Any] = {**worst.engine.ratios()}
     return Parity(
@@ -151,7 +154,9 @@ def check_parity(
         tolerance=tolerance,
         tolerance_source=(
             f"{multiple:g} x {scale}the eager model's own float32 error {worst.noise:.3g}{where} "
-            "(largest absolute difference from float64" + (f", {positions} positions)" if positions else ")")
+            "(largest absolute difference from float64"
+            + (f", {positions} positions" if positions else "")
+            + f"{weights})"
         ),
         max_abs_error=worst.difference,
         max_abs_error_float64=farthest,

@@ -13,7 +13,7 @@ from cpcompile.frontend.program import Program
 from cpcompile.machine.memory import ProcessMemory
 from cpcompile.report.results import Quality
 from cpcompile.validation.memory import measure_program
-from cpcompile.validation.reference import Run, Timed
+from cpcompile.validation.reference import UNROUNDED, Run, Schemes, Timed
 
 NO_QUALITY = "the quality of a program is for its own task to say"
 
@@ -30,10 +30,12 @@ class ProgramReference:
         self._program = program
         self._memory: dict[str, ProcessMemory | NotMeasured] = {}
 
-    def masked(self, context: str) -> Run:
+    def masked(self, context: str, schemes: Schemes = UNROUNDED) -> Run:
+        assert not schemes, "engines of programs are not quantised"
         return self._program.eager(context)
 
-    def exact(self, context: str) -> Run:
+    def exact(self, context: str, schemes: Schemes = UNROUNDED) -> Run:
+        assert not schemes, "engines of programs are not quantised"
         return self._program.eager(context, double=True)
 
     def dense(self, context: str) -> Run:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from cpcompile.core.measured import NotMeasured
+from cpcompile.core.rounding import Scheme
 from cpcompile.core.types import Array, Feeds, Steps, unwatched
 from cpcompile.machine.memory import ProcessMemory
 from cpcompile.report.results import Quality
@@ -14,6 +15,9 @@ from cpcompile.report.results import Quality
 Outputs = dict[str, Array]
 """All outputs of a model, by name."""
 Run = Callable[[Feeds], Outputs]
+Schemes = Mapping[str, Scheme]
+"""How an engine has rounded its parameters, by name."""
+UNROUNDED: Schemes = {}
 
 
 @dataclass(frozen=True)
@@ -34,10 +38,10 @@ class Reference(Protocol):
     no_inputs: str
     """Why a context may have no inputs for the comparison."""
 
-    def masked(self, context: str) -> Run:
-        """The eager model with the gates of `context`."""
+    def masked(self, context: str, schemes: Schemes = UNROUNDED) -> Run:
+        """The eager model with the gates of `context`, and parameters rounded by their `schemes`."""
 
-    def exact(self, context: str) -> Run:
+    def exact(self, context: str, schemes: Schemes = UNROUNDED) -> Run:
         """The same in float64."""
 
     def dense(self, context: str) -> Run | NotMeasured:

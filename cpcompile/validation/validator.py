@@ -36,7 +36,8 @@ from cpcompile.runtime.plan import load_plan, why_not_taken
 from cpcompile.validation.memory import compare_memory, compare_start, measure_engine
 from cpcompile.validation.parity import check_parity
 from cpcompile.validation.placement import measure_placement
-from cpcompile.validation.reference import Outputs, Reference, Run, Timed
+from cpcompile.validation.reference import UNROUNDED, Outputs, Reference, Run, Schemes, Timed
+from cpcompile.validation.rounded_model import schemes_of
 from cpcompile.validation.runners import Runner, engine_runner
 from cpcompile.validation.speed import measure_speed
 from cpcompile.validation.throughput import ROUNDS, measure_throughput
@@ -124,8 +125,11 @@ def _validate_variant(
             bytes=variant.bytes,
         )
     engine = load_plan(variant) if variant.plan else load_engine(bundle, context, variant.name, threads=threads)
-    cached = partial(_in_two_steps, engine) if isinstance(engine, Engine) and engine.has_cache else None
-    parity = _parity(engine.outputs, reference, context, config, variant, part("parity"), cached)
+    schemes = schemes_of(engine) if isinstance(engine, Engine) else {}
+    # Where one number scales all inputs of a product, logits depend on which tokens are computed together.
+    steady = all(scheme.block is not None for scheme in schemes.values())
+    cached = partial(_in_two_steps, engine) if isinstance(engine, Engine) and engine.has_cache and steady else None
+    parity = _parity(engine.outputs, reference, context, config, variant, part("parity"), cached, schemes)
     results: tuple[PeerResult, ...] = ()
     if parity.verdict == "fail" and isinstance(parity.max_abs_error, NotMeasured):
         # Its outputs cannot be compared: there is nothing to score, and no point in timing it.
@@ -177,6 +181,7 @@ def _parity(
     variant: Variant | None = None,
     steps: Steps = unwatched,
     cached: Run | None = None,
+    schemes: Schemes = UNROUNDED,
 ) -> Parity:
     """`variant` is what runs, unless it is a peer, which is in float32 and takes every shape."""
     inputs, missing = _counted(lambda: reference.inputs(context), steps), reference.no_inputs
@@ -185,14 +190,15 @@ def _parity(
         missing += ", or none of a shape that the engine takes"
     parity = check_parity(
         run,
-        reference.masked(context),
-        reference.exact(context),
+        reference.masked(context, schemes),
+        reference.exact(context, schemes),
         inputs,
         config.tolerance_multiple,
         logits=reference.logits,
         missing=missing,
         precision=variant.precision if variant is not None else "fp32",
         cached=cached,
+        rounded=bool(schemes),
     )
     release_memory()  # of the model in float64
     return parity

@@ -258,7 +258,7 @@ inline void require_name(const std::string& name, const std::string& what) {
 /// machine.
 inline bool may_set(const std::string& provider, const std::string& option) {
     static const std::map<std::string, std::set<std::string>> allowed{
-        {"", {"session.disable_prepacking"}},  // options of the session
+        {"", {"session.disable_prepacking", "session.x64quantprecision"}},  // options of the session
         {"CUDAExecutionProvider", {"use_tf32", "prefer_nhwc", "enable_cuda_graph", "cudnn_conv_algo_search"}},
         {"TensorrtExecutionProvider",
          {"trt_fp16_enable", "trt_bf16_enable", "trt_cuda_graph_enable", "trt_builder_optimization_level",

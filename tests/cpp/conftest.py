@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,8 @@ from cpcompile.frontend.checkpoint import Checkpoint, save_checkpoint
 from cpcompile.frontend.source import open_source
 from cpcompile.models.decoder import Decoder
 from cpcompile.pipeline.build import freeze_contexts
-from cpcompile.pipeline.write_engines import export_engines
+from cpcompile.pipeline.write_engines import export_added, export_engines
+from cpcompile.targets.requests import parse_targets
 from cpcompile.text.tokenization import train_tokenizer
 from tests.conftest import Once
 
@@ -48,13 +50,16 @@ def write_checkpoint(path: Path) -> None:
 
 
 def write_bundle(folder: Path) -> None:
-    """What `cpcompile build --merged` writes, without validation, which takes most of its time."""
+    """What `cpcompile build --merged --target cpu` writes, without validation, which takes most of its time."""
     write_checkpoint(folder / "model.pt")
     config, source = BuildConfig(merged=True), open_source(folder / "model.pt")
     dynamic = source.capture(opset=config.opset)
     frozen, accounts = freeze_contexts(source, dynamic, CONTEXTS, {}, None, lambda: None)
+    whole = {context: replace(each, model=each.model.clone()) for context, each in frozen.items()}
+    added = parse_targets(("cpu",), ("int8", "int4-weights"), ())
     with BundleWriter(folder / "model.cpc") as writer:
         metadata = export_engines(writer, dynamic, frozen, accounts, source, {}, config, lambda: None)
+        export_added(writer, dynamic, whole, accounts, added, config, None, lambda *_: None)
         writer.seal(name="model", metadata=metadata)
         writer.commit(failed=False)
 

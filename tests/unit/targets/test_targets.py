@@ -29,7 +29,7 @@ def test_targets() -> None:
     assert parse_target("tensorrt-rtx=sm120, SM86,sm120") == Target("tensorrt-rtx", ("sm120", "sm86"))
     assert str(parse_target("tensorrt-rtx=sm89")) == "tensorrt-rtx=sm89"
     for text, says in (
-        ("tpu", "there is no target 'tpu'; there are tensorrt, tensorrt-rtx"),
+        ("tpu", "there is no target 'tpu'; there are cpu, tensorrt, tensorrt-rtx, cuda"),
         ("tensorrt-rtx=", "names no compute capability"),
         ("tensorrt-rtx=8.6", "'8.6' is not a compute capability; write it like sm86"),
         ("tensorrt=sm90", "builds for the GPU in this machine"),

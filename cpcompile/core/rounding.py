@@ -1,0 +1,75 @@
+"""Weights in few bits: how a parameter is rounded, whichever graph or model holds it.
+
+    int8            8 bits, one scale per output channel; the inputs of a product are rounded to 8 bits as well, with
+                    one scale for all of them, when it is computed
+    int8-weights    8 bits, one scale per output channel and block of 32 input channels; each such block of an input
+    int4-weights    is rounded to 8 bits with a scale of its own; the same with 4 bits
+
+A parameter is rounded whole, before contexts cut it. So what two contexts share stays the same, and the eager model can
+be rounded without knowing what its contexts keep.
+
+Source: ONNX Runtime, docs/ContribOperators (MatMulNBits); ONNX, DynamicQuantizeLinear and MatMulInteger.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+BLOCK = 32
+"""Input channels that share a scale: as many as a unit has by default, so that contexts cut between blocks."""
+QUANTIZED = "cpcompile.quantized"
+"""Metadata of graphs: JSON, the scheme of every parameter that is rounded."""
+
+Rounded = tuple[npt.NDArray[Any], npt.NDArray[np.float32]]
+"""Whole numbers, and the scales that they are to be multiplied by."""
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How a weight (inputs, outputs) is rounded to `bits`; `block` input channels share a scale, None: all do."""
+
+    name: str
+    bits: int
+    block: int | None
+
+    def fits(self, inputs: int) -> bool:
+        """Whether a weight with so many input channels falls into whole blocks."""
+        return self.block is None or inputs % self.block == 0
+
+    def round(self, weight: npt.NDArray[Any]) -> Rounded:
+        """Signed whole numbers (blocks, block, outputs), int8, and scales (blocks, 1, outputs) of `weight`.
+
+        A scale takes the largest element to an end of the range: to the lower one, which is farther from zero, if
+        there are blocks, so that all of few bits are used.
+        """
+        inputs, outputs = weight.shape
+        blocks = weight.astype(np.float32).reshape(-1, self.block or inputs, outputs)
+        half = 2 ** (self.bits - 1)
+        if self.block is None:
+            scale = np.abs(blocks).max(axis=1, keepdims=True) / (half - 1)
+        else:
+            farthest = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=1, keepdims=True), axis=1)
+            scale = farthest / -half
+        scale[scale == 0] = 1
+        return np.clip(np.round(blocks / scale), -half, half - 1).astype(np.int8), scale.astype(np.float32)
+
+    def restored(self, weight: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """`weight` (inputs, outputs) as an engine with this scheme has it, in the type of `weight`."""
+        numbers, scale = self.round(weight)
+        restored: npt.NDArray[Any] = numbers.astype(weight.dtype) * scale.astype(weight.dtype)
+        return restored.reshape(weight.shape)
+
+
+SCHEMES: Mapping[str, Scheme] = MappingProxyType(
+    {
+        each.name: each
+        for each in (Scheme("int8", 8, None), Scheme("int8-weights", 8, BLOCK), Scheme("int4-weights", 4, BLOCK))
+    }
+)
+"""By the names of the precisions that consist of them."""

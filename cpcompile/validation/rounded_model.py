@@ -1,0 +1,90 @@
+"""The eager model as a quantised engine has it: with the same rounded weights, and inputs rounded in the same way.
+
+    with rounding:
+        model(input_ids, context)
+
+Parity of a quantised engine compares with this, so that it shows what the compiler did; what the precision costs is a
+matter of quality. Parameters are rounded whole, as `cpcompile.core.rounding` says.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from cpcompile.core.errors import CpcompileError, UsageError
+from cpcompile.core.rounding import QUANTIZED, SCHEMES, Scheme
+from cpcompile.runtime.engine import Engine
+
+LEVELS = 255
+"""Of 8 bits without a sign, which DynamicQuantizeLinear makes."""
+HALF = 127
+"""The largest number of 8 bits with a sign, to which MatMulNBits rounds its inputs."""
+
+
+def schemes_of(engine: Engine) -> dict[str, Scheme]:
+    """The scheme of every parameter that `engine` has rounded; UsageError if its graph does not say it."""
+    text = engine.session.get_modelmeta().custom_metadata_map.get(QUANTIZED, "{}")
+    try:
+        return {str(name): SCHEMES[scheme] for name, scheme in json.loads(text).items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(
+            f"{engine.variant.model}: its graph does not say how its weights are rounded ({text!r:.80}); build it again"
+        ) from error
+
+
+class Rounding(TorchFunctionMode):
+    """While it is active, products and embeddings read the rounded parameters of `model`.
+
+    CpcompileError: `schemes` names a parameter that the model does not have.
+    """
+
+    def __init__(self, model: nn.Module, schemes: Mapping[str, Scheme]) -> None:
+        super().__init__()
+        own = dict(model.named_parameters(remove_duplicate=False))
+        if foreign := sorted(schemes.keys() - own.keys()):
+            raise CpcompileError(f"the engine has rounded {foreign[0]}, a parameter that the model does not have")
+        self._schemes: dict[Tensor, Scheme] = {own[name]: scheme for name, scheme in schemes.items()}
+        self._rounded: dict[Tensor, Tensor] = {}
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        keywords = dict(kwargs or {})
+        if func is F.linear and args[1] in self._schemes:
+            x, weight, *rest = args
+            args = (_rounded_input(x, self._schemes[weight]), self._weight(weight, outputs_first=True), *rest)
+        elif func is F.embedding and args[1] in self._schemes:
+            args = (args[0], self._weight(args[1], outputs_first=True), *args[2:])
+        elif func is torch.matmul and args[1] in self._schemes:  # the weights of GPT-2 lie as (inputs, outputs)
+            x, weight = args
+            args = (_rounded_input(x, self._schemes[weight]), self._weight(weight, outputs_first=False))
+        return func(*args, **keywords)
+
+    def _weight(self, parameter: Tensor, *, outputs_first: bool) -> Tensor:
+        if parameter not in self._rounded:
+            whole = parameter.detach().numpy()
+            restored = self._schemes[parameter].restored(whole.T if outputs_first else whole)
+            self._rounded[parameter] = torch.from_numpy(restored.T if outputs_first else restored)
+        return self._rounded[parameter]
+
+
+def _rounded_input(x: Tensor, scheme: Scheme) -> Tensor:
+    """`x` (…, channels) as products of `scheme` read it."""
+    if scheme.block is None:
+        low, high = x.min().clamp(max=0), x.max().clamp(min=0)
+        scale = (high - low) / LEVELS
+        if not scale:
+            return x
+        zero = torch.round(-low / scale).clamp(0, LEVELS)
+        return (torch.clamp(torch.round(x / scale) + zero, 0, LEVELS) - zero) * scale
+    blocks = x.reshape(*x.shape[:-1], -1, scheme.block)
+    scale = blocks.abs().amax(dim=-1, keepdim=True) / HALF
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    return (torch.round(blocks / scale) * scale).flatten(-2)

@@ -1,0 +1,156 @@
+"""Rounded weights in graphs: what the engine computes, what contexts share, and what stays as it is."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from functools import partial
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+import torch
+
+from cpcompile.core.cache import INPUT, OUTPUT, complete
+from cpcompile.core.errors import CpcompileError
+from cpcompile.core.rounding import QUANTIZED, SCHEMES
+from cpcompile.core.selection import Selection, UnitKind
+from cpcompile.models.decoder import Decoder
+from cpcompile.passes.freeze import Frozen, freeze
+from cpcompile.passes.quantized_parameters import Quantization
+from cpcompile.passes.share_weights import Whole
+from cpcompile.pipeline.write_engines import fused_for_cpu, quantize
+from cpcompile.validation.rounded_model import Rounding
+from tests.unit.passes.decoders import CONTEXTS, dynamic_graph, random_decoder
+from tests.unit.passes.graph_text import check, parse
+
+IDS = np.random.default_rng(0).integers(0, 512, (2, 9))
+EXACT = {"session.x64quantprecision": "1"}
+
+
+@pytest.fixture(scope="module")
+def model() -> Decoder:
+    """Pairs of neighbouring units are kept together, so that blocks of 32 channels are whole."""
+    decoder = random_decoder(2, 5)
+    rng = np.random.default_rng(1)
+    kept = {}
+    for units in decoder.units():
+        if units.kind is UnitKind.FFN:
+            pairs = rng.random((len(CONTEXTS), units.layers, units.count // 2)) < 0.5
+            pairs[..., 0] = True
+            kept[units.kind] = pairs.repeat(2, axis=-1)
+        elif units.kind is UnitKind.HEAD:
+            kept[units.kind] = np.ones((len(CONTEXTS), units.layers, units.count), dtype=bool)
+            kept[units.kind][1, 0, 1] = False
+    decoder.select(Selection(CONTEXTS, kept))
+    return decoder
+
+
+def wholes(model: Decoder, frozen: Frozen) -> dict[str, Whole]:
+    """The parameters as `frozen` has their axes."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        array = parameter.detach().numpy()
+        array = array.transpose(frozen.permutations.get(name, range(array.ndim)))
+        found[name] = Whole(array.shape, partial(np.asarray, array))
+    return found
+
+
+def quantized(model: Decoder, frozen: Frozen, precision: str) -> tuple[ir.Model, Quantization]:
+    copy, whole = frozen.model.clone(), wholes(model, frozen)
+    kept = {name: axes for name, axes in frozen.kept.items() if name in whole}
+    result = quantize(precision, kept, whole)(copy)
+    assert isinstance(result, Quantization)
+    return copy, result
+
+
+def logits(graph: ir.Model, ids: np.ndarray = IDS) -> np.ndarray:
+    options = ort.SessionOptions()
+    for key, value in EXACT.items():
+        options.add_session_config_entry(key, value)
+    session = ort.InferenceSession(ir.to_proto(graph).SerializeToString(), options, providers=["CPUExecutionProvider"])
+    shapes = {each.name: each.shape for each in session.get_inputs()}
+    return session.run([OUTPUT], complete({INPUT: ids}, shapes))[0]
+
+
+def eager(model: Decoder, index: int, schemes: Mapping[str, str] | None = None) -> np.ndarray:
+    with torch.inference_mode():
+        if schemes is None:
+            return model(torch.from_numpy(IDS), torch.tensor(index)).numpy()
+        with Rounding(model, {name: SCHEMES[scheme] for name, scheme in schemes.items()}):
+            return model(torch.from_numpy(IDS), torch.tensor(index)).numpy()
+
+
+@pytest.mark.parametrize("precision", SCHEMES)
+def test_engines_compute_what_the_rounded_eager_model_does(model: Decoder, precision: str) -> None:
+    dynamic = dynamic_graph(model, 23, cached=True)
+    for index in range(len(CONTEXTS)):
+        graph, _ = quantized(model, freeze(dynamic, index), precision)
+        fused = fused_for_cpu(graph)
+        check(fused)
+        schemes = json.loads(fused.metadata_props[QUANTIZED])
+        assert set(schemes.values()) == {precision} and "embedding.weight" in schemes
+        assert not any(node.op_type == "MatMul" for node in graph.graph)
+        own, rounded, unrounded = logits(fused), eager(model, index, schemes), eager(model, index)
+        # A sum that float32 rounds differently may take an input to the next whole number, but not all of them.
+        assert np.abs(own - rounded).mean() < 0.05 * np.abs(own - unrounded).mean()
+        assert np.abs(own - unrounded).mean() < (0.5 if precision == "int4-weights" else 0.05) * unrounded.std()
+
+
+def test_contexts_cut_the_same_numbers(model: Decoder) -> None:
+    dynamic = dynamic_graph(model, 23, cached=True)
+    for precision in SCHEMES:
+        for index in range(len(CONTEXTS)):
+            graph, result = quantized(model, freeze(dynamic, index), precision)
+            assert result.parameters and result.parameters.keys() <= graph.graph.initializers.keys()
+            for name, derived in result.parameters.items():
+                array = derived.whole.read()
+                assert array.shape == derived.whole.shape, name
+                for axis, indices in enumerate(derived.kept):
+                    if indices is not None:
+                        array = array.take(indices, axis=axis)
+                tensor = graph.graph.initializers[name].const_value
+                assert (
+                    tensor is not None and tensor.dtype.numpy() == array.dtype and tensor.shape.numpy() == array.shape
+                )
+                np.testing.assert_array_equal(tensor.numpy(), array)
+
+
+def test_a_text_is_computed_as_in_a_batch_where_blocks_are_scaled(model: Decoder) -> None:
+    frozen = freeze(dynamic_graph(model, 23, cached=True), 0)
+    for precision in ("int8-weights", "int4-weights"):
+        graph = fused_for_cpu(quantized(model, frozen, precision)[0])
+        np.testing.assert_allclose(logits(graph)[1:], logits(graph, IDS[1:]), atol=1e-5)
+
+
+def test_products_with_one_input_round_it_once(model: Decoder) -> None:
+    graph, _ = quantized(model, freeze(dynamic_graph(model, 23, cached=True), 0), "int8")
+    count = Counter(node.op_type for node in graph.graph)
+    assert (count["MatMulInteger"], count["DynamicQuantizeLinear"]) == (2 * 7 + 1, 2 * 4 + 1)
+
+
+def test_a_parameter_whose_blocks_are_cut_stays(model: Decoder) -> None:
+    """A unit of the nano decoder has 16 channels, half a block."""
+    other = random_decoder(2, 5)
+    kept = {}
+    for units in other.units():
+        if units.kind in (UnitKind.FFN, UnitKind.HEAD):
+            kept[units.kind] = np.ones((len(CONTEXTS), units.layers, units.count), dtype=bool)
+    kept[UnitKind.FFN][0, 0, 3] = False
+    other.select(Selection(CONTEXTS, kept))
+    frozen = freeze(dynamic_graph(other, 23, cached=True), 0)
+    graph, _ = quantized(other, frozen, "int8-weights")
+    left = [node.inputs[1].name for node in graph.graph if node.op_type == "MatMul"]
+    assert left == ["layers.0.ffn.down.weight"]
+    assert "layers.0.ffn.down.weight" not in json.loads(graph.metadata_props[QUANTIZED])
+    schemes = json.loads(graph.metadata_props[QUANTIZED])
+    assert np.abs(logits(graph) - eager(other, 0, schemes)).max() < 0.05 * logits(graph).std()
+
+
+@pytest.mark.parametrize("precision", SCHEMES)
+def test_nothing_to_round_is_an_error(precision: str) -> None:
+    graph = parse("(float[2, 32] x, float[32, 4] w) => (float[2, 4] y) { y = MatMul(x, w) }")
+    with pytest.raises(CpcompileError, match=f"no product with a weight that {precision} could round"):
+        quantize(precision, {}, {})(graph)
