@@ -34,19 +34,20 @@ def make_report(
     selection: Digits | NotMeasured,
     training: TrainingSummary | None,
     max_perplexity_increase: float | None,
+    stored_once: int = 0,
 ) -> Report:
     """The report with its verdict.
 
     dense_bytes: weights of the dense model in the bundle's precision, None where unknown. selection: contexts without
     a place in the report are left out. max_perplexity_increase: what the verdict allows; None where quality is not
-    measured as perplexity.
+    measured as perplexity. stored_once: as in `judge`.
     """
     bundle = BundleSizes(
         bytes=bundle_bytes,
         dense_bytes=NotMeasured(DENSE_SIZE_UNKNOWN) if dense_bytes is None else dense_bytes,
         shared_weights=shared_weights,
     )
-    verdict, reasons = judge(contexts, bundle, max_perplexity_increase)
+    verdict, reasons = judge(contexts, bundle, max_perplexity_increase, stored_once=stored_once)
     return Report(
         verdict=verdict,
         reasons=reasons,
