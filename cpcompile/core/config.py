@@ -31,6 +31,8 @@ OPSETS = (20, 23)
 RECOVERIES = ("none", "least-squares")
 CONTROLS = tuple(controls.CONTROLS)
 """Names of the controls, which `cpcompile.core.controls` explains."""
+ROUNDED = ("int8", "int8-weights", "int4-weights")
+"""Precisions of engines whose weights are rounded, see `cpcompile.core.rounding`."""
 DENSE_PEER = "onnx-dense"
 PEERS = (DENSE_PEER, "torch-compile", "onnx-dynamic", "openvino")
 """What an engine can be timed with, which `cpcompile.validation.peers` explains."""

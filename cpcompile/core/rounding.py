@@ -21,6 +21,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from cpcompile.core.config import ROUNDED
+
 BLOCK = 32
 """Input channels that share a scale: as many as a unit has by default, so that contexts cut between blocks."""
 QUANTIZED = "cpcompile.quantized"
@@ -67,9 +69,6 @@ class Scheme:
 
 
 SCHEMES: Mapping[str, Scheme] = MappingProxyType(
-    {
-        each.name: each
-        for each in (Scheme("int8", 8, None), Scheme("int8-weights", 8, BLOCK), Scheme("int4-weights", 4, BLOCK))
-    }
+    {name: Scheme(name, *form) for name, form in zip(ROUNDED, ((8, None), (8, BLOCK), (4, BLOCK)), strict=True)}
 )
 """By the names of the precisions that consist of them."""

@@ -16,8 +16,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeAlias
 
+from cpcompile.core.config import ROUNDED
 from cpcompile.core.measured import NotMeasured
-from cpcompile.core.rounding import SCHEMES
 from cpcompile.report.contents import BundleSizes, ContextResult
 from cpcompile.report.results import Diagnosis, Verdict
 from cpcompile.report.training_summary import mean_perplexity
@@ -86,7 +86,7 @@ def judge(
 
 def _advice(variant: str) -> str:
     """How an engine gets better."""
-    if variant.removeprefix("cpu-") in SCHEMES:
+    if variant.removeprefix("cpu-") in ROUNDED:
         return "leave its precision out, or take one with more bits"
     return "train longer, or with larger budgets"
 

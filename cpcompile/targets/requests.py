@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
+from cpcompile.core.config import ROUNDED
 from cpcompile.core.errors import UsageError
-from cpcompile.core.rounding import SCHEMES
 
 TENSORRT, TENSORRT_RTX = FLAVOURS = ("tensorrt", "tensorrt-rtx")
 """The libraries that build plans."""
@@ -54,7 +54,7 @@ class Target:
     @property
     def precisions(self) -> tuple[str, ...]:
         """Those that engines for this target can have."""
-        return tuple(SCHEMES) if self.flavour == CPU else PRECISIONS
+        return ROUNDED if self.flavour == CPU else PRECISIONS
 
     def __str__(self) -> str:
         return self.flavour + (f"={','.join(self.capabilities)}" if self.capabilities else "")
