@@ -18,8 +18,9 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 
 from cpcompile.core.rounding import SCHEMES
+from cpcompile.passes.derived_parameters import Derivation, Lookup
 from cpcompile.passes.graph_pass import GraphPass
-from cpcompile.passes.quantized_parameters import Lookup, Quantization, QuantizedParameters
+from cpcompile.passes.quantized_parameters import QuantizedParameters
 from cpcompile.passes.share_weights import KeptChannels, Whole
 
 SCHEME = SCHEMES["int8"]
@@ -33,7 +34,7 @@ class QuantizeDynamic(GraphPass):
     kept: KeptChannels = field(repr=False)
     whole: Mapping[str, Whole] = field(repr=False)
 
-    def call(self, model: ir.Model) -> Quantization:
+    def call(self, model: ir.Model) -> Derivation:
         """Edit `model`; CpcompileError if it has no such product."""
         parameters = QuantizedParameters(model.graph, SCHEME, self.kept, self.whole)
         inputs: dict[ir.Value, list[ir.Value]] = {}

@@ -19,9 +19,10 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from cpcompile.core.rounding import BLOCK, SCHEMES
+from cpcompile.passes.derived_parameters import Axes, Derivation, Lookup
 from cpcompile.passes.graph_pass import GraphPass
 from cpcompile.passes.nodes import add_constant
-from cpcompile.passes.quantized_parameters import Axes, Lookup, Quantization, QuantizedParameters
+from cpcompile.passes.quantized_parameters import QuantizedParameters
 from cpcompile.passes.share_weights import KeptChannels, Whole
 
 DOMAIN = "com.microsoft"
@@ -38,7 +39,7 @@ class QuantizeWeights(GraphPass):
     kept: KeptChannels = field(repr=False)
     whole: Mapping[str, Whole] = field(repr=False)
 
-    def call(self, model: ir.Model) -> Quantization:
+    def call(self, model: ir.Model) -> Derivation:
         """Edit `model`; CpcompileError if it has no such weight."""
         scheme = SCHEMES[self.precision]
         parameters = QuantizedParameters(model.graph, scheme, self.kept, self.whole)

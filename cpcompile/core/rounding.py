@@ -47,13 +47,14 @@ class Scheme:
     def round(self, weight: npt.NDArray[Any]) -> Rounded:
         """Signed whole numbers (blocks, block, outputs), int8, and scales (blocks, 1, outputs) of `weight`.
 
-        A scale takes the largest element to an end of the range: to the lower one, which is farther from zero, if
-        there are blocks, so that all of few bits are used.
+        A scale takes the element that is farthest from zero to an end of the range: with 4 bits to the lower one, which
+        is farther from zero, so that all sixteen numbers are used. With 8 bits that would cost more than it gains,
+        because elements at the other end are clipped (SmolLM2: +0.44 % of perplexity instead of +0.16 %).
         """
         inputs, outputs = weight.shape
         blocks = weight.astype(np.float32).reshape(-1, self.block or inputs, outputs)
         half = 2 ** (self.bits - 1)
-        if self.block is None:
+        if self.bits == 8:
             scale = np.abs(blocks).max(axis=1, keepdims=True) / (half - 1)
         else:
             farthest = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=1, keepdims=True), axis=1)

@@ -25,6 +25,7 @@ from cpcompile.exporters.weights_file import INLINE, Location, write_weights
 from cpcompile.files.whole_files import file_digest
 from cpcompile.frontend.source import Source
 from cpcompile.passes.cache_interface import bytes_per_token
+from cpcompile.passes.derived_parameters import Derivation
 from cpcompile.passes.fold_gates import FoldGates
 from cpcompile.passes.freeze import Frozen
 from cpcompile.passes.group_query_attention import GroupQueryAttention
@@ -34,10 +35,10 @@ from cpcompile.passes.lower_precision import HALVES, LowerPrecision
 from cpcompile.passes.merge_contexts import merge_contexts
 from cpcompile.passes.quantize_dynamic import QuantizeDynamic
 from cpcompile.passes.quantize_weights import QuantizeWeights
-from cpcompile.passes.quantized_parameters import Quantization
 from cpcompile.passes.remove_cache import with_all_logits, without_cache
 from cpcompile.passes.rotary_embedding import RotaryEmbedding
 from cpcompile.passes.share_weights import KeptChannels, Run, ShareWeights, Whole, plan_runs
+from cpcompile.passes.tied_head import TiedHead
 from cpcompile.pipeline.accounting import Accounting
 from cpcompile.targets.requests import CPU, CUDA, Added
 from cpcompile.text.vocabulary import TrimmedVocabulary
@@ -62,7 +63,11 @@ def export_engines(
     stored = NOT_STORED
     if not config.standalone:
         whole = _wholes(dynamic, frozen, accounts)
-        kept = {c: {n: kept for n, kept in f.kept.items() if n in whole} for c, f in frozen.items()}
+        kept: dict[str, KeptChannels] = {}
+        for context, each in frozen.items():
+            kept[context] = {name: axes for name, axes in each.kept.items() if name in whole}
+            if not config.standard_operators:
+                kept[context] = _derive(TiedHead(kept[context], dict(whole)), each.model, kept[context], whole)
         stored = _share(writer, {c: f.model for c, f in frozen.items()}, kept, whole)
     tokenizers = {}
     for context in frozen:
@@ -155,11 +160,7 @@ def _export_quantized(
     for context, each in frozen.items():
         models[context] = each.model.clone()
         own = {name: axes for name, axes in each.kept.items() if name in whole}
-        parameters = quantize(precision, own, whole)(models[context])
-        assert isinstance(parameters, Quantization)
-        left = {name: axes for name, axes in own.items() if name in models[context].graph.initializers}
-        kept[context] = left | {name: derived.kept for name, derived in parameters.parameters.items()}
-        whole = whole | {name: derived.whole for name, derived in parameters.parameters.items()}
+        kept[context] = _derive(quantize(precision, own, dict(whole)), models[context], own, whole)
     stored = NOT_STORED if config.standalone else _share(writer, models, kept, whole)
     name = variant_name(precision)
     for done, (context, model) in enumerate(models.items()):
@@ -170,6 +171,17 @@ def _export_quantized(
         )
         writer.add_variant(context, artifact, weights=stored.uri)
     progress(f"plans: {name}", len(models), len(models))
+
+
+def _derive(
+    derive: ir.passes.InPlacePass, model: ir.Model, kept: KeptChannels, whole: dict[str, Whole]
+) -> KeptChannels:
+    """What `model` has of every parameter after the pass `derive`; those that it makes are added to `whole`."""
+    result = derive(model)
+    assert isinstance(result, Derivation)
+    left = {name: axes for name, axes in kept.items() if name in model.graph.initializers}
+    whole |= {name: each.whole for name, each in result.parameters.items()}
+    return left | {name: each.kept for name, each in result.parameters.items()}
 
 
 def quantize(precision: str, kept: KeptChannels, whole: Mapping[str, Whole]) -> ir.passes.InPlacePass:

@@ -20,7 +20,7 @@ def test_every_element_is_within_half_a_step(scheme: Scheme) -> None:
     assert abs(numbers.astype(int)).max() <= 2 ** (scheme.bits - 1)
     error = np.abs(numbers * scale - blocks) / np.abs(scale)
     # The end of the range opposite to the farthest element is one step nearer: the last half of it is clipped.
-    assert error.max() <= (1 if scheme.block else 0.5) + 1e-4
+    assert error.max() <= (0.5 if scheme.bits == 8 else 1) + 1e-4
     assert (numbers[..., 3] == 0).all()
 
 

@@ -18,8 +18,8 @@ from cpcompile.core.errors import CpcompileError
 from cpcompile.core.rounding import QUANTIZED, SCHEMES
 from cpcompile.core.selection import Selection, UnitKind
 from cpcompile.models.decoder import Decoder
+from cpcompile.passes.derived_parameters import Derivation
 from cpcompile.passes.freeze import Frozen, freeze
-from cpcompile.passes.quantized_parameters import Quantization
 from cpcompile.passes.share_weights import Whole
 from cpcompile.pipeline.write_engines import fused_for_cpu, quantize
 from cpcompile.validation.rounded_model import Rounding
@@ -58,11 +58,11 @@ def wholes(model: Decoder, frozen: Frozen) -> dict[str, Whole]:
     return found
 
 
-def quantized(model: Decoder, frozen: Frozen, precision: str) -> tuple[ir.Model, Quantization]:
+def quantized(model: Decoder, frozen: Frozen, precision: str) -> tuple[ir.Model, Derivation]:
     copy, whole = frozen.model.clone(), wholes(model, frozen)
     kept = {name: axes for name, axes in frozen.kept.items() if name in whole}
     result = quantize(precision, kept, whole)(copy)
-    assert isinstance(result, Quantization)
+    assert isinstance(result, Derivation)
     return copy, result
 
 
