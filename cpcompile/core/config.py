@@ -266,6 +266,11 @@ class BuildConfig:
             not (self.merged and self.standalone),
             "--merged is one engine whose weights all contexts share; leave out --standalone",
         )
+        blocks = [each for each in self.precisions or () if each in ROUNDED and each != "int8"]
+        require(
+            not (self.standard_operators and blocks),
+            f"--precision {', '.join(blocks)} needs operators of ONNX Runtime; leave out --standard-operators",
+        )
         require(
             not self.merged or self.vocabulary_coverage is None,
             "--merged is one engine for all contexts, which share one vocabulary; leave out --vocabulary-coverage",

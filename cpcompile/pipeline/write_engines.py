@@ -60,15 +60,13 @@ def export_engines(
 
     done: called after the weights and tokenizers, and after each engine.
     """
-    stored = NOT_STORED
-    if not config.standalone:
-        whole = _wholes(dynamic, frozen, accounts)
-        kept: dict[str, KeptChannels] = {}
-        for context, each in frozen.items():
-            kept[context] = {name: axes for name, axes in each.kept.items() if name in whole}
-            if not config.standard_operators:
-                kept[context] = _derive(TiedHead(kept[context], dict(whole)), each.model, kept[context], whole)
-        stored = _share(writer, {c: f.model for c, f in frozen.items()}, kept, whole)
+    whole = _wholes(dynamic, frozen, accounts)
+    kept: dict[str, KeptChannels] = {}
+    for context, each in frozen.items():
+        kept[context] = {name: axes for name, axes in each.kept.items() if name in whole}
+        if not config.standard_operators:
+            kept[context] = _derive(TiedHead(kept[context], dict(whole)), each.model, kept[context], whole)
+    stored = NOT_STORED if config.standalone else _share(writer, {c: f.model for c, f in frozen.items()}, kept, whole)
     tokenizers = {}
     for context in frozen:
         own = trimmed.get(context)
@@ -166,8 +164,10 @@ def _export_quantized(
     for done, (context, model) in enumerate(models.items()):
         progress(f"plans: {name}", done, len(models))
         folder = writer.folder(context, name)
+        if not config.standard_operators:
+            model = fused_for_cpu(model)
         artifact = export_onnxruntime(
-            fused_for_cpu(model), folder, weights=stored.file, locations=stored.locations, precision=precision
+            model, folder, weights=stored.file, locations=stored.locations, precision=precision
         )
         writer.add_variant(context, artifact, weights=stored.uri)
     progress(f"plans: {name}", len(models), len(models))

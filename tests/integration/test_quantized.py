@@ -91,6 +91,10 @@ def test_what_does_not_fit_is_refused_before_the_work_begins(bundle: Path) -> No
         (("--target", "cpu", "--target", "cuda", "--precision", "int8"), "--target cuda: has none of the precisions"),
         (("--target", "cpu=sm86"), "--target cpu builds for every processor"),
         (("--target", "cpu", "--profile", "batch=1"), "engines for the CPU take every length"),
+        (
+            ("--target", "cpu", "--precision", "int4-weights", "--standard-operators"),
+            "--precision int4-weights needs operators of ONNX Runtime",
+        ),
     ):
         result = run("build", model, *arguments)
         assert result.exit_code == 2 and says in " ".join(result.output.split()), result.output
