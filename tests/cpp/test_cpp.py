@@ -131,8 +131,8 @@ def edit_component(bundle: Path, edit: Callable[[dict[str, Any]], object]) -> No
 
 
 def weights(bundle: Path) -> Path:
-    (path,) = bundle.glob("shared_assets/*/weights.bin")
-    return path
+    """Those of the engines in float32."""
+    return max(bundle.glob("shared_assets/*/weights.bin"), key=lambda path: path.stat().st_size)
 
 
 def to_pipe(path: Path) -> None:
