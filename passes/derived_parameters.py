@@ -111,7 +111,7 @@ class DerivedParameters:
         return value
 
     def replace(self, last: ir.Node, nodes: list[ir.Node], parameter: str, *, first: ir.Node | None = None) -> None:
-        """Let the last of `nodes` give what the node `last` gave, from the rounded `parameter`."""
+        """Let the last of `nodes` give what the node `last` gave, from what is derived of `parameter`."""
         out, new = last.outputs[0], nodes[-1].outputs[0]
         new.type, new.shape = out.type, out.shape
         for node in nodes:

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from cpcompile.core.rounding import BLOCK, SCHEMES
+from cpcompile.core.rounding import BLOCK, SCHEMES, Scheme
 from cpcompile.passes.derived_parameters import Axes, Derivation, Lookup
 from cpcompile.passes.graph_pass import GraphPass
 from cpcompile.passes.nodes import add_constant
@@ -44,9 +44,9 @@ class QuantizeWeights(GraphPass):
         scheme = SCHEMES[self.precision]
         parameters = QuantizedParameters(model.graph, scheme, self.kept, self.whole)
         for node, name in parameters.products():
-            stored = _stored(parameters, name, scheme.bits, rows=False)
+            stored = _stored(parameters, name, scheme, rows=False)
             if stored is not None:
-                inputs, outputs = (axis for axis in node.inputs[1].shape.numpy())  # type: ignore[union-attr]
+                inputs, outputs = node.inputs[1].shape.numpy()  # type: ignore[union-attr]
                 product = ir.node(
                     "MatMulNBits",
                     [node.inputs[0], *stored],
@@ -62,7 +62,7 @@ class QuantizeWeights(GraphPass):
                 )
                 parameters.replace(node, [product], name)
         for lookup, name in parameters.lookups():
-            stored = _stored(parameters, name, scheme.bits, rows=not lookup.columns)
+            stored = _stored(parameters, name, scheme, rows=not lookup.columns)
             if stored is not None:
                 parameters.replace(
                     lookup.last, _look_up(model.graph, lookup, stored, scheme.bits), name, first=lookup.node
@@ -92,16 +92,18 @@ def _look_up(graph: ir.Graph, lookup: Lookup, stored: tuple[ir.Value, ir.Value],
     return nodes
 
 
-def _stored(parameters: QuantizedParameters, name: str, bits: int, *, rows: bool) -> tuple[ir.Value, ir.Value] | None:
+def _stored(
+    parameters: QuantizedParameters, name: str, scheme: Scheme, *, rows: bool
+) -> tuple[ir.Value, ir.Value] | None:
     """Numbers (outputs, blocks, bytes) and scales (outputs, blocks) of a parameter; None if its blocks are cut."""
     kept, shape = parameters.kept(name), parameters.shape(name)
     if rows:
         kept, shape = kept[::-1], shape[::-1]
     inputs, outputs = shape
     blocks = _blocks(kept[0])
-    if inputs % BLOCK or blocks is CUT:
+    if not scheme.fits(inputs) or blocks is CUT:
         return None
-    count, size = inputs // BLOCK, BLOCK * bits // 8
+    bits, count, size = scheme.bits, inputs // BLOCK, BLOCK * scheme.bits // 8
     own: Axes = (kept[1], blocks)
     numbers = Whole((outputs, count, size), lambda: _packed(parameters.rounded(name, rows=rows)[0], bits))
     scales = Whole((outputs, count), lambda: parameters.rounded(name, rows=rows)[1][:, 0].T)

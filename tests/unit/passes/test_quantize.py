@@ -17,7 +17,9 @@ from cpcompile.core.cache import INPUT, OUTPUT, complete
 from cpcompile.core.errors import CpcompileError
 from cpcompile.core.rounding import QUANTIZED, SCHEMES
 from cpcompile.core.selection import Selection, UnitKind
+from cpcompile.frontend.capture import capture
 from cpcompile.models.decoder import Decoder
+from cpcompile.models.language_model import LanguageModel
 from cpcompile.passes.derived_parameters import Derivation
 from cpcompile.passes.freeze import Frozen, freeze
 from cpcompile.passes.share_weights import Whole
@@ -25,6 +27,7 @@ from cpcompile.pipeline.write_engines import fused_for_cpu, quantize
 from cpcompile.validation.rounded_model import Rounding
 from tests.unit.passes.decoders import CONTEXTS, dynamic_graph, random_decoder
 from tests.unit.passes.graph_text import check, parse
+from tests.unit.passes.test_caches import PRETRAINED, pretrained
 
 IDS = np.random.default_rng(0).integers(0, 512, (2, 9))
 EXACT = {"session.x64quantprecision": "1"}
@@ -48,7 +51,7 @@ def model() -> Decoder:
     return decoder
 
 
-def wholes(model: Decoder, frozen: Frozen) -> dict[str, Whole]:
+def wholes(model: LanguageModel, frozen: Frozen) -> dict[str, Whole]:
     """The parameters as `frozen` has their axes."""
     found = {}
     for name, parameter in model.named_parameters():
@@ -58,7 +61,7 @@ def wholes(model: Decoder, frozen: Frozen) -> dict[str, Whole]:
     return found
 
 
-def quantized(model: Decoder, frozen: Frozen, precision: str) -> tuple[ir.Model, Derivation]:
+def quantized(model: LanguageModel, frozen: Frozen, precision: str) -> tuple[ir.Model, Derivation]:
     copy, whole = frozen.model.clone(), wholes(model, frozen)
     kept = {name: axes for name, axes in frozen.kept.items() if name in whole}
     result = quantize(precision, kept, whole)(copy)
@@ -75,12 +78,14 @@ def logits(graph: ir.Model, ids: np.ndarray = IDS) -> np.ndarray:
     return session.run([OUTPUT], complete({INPUT: ids}, shapes))[0]
 
 
-def eager(model: Decoder, index: int, schemes: Mapping[str, str] | None = None) -> np.ndarray:
+def eager(
+    model: LanguageModel, index: int, schemes: Mapping[str, str] | None = None, ids: np.ndarray = IDS
+) -> np.ndarray:
     with torch.inference_mode():
         if schemes is None:
-            return model(torch.from_numpy(IDS), torch.tensor(index)).numpy()
+            return model(torch.from_numpy(ids), torch.tensor(index)).numpy()
         with Rounding(model, {name: SCHEMES[scheme] for name, scheme in schemes.items()}):
-            return model(torch.from_numpy(IDS), torch.tensor(index)).numpy()
+            return model(torch.from_numpy(ids), torch.tensor(index)).numpy()
 
 
 @pytest.mark.parametrize("precision", SCHEMES)
@@ -97,6 +102,21 @@ def test_engines_compute_what_the_rounded_eager_model_does(model: Decoder, preci
         # A sum that float32 rounds differently may take an input to the next whole number, but not all of them.
         assert np.abs(own - rounded).mean() < 0.05 * np.abs(own - unrounded).mean()
         assert np.abs(own - unrounded).mean() < (0.5 if precision == "int4-weights" else 0.05) * unrounded.std()
+
+
+@pytest.mark.parametrize(
+    "kind", ["llama", *(pytest.param(kind, marks=pytest.mark.slow) for kind in PRETRAINED if kind != "llama")]
+)
+def test_pretrained_models_are_rounded_by_their_own_names(kind: str) -> None:
+    """GPT-2 multiplies by weights that lie the other way round, and looks positions up in a table."""
+    model = pretrained(kind)
+    dynamic, ids = capture(model, cached=True), np.random.default_rng(0).integers(3, 96, (2, 7))
+    for precision in SCHEMES:
+        graph, _ = quantized(model, freeze(dynamic, 1), precision)
+        schemes = json.loads(graph.metadata_props[QUANTIZED])
+        own, rounded = logits(fused_for_cpu(graph), ids), eager(model, 1, schemes, ids)
+        # One input that is rounded to the next whole number moves all logits after it.
+        assert np.abs(own - rounded).mean() < 0.3 * np.abs(own - eager(model, 1, ids=ids)).mean(), precision
 
 
 def test_contexts_cut_the_same_numbers(model: Decoder) -> None:
