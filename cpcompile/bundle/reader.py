@@ -160,7 +160,7 @@ class Bundle:
     def variants(self, context: str) -> tuple[Variant, ...]:
         """The engines of `context`; UsageError lists the contexts that exist."""
         self._require_context(context)
-        own = [self._variant(context, context, name) for name in sorted(self.components[context]["variants"])]
+        own = [self._variant(context, context, name) for name in self.components[context]["variants"]]
         routed = self.components.get(ROUTER, {"variants": {}})["variants"]
         served = [name for name in routed if context in routed[name]["executor_info"]["cpcompile"]["contexts"]]
         return (*own, *(self._variant(context, ROUTER, name) for name in served))
@@ -169,7 +169,7 @@ class Bundle:
         """One engine of `context`; UsageError lists the variants that exist."""
         variants = {variant.name: variant for variant in self.variants(context)}
         if name not in variants:
-            raise UsageError(f"{self.root}: {context} has no variant {name!r}; it has {', '.join(variants)}")
+            raise UsageError(f"{self.root}: {context} has no variant {name!r}; it has {', '.join(sorted(variants))}")
         return variants[name]
 
     def verify(self, *paths: str | PathLike[str]) -> None:

@@ -73,9 +73,10 @@ class Bundle {
 
     /// One engine of `context`; UsageError lists the variants that exist.
     Variant variant(const std::string& context, const std::string& name) const {
-        const std::vector<Variant> all = variants(context);
+        std::vector<Variant> all = variants(context);
         for (const Variant& each : all)
             if (each.name == name) return each;
+        std::sort(all.begin(), all.end(), [](const Variant& a, const Variant& b) { return a.name < b.name; });
         throw UsageError(root_.string() + ": " + context + " has no variant " + detail::repr(name) + "; it has " +
                          detail::joined(all, [](const Variant& each) { return each.name; }));
     }
