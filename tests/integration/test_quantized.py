@@ -19,7 +19,7 @@ from cpcompile.runtime import load, load_all
 from cpcompile.runtime.engine import load_engine
 from tests.unit.exporters.genai import generate
 
-PRECISIONS = ("int8", "int8-weights", "int4-weights")
+PRECISIONS = ("int8", "int4-weights")
 VARIANTS = tuple(f"cpu-{each}" for each in PRECISIONS)
 
 
