@@ -11,7 +11,7 @@ from cpcompile.bundle.artifact import Artifact
 from cpcompile.exporters.weights_file import Location, refer_to_weights
 
 MODEL_FILE = "model.onnx"
-SINGLE, MERGED = "cpu-fp32", "cpu-fp32-merged"
+MERGED = "cpu-fp32-merged"
 EXACT_PRODUCTS: Mapping[str, str] = {"session.x64quantprecision": "1"}
 """Session options of products of 8-bit integers. Without them, x64 without VNNI adds up in 16 bits, which overflow."""
 

@@ -18,7 +18,7 @@ from cpcompile.bundle.reader import ROUTER, TOKEN_IDS
 from cpcompile.bundle.writer import BundleWriter
 from cpcompile.core.config import BuildConfig
 from cpcompile.core.types import Progress
-from cpcompile.exporters.onnxruntime_exporter import MERGED, SINGLE, export_onnxruntime, variant_name
+from cpcompile.exporters.onnxruntime_exporter import MERGED, export_onnxruntime, variant_name
 from cpcompile.exporters.tensorrt_exporter import export_tensorrt
 from cpcompile.exporters.tensorrt_exporter import variant_name as plan_name
 from cpcompile.exporters.weights_file import INLINE, Location, write_weights
@@ -65,7 +65,7 @@ def export_engines(
     for context, each in frozen.items():
         kept[context] = {name: axes for name, axes in each.kept.items() if name in whole}
         if not config.standard_operators:
-            kept[context] = _derive(TiedHead(kept[context], dict(whole)), each.model, kept[context], whole)
+            kept[context] = _derive(TiedHead(kept[context], whole), each.model, kept[context], whole)
     stored = NOT_STORED if config.standalone else _share(writer, {c: f.model for c, f in frozen.items()}, kept, whole)
     tokenizers = {}
     for context in frozen:
@@ -79,11 +79,8 @@ def export_engines(
             np.save(staging / TOKEN_IDS, own.kept)
         tokenizers[context] = writer.add_asset(staging)
     done()
-    for context in frozen:
-        folder = writer.folder(context, SINGLE)
-        model = frozen[context].model if config.standard_operators else fused_for_cpu(frozen[context].model)
-        artifact = export_onnxruntime(model, folder, weights=stored.file, locations=stored.locations)
-        writer.add_variant(context, artifact, weights=stored.uri)
+    for context, each in frozen.items():
+        _export_for_cpu(writer, context, each.model, stored, config)
         done()
     if config.merged:
         one = merge_contexts({context: without_cache(frozen[context].model) for context in frozen})
@@ -158,19 +155,24 @@ def _export_quantized(
     for context, each in frozen.items():
         models[context] = each.model.clone()
         own = {name: axes for name, axes in each.kept.items() if name in whole}
-        kept[context] = _derive(quantize(precision, own, dict(whole)), models[context], own, whole)
+        kept[context] = _derive(quantize(precision, own, whole), models[context], own, whole)
     stored = NOT_STORED if config.standalone else _share(writer, models, kept, whole)
     name = variant_name(precision)
     for done, (context, model) in enumerate(models.items()):
         progress(f"plans: {name}", done, len(models))
-        folder = writer.folder(context, name)
-        if not config.standard_operators:
-            model = fused_for_cpu(model)
-        artifact = export_onnxruntime(
-            model, folder, weights=stored.file, locations=stored.locations, precision=precision
-        )
-        writer.add_variant(context, artifact, weights=stored.uri)
+        _export_for_cpu(writer, context, model, stored, config, precision)
     progress(f"plans: {name}", len(models), len(models))
+
+
+def _export_for_cpu(
+    writer: BundleWriter, context: str, model: ir.Model, stored: Stored, config: BuildConfig, precision: str = "fp32"
+) -> None:
+    """Write the engine of one context, in the operators that the build may use."""
+    if not config.standard_operators:
+        model = fused_for_cpu(model)
+    folder = writer.folder(context, variant_name(precision))
+    artifact = export_onnxruntime(model, folder, weights=stored.file, locations=stored.locations, precision=precision)
+    writer.add_variant(context, artifact, weights=stored.uri)
 
 
 def _derive(
