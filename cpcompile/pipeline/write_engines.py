@@ -26,6 +26,7 @@ from cpcompile.files.whole_files import file_digest
 from cpcompile.frontend.source import Source
 from cpcompile.passes.cache_interface import bytes_per_token
 from cpcompile.passes.derived_parameters import Derivation
+from cpcompile.passes.equal_caches import with_equal_caches
 from cpcompile.passes.fold_gates import FoldGates
 from cpcompile.passes.freeze import Frozen
 from cpcompile.passes.group_query_attention import GroupQueryAttention
@@ -83,7 +84,7 @@ def export_engines(
         _export_for_cpu(writer, context, each.model, stored, config)
         done()
     if config.merged:
-        one = merge_contexts({context: without_cache(frozen[context].model) for context in frozen})
+        one = merge_contexts(with_equal_caches({context: each.model for context, each in frozen.items()}))
         folder = writer.folder(ROUTER, MERGED)
         artifact = export_onnxruntime(
             one, folder, weights=stored.file, locations=stored.locations, contexts=tuple(frozen)

@@ -13,9 +13,9 @@ from typing import Any, Protocol
 import numpy as np
 import onnxruntime as ort
 
-from cpcompile.core.cache import LENGTH
+from cpcompile.core.cache import INPUT, LENGTH, MASK, PAST
 from cpcompile.core.errors import UsageError
-from cpcompile.core.types import Array
+from cpcompile.core.types import Array, Feeds
 
 AHEAD = 1024
 """Tokens for which there is room, at most; memory that nothing was written to is not taken."""
@@ -32,6 +32,18 @@ def require_cache(model: Path, cache: object, names: Collection[str], texts: int
         raise UsageError(
             f"{model}: input_ids has {texts} rows, the cache (texts, tokens) {', '.join(map(str, sorted(shapes)))}; "
             "every part needs as many texts, of one length"
+        )
+
+
+def require_mask(model: Path, feeds: Feeds) -> None:
+    """UsageError unless the mask among `feeds`, if there is one, covers the cache and the tokens after it."""
+    if MASK not in feeds or INPUT not in feeds:
+        return
+    given, new = feeds[MASK].shape[1], feeds[INPUT].shape[1]
+    past = next((value.shape[LENGTH] for name, value in feeds.items() if PAST.fullmatch(name)), 0)
+    if given != past + new:
+        raise UsageError(
+            f"{model}: {MASK} covers {given} tokens; the cache has {past} and {INPUT} {new}, so {past + new} are needed"
         )
 
 

@@ -39,7 +39,7 @@ from cpcompile.core.coercion import coerce, require
 from cpcompile.core.errors import CpcompileError, UsageError, first_line
 from cpcompile.core.measured import NotMeasured
 from cpcompile.core.types import Array, Feeds
-from cpcompile.runtime.cache_buffers import CacheBuffers, InPlace, Joined, require_cache
+from cpcompile.runtime.cache_buffers import CacheBuffers, InPlace, Joined, require_cache, require_mask
 from cpcompile.runtime.decoding import Step, decode
 from cpcompile.runtime.sampling import Sampling
 
@@ -97,8 +97,8 @@ class Engine:
             needed = ", ".join(name for name in self._inputs if name in needed_names)
             raise UsageError(f"{self.variant.model}: needs its inputs by name, {needed}; given: {given or 'nothing'}")
         arrays = {name: self._array(name, value) for name, value in feeds.items()}
-        if INPUT in arrays:
-            self._require_known(arrays[INPUT])
+        require_mask(self.variant.model, arrays)
+        self._require_known(arrays.get(INPUT))
         return dict(zip(self._names, self._run(self._names, arrays), strict=True))
 
     def step(
@@ -167,9 +167,9 @@ class Engine:
         self._require_known(tokens)
         return tokens
 
-    def _require_known(self, tokens: Array) -> None:
+    def _require_known(self, tokens: Array | None) -> None:
         """UsageError unless `tokens` are in the vocabulary; ONNX would count negative ones from the end of a table."""
-        if self.vocabulary is None or not tokens.size:
+        if self.vocabulary is None or tokens is None or not tokens.size:
             return
         low, high = tokens.min(), tokens.max()
         if low < 0 or high >= self.vocabulary:

@@ -43,7 +43,7 @@ class Engines(Mapping[str, TextEngine]):
                 raise UsageError(f"the engines of {self._bundle.root} were closed; open them again with load_all")
             if context not in self._loaded:
                 if context not in self._bundle.contexts:
-                    raise KeyError(context)
+                    raise KeyError(f"there is no context {context!r}; there are {', '.join(self._bundle.contexts)}")
                 self._loaded[context] = self._load(context)
                 self._make_room()
             self._loaded.move_to_end(context)

@@ -125,6 +125,11 @@ def test_one_engine_serves_all_contexts(model: Path, tmp_path: Path) -> None:
     logits = {context: engine.run(IDS) for context, engine in engines.items()}
     for context in opened.contexts:
         assert np.abs(logits[context] - load_engine(opened, context).run(IDS)).max() <= 1e-5
+        own = load_engine(opened, context)
+        assert engines[context].has_cache and own.has_cache
+        for prompt in ([5, 6, 7], [1]):
+            texts = [list(engine.generate(prompt, tokens=16)) for engine in (own, engines[context])]
+            assert texts[0] == texts[1]
     assert np.abs(logits["cpp"] - logits["python"]).max() > 1e-3
     weights = {path.name: path.stat().st_size for path in opened.root.rglob("*") if path.is_file()}
     assert engines["cpp"].variant.bytes <= weights["weights.bin"] + 200_000

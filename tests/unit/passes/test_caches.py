@@ -25,7 +25,9 @@ from cpcompile.models.language_model import LanguageModel
 from cpcompile.partitioning.pretrained import PretrainedDecoder
 from cpcompile.passes.cache_interface import input_shapes
 from cpcompile.passes.eliminate_dead_channels import EliminateDeadChannels
+from cpcompile.passes.equal_caches import with_equal_caches
 from cpcompile.passes.freeze import freeze
+from cpcompile.passes.merge_contexts import merge_contexts
 from cpcompile.passes.remove_cache import RemoveCache
 from cpcompile.pipeline.write_engines import fused_for_cpu
 from cpcompile.runtime.decoding import decode
@@ -191,6 +193,36 @@ def test_pretrained_models_have_caches(kind: str) -> None:
             assert_close(logits, expected[:rows, :6])
             after, _ = step(session, {INPUT: ids[:rows, 6:], **cache, KEEP: np.array(2)})
             assert_close(after, expected[:rows, -2:])
+
+
+@pytest.mark.parametrize(("opset", "kv_heads"), FORMS)
+def test_a_merged_graph_has_the_heads_of_the_context_with_the_most(opset: int, kv_heads: int) -> None:
+    model = random_decoder(kv_heads, 1)
+    selection = random_selection(model, 1)
+    model.select(selection)
+    dynamic = dynamic_graph(model, opset, cached=True)
+    frozen = {context: freeze(dynamic, index).model for index, context in enumerate(CONTEXTS)}
+    before = [each.graph.name for each in frozen.values()], [ir.to_proto(each) for each in frozen.values()]
+    merged = merge_contexts(with_equal_caches(frozen))
+    assert before == ([each.graph.name for each in frozen.values()], [ir.to_proto(each) for each in frozen.values()])
+    check(merged)
+    most = selection.kept[UnitKind.HEAD].sum(-1).max(0).tolist()
+    assert {name: shape[1] for name, shape in input_shapes(merged.graph).items() if PAST.fullmatch(name)} == {
+        f"past_key_values.{layer}.{part}": number
+        for layer, number in enumerate(most)
+        for part in ("key", "value")
+        if number
+    }
+    session = opened(merged)
+    ids = np.random.default_rng(0).integers(0, 512, (2, 9))
+    for index in range(len(CONTEXTS)):
+        expected, number = eager(model, ids, index), {"context": np.array(index)}
+        logits, cache = step(session, {INPUT: ids[:, :6], **number})
+        assert_close(logits, expected[:, :6])
+        logits, cache = step(session, {INPUT: ids[:, 6:8], **cache, **number})
+        assert_close(logits, expected[:, 6:8])
+        logits, _ = step(session, {INPUT: ids[:, 8:], **cache, **number, KEEP: np.array(1)})
+        assert_close(logits, expected[:, 8:])
 
 
 @pytest.fixture(name="engines")
