@@ -28,6 +28,7 @@ from cpcompile.frontend.source import Source, open_source
 from cpcompile.passes.freeze import Frozen, freeze, prepare, used_sizes
 from cpcompile.pipeline.accounting import Accounting, account
 from cpcompile.pipeline.stages import Stages
+from cpcompile.pipeline.stored_weights import wholes
 from cpcompile.pipeline.validate import report_of, training_of
 from cpcompile.pipeline.write_engines import export_added, export_engines
 from cpcompile.report import Report, write_report
@@ -79,7 +80,8 @@ def build_bundle(
             metadata = export_engines(writer, dynamic, frozen, accounts, source, trimmed, config, done)
         if whole:
             with stages("plans"):
-                export_added(writer, dynamic, whole, accounts, added, config, source.sequence, progress)
+                parameters = wholes(dynamic, whole, accounts)
+                export_added(writer, whole, parameters, added, config, source.sequence, progress)
         bundle = writer.seal(name=source.path.stem, metadata=metadata)
         build = stages.result()
         del whole

@@ -16,6 +16,7 @@ from cpcompile.frontend.checkpoint import Checkpoint, save_checkpoint
 from cpcompile.frontend.source import open_source
 from cpcompile.models.decoder import Decoder
 from cpcompile.pipeline.build import freeze_contexts
+from cpcompile.pipeline.stored_weights import wholes
 from cpcompile.pipeline.write_engines import export_added, export_engines
 from cpcompile.targets.requests import parse_targets
 from cpcompile.text.tokenization import train_tokenizer
@@ -59,7 +60,7 @@ def write_bundle(folder: Path) -> None:
     added = parse_targets(("cpu",), ("int8", "int4-weights"), ())
     with BundleWriter(folder / "model.cpc") as writer:
         metadata = export_engines(writer, dynamic, frozen, accounts, source, {}, config, lambda: None)
-        export_added(writer, dynamic, whole, accounts, added, config, None, lambda *_: None)
+        export_added(writer, whole, wholes(dynamic, whole, accounts), added, config, None, lambda *_: None)
         writer.seal(name="model", metadata=metadata)
         writer.commit(failed=False)
 

@@ -16,7 +16,7 @@ from cpcompile.core.generation import GenerationSettings
 from cpcompile.exporters.genai_exporter import genai_config
 from cpcompile.frontend.capture import capture
 from cpcompile.passes.freeze import freeze
-from cpcompile.pipeline.write_engines import fused_for_cpu
+from cpcompile.pipeline.cpu_engines import fused_for_cpu
 from tests.unit.exporters.genai import assert_likeliest, exported, generate
 from tests.unit.passes.decoders import CONTEXTS, dynamic_graph, random_decoder, random_selection
 from tests.unit.passes.test_caches import eager, opened, pretrained, step

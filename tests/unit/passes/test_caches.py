@@ -29,7 +29,7 @@ from cpcompile.passes.equal_caches import with_equal_caches
 from cpcompile.passes.freeze import freeze
 from cpcompile.passes.merge_contexts import merge_contexts
 from cpcompile.passes.remove_cache import RemoveCache
-from cpcompile.pipeline.write_engines import fused_for_cpu
+from cpcompile.pipeline.cpu_engines import fused_for_cpu
 from cpcompile.runtime.decoding import decode
 from cpcompile.runtime.engine import Engine, create_session, session_options
 from cpcompile.runtime.sampling import Sampling

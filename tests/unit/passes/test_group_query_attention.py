@@ -16,7 +16,7 @@ from cpcompile.core.types import Array
 from cpcompile.passes.cache_interface import input_shapes
 from cpcompile.passes.freeze import freeze
 from cpcompile.passes.group_query_attention import GroupQueryAttention
-from cpcompile.pipeline.write_engines import fused_for_cpu
+from cpcompile.pipeline.cpu_engines import fused_for_cpu
 from tests.unit.passes.decoders import CONTEXTS, dynamic_graph, random_decoder, random_selection
 from tests.unit.passes.graph_text import check
 from tests.unit.passes.test_caches import assert_close, eager, opened, step

@@ -23,7 +23,7 @@ from cpcompile.models.language_model import LanguageModel
 from cpcompile.passes.derived_parameters import Derivation
 from cpcompile.passes.freeze import Frozen, freeze
 from cpcompile.passes.share_weights import Whole
-from cpcompile.pipeline.write_engines import fused_for_cpu, quantize
+from cpcompile.pipeline.cpu_engines import fused_for_cpu, quantize
 from cpcompile.validation.rounded_model import Rounding
 from tests.unit.passes.decoders import CONTEXTS, dynamic_graph, random_decoder
 from tests.unit.passes.graph_text import check, parse

@@ -1,0 +1,86 @@
+"""Engines for the CPU: in float32, or with parameters rounded to few bits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import onnx_ir as ir
+from onnx_ir.passes.common import CommonSubexpressionEliminationPass
+
+from cpcompile.bundle.writer import BundleWriter
+from cpcompile.core.config import BuildConfig
+from cpcompile.core.rounding import SCHEMES
+from cpcompile.core.types import Steps
+from cpcompile.exporters.onnxruntime_exporter import export_onnxruntime, variant_name
+from cpcompile.passes.freeze import Frozen
+from cpcompile.passes.group_query_attention import GroupQueryAttention
+from cpcompile.passes.quantize_dynamic import QuantizeDynamic
+from cpcompile.passes.quantize_weights import QuantizeWeights
+from cpcompile.passes.rotary_embedding import RotaryEmbedding
+from cpcompile.passes.share_weights import KeptChannels, Whole
+from cpcompile.passes.tied_head import TiedHead
+from cpcompile.pipeline.stored_weights import NOT_STORED, Stored, derive, kept_of, store
+
+
+def export_rounded(
+    writer: BundleWriter,
+    frozen: Mapping[str, Frozen],
+    parameters: Mapping[str, Whole],
+    schemes: Mapping[str, str],
+    precision: str,
+    config: BuildConfig,
+    steps: Steps,
+) -> None:
+    """Write an engine of every context, called after `precision`; they share their weights in a file of their own.
+
+    parameters: those of all contexts. schemes: the name of the scheme by which each of them is rounded. `frozen` stays
+    as it is.
+    """
+    whole = dict(parameters)
+    models: dict[str, ir.Model] = {}
+    kept: dict[str, KeptChannels] = {}
+    for context, each in frozen.items():
+        models[context] = each.model.clone()
+        kept[context] = round_parameters(models[context], kept_of(each, parameters), whole, schemes)
+        if not config.standard_operators:
+            kept[context] = derive(TiedHead(kept[context], whole), models[context], kept[context], whole)
+    stored = NOT_STORED if config.standalone else store(writer, models, kept, whole)
+    for done, (context, model) in enumerate(models.items()):
+        steps(done, len(models))
+        export_for_cpu(writer, context, model, stored, config, precision)
+    steps(len(models), len(models))
+
+
+def round_parameters(
+    model: ir.Model, kept: KeptChannels, whole: dict[str, Whole], schemes: Mapping[str, str]
+) -> KeptChannels:
+    """Round the parameters of `model`, each by its scheme if it has one; returns what the graph then has of each."""
+    for scheme in SCHEMES:
+        own = {name: axes for name, axes in kept.items() if schemes.get(name) == scheme}
+        if own:
+            kept = derive(quantize(scheme, own, whole), model, kept, whole)
+    return kept
+
+
+def quantize(scheme: str, kept: KeptChannels, whole: Mapping[str, Whole]) -> ir.passes.InPlacePass:
+    """The pass that rounds the parameters in `kept` by `scheme`."""
+    return QuantizeDynamic(kept, whole) if scheme == "int8" else QuantizeWeights(scheme, kept, whole)
+
+
+def export_for_cpu(
+    writer: BundleWriter, context: str, model: ir.Model, stored: Stored, config: BuildConfig, precision: str = "fp32"
+) -> None:
+    """Write the engine of one context, in the operators that the build may use."""
+    if not config.standard_operators:
+        model = fused_for_cpu(model)
+    folder = writer.folder(context, variant_name(precision))
+    artifact = export_onnxruntime(model, folder, weights=stored.file, locations=stored.locations, precision=precision)
+    writer.add_variant(context, artifact, weights=stored.uri)
+
+
+def fused_for_cpu(frozen: ir.Model) -> ir.Model:
+    """A copy in operators that ONNX Runtime computes faster on the CPU; tensors are shared."""
+    model = frozen.clone()
+    for each in (CommonSubexpressionEliminationPass(), RotaryEmbedding(), GroupQueryAttention()):
+        each(model)
+    return model
