@@ -43,7 +43,7 @@ def export_onnxruntime(
         files=(MODEL_FILE,),
         shared_bytes=shared,
         contexts=contexts,
-        session_options=EXACT_PRODUCTS if precision == "int8" else {},
+        session_options=EXACT_PRODUCTS if any(node.op_type == "MatMulInteger" for node in model.graph) else {},
         provider_options={"use_tf32": "0"} if cuda else {},
     )
 

@@ -153,6 +153,11 @@ class Bundle:
         return CacheBytes(**sizes)
 
     @property
+    def best(self) -> str | None:
+        """The variant that the build chose on its machine; None if it did not search for one."""
+        return self.metadata.get("best")
+
+    @property
     def bytes(self) -> int:
         """The bytes of all files except the reports."""
         return sum(p.stat().st_size for p in self.root.rglob("*") if p.is_file() and p.name not in REPORTS)
@@ -300,6 +305,7 @@ def _require_readable(bundle: Bundle) -> None:
         require(digest, str, f"the digest of {name}")
     require(metadata.get("generation", {}), dict, "generation")
     require(metadata.get("cache", {}), dict, "cache")
+    require(metadata.get("best", ""), str, "best")
     for context in bundle.contexts:
         bundle.generation(context)
         bundle.cache(context)

@@ -23,7 +23,7 @@ from types import MappingProxyType
 from typing import Any, Literal, TypeAlias
 
 from cpcompile.check.baseline import Measured, Place, Snapshot, Value, criterion_of
-from cpcompile.core.config import CheckConfig, MaxIncrease
+from cpcompile.core.check_config import CheckConfig, MaxIncrease
 from cpcompile.core.errors import printable
 
 Verdict: TypeAlias = Literal["pass", "fail", "inconclusive", "not measured", "skipped", "new"]

@@ -49,14 +49,20 @@ from cpcompile.targets.requests import parse_targets
     "--target",
     "targets",
     multiple=True,
-    help="Add engines: cpu, tensorrt, tensorrt-rtx[=sm86,sm120], cuda; repeatable.",
+    help="Add engines: best, cpu, tensorrt, tensorrt-rtx[=sm86,sm120], cuda; repeatable.",
 )
 @click.option(
     "--precision",
     "precisions",
     metavar="NAMES",
-    help="Precisions of the added engines: int8, int8-weights, int4-weights of cpu; fp32, fp16, bf16 of the others.  "
-    "[default: int8 and fp16]",
+    help="Precisions of the added engines: int8, int8-weights, int4-weights of cpu and best; fp32, fp16, bf16 of the "
+    "others.  [default: int8 of cpu, all of best, fp16 of the others]",
+)
+@click.option(
+    "--search-seconds",
+    type=float,
+    default=BuildConfig.search_seconds,
+    help="How long --target best may measure what rounding each parameter costs.",
 )
 @click.option(
     "--profile",
@@ -77,6 +83,7 @@ def build(
     vocabulary_coverage: float | None,
     targets: tuple[str, ...],
     precisions: str | None,
+    search_seconds: float,
     profiles: tuple[str, ...],
     data: Path | None,
     config: Path | None,
@@ -103,6 +110,7 @@ def build(
     Engines with weights in few bits are added alongside those in float32:
       cpcompile build model.pt --target cpu           # cpu-int8: products of 8-bit integers
       cpcompile build model.pt --target cpu --precision int8-weights,int4-weights
+      cpcompile build model.pt --target best --max-perplexity-increase 0.01   # the fastest of all within that budget
 
     \b
     GPU engines are added alongside the CPU engines; TensorRT-RTX and CUDA engines can be built without a GPU:
@@ -122,6 +130,7 @@ def build(
         vocabulary_coverage=vocabulary_coverage,
         targets=targets,
         precisions=names_in(precisions),
+        search_seconds=search_seconds,
         profiles=profiles,
     )
     validation = validate_config(config, **settings)

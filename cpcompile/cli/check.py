@@ -12,7 +12,7 @@ import click
 
 from cpcompile.cli.options import VERDICT_EXIT_CODES, FilePath, model_of, validation_table
 from cpcompile.cli.settings import load_toml
-from cpcompile.core.config import CheckConfig
+from cpcompile.core.check_config import CheckConfig
 from cpcompile.core.errors import CpcompileError, UsageError
 from cpcompile.core.overrides import override
 

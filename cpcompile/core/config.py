@@ -5,8 +5,8 @@ each validates itself on construction and says how to correct a wrong value.
 
     preset -> ModelConfig
     TOML [model], [train] < flags -> TrainConfig
-    TOML [check] < flags -> CheckConfig
     TOML [validate] < flags -> ValidateConfig
+    TOML [check] < flags -> CheckConfig, in `check_config`
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ CONTROLS = tuple(controls.CONTROLS)
 """Names of the controls, which `cpcompile.core.controls` explains."""
 ROUNDED = ("int8", "int8-weights", "int4-weights")
 """Precisions of engines whose weights are rounded, see `cpcompile.core.rounding`."""
+MIXED = "mixed"
+"""The precision of an engine whose parameters are rounded in different ways."""
 DENSE_PEER = "onnx-dense"
 PEERS = (DENSE_PEER, "torch-compile", "onnx-dynamic", "openvino")
 """What an engine can be timed with, which `cpcompile.validation.peers` explains."""
@@ -254,6 +256,8 @@ class BuildConfig:
     """Precisions of the added engines; None is the default of the targets."""
     profiles: tuple[str, ...] = ()
     """Ranges of axis lengths that the added engines accept, AXIS=MIN:OPT:MAX."""
+    search_seconds: float = 600.0
+    """How long `--target best` may measure what rounding each parameter costs; the others then stay as they are."""
 
     def __post_init__(self) -> None:
         coerce_fields(self, "build")
@@ -266,6 +270,7 @@ class BuildConfig:
             not (self.merged and self.standalone),
             "--merged is one engine whose weights all contexts share; leave out --standalone",
         )
+        require_range(self, "build", "search_seconds", lambda value: value > 0, "has to be positive")
         blocks = [each for each in self.precisions or () if each in ROUNDED and each != "int8"]
         require(
             not (self.standard_operators and blocks),
@@ -334,60 +339,6 @@ class ValidateConfig:
             self.speed or not self.min_speed_ratio,
             f"validate.min_speed_ratio is {self.min_speed_ratio}, but speed is not measured: leave one of them out",
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class MaxIncrease:
-    """Largest allowed increase over the baseline."""
-
-    max_increase: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class MaxDecrease:
-    """Largest allowed decrease from the baseline."""
-
-    max_decrease: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckConfig:
-    """How a bundle is compared with its baseline (`cpcompile.check`).
-
-    Limits are relative to the baseline's value (0.01 is 1 %) unless a field says otherwise.
-    """
-
-    parity_error: MaxIncrease = MaxIncrease(max_increase=3.0)
-    """Increase of the error against the eager model, within the tolerance of parity: processors round differently."""
-    perplexity: MaxIncrease = MaxIncrease(max_increase=0.01)
-    accuracy: MaxDecrease = MaxDecrease(max_decrease=0.01)
-    """Absolute decrease, such as from 0.40 to 0.39."""
-    bundle_bytes: MaxIncrease = MaxIncrease(max_increase=0.01)
-    bytes: MaxIncrease = MaxIncrease(max_increase=0.01)
-    """Size of one engine with its share of the weights, or of an ONNX file."""
-    parameters: MaxIncrease = MaxIncrease(max_increase=0.0)
-    nodes: MaxIncrease = MaxIncrease(max_increase=0.1)
-    """Nodes that ran, after the runtime's own fusions; for an ONNX file, nodes that it contains."""
-    memory: MaxIncrease = MaxIncrease(max_increase=0.1)
-    """Peak resident and private memory while running."""
-    speed_ratio: MaxDecrease = MaxDecrease(max_decrease=0.1)
-    """Speedup of the engine over the dense model, both timed in one run."""
-    rounds: int = 60
-    """Interleaved timing rounds per shape; a baseline is measured with twice as many."""
-    attempts: int = 2
-    """How often speed and memory beyond their limits are measured again, each time with twice the rounds."""
-
-    def __post_init__(self) -> None:
-        coerce_fields(self, "check")
-        require(self.rounds >= 2, f"check.rounds is {self.rounds}: an interval needs at least 2")
-        require(self.attempts >= 0, f"check.attempts is {self.attempts}: it cannot be negative")
-        for criterion, limits in vars(self).items():
-            for name, value in vars(limits).items() if isinstance(limits, MaxIncrease | MaxDecrease) else ():
-                require(value >= 0, f"check.{criterion}.{name} is {value}: it cannot be negative")
-                require(
-                    name != "max_decrease" or value < 1,
-                    f"check.{criterion}.{name} is {value}, so nothing can fail: it has to be below 1; 0.05 is 5 %",
-                )
 
 
 def preset(name: str) -> ModelConfig:

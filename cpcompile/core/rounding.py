@@ -44,6 +44,10 @@ class Scheme:
         """Whether a weight with so many input channels falls into whole blocks."""
         return self.block is None or inputs % self.block == 0
 
+    def bits_per_weight(self, inputs: int) -> float:
+        """The bits of a weight with so many input channels, its share of the scales included."""
+        return self.bits + 32 / (self.block or inputs)
+
     def round(self, weight: npt.NDArray[Any]) -> Rounded:
         """Signed whole numbers (blocks, block, outputs), int8, and scales (blocks, 1, outputs) of `weight`.
 

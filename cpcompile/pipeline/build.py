@@ -5,6 +5,7 @@ Checkpoint, Program -> capture (once) -> dynamic graph
 dynamic graph x context -> freeze passes -> frozen graph         for every context
 frozen graphs -> shared weights -> fused for the CPU -> exporter -> bundle
 frozen graphs x targets -> legal, in their precision -> exporters -> engines for GPUs in the bundle
+frozen graphs x precisions -> search -> the fastest engines that keep the quality budget, in the bundle
 bundle + eager models + held-out text -> validator -> report, verdict
 """
 
@@ -22,20 +23,25 @@ import onnx_ir as ir
 from cpcompile.bundle.writer import BundleWriter
 from cpcompile.core.config import BuildConfig, ValidateConfig
 from cpcompile.core.errors import UsageError
-from cpcompile.core.types import Progress
+from cpcompile.core.types import Progress, unwatched
+from cpcompile.exporters.onnxruntime_exporter import variant_name
 from cpcompile.exporters.tensorrt_exporter import require_target
-from cpcompile.frontend.source import Source, open_source
+from cpcompile.frontend.checkpoint import dense_path
+from cpcompile.frontend.source import Source, TrainedSource, open_source
 from cpcompile.passes.freeze import Frozen, freeze, prepare, used_sizes
 from cpcompile.pipeline.accounting import Accounting, account
+from cpcompile.pipeline.cpu_engines import export_rounded
+from cpcompile.pipeline.search import Search, require_search_text
 from cpcompile.pipeline.stages import Stages
 from cpcompile.pipeline.stored_weights import wholes
 from cpcompile.pipeline.validate import report_of, training_of
 from cpcompile.pipeline.write_engines import export_added, export_engines
 from cpcompile.report import Report, write_report
-from cpcompile.targets.requests import CPU, FLAVOURS, Added, parse_targets
+from cpcompile.targets.requests import BEST, CPU, FLAVOURS, Added, parse_targets
 from cpcompile.text.vocabulary import TrimmedVocabulary
 from cpcompile.validation.diagnosis import diagnose
 from cpcompile.validation.expected_graphs import FreshGraphs, order_rows
+from cpcompile.validation.language_reference import LanguageReference
 from cpcompile.validation.open_reference import open_reference
 from cpcompile.validation.peers import open_peers
 from cpcompile.validation.validator import validate
@@ -64,11 +70,15 @@ def build_bundle(
     with stages("load"):
         source = open_source(model)
         require_rounding(source, added)
+        require_baseline(source, added)
         training = training_of(source)
         chosen, coverage = source.choose(config.contexts), config.vocabulary_coverage
         config.require_compatible(chosen)
         order, trimmed = source.trim(chosen, coverage) if coverage is not None else (None, {})
         reference = open_reference(source, validation, data=data, trimmed=trimmed, progress=progress)
+        if added.candidates:
+            assert isinstance(reference, LanguageReference)  # models that read no text were refused
+            require_search_text(reference, chosen)
     with stages("capture"):
         dynamic = source.capture(opset=config.opset)
     with stages("freeze", len(chosen)) as done:
@@ -78,12 +88,23 @@ def build_bundle(
         whole = {c: replace(each, model=each.model.clone()) for c, each in frozen.items()} if added.targets else {}
         with stages("export", 1 + len(chosen) + config.merged) as done:
             metadata = export_engines(writer, dynamic, frozen, accounts, source, trimmed, config, done)
+        parameters = wholes(dynamic, whole, accounts) if whole else {}
         if whole:
             with stages("plans"):
-                parameters = wholes(dynamic, whole, accounts)
                 export_added(writer, whole, parameters, added, config, source.sequence, progress)
+        record = None
+        if added.candidates:
+            assert isinstance(reference, LanguageReference)
+            with (
+                stages("search"),
+                Search(out, whole, parameters, reference, metadata, config, validation, progress) as search,
+            ):
+                best = search.best(added.candidates)
+            if best.schemes:
+                export_rounded(writer, whole, parameters, best.schemes, best.precision, config, unwatched)
+            metadata["best"], record = variant_name(best.precision), best.record
         bundle = writer.seal(name=source.path.stem, metadata=metadata)
-        build = stages.result()
+        build = replace(stages.result(), search=record)
         del whole
         del frozen  # validation needs the memory
         tokens = {context: rows[own.kept] for context, own in trimmed.items()} if rows is not None else {}
@@ -96,12 +117,21 @@ def build_bundle(
         return report, writer.commit(failed=report.verdict == "fail")
 
 
+def require_baseline(source: Source, added: Added) -> None:
+    """UsageError if `added` is searched for, and there is nothing to compare quality with."""
+    if added.candidates and isinstance(source, TrainedSource) and source.dense is None:
+        raise UsageError(
+            f"{source.path}: --target best compares the quality of engines with the dense baseline, and there is no "
+            f"{dense_path(source.path).name} beside it; put it there, or name a precision with --target cpu"
+        )
+
+
 def require_rounding(source: Source, added: Added) -> None:
     """UsageError if `added` has engines whose weights are rounded, which could not be compared with `source`."""
-    if not source.has_text and any(target.flavour == CPU for target in added.targets):
+    if not source.has_text and any(t.flavour in (CPU, BEST) for t in added.targets):
         raise UsageError(
-            f"{source.path}: --target cpu rounds the weights of language models; this model reads no text, and its "
-            "engines could not be validated. Omit it"
+            f"{source.path}: --target cpu and best round the weights of language models; this model reads no text, and "
+            "its engines could not be validated. Omit it"
         )
 
 

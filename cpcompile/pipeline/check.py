@@ -28,7 +28,8 @@ from cpcompile.check.baseline import (
     snapshot_of,
 )
 from cpcompile.check.criteria import NEEDS_MODEL, Check, differences, doubtful, judge
-from cpcompile.core.config import CheckConfig, ValidateConfig
+from cpcompile.core.check_config import CheckConfig
+from cpcompile.core.config import ValidateConfig
 from cpcompile.core.json_form import to_json
 from cpcompile.core.types import Feeds, Progress
 from cpcompile.files.onnx_file import Size

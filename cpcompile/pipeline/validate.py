@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 
 from cpcompile.bundle.reader import Bundle, open_bundle
-from cpcompile.core.config import ROUNDED, ValidateConfig
+from cpcompile.core.config import MIXED, ROUNDED, ValidateConfig
 from cpcompile.core.errors import UsageError
 from cpcompile.core.json_form import from_json
 from cpcompile.core.types import Progress
@@ -129,9 +129,7 @@ def report_of(
 
 def _stored_once(bundle: Bundle) -> int:
     """By how many bytes the shares of quantised engines in their weights exceed the files of these weights."""
-    rounded = [
-        v for c in bundle.contexts for v in bundle.variants(c) if v.precision in ROUNDED and v.weights is not None
-    ]
+    rounded = [v for c in bundle.contexts for v in bundle.variants(c) if v.precision in (*ROUNDED, MIXED) and v.weights]
     shares = sum(variant.bytes - variant.model.stat().st_size for variant in rounded)
     files = {path for variant in rounded if variant.weights for path in variant.weights.iterdir()}
     return shares - sum(path.stat().st_size for path in files)

@@ -34,7 +34,7 @@ from cpcompile.passes.tied_head import TiedHead
 from cpcompile.pipeline.accounting import Accounting
 from cpcompile.pipeline.cpu_engines import export_for_cpu, export_rounded
 from cpcompile.pipeline.stored_weights import NOT_STORED, WEIGHTS_FILE, derive, kept_of, store, wholes
-from cpcompile.targets.requests import CPU, CUDA, Added
+from cpcompile.targets.requests import BEST, CPU, CUDA, Added
 from cpcompile.text.vocabulary import TrimmedVocabulary
 
 
@@ -111,7 +111,7 @@ def export_added(
     parameters: those of all contexts.
     """
     for precision, target in product(added.precisions, added.targets):
-        if precision not in target.precisions:
+        if precision not in target.precisions or target.flavour == BEST:  # which `search` chooses
             continue
         if target.flavour == CPU:
             steps = partial(progress, f"plans: {variant_name(precision)}")

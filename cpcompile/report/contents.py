@@ -39,6 +39,48 @@ class BuildStage:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A set of engines that `--target best` tried, one for every context."""
+
+    name: str
+    precision: str
+    """That of the variant: engines that round their parameters in different ways are all called mixed."""
+    parameters: Mapping[str, int]
+    """How many parameters are rounded in each precision; the others are in float32."""
+    bits_per_weight: float
+    """The mean over all parameters, with their scales."""
+    bytes: int
+    """The largest engine with its share of the weights."""
+    increase: float
+    """Of the mean perplexity over that of the dense baseline, on the part of the held-out text that was searched."""
+    increase_error: float
+    """Its standard error."""
+    within_budget: bool
+    p50_ms: Mapping[str, float]
+    """By batch x sequence, of one context."""
+    relative_time: float
+    """Geometric mean over these shapes of the latency as a part of that in float32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecisionSearch:
+    """How `--target best` chose."""
+
+    budget: float
+    context: str
+    """The context whose engines were timed."""
+    tokens: int
+    """Held-out tokens on which the candidates were compared."""
+    candidates: tuple[Candidate, ...]
+    chosen: str
+    reason: str
+    other_increase: float
+    """The increase of the chosen engines on the other part of the held-out text."""
+    other_increase_error: float
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class BuildResult(Measurements):
     """Time and memory of a build."""
 
@@ -46,6 +88,8 @@ class BuildResult(Measurements):
     peak_rss_bytes: int | NotMeasured
     peak_private_bytes: int | NotMeasured
     stages: tuple[BuildStage, ...] = ()
+    search: PrecisionSearch | None = None
+    """None unless the build searched for the best precision."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -46,6 +46,11 @@ def percent(part: float | NotMeasured | None, form: str = ".0f") -> str:
     return f"{100 * part:{form}} %" if is_known(part) else NOTHING
 
 
+def increase(part: float, error: float) -> str:
+    """A relative increase with twice its standard error: +1.20 % ± 0.31 %."""
+    return f"{100 * part:+.2f} % ± {200 * error:.2f} %"
+
+
 def change(before: float | NotMeasured | None, after: float | NotMeasured | None) -> str:
     """`after` against `before`: +1.2 %."""
     return signed(after / before - 1 if before and is_known(after) else None)

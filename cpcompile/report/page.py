@@ -111,6 +111,7 @@ def environment() -> Environment:
     }
     env.globals |= {
         "change": formats.change,
+        "increase": formats.increase,
         "dense_peer": DENSE_PEER,
         "charts": charts,
         "kind_names": formats.KINDS,

@@ -11,9 +11,9 @@ from rich.text import Text
 
 from cpcompile.core.config import DENSE_PEER
 from cpcompile.core.measured import NotMeasured
-from cpcompile.report.contents import ParameterCounts, Report
+from cpcompile.report.contents import ParameterCounts, PrecisionSearch, Report
 from cpcompile.report.difference import Difference
-from cpcompile.report.formats import NOTHING, arrow, count, gaps, megabytes, number, plain, shape_name, signed
+from cpcompile.report.formats import NOTHING, arrow, count, gaps, increase, megabytes, number, plain, shape_name, signed
 from cpcompile.report.results import Memory, PeerSpeed, ShapeSpeed, Throughput, VariantResult, ratio_with_bounds
 from cpcompile.report.training_summary import PARTITION, TrainingSummary
 
@@ -25,6 +25,8 @@ NAMED = 4
 def render_report(report: Report) -> RenderableType:
     """The whole report for a terminal."""
     parts: list[RenderableType] = [contexts_table(report)]
+    if report.build.search is not None:
+        parts.append(search_table(report.build.search))
     if any(variant.peers for context in report.contexts for variant in context.variants):
         parts.append(peers_table(report))
     if report.training is not None:
@@ -88,6 +90,27 @@ def peers_table(report: Report) -> Table:
             cells += [*[NOTHING] * len(names[:1]), throughput, *[NOTHING] * len(names[1:])]
             table.add_row(*(Text(cell) for cell in cells))
     return table
+
+
+def search_table(search: PrecisionSearch) -> RenderableType:
+    """A row per candidate of `--target best`: what it costs in quality, how large and how fast it is."""
+    title = f"precisions that were tried, timed in {search.context}; the budget is {search.budget:.1%}"
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
+    shapes = list(search.candidates[0].p50_ms)
+    for column in ("precision", "bits a\nweight", "size", "perplexity", *(f"{s}\nms" for s in shapes), "time"):
+        table.add_column(Text(column), justify="left" if column == "precision" else "right")
+    for each in search.candidates:
+        cost = increase(each.increase, each.increase_error)
+        cells = [each.name, f"{each.bits_per_weight:.1f}", megabytes(each.bytes), cost]
+        cells += [*(number(each.p50_ms[shape], ".3g") for shape in shapes), f"{each.relative_time:.2f}x"]
+        chosen, style = each.name == search.chosen, "bold" if each.within_budget else "dim"
+        table.add_row(*(Text(cell) for cell in cells), style="bold green" if chosen else style)
+    other = increase(search.other_increase, search.other_increase_error)
+    return Group(
+        table,
+        Text(f"• chosen: {search.chosen}, {search.reason}"),
+        Text(f"• on the half of the text that took no part in the choice: {other}\n"),
+    )
 
 
 def controls_table(training: TrainingSummary | None) -> RenderableType:

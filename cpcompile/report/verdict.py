@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeAlias
 
-from cpcompile.core.config import ROUNDED
+from cpcompile.core.config import MIXED, ROUNDED
 from cpcompile.core.measured import NotMeasured
 from cpcompile.report.contents import BundleSizes, ContextResult
 from cpcompile.report.results import Diagnosis, Verdict
@@ -86,7 +86,7 @@ def judge(
 
 def _advice(variant: str) -> str:
     """How an engine gets better."""
-    if variant.removeprefix("cpu-") in ROUNDED:
+    if variant.removeprefix("cpu-") in (*ROUNDED, MIXED):
         return "leave its precision out, or take one with more bits"
     return "train longer, or with larger budgets"
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from os import PathLike
 from typing import Any
 
@@ -188,9 +188,9 @@ def load(
 ) -> TextEngine:
     """Verify and load the engine of `context`; it may be left out where there is only one.
 
-    variant: the name of an engine, or "best" for a GPU's if it runs here, else the CPU's in float32: whether fewer bits
-    do is for you to say. threads: 0 leaves the number to ONNX Runtime. UsageError and CpcompileError as `load_engine`;
-    UsageError for a model that reads no text.
+    variant: the name of an engine, or "best" for a GPU's if it runs here, else what a build with `--target best` chose,
+    else the CPU's in float32: whether fewer bits do is for you to say. threads: 0 leaves the number to ONNX Runtime.
+    UsageError and CpcompileError as `load_engine`; UsageError for a model that reads no text.
     """
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
     chosen = choose_context(opened, context)
@@ -211,12 +211,12 @@ def choose_variant(bundle: Bundle, context: str, name: str) -> str:
     variants = [each for each in bundle.variants(context) if not each.plan and why_not_here(each) is None]
     if not variants:
         raise CpcompileError(f"{bundle.root}: no engine of {context} runs here; {DOCTOR}")
-    return min(variants, key=_rank).name
+    return min(variants, key=partial(_rank, bundle.best)).name
 
 
-def _rank(variant: Variant) -> tuple[bool, bool, bool]:
-    """Engines of one context first, then those of a GPU, then those whose weights are not rounded."""
-    return bool(variant.feeds), variant.provider == CPU_PROVIDER, variant.precision != "fp32"
+def _rank(best: str | None, variant: Variant) -> tuple[bool, bool, bool, bool]:
+    """Engines of one context first, then those of a GPU, then what the build chose, then unrounded weights."""
+    return bool(variant.feeds), variant.provider == CPU_PROVIDER, variant.name != best, variant.precision != "fp32"
 
 
 def with_tokenizer(bundle: Bundle, engine: Engine) -> TextEngine:

@@ -19,9 +19,11 @@ CUDA = "cuda"
 """ONNX Runtime on an NVIDIA GPU."""
 CPU = "cpu"
 """ONNX Runtime on the CPU, with weights in few bits; its engines in float32 are always built."""
+BEST = "best"
+"""The fastest engine for this CPU that keeps the quality budget, in whichever precisions."""
 PRECISIONS = ("fp32", "fp16", "bf16")
 """Those of engines for GPUs."""
-DEFAULT_PRECISIONS = MappingProxyType({CPU: "int8"} | dict.fromkeys((*FLAVOURS, CUDA), "fp16"))
+DEFAULT_PRECISIONS = MappingProxyType({CPU: ("int8",), **dict.fromkeys((*FLAVOURS, CUDA), ("fp16",)), BEST: ROUNDED})
 CAPABILITIES = MappingProxyType({TENSORRT: (), TENSORRT_RTX: ("sm86", "sm89", "sm120")})
 """The defaults: GeForce and RTX of Ampere, Ada and Blackwell; an empty tuple means the GPU in the machine."""
 CAPABILITY = re.compile(r"sm\d{2,3}", re.ASCII)
@@ -43,6 +45,8 @@ class Target:
             raise UsageError(f"there is no target {self.flavour!r}; there are {', '.join(DEFAULT_PRECISIONS)}")
         if self.flavour == CPU and self.capabilities:
             raise UsageError("--target cpu builds for every processor; omit the capabilities")
+        if self.flavour == BEST and self.capabilities:
+            raise UsageError("--target best chooses by what this machine measures; omit the capabilities")
         if self.flavour == CUDA and self.capabilities:
             raise UsageError("--target cuda builds for every GPU; omit the capabilities")
         if self.flavour == TENSORRT and self.capabilities:
@@ -54,7 +58,7 @@ class Target:
     @property
     def precisions(self) -> tuple[str, ...]:
         """Those that engines for this target can have."""
-        return ROUNDED if self.flavour == CPU else PRECISIONS
+        return ROUNDED if self.flavour in (CPU, BEST) else PRECISIONS
 
     def __str__(self) -> str:
         return self.flavour + (f"={','.join(self.capabilities)}" if self.capabilities else "")
@@ -113,6 +117,12 @@ class Added:
     precisions: tuple[str, ...] = ()
     ranges: Mapping[str, Range] = field(default_factory=dict)
 
+    @property
+    def candidates(self) -> tuple[str, ...]:
+        """The precisions from which `best` chooses; none if it was not requested."""
+        searched = any(target.flavour == BEST for target in self.targets)
+        return tuple(each for each in self.precisions if each in ROUNDED) if searched else ()
+
 
 NOTHING_ADDED = Added()
 
@@ -129,11 +139,14 @@ def parse_targets(targets: Sequence[str], precisions: Sequence[str] | None, prof
     for each in precisions or ():
         if each not in known:
             raise UsageError(f"--precision {each!r} does not exist; there are {', '.join(known)}")
-    chosen = tuple(precisions or dict.fromkeys(DEFAULT_PRECISIONS[target.flavour] for target in parsed))
+    if {CPU, BEST} <= {target.flavour for target in parsed}:
+        raise UsageError("--target best tries the precisions of the CPU and adds one engine; leave --target cpu out")
+    defaults = dict.fromkeys(name for target in parsed for name in DEFAULT_PRECISIONS[target.flavour])
+    chosen = tuple(precisions or defaults)
     for target in parsed:
         if not any(each in target.precisions for each in chosen):
             raise UsageError(f"--target {target}: has none of the precisions {', '.join(chosen)}; add one, or omit it")
-    if profiles and all(target.flavour == CPU for target in parsed):
+    if profiles and all(target.flavour in (CPU, BEST) for target in parsed):
         raise UsageError("--profile applies to engines for GPUs; engines for the CPU take every length")
     return Added(
         targets=parsed,

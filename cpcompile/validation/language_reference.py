@@ -22,7 +22,7 @@ from cpcompile.core.cache import INPUT, OUTPUT
 from cpcompile.core.config import ValidateConfig
 from cpcompile.core.measured import NotMeasured
 from cpcompile.core.selection import UnitKind
-from cpcompile.core.types import Feeds, Steps, unwatched
+from cpcompile.core.types import Array, Feeds, Steps, unwatched
 from cpcompile.frontend.checkpoint import Checkpoint, load_checkpoint
 from cpcompile.machine.memory import ProcessMemory, release_memory
 from cpcompile.models.language_model import LanguageModel
@@ -39,6 +39,7 @@ from cpcompile.validation.quality import (
     compare_quality,
     consecutive_windows,
     measure_score,
+    window_losses,
 )
 from cpcompile.validation.reference import UNROUNDED, Outputs, Run, Schemes, Timed
 from cpcompile.validation.rounded_model import Rounding
@@ -95,7 +96,7 @@ class LanguageReference:
         self._tokenizer = checkpoint.tokenizer
         self._dense = dense
         self._config = config
-        self._sequence = sequence
+        self.sequence = sequence
         self._held_out = {c: np.asarray(held_out.get(c, ()), dtype=np.int64) for c in self.contexts}
         self._dense_scores: dict[str, Score | NotMeasured] = {}
         self._dense_memory: ProcessMemory | NotMeasured | None = None
@@ -167,6 +168,28 @@ class LanguageReference:
         score = engine if isinstance(engine, NotMeasured) else self._score(counted(engine), text)
         return compare_quality(score, self._dense_score(context, counted))
 
+    def windows(self, context: str) -> int:
+        """How many windows the held-out text of `context` has, as its engine reads it."""
+        return len(self._texts[context].windows)
+
+    def sample(self, context: str, windows: int) -> Feeds:
+        """The first `windows` of the held-out text as one batch."""
+        return {INPUT: self._texts[context].windows[:windows, :-1]}
+
+    def window_losses(self, context: str, run: Run, part: slice) -> Array:
+        """The mean loss of `run` on each window in `part` of the held-out text, per token of the whole vocabulary."""
+        text = self._texts[context]
+        return window_losses(_logits_of(run), text.windows[part], leading=len(text.leading), ratio=text.ratio)
+
+    def dense_window_losses(self, context: str, part: slice) -> Array:
+        """The same of the dense baseline, on the text as it reads it."""
+        text = self._whole_text(context)
+        return window_losses(_logits_of(eager_run(self._dense_model)), text.windows[part], leading=len(text.leading))
+
+    def is_trimmed(self, context: str) -> bool:
+        """Whether the engine cuts the text into other tokens than the dense baseline."""
+        return self._texts[context].token_ids is not None
+
     @cached_property
     def _dense_model(self) -> LanguageModel:
         assert self._dense is not None
@@ -199,7 +222,7 @@ class LanguageReference:
 
     def _cut(self, ids: IntArray, tokenizer: str) -> _Text:
         leading = leading_tokens(tokenizer)
-        return _Text(ids, consecutive_windows(ids, self._sequence, leading), leading)
+        return _Text(ids, consecutive_windows(ids, self.sequence, leading), leading)
 
     def _whole_text(self, context: str) -> _Text:
         """The held-out text as the dense model reads it."""

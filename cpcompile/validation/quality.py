@@ -12,7 +12,7 @@ once; the first token of text in a window is only context, and so are the tokeni
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,18 +69,32 @@ def measure_score(run: Run, windows: IntArray, *, leading: int = 0, batch: int =
 
     ratio: tokens of the text here per token of the whole vocabulary; the perplexity is then per the latter.
     """
-    loss, right = 0.0, 0
+    losses, right = zip(*_scored(run, windows, leading, batch), strict=True)
+    tokens = windows[:, leading + 1 :].size
+    perplexity = _exp(sum(losses) / tokens * ratio)
+    return Score(perplexity=perplexity, accuracy=sum(right) / tokens, tokens=tokens, ratio=ratio)
+
+
+def window_losses(run: Run, windows: IntArray, *, leading: int = 0, batch: int = BATCH, ratio: float = 1.0) -> Array:
+    """The mean loss of each window, in nats per token of the whole vocabulary; parameters as for `measure_score`."""
+    tokens = windows.shape[1] - leading - 1
+    losses: Array = np.array([loss for loss, _ in _scored(run, windows, leading, batch)])
+    losses *= ratio / tokens
+    return losses
+
+
+def _scored(run: Run, windows: IntArray, leading: int, batch: int) -> Iterator[tuple[float, int]]:
+    """Of each window the sum of its losses, and how often the likeliest logit names the next token."""
     for start in range(0, len(windows), batch):
         part = windows[start : start + batch]
         for logits, labels in zip(run(part[:, :-1])[:, leading:], part[:, leading + 1 :], strict=True):
-            rows = max(1, PIECE // logits.shape[-1])
+            loss, right, rows = 0.0, 0, max(1, PIECE // logits.shape[-1])
             for first in range(0, len(labels), rows):
                 expected = labels[first : first + rows]
                 log_probabilities = log_softmax(logits[first : first + rows])
                 loss -= float(np.take_along_axis(log_probabilities, expected[:, None], axis=-1).sum())
                 right += int((log_probabilities.argmax(axis=-1) == expected).sum())
-    tokens = windows[:, leading + 1 :].size
-    return Score(perplexity=_exp(loss / tokens * ratio), accuracy=right / tokens, tokens=tokens, ratio=ratio)
+            yield loss, right
 
 
 def compare_quality(engine: Score | NotMeasured, dense: Score | NotMeasured) -> Quality:

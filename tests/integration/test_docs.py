@@ -29,7 +29,8 @@ from click.testing import CliRunner
 from cpcompile.cli import main
 from cpcompile.cli.console import TrainProgress
 from cpcompile.cli.settings import load_toml
-from cpcompile.core.config import CheckConfig, TrainConfig, ValidateConfig, preset
+from cpcompile.core.check_config import CheckConfig
+from cpcompile.core.config import TrainConfig, ValidateConfig, preset
 from cpcompile.core.overrides import override
 from cpcompile.files.whole_files import file_digest
 from cpcompile.pipeline.estimation import limit

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from cpcompile.check.baseline import BUNDLE, MEASURED_AGAIN, Measured, Snapshot, Value
 from cpcompile.check.criteria import NEEDS_MODEL, Check, Outcome, differences, doubtful, judge, left_out
-from cpcompile.core.config import CheckConfig, MaxDecrease, MaxIncrease
+from cpcompile.core.check_config import CheckConfig, MaxDecrease, MaxIncrease
 from tests.unit.check.snapshots import ENGINE, changed, counted, judged, snapshot
 
 CONFIG = CheckConfig()

@@ -21,7 +21,7 @@ from cpcompile.check.formats import FORMATS, TEXTS, summary
 from cpcompile.check.formats.sarif import sarif_log
 from cpcompile.check.formats.table import render_check
 from cpcompile.cli.console import print_result
-from cpcompile.core.config import CheckConfig
+from cpcompile.core.check_config import CheckConfig
 from tests.unit.check.snapshots import changed, snapshot
 
 JUNIT = xmlschema.XMLSchema(Path(__file__).parents[2] / "data" / "junit-10.xsd")

@@ -3,7 +3,8 @@ from pathlib import Path
 import pytest
 
 from cpcompile.cli.settings import load_toml
-from cpcompile.core.config import CheckConfig, ModelConfig, TrainConfig, ValidateConfig, preset
+from cpcompile.core.check_config import CheckConfig
+from cpcompile.core.config import ModelConfig, TrainConfig, ValidateConfig, preset
 from cpcompile.core.errors import UsageError
 from cpcompile.core.overrides import override
 

@@ -1,0 +1,325 @@
+"""`--target best`: how every parameter is rounded, chosen by what it costs in quality and gains in time.
+
+float32, and each precision        -> engines -> their losses on one half of the held-out text
+a precision beyond the budget      -> what rounding each parameter costs -> as many as needed get more bits -> engines
+all these engines, side by side    -> their latencies -> the fastest within the budget
+                                   -> its loss on the other half, which took no part in the choice
+
+Parameters are rounded alike in all contexts, so that they share what they have in common; the budget limits the mean
+over the contexts.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cpcompile.bundle.reader import Bundle
+from cpcompile.bundle.writer import BundleWriter
+from cpcompile.core.config import MIXED, BuildConfig, ValidateConfig
+from cpcompile.core.errors import UsageError
+from cpcompile.core.measured import NotMeasured
+from cpcompile.core.rounding import SCHEMES
+from cpcompile.core.types import Array, Progress
+from cpcompile.exporters.onnxruntime_exporter import variant_name
+from cpcompile.machine.environment import available_cores
+from cpcompile.passes.freeze import Frozen
+from cpcompile.passes.share_weights import Whole
+from cpcompile.pipeline.cpu_engines import export_rounded
+from cpcompile.report.contents import Candidate, PrecisionSearch
+from cpcompile.runtime.engine import load_engine
+from cpcompile.validation.language_reference import LanguageReference
+from cpcompile.validation.reference import Run
+from cpcompile.validation.rounded_model import schemes_of
+from cpcompile.validation.runners import engine_runner
+from cpcompile.validation.sensitivity import rounding_costs
+from cpcompile.validation.speed import measure_speed
+
+FP32 = "fp32"
+LEAST_WINDOWS = 8
+"""Windows of held-out text that a context needs, so that either half has a standard error."""
+CONFIDENCE = 2.0
+"""Standard errors by which the increase has to stay below the budget."""
+ROUNDS = 20
+ATTEMPTS = 3
+"""How often a mixture that its engine shows to be over the budget is given more bits."""
+ONLY_ENGINES = NotMeasured("engines are compared with each other")
+
+Schemes = Mapping[str, str]
+"""Parameter -> the scheme by which it is rounded; the others stay in float32."""
+
+
+@dataclass(frozen=True)
+class _Tried:
+    """Engines of all contexts in a bundle of their own, and what they cost in quality."""
+
+    name: str
+    precision: str
+    schemes: Schemes
+    bundle: Bundle
+    increase: float
+    """In nats per token over the dense baseline."""
+    error: float
+
+    @property
+    def variant(self) -> str:
+        return variant_name(self.precision)
+
+
+@dataclass(frozen=True)
+class Best:
+    """What `search_precisions` chose; no schemes mean float32."""
+
+    precision: str
+    schemes: Schemes
+    record: PrecisionSearch
+
+
+class Search:
+    """The candidates of one model; used as a context manager, which removes their engines in the end."""
+
+    def __init__(
+        self,
+        out: Path,
+        frozen: Mapping[str, Frozen],
+        parameters: Mapping[str, Whole],
+        reference: LanguageReference,
+        metadata: Mapping[str, Any],
+        config: BuildConfig,
+        validation: ValidateConfig,
+        progress: Progress,
+    ) -> None:
+        """out: the bundle beside which candidates lie. metadata: that of this bundle."""
+        self._out = out
+        self._frozen = frozen
+        self._parameters = parameters
+        self._reference = reference
+        self._metadata = {**metadata, "tokenizers": {}}
+        self._config = config
+        self._budget = validation.max_perplexity_increase
+        self._threads = validation.threads or available_cores()
+        self._progress = progress
+        self._bundles = ExitStack()
+        self._searched = {c: slice(0, reference.windows(c), 2) for c in frozen}
+        self._others = {c: slice(1, reference.windows(c), 2) for c in frozen}
+        self._dense = {c: reference.dense_window_losses(c, part) for c, part in self._searched.items()}
+        self._started = time.perf_counter()
+
+    def __enter__(self) -> Search:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bundles.close()
+
+    def best(self, precisions: Sequence[str]) -> Best:
+        """The fastest engines within the budget, of float32, `precisions` and mixtures of them."""
+        exact = self._try(FP32, FP32, {})
+        tried = [exact]
+        if self._config.standard_operators:  # blocks of weights have operators of ONNX Runtime alone
+            precisions = [each for each in precisions if each == "int8"]
+        for precision in precisions:
+            schemes = dict.fromkeys(self._parameters, precision)
+            tried.append(self._try(precision, precision, schemes))
+        if self._holds(exact):
+            over = [each for each in tried[1:] if not self._holds(each)]
+            tried += [mixed for each in over if (mixed := self._mixture(each, precisions)) is not None]
+        latencies = self._time(tried)
+        fastest = min((each for each in tried if self._holds(each)), key=lambda e: latencies[e.name][1], default=exact)
+        other, other_error = self._increase(
+            {c: self._losses(fastest, c, part) for c, part in self._others.items()},
+            {c: self._reference.dense_window_losses(c, part) for c, part in self._others.items()},
+        )
+        windows = sum(len(losses) for losses in self._dense.values())
+        record = PrecisionSearch(
+            budget=self._budget,
+            context=self._timed,
+            tokens=windows * self._reference.sequence,
+            candidates=tuple(self._described(each, *latencies[each.name]) for each in tried),
+            chosen=fastest.name,
+            reason=self._reason(fastest, exact),
+            other_increase=math.expm1(other),
+            other_increase_error=other_error,
+            seconds=time.perf_counter() - self._started,
+        )
+        return Best(fastest.precision, fastest.schemes, record)
+
+    def _try(self, name: str, precision: str, schemes: Schemes) -> _Tried:
+        """Build engines, and measure them on the half of the text that is searched."""
+        number = len(self._frozen)
+
+        def steps(done: int, _: int = 0) -> None:
+            self._progress(f"search: {name}", done, 2 * number)
+
+        writer = self._bundles.enter_context(BundleWriter(self._out.with_name(f"{self._out.name}.{name}")))
+        export_rounded(writer, self._frozen, self._parameters, schemes, precision, self._config, steps)
+        bundle = writer.seal(name=name, metadata=self._metadata)
+        tried = _Tried(name, precision, schemes, bundle, math.nan, math.nan)
+        losses = {}
+        for done, (context, part) in enumerate(self._searched.items()):
+            steps(number + done)
+            losses[context] = self._losses(tried, context, part)
+        steps(2 * number)
+        return _Tried(name, precision, schemes, bundle, *self._increase(losses, self._dense))
+
+    def _losses(self, tried: _Tried, context: str, part: slice) -> Array:
+        engine = load_engine(tried.bundle, context, tried.variant, threads=self._threads)
+        return self._reference.window_losses(context, engine.outputs, part)
+
+    def _increase(self, losses: Mapping[str, Array], dense: Mapping[str, Array]) -> tuple[float, float]:
+        """The mean increase of the loss over the contexts in nats per token, and its standard error."""
+        means, variances = [], []
+        for context, own in losses.items():
+            base = dense[context]
+            paired = not self._reference.is_trimmed(context)
+            noises = [own - base] if paired else [own, base]
+            means.append(float(own.mean() - base.mean()))
+            variances.append(sum(float(noise.var(ddof=1)) / len(noise) for noise in noises))
+        return float(np.mean(means)), math.sqrt(sum(variances)) / len(means)
+
+    def _holds(self, tried: _Tried) -> bool:
+        return self._within(tried.increase, tried.error)
+
+    def _within(self, increase: float, error: float) -> bool:
+        return increase + CONFIDENCE * error <= math.log1p(self._budget)
+
+    def _mixture(self, over: _Tried, precisions: Sequence[str]) -> _Tried | None:
+        """Engines in the precision of `over`, but for as few parameters with more bits as hold the budget."""
+        more = "int8-weights" if over.precision == "int4-weights" and "int8-weights" in precisions else FP32
+        name = f"{over.precision}+{more}"
+        rounded = self._rounded(over)
+        costs = rounding_costs(
+            self._reference,
+            dict.fromkeys(rounded, SCHEMES[over.precision]),
+            deadline=self._started + self._config.search_seconds,
+            steps=partial(self._progress, f"search: cost of {over.name}"),
+        )
+        # A parameter that was not measured gets more bits first.
+        order = sorted(rounded, key=lambda p: costs.get(p, math.inf) / self._size(p), reverse=True)
+
+        def mixed(count: int) -> Schemes:
+            few = dict.fromkeys(order[count:], over.precision)
+            return few if more == FP32 else few | dict.fromkeys(order[:count], more)
+
+        count = self._fewest(len(order), lambda count: self._within(*self._eager_increase(mixed(count))), name)
+        for _ in range(ATTEMPTS):
+            if count >= len(order):
+                return None
+            tried = self._try(name, MIXED, mixed(count))
+            if self._holds(tried):
+                return tried
+            count += max(1, len(order) // 16)
+        return tried
+
+    def _fewest(self, most: int, holds: Callable[[int], bool], name: str) -> int:
+        """The smallest count up to `most` that holds, by bisection; what holds is taken to go on holding."""
+        low, high, done, total = 0, most, 0, math.ceil(math.log2(most + 1))
+        while low < high:
+            self._progress(f"search: {name}", done, total)
+            middle = (low + high) // 2
+            low, high = (low, middle) if holds(middle) else (middle + 1, high)
+            done += 1
+        self._progress(f"search: {name}", total, total)
+        return low
+
+    def _eager_increase(self, schemes: Schemes) -> tuple[float, float]:
+        """The increase of the eager model with rounded parameters, which needs no engine."""
+        rounded = {parameter: SCHEMES[scheme] for parameter, scheme in schemes.items()}
+        losses = {
+            context: self._reference.window_losses(context, self._reference.masked(context, rounded), part)
+            for context, part in self._searched.items()
+        }
+        return self._increase(losses, self._dense)
+
+    def _rounded(self, tried: _Tried) -> list[str]:
+        """The parameters that engines have rounded, in any context."""
+        names: dict[str, None] = {}
+        for context in self._frozen:
+            names |= dict.fromkeys(schemes_of(load_engine(tried.bundle, context, tried.variant, threads=self._threads)))
+        return list(names)
+
+    def _size(self, parameter: str) -> int:
+        return math.prod(self._parameters[parameter].shape)
+
+    @property
+    def _timed(self) -> str:
+        """The context that keeps most parameters."""
+        return max(self._frozen, key=lambda context: self._metadata["parameters"][context]["kept"])
+
+    def _time(self, tried: Sequence[_Tried]) -> dict[str, tuple[dict[str, float], float]]:
+        """By candidate its latency in milliseconds by shape, and the geometric mean as a part of that of the first."""
+        with ExitStack() as loaded:
+            runs: dict[str, Run] = {}
+            for each in tried:
+                variant = each.bundle.variant(self._timed, each.variant)
+                runs[each.name] = loaded.enter_context(engine_runner(variant, threads=self._threads).load())
+            first, *others = runs
+            speed = measure_speed(
+                runs[first],
+                ONLY_ENGINES,
+                self._reference.timed(self._timed),
+                rounds=ROUNDS,
+                threads=self._threads,
+                peers={name: runs[name] for name in others},
+                steps=partial(self._progress, "search: speed"),
+            )
+        assert not isinstance(speed.shapes, NotMeasured)
+        shapes = [f"{shape.batch}x{shape.sequence}" for shape in speed.shapes]
+        found = {}
+        for name in runs:
+            times = [shape.p50_ms if name == first else shape.peers[name].p50_ms for shape in speed.shapes]
+            ratios = [own / shape.p50_ms for own, shape in zip(times, speed.shapes, strict=True)]
+            found[name] = dict(zip(shapes, times, strict=True)), math.exp(float(np.mean(np.log(ratios))))
+        return found
+
+    def _described(self, tried: _Tried, p50_ms: Mapping[str, float], relative_time: float) -> Candidate:
+        rounded = {p: tried.schemes[p] for p in self._rounded(tried)}
+        bits = [self._bits(parameter, rounded.get(parameter)) for parameter in self._parameters]
+        return Candidate(
+            name=tried.name,
+            precision=tried.precision,
+            parameters=Counter(rounded.values()),
+            bits_per_weight=sum(bits) / sum(map(self._size, self._parameters)),
+            bytes=max(tried.bundle.variant(context, tried.variant).bytes for context in self._frozen),
+            increase=math.expm1(tried.increase),
+            increase_error=tried.error,
+            within_budget=self._holds(tried),
+            p50_ms=p50_ms,
+            relative_time=relative_time,
+        )
+
+    def _bits(self, parameter: str, scheme: str | None) -> float:
+        size = self._size(parameter)
+        return size * (32 if scheme is None else SCHEMES[scheme].bits_per_weight(self._parameters[parameter].shape[0]))
+
+    def _reason(self, fastest: _Tried, exact: _Tried) -> str:
+        if not self._holds(exact):
+            return (
+                f"float32 itself is {_percent(exact)} above the dense baseline, and {self._budget:.1%} are allowed: "
+                "train longer, or allow more with --max-perplexity-increase"
+            )
+        if fastest is exact:
+            return "nothing that is faster stays within the budget"
+        return f"the fastest within the budget: {_percent(fastest)} over the dense baseline, {self._budget:.1%} allowed"
+
+
+def _percent(tried: _Tried) -> str:
+    return f"{math.expm1(tried.increase):.2%} ± {CONFIDENCE * tried.error:.2%}"
+
+
+def require_search_text(reference: LanguageReference, contexts: Iterable[str]) -> None:
+    """UsageError unless every context has enough held-out text for a search."""
+    for context in contexts:
+        if (windows := reference.windows(context)) < LEAST_WINDOWS:
+            raise UsageError(
+                f"--target best compares engines on held-out text; {context} has {windows} windows of it, and "
+                f"{LEAST_WINDOWS} are needed: give more text with --data, or name a precision with --target cpu"
+            )
