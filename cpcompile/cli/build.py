@@ -71,6 +71,7 @@ from cpcompile.targets.requests import parse_targets
     metavar="AXIS=MIN:OPT:MAX",
     help="Axis lengths that the added engines accept; repeatable.",
 )
+@click.option("--no-validate", is_flag=True, help="Only build; the report then says that nothing was validated.")
 @validation_options
 def build(
     model: Path,
@@ -84,6 +85,7 @@ def build(
     targets: tuple[str, ...],
     precisions: str | None,
     search_seconds: float,
+    no_validate: bool,
     profiles: tuple[str, ...],
     data: Path | None,
     config: Path | None,
@@ -102,6 +104,7 @@ def build(
       cpcompile build model.pt --max-memory 4GB       # refuse to start above 4 GB
       cpcompile build model.pt --vocabulary-coverage 1  # only the tokens that occur in a context's text
       cpcompile build model.pt --json > report.json
+      cpcompile build model.pt --no-validate          # validate it later, or elsewhere: cpcompile validate model.cpc
       cpcompile build model.pt --peers all            # also time torch.compile and others, see validate --help
       cpcompile build model.pt --max-perplexity-increase 0.05   # 5 % above the dense baseline is no failure
       cpcompile build model.pt2                       # your own module, see `cpcompile.save_program`
@@ -131,6 +134,7 @@ def build(
         targets=targets,
         precisions=names_in(precisions),
         search_seconds=search_seconds,
+        validate=not no_validate,
         profiles=profiles,
     )
     validation = validate_config(config, **settings)
@@ -144,12 +148,14 @@ def build(
     started = time.perf_counter()
     with stage_progress() as stage:
         report, bundle = build_bundle(model, out, plan, validation, progress=stage, data=data, repro=repro)
-    click.echo(f"build and validation took {clock(time.perf_counter() - started)}", err=True)
+    what = "build" if no_validate else "build and validation"
+    click.echo(f"{what} took {clock(time.perf_counter() - started)}", err=True)
     stays = f"; {out} is unchanged" if out.exists() else ""
     warn_without_cache(bundle)
     click.echo(f"wrote {bundle}" + (f" (the verdict is fail{stays})" if report.verdict == "fail" else ""), err=True)
     print_report(report, as_json=as_json)
-    exit_with(report)
+    if not no_validate:
+        exit_with(report)
 
 
 def warn_without_cache(bundle: Path) -> None:

@@ -256,6 +256,8 @@ class BuildConfig:
     """Precisions of the added engines; None is the default of the targets."""
     profiles: tuple[str, ...] = ()
     """Ranges of axis lengths that the added engines accept, AXIS=MIN:OPT:MAX."""
+    validate: bool = True
+    """Whether the engines are compared with the eager model; without, the report says that they were not."""
     search_seconds: float = 600.0
     """How long `--target best` may measure what rounding each parameter costs; the others then stay as they are."""
 

@@ -34,7 +34,7 @@ from cpcompile.pipeline.cpu_engines import export_rounded
 from cpcompile.pipeline.search import Search, require_search_text
 from cpcompile.pipeline.stages import Stages
 from cpcompile.pipeline.stored_weights import wholes
-from cpcompile.pipeline.validate import report_of, training_of
+from cpcompile.pipeline.validate import not_validated, report_of, training_of
 from cpcompile.pipeline.write_engines import export_added, export_engines
 from cpcompile.report import Report, write_report
 from cpcompile.targets.requests import BEST, CPU, FLAVOURS, Added, parse_targets
@@ -109,9 +109,12 @@ def build_bundle(
         del frozen  # validation needs the memory
         tokens = {context: rows[own.kept] for context, own in trimmed.items()} if rows is not None else {}
         graphs = FreshGraphs(source, lambda _: dynamic, tokens)
-        with open_peers(validation, source, reference, graphs) as peers:
-            results = validate(bundle, reference, validation, peers=peers, progress=progress)
-        results = diagnose(bundle, results, reference, graphs, repro, layers=validation.layers, progress=progress)
+        if config.validate:
+            with open_peers(validation, source, reference, graphs) as peers:
+                results = validate(bundle, reference, validation, peers=peers, progress=progress)
+            results = diagnose(bundle, results, reference, graphs, repro, layers=validation.layers, progress=progress)
+        else:
+            results = not_validated(bundle)
         report = report_of(bundle, source, results, build, validation, training)
         write_report(report, writer.root)
         return report, writer.commit(failed=report.verdict == "fail")

@@ -286,7 +286,7 @@ class Search:
         return Candidate(
             name=tried.name,
             precision=tried.precision,
-            parameters=Counter(rounded.values()),
+            rounded=Counter(rounded.values()),
             bits_per_weight=sum(bits) / sum(map(self._size, self._parameters)),
             bytes=max(tried.bundle.variant(context, tried.variant).bytes for context in self._frozen),
             increase=math.expm1(tried.increase),

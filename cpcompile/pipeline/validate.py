@@ -25,7 +25,7 @@ from cpcompile.report import (
     read_build,
     summarize_training,
 )
-from cpcompile.report.results import Results
+from cpcompile.report.results import Results, VariantResult
 from cpcompile.text.vocabulary import TrimmedVocabulary
 from cpcompile.validation.diagnosis import diagnose
 from cpcompile.validation.expected_graphs import FreshGraphs
@@ -33,6 +33,7 @@ from cpcompile.validation.open_reference import open_reference
 from cpcompile.validation.peers import open_peers
 from cpcompile.validation.validator import validate
 
+NOT_VALIDATED = "built, not validated: `cpcompile validate` measures it"
 PARAMETERS = tuple(each.name for each in dataclasses.fields(ParameterCounts))
 
 
@@ -125,6 +126,24 @@ def report_of(
         max_perplexity_increase=config.max_perplexity_increase if source.has_text else None,
         stored_once=_stored_once(bundle),
     )
+
+
+def not_validated(bundle: Bundle) -> Results:
+    """The results of engines that were only built."""
+    return {
+        context: tuple(
+            VariantResult.not_run(
+                name=variant.name,
+                runtime=variant.runtime,
+                precision=variant.precision,
+                status="built",
+                reason=NOT_VALIDATED,
+                bytes=variant.bytes,
+            )
+            for variant in bundle.variants(context)
+        )
+        for context in bundle.contexts
+    }
 
 
 def _stored_once(bundle: Bundle) -> int:

@@ -45,7 +45,7 @@ class Candidate:
     name: str
     precision: str
     """That of the variant: engines that round their parameters in different ways are all called mixed."""
-    parameters: Mapping[str, int]
+    rounded: Mapping[str, int]
     """How many parameters are rounded in each precision; the others are in float32."""
     bits_per_weight: float
     """The mean over all parameters, with their scales."""

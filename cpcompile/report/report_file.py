@@ -93,6 +93,8 @@ def _misfit(report: Mapping[str, Any]) -> str | None:
     swap = training["swap_matrix"]
     if swap and {len(swap["contexts"])} != {len(swap["perplexity"]), *map(len, swap["perplexity"])}:
         return "training: the swap matrix is not square"
+    if swap and any(row[index] is None for index, row in enumerate(swap["perplexity"])):
+        return "training: the swap matrix does not have the own units of every context"
     return None
 
 

@@ -29,10 +29,18 @@ class BranchSummary:
 
 @dataclass(frozen=True, kw_only=True)
 class SwapMatrix:
-    """Perplexity of the text of each context (rows) with the units of each context (columns)."""
+    """Perplexity of the text of each context (rows) with the units of each context (columns).
+
+    With many contexts it is a sample: every row has its own context, and None where units were not tried.
+    """
 
     contexts: tuple[str, ...]
-    perplexity: tuple[tuple[float, ...], ...]
+    perplexity: tuple[tuple[float | None, ...], ...]
+
+    @property
+    def tried(self) -> int:
+        """The other contexts whose units the first context was tried with; it is the same number for all."""
+        return sum(value is not None for value in self.perplexity[0]) - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,12 +127,16 @@ def _swap_findings(matrix: SwapMatrix) -> Iterator[str]:
     """Whether each context does best with the units that were chosen for it."""
     contexts, at_home = matrix.contexts, True
     for index, (context, row) in enumerate(zip(contexts, matrix.perplexity, strict=True)):
-        best = row.index(min(row))
-        if row[best] < row[index]:
+        own = row[index]
+        lowest, best = min((value, column) for column, value in enumerate(row) if value is not None)
+        if own is not None and lowest < own:
             at_home = False
             yield (
-                f"Text of {context} does better with the units of {contexts[best]} ({row[best]:.4g}) "
-                f"than with its own ({row[index]:.4g})."
+                f"Text of {context} does better with the units of {contexts[best]} ({lowest:.4g}) "
+                f"than with its own ({own:.4g})."
             )
-    if at_home:
+    if at_home and matrix.tried < (others := len(contexts) - 1):
+        compared = f"compared with those of {matrix.tried} of the {others} others"
+        yield f"Every context does best with its own units, {compared}."
+    elif at_home:
         yield "Every context does best with its own units: those of no other context give its text a lower perplexity."

@@ -44,6 +44,9 @@ def judge(
     """
     failures: list[str] = []
     gaps: list[str] = []
+    reasons = {variant.reason for context in contexts for variant in context.variants}
+    if len(reasons) == 1 and None not in reasons:  # of a build without validation, say
+        return "inconclusive", (f"no engine ran: {reasons.pop()}",)
     for context in contexts:
         ran = [variant for variant in context.variants if variant.status == "ran"]
         if not ran:

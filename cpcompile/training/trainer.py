@@ -36,6 +36,9 @@ from cpcompile.training.run import Run
 from cpcompile.training.teacher import Teacher
 from cpcompile.training.work_folder import digest_of, plain_settings, run_identity, work_folder
 
+MOST_SWAPPED = 8
+"""Contexts up to which all pairs of text and units are measured."""
+
 
 def train(
     corpus: Corpus,
@@ -171,18 +174,21 @@ def work_path(out: Path) -> Path:
 def swap_matrix(run: Run, state: BranchState, own: Mapping[str, float]) -> dict[str, Any] | None:
     """Perplexity of context i (row) with the units of context j (column); with its `own` on the diagonal.
 
-    None if all contexts have the same units.
+    Above MOST_SWAPPED contexts each text is tried with the units of so many, at equal distances in the order of the
+    contexts, and the rest is None: all pairs would cost more than the training. None if all contexts have the same
+    units.
     """
     assert state.selection is not None
     if all((table == table[0]).all() for table in state.selection.kept.values()):
         return None
     contexts = run.corpus.contexts
     count = len(contexts)
-    matrix = [[own[context] for _ in contexts] for context in contexts]
-    swaps = [
-        {context: contexts[(row + shift) % count] for row, context in enumerate(contexts)} for shift in range(1, count)
+    matrix: list[list[float | None]] = [
+        [own[context] if row == column else None for column in range(count)] for row, context in enumerate(contexts)
     ]
-    for shift, swapped in enumerate(run.perplexities("swapped units", state, swaps), 1):
+    shifts = np.unique(np.linspace(1, count - 1, min(count, MOST_SWAPPED) - 1).round().astype(int)).tolist()
+    swaps = [{context: contexts[(row + shift) % count] for row, context in enumerate(contexts)} for shift in shifts]
+    for shift, swapped in zip(shifts, run.perplexities("swapped units", state, swaps), strict=True):
         for row, context in enumerate(contexts):
             matrix[row][(row + shift) % count] = swapped[context]
     return {"contexts": list(contexts), "perplexity": matrix}

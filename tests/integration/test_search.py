@@ -150,7 +150,7 @@ def test_a_precision_over_the_budget_is_mixed_with_more_bits(model: Path, tmp_pa
     assert not narrow["int4-weights"].within_budget
     mixed = narrow["int4-weights+int8-weights"]
     assert mixed.within_budget and mixed.precision == "mixed" and mixed.increase < budget
-    assert set(mixed.parameters) == {"int8-weights", "int4-weights"}
+    assert set(mixed.rounded) == {"int8-weights", "int4-weights"}
     assert by_name["int4-weights"].bits_per_weight < mixed.bits_per_weight < by_name["int8-weights"].bits_per_weight
     assert best.record.other_increase < 2 * budget
 

@@ -25,6 +25,7 @@ from cpcompile.report import (
     make_report,
     summarize_training,
 )
+from cpcompile.report.contents import Candidate, PrecisionSearch
 from cpcompile.report.results import (
     Parity,
     PeerResult,
@@ -61,6 +62,36 @@ SELECTION = {
 
 COHERENCE = np.array([0.2, 0.4, 0.5, 0.7])
 """Of four prompts."""
+
+SEARCH = PrecisionSearch(
+    budget=0.01,
+    context="de",
+    tokens=4096,
+    candidates=tuple(
+        Candidate(
+            name=name,
+            precision=name,
+            rounded={} if name == "fp32" else {name: 12},
+            bits_per_weight=bits,
+            bytes=round(bits * 1e6),
+            increase=increase,
+            increase_error=0.001,
+            within_budget=increase < 0.01,
+            p50_ms={"1x128": time, "1x1": time / 8},
+            relative_time=time / 4,
+        )
+        for name, bits, increase, time in (
+            ("fp32", 32.0, 0.0, 4.0),
+            ("int8", 8.1, 0.002, 2.0),
+            ("int4-weights", 5.2, 0.2, 1.5),
+        )
+    ),
+    chosen="int8",
+    reason="the fastest within the budget",
+    other_increase=0.003,
+    other_increase_error=0.001,
+    seconds=20.0,
+)
 
 
 def quantiles(median: float) -> tuple[float, ...]:
@@ -220,6 +251,7 @@ def arguments(*variants: Engine, bundle_bytes: int = 9, dense_bytes: int | None 
             peak_rss_bytes=300_000_000,
             peak_private_bytes=200_000_000,
             stages=(BuildStage(name="capture", seconds=3.0),),
+            search=SEARCH,
         ),
         "bundle_bytes": bundle_bytes,
         "dense_bytes": dense_bytes,

@@ -35,11 +35,13 @@ MAPS = {
     "precisions",
     "controls",
     "perplexity",
+    "p50_ms",
+    "rounded",
 }
 """Objects whose keys are data."""
-OPTIONAL = {"cache"}
+OPTIONAL = {"cache", "search"}
 """Keys that reports from before do not have."""
-NULLABLE = {"cache", "training", "kinds", "swap_matrix", "providers", "operators", "precisions"}
+NULLABLE = {"cache", "search", "training", "kinds", "swap_matrix", "providers", "operators", "precisions"}
 """Objects that may be absent."""
 
 
@@ -168,7 +170,7 @@ def test_plans_are_no_shared_weights_and_no_pass() -> None:
     both = report(variant(), plan, bundle_bytes=9_000_009, dense_bytes=10)
     assert both["verdict"] == "pass" and both["contexts"][0]["variants"][1]["parity"]["verdict"] == "inconclusive"
     alone = report(plan, bundle_bytes=9_000_009, dense_bytes=10)
-    assert (alone["verdict"], alone["reasons"]) == ("inconclusive", ["de: no engine of this context ran"])
+    assert (alone["verdict"], alone["reasons"]) == ("inconclusive", ["no engine ran: built, not run: no NVIDIA GPU"])
     VALIDATOR.validate(both)
 
 
@@ -268,6 +270,21 @@ def test_findings_name_the_context_that_is_better_off_elsewhere() -> None:
         "Text of de does better with the units of en (18) than with its own (19).",
         "Text of en does better with the units of de (25) than with its own (29).",
     )
+
+
+def test_a_sample_of_the_swap_matrix_says_that_it_is_one() -> None:
+    matrix = {"contexts": ["de", "en", "fr"], "perplexity": [[19.0, None, 20.0], [30.0, 29.0, None], [None, 9.0, 8.0]]}
+    contexts = ("de", "en", "fr")
+    training = {"perplexity": {"partition": dict.fromkeys(contexts, 20.0)}, "swap_matrix": matrix}
+    summary = summarize_training(training, contexts)
+    assert summary is not None and summary.swap_matrix is not None and summary.swap_matrix.tried == 1
+    assert summary.findings[-1] == (
+        "Every context does best with its own units, compared with those of 1 of the 2 others."
+    )
+    matrix["perplexity"][0][2] = 18.0
+    summary = summarize_training(training, contexts)
+    assert summary is not None
+    assert summary.findings[-1] == "Text of de does better with the units of fr (18) than with its own (19)."
 
 
 def test_training_results_are_optional() -> None:

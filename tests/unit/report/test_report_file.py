@@ -63,6 +63,10 @@ def edited(change: Callable[[dict[str, Any]], object]) -> str:
         (edited(lambda r: r["selection"]["kinds"]["ffn"][0]["kept"].update(de="1")), "layer 0 does not give a digit"),
         (edited(lambda r: r["training"].update(controls={})), "the branches have no perplexities"),
         (edited(lambda r: r["training"]["swap_matrix"]["perplexity"].pop()), "the swap matrix is not square"),
+        (
+            edited(lambda r: r["training"]["swap_matrix"]["perplexity"][1].__setitem__(1, None)),
+            "not have the own units",
+        ),
     ],
 )
 def test_what_is_no_report_is_refused_with_the_reason(text: str, message: str, tmp_path: Path) -> None:

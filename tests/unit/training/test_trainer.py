@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from cpcompile.core.config import ModelConfig, TrainConfig, preset
-from cpcompile.core.selection import UnitKind
+from cpcompile.core.selection import Selection, UnitKind
 from cpcompile.frontend.checkpoint import Checkpoint
 from cpcompile.models import language_model
 from cpcompile.models.decoder import Decoder
 from cpcompile.text.corpus import Corpus
 from cpcompile.training.branch import StepReport
 from cpcompile.training.importance import measure_importance
-from cpcompile.training.trainer import train, work_path
+from cpcompile.training.trainer import swap_matrix, train, work_path
 
 SHORT = TrainConfig(steps=2, sequence=16, batch=2, importance_sequences=4, held_out_tokens=64, recalibrations=1)
 
@@ -62,6 +63,28 @@ def test_only_what_the_budgets_need_is_measured(
     assert checkpoint.selection is not None
     whole = all(table.all() for table in checkpoint.selection.kept.values())
     assert whole == ("importance" not in stages)
+
+
+@pytest.mark.parametrize("count", [2, 3, 8, 9, 20, 64])
+def test_the_swap_matrix_of_many_contexts_is_a_sample(count: int) -> None:
+    """All pairs up to eight contexts; above, seven others for each."""
+    contexts = tuple(f"c{index}" for index in range(count))
+    table = np.arange(count)[:, None, None] % 2 == np.arange(2)
+    selection = Selection(contexts, {UnitKind.FFN: table})
+    tried: list[tuple[str, str]] = []
+
+    def perplexities(_name: str, _state: object, swaps: list[dict[str, str]]) -> list[dict[str, float]]:
+        tried.extend(pair for swap in swaps for pair in swap.items())
+        return [{text: 100.0 * int(text[1:]) + int(units[1:]) for text, units in swap.items()} for swap in swaps]
+
+    run = SimpleNamespace(corpus=SimpleNamespace(contexts=contexts), perplexities=perplexities)
+    found = swap_matrix(run, SimpleNamespace(selection=selection), dict.fromkeys(contexts, 1.0))
+    others = min(count, 8) - 1
+    assert len(set(tried)) == len(tried) == count * others and all(text != units for text, units in tried)
+    for row, values in enumerate(found["perplexity"]):
+        known = {column: value for column, value in enumerate(values) if value is not None}
+        assert known.pop(row) == 1.0 and len(known) == others
+        assert all(value == 100.0 * row + column for column, value in known.items())
 
 
 def test_every_stage_counts_up_to_its_total(corpus: Corpus, model_config: ModelConfig, tmp_path: Path) -> None:
