@@ -16,6 +16,7 @@ from cpcompile.passes.freeze import Frozen
 from cpcompile.passes.group_query_attention import GroupQueryAttention
 from cpcompile.passes.quantize_dynamic import QuantizeDynamic
 from cpcompile.passes.quantize_weights import QuantizeWeights
+from cpcompile.passes.rms_normalization import RmsNormalization
 from cpcompile.passes.rotary_embedding import RotaryEmbedding
 from cpcompile.passes.share_weights import KeptChannels, Whole
 from cpcompile.passes.tied_head import TiedHead
@@ -81,6 +82,6 @@ def export_for_cpu(
 def fused_for_cpu(frozen: ir.Model) -> ir.Model:
     """A copy in operators that ONNX Runtime computes faster on the CPU; tensors are shared."""
     model = frozen.clone()
-    for each in (CommonSubexpressionEliminationPass(), RotaryEmbedding(), GroupQueryAttention()):
+    for each in (CommonSubexpressionEliminationPass(), RmsNormalization(), RotaryEmbedding(), GroupQueryAttention()):
         each(model)
     return model

@@ -34,6 +34,7 @@ from cpcompile.passes.opset import OpsetError
 from cpcompile.passes.prune_experts import PruneExperts
 from cpcompile.passes.remove_empty_layers import RemoveEmptyLayers
 from cpcompile.passes.remove_whole_gathers import RemoveWholeGathers
+from cpcompile.passes.rms_normalization import RmsNormalization
 from cpcompile.passes.rotary_embedding import RotaryEmbedding
 from cpcompile.passes.strip_metadata import StripMetadata
 from cpcompile.passes.transpose_parameters import TransposeParameters
@@ -53,6 +54,7 @@ PASSES: Mapping[str, type[ir.passes.InPlacePass]] = MappingProxyType(
         "remove_whole_gathers": RemoveWholeGathers,
         "group_query_heads": GroupQueryHeads,
         "rotary_embedding": RotaryEmbedding,
+        "rms_normalization": RmsNormalization,
         "remove_empty_layers": RemoveEmptyLayers,
         "fold_gates": FoldGates,
         "transpose_parameters": TransposeParameters,
