@@ -11,6 +11,7 @@ over the contexts.
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections import Counter
@@ -28,7 +29,7 @@ from cpcompile.bundle.writer import BundleWriter
 from cpcompile.core.config import MIXED, BuildConfig, ValidateConfig
 from cpcompile.core.errors import UsageError
 from cpcompile.core.measured import NotMeasured
-from cpcompile.core.rounding import SCHEMES
+from cpcompile.core.rounding import QUANTIZED, SCHEMES
 from cpcompile.core.types import Array, Progress
 from cpcompile.exporters.onnxruntime_exporter import variant_name
 from cpcompile.machine.environment import available_cores
@@ -39,7 +40,6 @@ from cpcompile.report.contents import Candidate, PrecisionSearch
 from cpcompile.runtime.engine import load_engine
 from cpcompile.validation.language_reference import LanguageReference
 from cpcompile.validation.reference import Run
-from cpcompile.validation.rounded_model import schemes_of
 from cpcompile.validation.runners import engine_runner
 from cpcompile.validation.sensitivity import rounding_costs
 from cpcompile.validation.speed import measure_speed
@@ -198,6 +198,7 @@ class Search:
         rounded = self._rounded(over)
         costs = rounding_costs(
             self._reference,
+            self._frozen,
             dict.fromkeys(rounded, SCHEMES[over.precision]),
             deadline=self._started + self._config.search_seconds,
             steps=partial(self._progress, f"search: cost of {over.name}"),
@@ -243,7 +244,8 @@ class Search:
         """The parameters that engines have rounded, in any context."""
         names: dict[str, None] = {}
         for context in self._frozen:
-            names |= dict.fromkeys(schemes_of(load_engine(tried.bundle, context, tried.variant, threads=self._threads)))
+            graph = tried.bundle.variant(context, tried.variant).graph()
+            names |= json.loads(graph.metadata_props.get(QUANTIZED, "{}"))
         return list(names)
 
     def _size(self, parameter: str) -> int:

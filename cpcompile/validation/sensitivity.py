@@ -7,7 +7,7 @@ far less noisy than a difference of losses. Costs of several parameters add up w
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -24,13 +24,18 @@ WINDOWS = 2
 
 
 def rounding_costs(
-    reference: LanguageReference, schemes: Mapping[str, Scheme], *, deadline: float, steps: Steps
+    reference: LanguageReference,
+    contexts: Iterable[str],
+    schemes: Mapping[str, Scheme],
+    *,
+    deadline: float,
+    steps: Steps,
 ) -> dict[str, float]:
-    """The mean cost over the contexts of rounding each parameter by its scheme, and no other.
+    """The mean cost over `contexts` of rounding each parameter by its scheme, and no other.
 
     deadline: on the clock of `time.perf_counter`; what was not measured by then is left out.
     """
-    samples = {context: reference.sample(context, WINDOWS) for context in reference.contexts}
+    samples = {context: reference.sample(context, WINDOWS) for context in contexts}
     exact = {c: _log_probabilities(reference.masked(c), feeds).astype(np.float32) for c, feeds in samples.items()}
     costs: dict[str, float] = {}
     for done, (name, scheme) in enumerate(schemes.items()):

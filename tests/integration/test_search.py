@@ -11,10 +11,12 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import jsonschema
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 from click.testing import CliRunner, Result
@@ -27,7 +29,7 @@ from cpcompile.core.errors import UsageError
 from cpcompile.core.rounding import SCHEMES
 from cpcompile.core.selection import Selection, UnitKind
 from cpcompile.frontend.checkpoint import Checkpoint, dense_path, save_checkpoint
-from cpcompile.frontend.source import open_source
+from cpcompile.frontend.source import Source, open_source
 from cpcompile.models.decoder import Decoder
 from cpcompile.pipeline.build import freeze_contexts
 from cpcompile.pipeline.search import Best, Search, require_search_text
@@ -90,13 +92,19 @@ def model(once: Once) -> Path:
     return once("searched", lambda folder: write_models(folder / "model.pt")) / "model.pt"
 
 
+@cache
+def captured(model: Path) -> tuple[Source, ir.Model]:
+    """Capture takes most of a search in so small a model."""
+    source = open_source(model)
+    return source, source.capture(opset=BuildConfig().opset)
+
+
 @contextmanager
 def searching(model: Path, out: Path, budget: float, **settings: float) -> Iterator[Search]:
-    source, config = open_source(model), BuildConfig(**settings)
+    (source, dynamic), config = captured(model), BuildConfig(**settings)
     validation = ValidateConfig(max_perplexity_increase=budget, speed_shapes=((1, 8),))
     reference = open_reference(source, validation, data=None, trimmed={}, progress=quiet)
     assert isinstance(reference, LanguageReference)
-    dynamic = source.capture(opset=config.opset)
     frozen, accounts = freeze_contexts(source, dynamic, CONTEXTS, {}, None, lambda: None)
     own = {context: replace(each, model=each.model.clone()) for context, each in frozen.items()}
     with BundleWriter(out) as writer:
@@ -126,13 +134,14 @@ def test_the_costliest_parameter_is_the_one_with_outliers(model: Path) -> None:
     seen: list[int] = []
     costs = rounding_costs(
         reference,
+        CONTEXTS,
         dict.fromkeys(names, SCHEMES["int4-weights"]),
         deadline=float("inf"),
         steps=lambda done, _: seen.append(done),
     )
     assert seen == list(range(len(names) + 1))
     assert max(costs, key=costs.__getitem__) == DAMAGED and min(costs.values()) > 0
-    late = rounding_costs(reference, dict.fromkeys(names, SCHEMES["int8"]), deadline=0, steps=lambda *_: None)
+    late = rounding_costs(reference, CONTEXTS, dict.fromkeys(names, SCHEMES["int8"]), deadline=0, steps=lambda *_: None)
     assert late == {}
 
 
@@ -161,6 +170,7 @@ def test_what_was_not_measured_in_time_keeps_its_bits(model: Path, tmp_path: Pat
     assert {each.name for each in best.record.candidates} <= {"fp32", "int4-weights", "int4-weights+fp32"}
 
 
+@pytest.mark.slow
 def test_nothing_is_chosen_if_float32_itself_is_over_the_budget(model: Path, tmp_path: Path) -> None:
     worse = tmp_path / "worse"
     worse.mkdir()
@@ -180,9 +190,10 @@ def run(*arguments: object) -> Result:
 
 
 def test_the_command_builds_what_was_chosen_and_says_why(model: Path, tmp_path: Path) -> None:
-    fast = ("--no-speed", "--no-memory", "--no-layers", "--max-perplexity-increase", "9", "--precision", "int8")
-    result = run("build", model, "-o", tmp_path / "m.cpc", "--target", "best", *fast)
+    target = ("--target", "best", "--precision", "int8", "--max-perplexity-increase", "9")
+    result = run("build", model, "-o", tmp_path / "m.cpc", *target, "--no-validate")
     assert result.exit_code == 0, result.output
+    assert "verdict: inconclusive" in result.output and "no engine ran: built, not validated: " in result.output
     report = json.loads((tmp_path / "m.cpc" / "report.json").read_text())
     jsonschema.validate(report, json.loads(SCHEMA.read_text()))
     search = report["build"]["search"]
@@ -195,9 +206,18 @@ def test_the_command_builds_what_was_chosen_and_says_why(model: Path, tmp_path: 
     assert bundle.best == f"cpu-{search['chosen']}"
     for context in CONTEXTS:
         assert load(bundle, context).engine.variant.name == bundle.best
-    again = run("validate", tmp_path / "m.cpc", "--model", model, *fast[:5])
+
+
+@pytest.mark.slow
+def test_a_validation_keeps_the_record_of_the_search(model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "m.cpc"
+    target = ("--target", "best", "--precision", "int8", "--max-perplexity-increase", "9")
+    assert run("build", model, "-o", path, *target, "--no-validate").exit_code == 0
+    search = json.loads((path / "report.json").read_text())["build"]["search"]
+    again = run("validate", path, "--model", model, "--rounds", "4", "--max-perplexity-increase", "9")
     assert again.exit_code == 0, again.output
-    assert json.loads((tmp_path / "m.cpc" / "report.json").read_text())["build"]["search"] == search
+    report = json.loads((path / "report.json").read_text())
+    assert report["build"]["search"] == search and report["verdict"] == "pass"
 
 
 @pytest.mark.parametrize(
