@@ -102,8 +102,8 @@ class LanguageReference:
         self._dense_memory: ProcessMemory | NotMeasured | None = None
         self._texts = {context: self._text(context, (trimmed or {}).get(context)) for context in self.contexts}
 
-    def masked(self, context: str, schemes: Schemes = UNROUNDED) -> Run:
-        return self._run(self._single, context, schemes)
+    def masked(self, context: str, schemes: Schemes = UNROUNDED, *, round_inputs: bool = True) -> Run:
+        return self._run(self._single, context, schemes, round_inputs=round_inputs)
 
     def exact(self, context: str, schemes: Schemes = UNROUNDED) -> Run:
         """Takes twice the model's bytes while the function lives; the dense baseline is released meanwhile."""
@@ -199,12 +199,12 @@ class LanguageReference:
     def _compiled(self) -> Callable[..., torch.Tensor]:
         return torch.compile(self._dense_model, dynamic=True)
 
-    def _run(self, model: LanguageModel, context: str, schemes: Schemes) -> Run:
+    def _run(self, model: LanguageModel, context: str, schemes: Schemes, *, round_inputs: bool = True) -> Run:
         index = torch.tensor(self.contexts.index(context)) if model.contexts else None
         eager = eager_run(model, index)
         if not schemes:
             return self.as_engine(context, eager)
-        rounding = Rounding(model, schemes)
+        rounding = Rounding(model, schemes, inputs=round_inputs)
 
         def rounded(feeds: Feeds) -> Outputs:
             with rounding:

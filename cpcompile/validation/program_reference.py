@@ -30,7 +30,7 @@ class ProgramReference:
         self._program = program
         self._memory: dict[str, ProcessMemory | NotMeasured] = {}
 
-    def masked(self, context: str, schemes: Schemes = UNROUNDED) -> Run:
+    def masked(self, context: str, schemes: Schemes = UNROUNDED, *, round_inputs: bool = True) -> Run:
         assert not schemes, "engines of programs are not quantised"
         return self._program.eager(context)
 

@@ -38,8 +38,11 @@ class Reference(Protocol):
     no_inputs: str
     """Why a context may have no inputs for the comparison."""
 
-    def masked(self, context: str, schemes: Schemes = UNROUNDED) -> Run:
-        """The eager model with the gates of `context`, and parameters rounded by their `schemes`."""
+    def masked(self, context: str, schemes: Schemes = UNROUNDED, *, round_inputs: bool = True) -> Run:
+        """The eager model with the gates of `context`, and parameters rounded by their `schemes`.
+
+        round_inputs: whether products round their inputs as the schemes do.
+        """
 
     def exact(self, context: str, schemes: Schemes = UNROUNDED) -> Run:
         """The same in float64."""

@@ -42,11 +42,13 @@ def schemes_of(engine: Engine) -> dict[str, Scheme]:
 class Rounding(TorchFunctionMode):
     """While it is active, products and embeddings read the rounded parameters of `model`.
 
+    inputs: whether the other side of a product is rounded as well.
     CpcompileError: `schemes` names a parameter that the model does not have.
     """
 
-    def __init__(self, model: nn.Module, schemes: Mapping[str, Scheme]) -> None:
+    def __init__(self, model: nn.Module, schemes: Mapping[str, Scheme], *, inputs: bool = True) -> None:
         super().__init__()
+        self._inputs = inputs
         own = dict(model.named_parameters(remove_duplicate=False))
         if foreign := sorted(schemes.keys() - own.keys()):
             raise CpcompileError(f"the engine has rounded {foreign[0]}, a parameter that the model does not have")
@@ -59,13 +61,16 @@ class Rounding(TorchFunctionMode):
         keywords = dict(kwargs or {})
         if func is F.linear and args[1] in self._schemes:
             x, weight, *rest = args
-            args = (_rounded_input(x, self._schemes[weight]), self._weight(weight, outputs_first=True), *rest)
+            args = (self._input(x, weight), self._weight(weight, outputs_first=True), *rest)
         elif func is F.embedding and args[1] in self._schemes:
             args = (args[0], self._weight(args[1], outputs_first=True), *args[2:])
         elif func is torch.matmul and args[1] in self._schemes:  # the weights of GPT-2 lie as (inputs, outputs)
             x, weight = args
-            args = (_rounded_input(x, self._schemes[weight]), self._weight(weight, outputs_first=False))
+            args = (self._input(x, weight), self._weight(weight, outputs_first=False))
         return func(*args, **keywords)
+
+    def _input(self, x: Tensor, weight: Tensor) -> Tensor:
+        return _rounded_input(x, self._schemes[weight]) if self._inputs else x
 
     def _weight(self, parameter: Tensor, *, outputs_first: bool) -> Tensor:
         if parameter not in self._rounded:

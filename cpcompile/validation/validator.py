@@ -198,7 +198,7 @@ def _parity(
         missing=missing,
         precision=variant.precision if variant is not None else "fp32",
         cached=cached,
-        rounded=bool(schemes),
+        unrounded=reference.masked(context, schemes, round_inputs=False) if schemes else None,
     )
     release_memory()  # of the model in float64
     return parity

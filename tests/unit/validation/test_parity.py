@@ -36,6 +36,7 @@ def compare(
     inputs: Iterable[Feeds] | None = None,
     single: Run | None = None,
     precision: str = "fp32",
+    unrounded: Run | None = None,
 ) -> Parity:
     return check_parity(
         engine,
@@ -46,6 +47,7 @@ def compare(
         logits="logits",
         missing=NO_INPUTS,
         precision=precision,
+        unrounded=unrounded,
     )
 
 
@@ -214,6 +216,37 @@ def test_of_several_outputs_the_worst_is_named_and_integers_are_equal() -> None:
     assert "in second exceeds" in check(outputs(second=1e-3)).reason
     assert "in first exceeds" in check(outputs(first=1e-3, second=1e-4)).reason
     assert "1 of 1 elements of index differ" in check(outputs(index=1)).reason
+
+
+def test_a_quantised_engine_may_differ_by_single_steps_and_not_by_more(reference: LanguageReference) -> None:
+    """Rounding inputs changes all logits by 0.01; a step changes a few as much, a wrong engine many."""
+    eager = reference.masked("de")
+
+    def moved(by: float, part: slice) -> Run:
+        def run(feeds: Feeds) -> Outputs:
+            logits = eager(feeds)["logits"].copy()
+            logits.reshape(-1)[part] += np.float32(by)
+            return {"logits": logits}
+
+        return run
+
+    every = slice(None)
+    unrounded = moved(0.01, every)
+    for by, part, passes in (
+        (0.009, slice(None, None, 5), True),
+        (0.009, slice(None, None, 3), False),
+        (0.009, every, False),
+        (0.011, slice(1), False),
+    ):
+        parity = compare(moved(by, part), reference, unrounded=unrounded)
+        assert bool(parity) == passes, (by, part, parity)
+        assert not compare(moved(by, part), reference), "without rounding, neither passes"
+    assert (
+        "what rounding the inputs of products changes"
+        in compare(moved(0.009, slice(1)), reference, unrounded=unrounded).tolerance_source
+    )
+    close = compare(eager, reference, unrounded=unrounded)
+    assert close and close.max_abs_error == 0
 
 
 def test_divergence_and_agreement_are_those_of_torch(reference: LanguageReference) -> None:
