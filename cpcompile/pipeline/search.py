@@ -305,8 +305,8 @@ class Search:
     def _reason(self, fastest: _Tried, exact: _Tried) -> str:
         if not self._holds(exact):
             return (
-                f"float32 itself is {_percent(exact)} above the dense baseline, and {self._budget:.1%} are allowed: "
-                "train longer, or allow more with --max-perplexity-increase"
+                f"not even float32 is surely within the budget: {_percent(exact)} over the dense baseline, "
+                f"{self._budget:.1%} allowed; train longer, or allow more with --max-perplexity-increase"
             )
         if fastest is exact:
             return "nothing that is faster stays within the budget"

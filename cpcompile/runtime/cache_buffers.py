@@ -35,12 +35,19 @@ def require_cache(model: Path, cache: object, names: Collection[str], texts: int
         )
 
 
-def require_mask(model: Path, feeds: Feeds) -> None:
-    """UsageError unless the mask among `feeds`, if there is one, covers the cache and the tokens after it."""
-    if MASK not in feeds or INPUT not in feeds:
+def require_fit(model: Path, feeds: Feeds, names: Collection[str]) -> None:
+    """UsageError unless the cache among `feeds`, if any, is whole, and the mask, if any, covers it and the new tokens.
+
+    names: the inputs of a whole cache.
+    """
+    if INPUT not in feeds:
+        return
+    cache = {name: value for name, value in feeds.items() if PAST.fullmatch(name)}
+    require_cache(model, cache, names, len(feeds[INPUT]))
+    if MASK not in feeds:
         return
     given, new = feeds[MASK].shape[1], feeds[INPUT].shape[1]
-    past = next((value.shape[LENGTH] for name, value in feeds.items() if PAST.fullmatch(name)), 0)
+    past = next(iter(cache.values())).shape[LENGTH] if cache else 0
     if given != past + new:
         raise UsageError(
             f"{model}: {MASK} covers {given} tokens; the cache has {past} and {INPUT} {new}, so {past + new} are needed"

@@ -39,7 +39,7 @@ from cpcompile.core.coercion import coerce, require
 from cpcompile.core.errors import CpcompileError, UsageError, first_line
 from cpcompile.core.measured import NotMeasured
 from cpcompile.core.types import Array, Feeds
-from cpcompile.runtime.cache_buffers import CacheBuffers, InPlace, Joined, require_cache, require_mask
+from cpcompile.runtime.cache_buffers import CacheBuffers, InPlace, Joined, require_cache, require_fit
 from cpcompile.runtime.decoding import Step, decode
 from cpcompile.runtime.sampling import Sampling
 
@@ -97,7 +97,7 @@ class Engine:
             needed = ", ".join(name for name in self._inputs if name in needed_names)
             raise UsageError(f"{self.variant.model}: needs its inputs by name, {needed}; given: {given or 'nothing'}")
         arrays = {name: self._array(name, value) for name, value in feeds.items()}
-        require_mask(self.variant.model, arrays)
+        require_fit(self.variant.model, arrays, self._presents)
         self._require_known(arrays.get(INPUT))
         return dict(zip(self._names, self._run(self._names, arrays), strict=True))
 
