@@ -54,6 +54,8 @@ TOKEN_IDS = "token_ids.npy"
 """The file beside tokenizer.json where the vocabulary of a context was trimmed; see `Bundle.token_ids`."""
 ROUTER = "router"
 """The component of engines that serve several contexts."""
+BEST, EXACT = "best", "cpu-fp32"
+"""In place of the name of a variant, what the build chose; and what is chosen if nothing is."""
 PLAN = "tensorrt"
 """The key of plans in `executor_info`."""
 WEIGHTS_OPTION = "session.model_external_initializers_file_folder_path"
@@ -153,9 +155,9 @@ class Bundle:
         return CacheBytes(**sizes)
 
     @property
-    def best(self) -> str | None:
-        """The variant that the build chose on its machine; None if it did not search for one."""
-        return self.metadata.get("best")
+    def best(self) -> str:
+        """The variant for the CPU that the build chose on its machine; cpu-fp32 if it did not search for one."""
+        return str(self.metadata.get("best", EXACT))
 
     @property
     def bytes(self) -> int:
@@ -171,8 +173,9 @@ class Bundle:
         return (*own, *(self._variant(context, ROUTER, name) for name in served))
 
     def variant(self, context: str, name: str) -> Variant:
-        """One engine of `context`; UsageError lists the variants that exist."""
+        """One engine of `context`, "best" for the one that the build chose; UsageError lists those that exist."""
         variants = {variant.name: variant for variant in self.variants(context)}
+        name = self.best if name == BEST else name
         if name not in variants:
             raise UsageError(f"{self.root}: {context} has no variant {name!r}; it has {', '.join(sorted(variants))}")
         return variants[name]
@@ -305,7 +308,7 @@ def _require_readable(bundle: Bundle) -> None:
         require(digest, str, f"the digest of {name}")
     require(metadata.get("generation", {}), dict, "generation")
     require(metadata.get("cache", {}), dict, "cache")
-    require(metadata.get("best", ""), str, "best")
+    require(metadata.get("best", EXACT), str, "best")
     for context in bundle.contexts:
         bundle.generation(context)
         bundle.cache(context)

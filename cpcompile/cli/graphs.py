@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import click
@@ -27,7 +28,7 @@ from cpcompile.core.json_form import to_json
     default="onnx",
     help="onnx: a self-contained file. genai: a folder for ONNX Runtime GenAI. triton: a model repository for Triton.",
 )
-@click.option("--variant", default="cpu-fp32", help="Engine to export.")
+@click.option("--variant", default="cpu-fp32", help="Engine to export; best is what --target best chose.")
 @click.option("--no-tokenizer", is_flag=True, help="With genai: leave out the tokenizer of GenAI.")
 def export(bundle: Path, contexts: str, out: Path | None, form: str, variant: str, no_tokenizer: bool) -> None:
     """Write engines in the form that other programs read.
@@ -51,8 +52,9 @@ def export(bundle: Path, contexts: str, out: Path | None, form: str, variant: st
         if len(names) > 1:
             raise UsageError(f"{contexts}: --format onnx writes one file of one context; export them one by one")
         path = out or Path(f"{names[0]}.onnx")
-        export_standalone(bundle, names[0], path, variant=variant)
+        engine = export_standalone(bundle, names[0], path, variant=variant)
         click.echo(f"wrote {path} ({path.stat().st_size:,} bytes)", err=True)
+        _warn_of_options(engine.session_options)
         return
     if out is None:
         raise UsageError(f"--format {form} writes a folder; name it with --out")
@@ -61,9 +63,15 @@ def export(bundle: Path, contexts: str, out: Path | None, form: str, variant: st
     if form == "genai":
         export_genai_folder(bundle, names, out, variant=variant, tokenizer=not no_tokenizer)
     else:
-        export_triton_repository(bundle, names, out, variant=variant)
+        _warn_of_options(export_triton_repository(bundle, names, out, variant=variant).session_options)
     total = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     click.echo(f"wrote {out} ({total:,} bytes)", err=True)
+
+
+def _warn_of_options(options: Mapping[str, str]) -> None:
+    """Say which session options an exported engine needs: a file of ONNX cannot hold them."""
+    for name, value in options.items():
+        click.echo(f"Warning: run it with the session option {name}={value}, or its results differ", err=True)
 
 
 @click.command(context_settings={"show_default": True})

@@ -95,11 +95,12 @@ def _engines(contents: Contents) -> tuple[Table, Text]:
     for each in contents.engines:
         every = len(each.contexts) == len(contents.contexts) > 1
         here = "yes" if each.reason is None else f"no ({reasons.index(each.reason) + 1})"
-        cells = ("all" if every else ", ".join(each.contexts), each.variant, each.runtime, each.precision)
+        name = f"{each.variant} *" if each.variant == contents.best else each.variant
+        cells = ("all" if every else ", ".join(each.contexts), name, each.runtime, each.precision)
         provider = each.provider.removesuffix("ExecutionProvider") or NOTHING
         table.add_row(*map(Text, (*cells, provider, megabytes(each.bytes), here)))
     notes = (f"({number}) {printable(reason)}\n" for number, reason in enumerate(reasons, start=1))
-    return table, Text("".join(notes))
+    return table, Text("".join(["* opened unless another variant is named, or a GPU's runs here\n", *notes]))
 
 
 def _short(digest: str) -> str:

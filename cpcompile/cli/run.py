@@ -14,7 +14,11 @@ from cpcompile.cli.options import FilePath
 @click.argument("bundle", type=FilePath)
 @click.argument("prompt")
 @click.option("--context", "-c", help="The context.  [default: the only one]")
-@click.option("--variant", default="best", help="Engine to run; best is a GPU's if it runs here, else the CPU's.")
+@click.option(
+    "--variant",
+    default="best",
+    help="Engine to run; best: a GPU's if one runs here, else what --target best chose, else cpu-fp32.",
+)
 @click.option("--max-new-tokens", "-n", type=int, default=128, help="Most tokens to write.")
 @click.option("--temperature", type=float, default=0.0, help="0 for the most likely tokens; about 0.8 for variety.")
 @click.option("--top-k", type=int, default=0, help="Choose among so many of the most likely tokens; 0 for all.")

@@ -17,6 +17,7 @@ from cpcompile.exporters.genai_tokenizer import genai_tokenizer
 from cpcompile.exporters.triton_exporter import export_triton
 from cpcompile.files.whole_files import unfinished
 from cpcompile.passes.keep_last_logits import KeepLastLogits
+from cpcompile.pipeline.export import exported_variant
 
 
 def export_genai_folder(
@@ -27,7 +28,7 @@ def export_genai_folder(
     tokenizer: whether GenAI gets a tokenizer too; if not, the folder has the tokenizer.json of the bundle.
     """
     bundle = open_bundle(path)
-    chosen = {context: _verified(bundle, context, variant) for context in contexts}
+    chosen = {context: exported_variant(bundle, context, variant) for context in contexts}
     texts = {context: bundle.tokenizer(context) for context in contexts}
     models = {context: _with_last_logits(each) for context, each in chosen.items()}
     settings = {context: _settings(bundle, context) for context in contexts}
@@ -43,19 +44,14 @@ def export_genai_folder(
                 (target / "tokenizer.json").write_bytes(texts[context].read_bytes())
 
 
-def export_triton_repository(path: Path, contexts: Sequence[str], out: Path, *, variant: str) -> None:
-    """A model repository for NVIDIA Triton with one model for each context."""
+def export_triton_repository(path: Path, contexts: Sequence[str], out: Path, *, variant: str) -> Variant:
+    """A model repository for NVIDIA Triton with one model for each context; returns the engine of the first."""
     bundle = open_bundle(path)
-    chosen = {context: _verified(bundle, context, variant) for context in contexts}
+    chosen = {context: exported_variant(bundle, context, variant) for context in contexts}
     with _whole_folder(bundle, out) as folder:
         for context, each in chosen.items():
             each.save_standalone(export_triton(each.graph().graph, folder, context))
-
-
-def _verified(bundle: Bundle, context: str, variant: str) -> Variant:
-    chosen = bundle.variant(context, variant)
-    bundle.verify_engine(chosen)
-    return chosen
+    return chosen[contexts[0]]
 
 
 def _with_last_logits(variant: Variant) -> ir.Model:

@@ -99,6 +99,8 @@ class Contents:
     """Shared weights; engines that were built to stand alone have their own."""
     contexts: tuple[ContextContents, ...]
     engines: tuple[EngineContents, ...]
+    best: str
+    """The variant for the CPU that is opened unless another is named."""
     loading: Loading
 
 
@@ -121,6 +123,7 @@ def inspect_bundle(path: Path, *, verify: bool) -> Contents:
         weights=tuple(_weights(bundle)),
         contexts=tuple(_contexts(bundle)),
         engines=tuple(_engines(bundle)),
+        best=bundle.best,
         loading=_loading(bundle),
     )
 

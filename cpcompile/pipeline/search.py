@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -50,6 +49,7 @@ LEAST_WINDOWS = 8
 CONFIDENCE = 2.0
 """Standard errors by which the increase has to stay below the budget."""
 ROUNDS = 20
+"""Of the timings, at most."""
 ATTEMPTS = 3
 """How often a mixture that its engine shows to be over the budget is given more bits."""
 ONLY_ENGINES = NotMeasured("engines are compared with each other")
@@ -106,6 +106,7 @@ class Search:
         self._metadata = {**metadata, "tokenizers": {}}
         self._config = config
         self._budget = validation.max_perplexity_increase
+        self._rounds = min(validation.rounds, ROUNDS)
         self._threads = validation.threads or available_cores()
         self._progress = progress
         self._bundles = ExitStack()
@@ -268,7 +269,7 @@ class Search:
                 runs[first],
                 ONLY_ENGINES,
                 self._reference.timed(self._timed),
-                rounds=ROUNDS,
+                rounds=self._rounds,
                 threads=self._threads,
                 peers={name: runs[name] for name in others},
                 steps=partial(self._progress, "search: speed"),
@@ -288,7 +289,7 @@ class Search:
         return Candidate(
             name=tried.name,
             precision=tried.precision,
-            rounded=Counter(rounded.values()),
+            rounded={name: tuple(p for p in rounded if rounded[p] == name) for name in dict.fromkeys(rounded.values())},
             bits_per_weight=sum(bits) / sum(map(self._size, self._parameters)),
             bytes=max(tried.bundle.variant(context, tried.variant).bytes for context in self._frozen),
             increase=math.expm1(tried.increase),
@@ -305,16 +306,19 @@ class Search:
     def _reason(self, fastest: _Tried, exact: _Tried) -> str:
         if not self._holds(exact):
             return (
-                f"not even float32 is surely within the budget: {_percent(exact)} over the dense baseline, "
-                f"{self._budget:.1%} allowed; train longer, or allow more with --max-perplexity-increase"
+                f"not even float32 is surely within the budget: {_percent(exact)} against the dense baseline, "
+                f"{self._budget:.1%} allowed; train longer, give more held-out text with --data, or allow more with "
+                "--max-perplexity-increase"
             )
         if fastest is exact:
             return "nothing that is faster stays within the budget"
-        return f"the fastest within the budget: {_percent(fastest)} over the dense baseline, {self._budget:.1%} allowed"
+        return (
+            f"the fastest within the budget: {_percent(fastest)} against the dense baseline, {self._budget:.1%} allowed"
+        )
 
 
 def _percent(tried: _Tried) -> str:
-    return f"{math.expm1(tried.increase):.2%} ± {CONFIDENCE * tried.error:.2%}"
+    return f"{math.expm1(tried.increase):+.2%} ± {CONFIDENCE * tried.error:.2%}"
 
 
 def require_search_text(reference: LanguageReference, contexts: Iterable[str]) -> None:

@@ -45,16 +45,16 @@ class Candidate:
     name: str
     precision: str
     """That of the variant: engines that round their parameters in different ways are all called mixed."""
-    rounded: Mapping[str, int]
-    """How many parameters are rounded in each precision; the others are in float32."""
+    rounded: Mapping[str, tuple[str, ...]]
+    """By precision the parameters that are rounded in it; the others are in float32."""
     bits_per_weight: float
     """The mean over all parameters, with their scales."""
     bytes: int
     """The largest engine with its share of the weights."""
     increase: float
-    """Of the mean perplexity over that of the dense baseline, on the part of the held-out text that was searched."""
+    """Of the mean perplexity over that of the dense baseline, on the half of the held-out text that was searched."""
     increase_error: float
-    """Its standard error."""
+    """The standard error of its logarithm."""
     within_budget: bool
     p50_ms: Mapping[str, float]
     """By batch x sequence, of one context."""

@@ -72,6 +72,11 @@ def contexts_table(report: Report) -> Table:
 def peers_table(report: Report) -> Table:
     """A row per engine and shape: its latency, and how many times as fast it is as each peer and as eager."""
     variants = [(context, v) for context in report.contexts for v in context.variants if v.peers]
+    several = len({variant.name for _, variant in variants}) > 1
+
+    def named(context: str, variant: str) -> str:
+        return f"{context} {variant}" if several else context
+
     names = list(dict.fromkeys(peer.name for _, variant in variants for peer in variant.peers))
     names.sort(key=lambda name: name != DENSE_PEER)
     title = "p50 of the engine, and how many times as fast it is as other ways to run the model"
@@ -81,12 +86,12 @@ def peers_table(report: Report) -> Table:
     for context, variant in variants:
         for shape in variant.speed.shapes or ():
             ratios = [number(shape.peers[name].ratio if name in shape.peers else None, ".2f") for name in names]
-            cells = [context.name, shape_name(shape), f"{shape.p50_ms:.3g} ms"]
+            cells = [named(context.name, variant.name), shape_name(shape), f"{shape.p50_ms:.3g} ms"]
             cells += [*ratios[:1], _bounded(shape) or NOTHING, *ratios[1:]]
             table.add_row(*(Text(cell) for cell in cells))
         if throughput := _bounded(variant.throughput):
             rate = f"{number(variant.throughput.requests_per_second, '.3g')} / s"
-            cells = [context.name, f"{variant.throughput.workers} at a time", rate]
+            cells = [named(context.name, variant.name), f"{variant.throughput.workers} at a time", rate]
             cells += [*[NOTHING] * len(names[:1]), throughput, *[NOTHING] * len(names[1:])]
             table.add_row(*(Text(cell) for cell in cells))
     return table
@@ -101,14 +106,17 @@ def search_table(search: PrecisionSearch) -> RenderableType:
         table.add_column(Text(column), justify="left" if column == "precision" else "right")
     for each in search.candidates:
         cost = increase(each.increase, each.increase_error)
-        cells = [each.name, f"{each.bits_per_weight:.1f}", megabytes(each.bytes), cost]
+        chosen = each.name == search.chosen
+        mark = "" if each.within_budget else " (over)"
+        cells = [f"{each.name}{' *' if chosen else mark}", f"{each.bits_per_weight:.1f}", megabytes(each.bytes), cost]
         cells += [*(number(each.p50_ms[shape], ".3g") for shape in shapes), f"{each.relative_time:.2f}x"]
-        chosen, style = each.name == search.chosen, "bold" if each.within_budget else "dim"
-        table.add_row(*(Text(cell) for cell in cells), style="bold green" if chosen else style)
+        style = "bold green" if chosen else "dim" if mark else None
+        table.add_row(*(Text(cell) for cell in cells), style=style)
     other = increase(search.other_increase, search.other_increase_error)
     return Group(
         table,
-        Text(f"• chosen: {search.chosen}, {search.reason}"),
+        Text("time: geometric mean of the latencies, as a part of those in float32; ±: two standard errors"),
+        Text(f"* chosen: {search.chosen}, {search.reason}"),
         Text(f"• on the half of the text that took no part in the choice: {other}\n"),
     )
 

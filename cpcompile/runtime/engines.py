@@ -8,17 +8,18 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from os import PathLike
 from threading import RLock
 from types import TracebackType
 from typing import Any
 
-from cpcompile.bundle.reader import Bundle, open_bundle
+from cpcompile.bundle.reader import BEST, Bundle, open_bundle
 from cpcompile.core.coercion import require
 from cpcompile.core.errors import UsageError
 from cpcompile.runtime.engine import load_variant, require_threads
 from cpcompile.runtime.shared_weights import SharedWeights
-from cpcompile.runtime.text_engine import BEST, TextEngine, choose_variant, with_tokenizer
+from cpcompile.runtime.text_engine import TextEngine, choose_variant, with_tokenizer
 
 SESSION_BYTES = 8_000_000
 """What a session takes besides its weights: measured, 5 to 8 MB for graphs of 200 to 600 nodes."""
@@ -78,6 +79,9 @@ class Engines(Mapping[str, TextEngine]):
 
     def _load(self, context: str) -> TextEngine:
         variant = self._bundle.variant(context, choose_variant(self._bundle, context, self._variant))
+        for other in self._loaded.values():
+            if other.engine.variant.model == variant.model:  # a merged engine, which is there already
+                return with_tokenizer(self._bundle, replace(other.engine, variant=variant))
 
         def configure(options: Any) -> None:
             # Each session has its own threads: a pool for all of them would forbid the application any other session.
@@ -99,7 +103,8 @@ class Engines(Mapping[str, TextEngine]):
     def _bytes(self) -> int:
         """The weights of all loaded engines, each counted once, and what their sessions take."""
         variants = [each.engine.variant for each in self._loaded.values()]
-        own = sum(SESSION_BYTES + variant.model.stat().st_size for variant in variants)
+        models = {variant.model for variant in variants}
+        own = sum(SESSION_BYTES + model.stat().st_size for model in models)
         return own + self._weights.bytes_of(variants)
 
 

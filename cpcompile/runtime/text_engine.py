@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from cpcompile.bundle.reader import Bundle, Variant, open_bundle
+from cpcompile.bundle.reader import BEST, Bundle, Variant, open_bundle
 from cpcompile.core.coercion import coerce, require
 from cpcompile.core.errors import CpcompileError, UsageError
 from cpcompile.core.generation import GenerationSettings
@@ -29,7 +29,6 @@ from cpcompile.runtime.text_stream import TextStream
 from cpcompile.text.tokenization import leading_tokens, parse_tokenizer
 from cpcompile.text.vocabulary import end_of
 
-BEST = "best"
 """The variant that is expected to be the fastest of those that run here."""
 Ids = Sequence[int] | npt.NDArray[np.integer[Any]]
 
@@ -214,7 +213,7 @@ def choose_variant(bundle: Bundle, context: str, name: str) -> str:
     return min(variants, key=partial(_rank, bundle.best)).name
 
 
-def _rank(best: str | None, variant: Variant) -> tuple[bool, bool, bool, bool]:
+def _rank(best: str, variant: Variant) -> tuple[bool, bool, bool, bool]:
     """Engines of one context first, then those of a GPU, then what the build chose, then unrounded weights."""
     return bool(variant.feeds), variant.provider == CPU_PROVIDER, variant.name != best, variant.precision != "fp32"
 

@@ -72,8 +72,9 @@ class Bundle {
     }
 
     /// One engine of `context`; UsageError lists the variants that exist.
-    Variant variant(const std::string& context, const std::string& name) const {
+    Variant variant(const std::string& context, const std::string& given) const {
         std::vector<Variant> all = variants(context);
+        const std::string name = given == "best" ? metadata_.value("best", "cpu-fp32") : given;
         for (const Variant& each : all)
             if (each.name == name) return each;
         std::sort(all.begin(), all.end(), [](const Variant& a, const Variant& b) { return a.name < b.name; });
@@ -295,6 +296,7 @@ inline void Bundle::require_readable() const {
         require(item.value(), "str", "the digest of " + item.key());
     for (const char* key : {"generation", "cache"})
         if (metadata_.contains(key)) at(metadata_, key, "dict");
+    if (metadata_.contains("best")) at(metadata_, "best", "str");
     for (const std::string& context : contexts_) {
         generation(context);
         const Json cache = metadata_.value("cache", Json::object()).value(context, Json());

@@ -45,7 +45,7 @@ CPCOMPILE_API void cpcompile_close(cpcompile_bundle* bundle);
 /* The name of a context, valid until the bundle is closed; NULL from the number of contexts on. */
 CPCOMPILE_API const char* cpcompile_context(const cpcompile_bundle* bundle, size_t index);
 
-/* Verifies and loads an engine; variant: NULL for cpu-fp32. It may outlive its bundle. */
+/* Verifies and loads an engine; variant: NULL for what the build chose, or cpu-fp32. It may outlive its bundle. */
 CPCOMPILE_API int cpcompile_load(const cpcompile_bundle* bundle, const char* context, const char* variant,
                                  cpcompile_engine** engine);
 CPCOMPILE_API void cpcompile_unload(cpcompile_engine* engine);

@@ -53,7 +53,7 @@ int cpcompile_load(const cpcompile_bundle* bundle, const char* context, const ch
                    cpcompile_engine** engine) {
     return guarded([&] {
         *engine =
-            new cpcompile_engine{cpcompile::load(bundle->bundle, context, variant != nullptr ? variant : "cpu-fp32")};
+            new cpcompile_engine{cpcompile::load(bundle->bundle, context, variant != nullptr ? variant : "best")};
     });
 }
 

@@ -35,7 +35,7 @@ class Runtime {
     /// Verifies and loads one engine. Engines of the same file share one session.
     /// UsageError: no such context or variant, a damaged or missing file, a reference to a file that is not its own.
     /// Error: ONNX Runtime refuses the model, or the variant needs something else than its CPU provider.
-    Engine load(const Bundle& bundle, const std::string& context, const std::string& variant = "cpu-fp32") const {
+    Engine load(const Bundle& bundle, const std::string& context, const std::string& variant = "best") const {
         Variant chosen = bundle.variant(context, variant);
         if (chosen.plan)
             throw UsageError(chosen.model.string() + ": is a plan of " + chosen.runtime +
@@ -101,7 +101,7 @@ class Runtime {
 };
 
 /// Loads one engine with the runtime of this process, which is made if there is none.
-inline Engine load(const Bundle& bundle, const std::string& context, const std::string& variant = "cpu-fp32") {
+inline Engine load(const Bundle& bundle, const std::string& context, const std::string& variant = "best") {
     return Runtime().load(bundle, context, variant);
 }
 

@@ -55,7 +55,7 @@ class GenaiLibrary {
  private:
     GenaiLibrary() {
         const char* named = std::getenv("CPCOMPILE_GENAI");
-        const std::string file = named != nullptr ? named : "libonnxruntime-genai.so";
+        const std::string file = named != nullptr && *named != '\0' ? named : "libonnxruntime-genai.so";
         // It opens ONNX Runtime by itself: let it be the one that this program has.
         Dl_info runtime{};
         if (dladdr(reinterpret_cast<void*>(&OrtGetApiBase), &runtime) != 0)

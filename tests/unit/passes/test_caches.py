@@ -280,7 +280,10 @@ def test_an_engine_generates_with_its_cache_what_it_generates_without(engines: d
         (name, part), *_ = cache.items()
         for feeds, says in (
             ({INPUT: ids[:, 3:4], name: part}, "is not of this engine"),
-            ({INPUT: ids[:, 3:4], **cache, MASK: np.ones((3, 3), int)}, "covers 3 tokens; the cache has 3 and input_ids 1"),
+            (
+                {INPUT: ids[:, 3:4], **cache, MASK: np.ones((3, 3), int)},
+                "covers 3 tokens; the cache has 3 and input_ids 1",
+            ),
             ({INPUT: ids[:, 3:4], MASK: np.ones((3, 4), int)}, "the cache has 0 and input_ids 1, so 1 are needed"),
         ):
             with pytest.raises(UsageError, match=says):

@@ -71,7 +71,7 @@ SEARCH = PrecisionSearch(
         Candidate(
             name=name,
             precision=name,
-            rounded={} if name == "fp32" else {name: 12},
+            rounded={} if name == "fp32" else {name: ("layers.0.ffn.up.weight",)},
             bits_per_weight=bits,
             bytes=round(bits * 1e6),
             increase=increase,
