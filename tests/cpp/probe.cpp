@@ -121,7 +121,7 @@ Json do_job(const Json& job) {
     const auto bundle = cpcompile::open_bundle(job["bundle"].get<std::string>());
     if (job.value("verify", false)) bundle.verify_all();
     if (!job.contains("context")) return bundle.contexts();
-    const std::string context = job["context"], variant = job.value("variant", "cpu-fp32");
+    const std::string context = job["context"], variant = job.value("variant", "best");
     if (job.contains("encode") || job.contains("decode")) return text_job(cpcompile::Tokenizer(bundle, context), job);
     static std::map<std::string, cpcompile::Engine> loaded;  // none of the bundles changes
     const std::string key = bundle.root().string() + "\n" + context + "\n" + variant;

@@ -413,6 +413,23 @@ def test_bundles_from_before_caches_were_recorded(probe: Probe, bundle: Path, tm
     assert before == now
 
 
+def test_best_is_what_the_build_chose(probe: Probe, bundle: Path, tmp_path: Path) -> None:
+    chosen = tmp_path / "model.cpc"
+    shutil.copytree(bundle, chosen)
+    job = {"bundle": str(chosen), "context": "english", "run": PROMPTS[:1]}
+    for best, name in ((None, "cpu-fp32"), ("cpu-int8", "cpu-int8")):
+        if best is not None:
+            reseal(chosen, lambda m, best=best: m["additional_metadata"]["cpcompile"].update(best=best))
+        own, given, unnamed = results(probe(job | {"variant": name}, job | {"variant": "best"}, job))
+        assert own == given == unnamed and open_bundle(chosen).variant("english", "best").name == name
+    for wrong, says in ((["cpu-int8"], "best"), ("cpu-int2", "has no variant 'cpu-int2'")):
+        reseal(chosen, lambda m, wrong=wrong: m["additional_metadata"]["cpcompile"].update(best=wrong))
+        (answer,) = probe(job)
+        with pytest.raises(UsageError) as caught:
+            open_bundle(chosen).variant("english", "best")
+        assert says in answer["error"] == str(caught.value)
+
+
 def test_wrong_input_is_refused_in_the_same_words(probe: Probe, bundle: Path) -> None:
     engine = load_engine(bundle, "cpp", threads=1)
     job = {"bundle": str(bundle), "context": "cpp"}

@@ -25,6 +25,7 @@ from cpcompile.core.selection import UnitKind
 from cpcompile.frontend.checkpoint import load_checkpoint
 from cpcompile.report import SCHEMA
 from cpcompile.report.formats import NO_FAILURE, gaps
+from cpcompile.runtime import load_all
 from cpcompile.runtime.engine import load_engine
 from cpcompile.text.tokenization import parse_tokenizer
 
@@ -131,6 +132,16 @@ def test_one_engine_serves_all_contexts(model: Path, tmp_path: Path) -> None:
             texts = [list(engine.generate(prompt, tokens=16)) for engine in (own, engines[context])]
             assert texts[0] == texts[1]
     assert np.abs(logits["cpp"] - logits["python"]).max() > 1e-3
+    with load_all(opened, "cpu-fp32-merged") as loaded:
+        assert len({id(loaded[context].engine.session) for context in opened.contexts}) == 1
+        for context in opened.contexts:
+            assert np.array_equal(loaded[context](IDS), logits[context])
+    for form, out in (("onnx", "cpp.onnx"), ("genai", "genai"), ("triton", "repository")):
+        result = run(
+            "export", opened.root, "cpp", "--variant", "cpu-fp32-merged", "--format", form, "-o", tmp_path / out
+        )
+        assert result.exit_code == 2 and "export the engine of the context alone" in result.output, result.output
+        assert not (tmp_path / out).exists()
     weights = {path.name: path.stat().st_size for path in opened.root.rglob("*") if path.is_file()}
     assert engines["cpp"].variant.bytes <= weights["weights.bin"] + 200_000
 

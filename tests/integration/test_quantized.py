@@ -90,6 +90,10 @@ def test_all_runtimes_agree(bundle: Path, variant: str, tmp_path: Path) -> None:
     result = run("export", bundle, "english", "--variant", variant, "--format", "genai", "-o", out)
     assert result.exit_code == 0, result.output
     assert generate(og.Model(str(out)), ids.tolist(), len(expected)) == [list(expected)]
+    result = run("export", bundle, "english", "--variant", variant, "-o", tmp_path / "english.onnx")
+    assert result.exit_code == 0, result.output
+    warned = "run it with the session option session.x64quantprecision=1, or its results differ" in result.output
+    assert warned == (variant == "cpu-int8")
 
 
 def test_what_does_not_fit_is_refused_before_the_work_begins(bundle: Path) -> None:
