@@ -35,7 +35,7 @@ class QuantizeDynamic(GraphPass):
     whole: Mapping[str, Whole] = field(repr=False)
 
     def call(self, model: ir.Model) -> Derivation:
-        """Edit `model`; CpcompileError if it has no such product."""
+        """Edit `model`; NothingToRoundError if it has no such product."""
         parameters = QuantizedParameters(model.graph, SCHEME, self.kept, self.whole)
         inputs: dict[ir.Value, list[ir.Value]] = {}
         for node, name in parameters.products():

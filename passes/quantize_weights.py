@@ -40,7 +40,7 @@ class QuantizeWeights(GraphPass):
     whole: Mapping[str, Whole] = field(repr=False)
 
     def call(self, model: ir.Model) -> Derivation:
-        """Edit `model`; CpcompileError if it has no such weight."""
+        """Edit `model`; NothingToRoundError if it has no such weight."""
         scheme = SCHEMES[self.precision]
         parameters = QuantizedParameters(model.graph, scheme, self.kept, self.whole)
         for node, name in parameters.products():

@@ -13,6 +13,10 @@ from cpcompile.passes.derived_parameters import Derivation, DerivedParameters
 from cpcompile.passes.share_weights import KeptChannels, Whole
 
 
+class NothingToRoundError(CpcompileError):
+    """A graph has no product with a weight that a scheme could round."""
+
+
 class QuantizedParameters(DerivedParameters):
     """Parameters that are rounded by one scheme."""
 
@@ -30,9 +34,10 @@ class QuantizedParameters(DerivedParameters):
         return self._rounded[1]
 
     def result(self, model: ir.Model) -> Derivation:
-        """Drop parameters that nothing reads any more, and record the others; CpcompileError if there are none."""
+        """Drop parameters that nothing reads any more, and record the others; NothingToRoundError without any."""
         if not self.replaced:
-            raise CpcompileError(f"the graph has no product with a weight that {self._scheme.name} could round")
+            blocks = f" in blocks of {self._scheme.block} input channels" if self._scheme.block else ""
+            raise NothingToRoundError(f"it has no product with a weight that {self._scheme.name} could round{blocks}")
         self.drop_unread()
         known = json.loads(model.metadata_props.get(QUANTIZED, "{}"))
         model.metadata_props[QUANTIZED] = json.dumps(known | dict.fromkeys(self.replaced, self._scheme.name))

@@ -95,11 +95,10 @@ def build_bundle(
         record = None
         if added.candidates:
             assert isinstance(reference, LanguageReference)
-            with (
-                stages("search"),
-                Search(out, whole, parameters, reference, metadata, config, validation, progress) as search,
-            ):
-                best = search.best(added.candidates)
+            with stages("search"):
+                folder = writer.stage("search")
+                with Search(folder, whole, parameters, reference, metadata, config, validation, progress) as search:
+                    best = search.best(added.candidates)
             if best.schemes:
                 export_rounded(writer, whole, parameters, best.schemes, best.precision, config, unwatched)
             metadata["best"], record = variant_name(best.precision), best.record

@@ -8,7 +8,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass
 
 from cpcompile.bundle.writer import BundleWriter
-from cpcompile.core.config import BuildConfig
+from cpcompile.core.config import MIXED, BuildConfig
 from cpcompile.core.rounding import SCHEMES
 from cpcompile.core.types import Steps
 from cpcompile.exporters.onnxruntime_exporter import export_onnxruntime, variant_name
@@ -16,6 +16,7 @@ from cpcompile.passes.freeze import Frozen
 from cpcompile.passes.group_query_attention import GroupQueryAttention
 from cpcompile.passes.quantize_dynamic import QuantizeDynamic
 from cpcompile.passes.quantize_weights import QuantizeWeights
+from cpcompile.passes.quantized_parameters import NothingToRoundError
 from cpcompile.passes.rms_normalization import RmsNormalization
 from cpcompile.passes.rotary_embedding import RotaryEmbedding
 from cpcompile.passes.share_weights import KeptChannels, Whole
@@ -42,7 +43,12 @@ def export_rounded(
     kept: dict[str, KeptChannels] = {}
     for context, each in frozen.items():
         models[context] = each.model.clone()
-        kept[context] = round_parameters(models[context], kept_of(each, parameters), whole, schemes)
+        kept[context] = kept_of(each, parameters)
+        try:
+            kept[context] = round_parameters(models[context], kept[context], whole, schemes)
+        except NothingToRoundError as error:
+            if precision != MIXED:
+                raise NothingToRoundError(f"{context}: {error}; leave {precision} out") from error
         if not config.standard_operators:
             kept[context] = derive(TiedHead(kept[context], whole), models[context], kept[context], whole)
     stored = NOT_STORED if config.standalone else store(writer, models, kept, whole)
@@ -55,11 +61,20 @@ def export_rounded(
 def round_parameters(
     model: ir.Model, kept: KeptChannels, whole: dict[str, Whole], schemes: Mapping[str, str]
 ) -> KeptChannels:
-    """Round the parameters of `model`, each by its scheme if it has one; returns what the graph then has of each."""
-    for scheme in SCHEMES:
+    """Round the parameters of `model`, each by its scheme if it has one; returns what the graph then has of each.
+
+    A scheme may have nothing to do in a context that lacks its parameters. NothingToRoundError: all of them.
+    """
+    nothing: list[NothingToRoundError] = []
+    used = dict.fromkeys(scheme for scheme in SCHEMES if scheme in schemes.values())
+    for scheme in used:
         own = {name: axes for name, axes in kept.items() if schemes.get(name) == scheme}
-        if own:
+        try:
             kept = derive(quantize(scheme, own, whole), model, kept, whole)
+        except NothingToRoundError as error:
+            nothing.append(error)
+    if nothing and len(nothing) == len(used):
+        raise nothing[0]
     return kept
 
 

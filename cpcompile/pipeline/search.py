@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -33,6 +33,7 @@ from cpcompile.core.types import Array, Progress
 from cpcompile.exporters.onnxruntime_exporter import variant_name
 from cpcompile.machine.environment import available_cores
 from cpcompile.passes.freeze import Frozen
+from cpcompile.passes.quantized_parameters import NothingToRoundError
 from cpcompile.passes.share_weights import Whole
 from cpcompile.pipeline.cpu_engines import export_rounded
 from cpcompile.report.contents import Candidate, PrecisionSearch
@@ -89,7 +90,7 @@ class Search:
 
     def __init__(
         self,
-        out: Path,
+        folder: Path,
         frozen: Mapping[str, Frozen],
         parameters: Mapping[str, Whole],
         reference: LanguageReference,
@@ -98,8 +99,8 @@ class Search:
         validation: ValidateConfig,
         progress: Progress,
     ) -> None:
-        """out: the bundle beside which candidates lie. metadata: that of this bundle."""
-        self._out = out
+        """folder: an empty one, in which candidates lie until the end. metadata: that of their bundle."""
+        self._folder = folder
         self._frozen = frozen
         self._parameters = parameters
         self._reference = reference
@@ -110,6 +111,9 @@ class Search:
         self._threads = validation.threads or available_cores()
         self._progress = progress
         self._bundles = ExitStack()
+        self._seconds = config.search_seconds
+        """What is left of the time for measuring costs."""
+        self._remarks: list[str] = []
         self._searched = {c: slice(0, reference.windows(c), 2) for c in frozen}
         self._others = {c: slice(1, reference.windows(c), 2) for c in frozen}
         self._dense = {c: reference.dense_window_losses(c, part) for c, part in self._searched.items()}
@@ -120,6 +124,7 @@ class Search:
 
     def __exit__(self, *error: object) -> None:
         self._bundles.close()
+        self._folder.rmdir()
 
     def best(self, precisions: Sequence[str]) -> Best:
         """The fastest engines within the budget, of float32, `precisions` and mixtures of them."""
@@ -128,8 +133,10 @@ class Search:
         if self._config.standard_operators:  # blocks of weights have operators of ONNX Runtime alone
             precisions = [each for each in precisions if each == "int8"]
         for precision in precisions:
-            schemes = dict.fromkeys(self._parameters, precision)
-            tried.append(self._try(precision, precision, schemes))
+            try:
+                tried.append(self._try(precision, precision, dict.fromkeys(self._parameters, precision)))
+            except NothingToRoundError as error:
+                self._remarks.append(f"{precision} was not tried: {error}")
         if self._holds(exact):
             over = [each for each in tried[1:] if not self._holds(each)]
             tried += [mixed for each in over if (mixed := self._mixture(each, precisions)) is not None]
@@ -146,7 +153,7 @@ class Search:
             tokens=windows * self._reference.sequence,
             candidates=tuple(self._described(each, *latencies[each.name]) for each in tried),
             chosen=fastest.name,
-            reason=self._reason(fastest, exact),
+            reason="; ".join([self._reason(fastest, exact), *self._remarks]),
             other_increase=math.expm1(other),
             other_increase_error=other_error,
             seconds=time.perf_counter() - self._started,
@@ -160,7 +167,7 @@ class Search:
         def steps(done: int, _: int = 0) -> None:
             self._progress(f"search: {name}", done, 2 * number)
 
-        writer = self._bundles.enter_context(BundleWriter(self._out.with_name(f"{self._out.name}.{name}")))
+        writer = self._bundles.enter_context(BundleWriter(self._folder / name))
         export_rounded(writer, self._frozen, self._parameters, schemes, precision, self._config, steps)
         bundle = writer.seal(name=name, metadata=self._metadata)
         tried = _Tried(name, precision, schemes, bundle, math.nan, math.nan)
@@ -196,22 +203,30 @@ class Search:
         """Engines in the precision of `over`, but for as few parameters with more bits as hold the budget."""
         more = "int8-weights" if over.precision == "int4-weights" and "int8-weights" in precisions else FP32
         name = f"{over.precision}+{more}"
-        rounded = self._rounded(over)
+        rounded = {context: self._rounded(over, context) for context in self._frozen}
+        names = dict.fromkeys(name for own in rounded.values() for name in own)
+        started = time.perf_counter()
         costs = rounding_costs(
             self._reference,
-            self._frozen,
-            dict.fromkeys(rounded, SCHEMES[over.precision]),
-            deadline=self._started + self._config.search_seconds,
+            rounded,
+            SCHEMES[over.precision],
+            deadline=started + self._seconds,
             steps=partial(self._progress, f"search: cost of {over.name}"),
         )
+        self._seconds -= time.perf_counter() - started
+        if len(costs) < len(names):
+            self._remarks.append(f"of {len(names)} parameters, {len(costs)} were measured in time for {name}")
         # A parameter that was not measured gets more bits first.
-        order = sorted(rounded, key=lambda p: costs.get(p, math.inf) / self._size(p), reverse=True)
+        order = sorted(names, key=lambda p: costs.get(p, math.inf) / self._size(p), reverse=True)
 
         def mixed(count: int) -> Schemes:
             few = dict.fromkeys(order[count:], over.precision)
             return few if more == FP32 else few | dict.fromkeys(order[:count], more)
 
-        count = self._fewest(len(order), lambda count: self._within(*self._eager_increase(mixed(count))), name)
+        def holds(count: int) -> bool:
+            return self._within(*self._eager_increase(mixed(count), rounded))
+
+        count = max(1, self._fewest(len(order), holds, name))
         for _ in range(ATTEMPTS):
             if count >= len(order):
                 return None
@@ -232,22 +247,18 @@ class Search:
         self._progress(f"search: {name}", total, total)
         return low
 
-    def _eager_increase(self, schemes: Schemes) -> tuple[float, float]:
+    def _eager_increase(self, schemes: Schemes, rounded: Mapping[str, Collection[str]]) -> tuple[float, float]:
         """The increase of the eager model with rounded parameters, which needs no engine."""
-        rounded = {parameter: SCHEMES[scheme] for parameter, scheme in schemes.items()}
-        losses = {
-            context: self._reference.window_losses(context, self._reference.masked(context, rounded), part)
-            for context, part in self._searched.items()
-        }
+        losses = {}
+        for context, part in self._searched.items():
+            own = {name: SCHEMES[schemes[name]] for name in rounded[context] if name in schemes}
+            losses[context] = self._reference.window_losses(context, self._reference.masked(context, own), part)
         return self._increase(losses, self._dense)
 
-    def _rounded(self, tried: _Tried) -> list[str]:
-        """The parameters that engines have rounded, in any context."""
-        names: dict[str, None] = {}
-        for context in self._frozen:
-            graph = tried.bundle.variant(context, tried.variant).graph()
-            names |= json.loads(graph.metadata_props.get(QUANTIZED, "{}"))
-        return list(names)
+    def _rounded(self, tried: _Tried, context: str) -> list[str]:
+        """The parameters that the engine of `context` has rounded."""
+        graph = tried.bundle.variant(context, tried.variant).graph()
+        return list(json.loads(graph.metadata_props.get(QUANTIZED, "{}")))
 
     def _size(self, parameter: str) -> int:
         return math.prod(self._parameters[parameter].shape)
@@ -284,7 +295,7 @@ class Search:
         return found
 
     def _described(self, tried: _Tried, p50_ms: Mapping[str, float], relative_time: float) -> Candidate:
-        rounded = {p: tried.schemes[p] for p in self._rounded(tried)}
+        rounded = {p: tried.schemes[p] for p in self._rounded(tried, self._timed)}
         bits = [self._bits(parameter, rounded.get(parameter)) for parameter in self._parameters]
         return Candidate(
             name=tried.name,

@@ -27,7 +27,10 @@ def require_cache(model: Path, cache: object, names: Collection[str], texts: int
         return
     if not isinstance(cache, Mapping) or cache.keys() != set(names):
         raise UsageError(f"{model}: the cache is not of this engine; give the one that `step` returned")
-    shapes = {np.shape(value)[:1] + np.shape(value)[LENGTH : LENGTH + 1] for value in cache.values()}
+    try:
+        shapes = {np.shape(value)[:1] + np.shape(value)[LENGTH : LENGTH + 1] for value in cache.values()}
+    except ValueError as error:  # lists of different lengths
+        raise UsageError(f"{model}: the cache is not of this engine; give the one that `step` returned") from error
     if len(shapes) > 1 or next(iter(shapes))[:1] != (texts,):
         raise UsageError(
             f"{model}: input_ids has {texts} rows, the cache (texts, tokens) {', '.join(map(str, sorted(shapes)))}; "

@@ -162,15 +162,15 @@ class Engine:
                 f"{self.variant.model}: is no language model, its inputs are {', '.join(self._inputs)}: use `outputs`"
             )
         tokens = self._array(INPUT, ids)
-        if not tokens.size:
-            raise UsageError(f"{INPUT} has the shape {tokens.shape} and holds no token; give at least one")
         self._require_known(tokens)
         return tokens
 
     def _require_known(self, tokens: Array | None) -> None:
         """UsageError unless `tokens` are in the vocabulary; ONNX would count negative ones from the end of a table."""
-        if self.vocabulary is None or tokens is None or not tokens.size:
+        if self.vocabulary is None or tokens is None:
             return
+        if not tokens.size:  # ONNX Runtime would divide by their number
+            raise UsageError(f"{INPUT} has the shape {tokens.shape} and holds no token; give at least one")
         low, high = tokens.min(), tokens.max()
         if low < 0 or high >= self.vocabulary:
             raise UsageError(

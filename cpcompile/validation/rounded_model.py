@@ -33,7 +33,7 @@ def schemes_of(engine: Engine) -> dict[str, Scheme]:
     text = engine.session.get_modelmeta().custom_metadata_map.get(QUANTIZED, "{}")
     try:
         return {str(name): SCHEMES[scheme] for name, scheme in json.loads(text).items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UsageError(
             f"{engine.variant.model}: its graph does not say how its weights are rounded ({text!r:.80}); build it again"
         ) from error
@@ -51,7 +51,9 @@ class Rounding(TorchFunctionMode):
         self._inputs = inputs
         own = dict(model.named_parameters(remove_duplicate=False))
         if foreign := sorted(schemes.keys() - own.keys()):
-            raise CpcompileError(f"the engine has rounded {foreign[0]}, a parameter that the model does not have")
+            raise CpcompileError(
+                f"the engine has rounded {foreign[0]}, a parameter that the model does not have; build it again"
+            )
         self._schemes: dict[Tensor, Scheme] = {own[name]: scheme for name, scheme in schemes.items()}
         self._rounded: dict[Tensor, Tensor] = {}
 
@@ -75,7 +77,13 @@ class Rounding(TorchFunctionMode):
     def _weight(self, parameter: Tensor, *, outputs_first: bool) -> Tensor:
         if parameter not in self._rounded:
             whole = parameter.detach().numpy()
-            restored = self._schemes[parameter].restored(whole.T if outputs_first else whole)
+            try:
+                restored = self._schemes[parameter].restored(whole.T if outputs_first else whole)
+            except ValueError as error:
+                shape = tuple(whole.shape)
+                raise CpcompileError(
+                    f"a parameter of shape {shape} does not fall into the blocks that the engine names; build it again"
+                ) from error
             self._rounded[parameter] = torch.from_numpy(restored.T if outputs_first else restored)
         return self._rounded[parameter]
 

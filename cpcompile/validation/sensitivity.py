@@ -7,7 +7,7 @@ far less noisy than a difference of losses. Costs of several parameters add up w
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -25,29 +25,32 @@ WINDOWS = 2
 
 def rounding_costs(
     reference: LanguageReference,
-    contexts: Iterable[str],
-    schemes: Mapping[str, Scheme],
+    rounded: Mapping[str, Collection[str]],
+    scheme: Scheme,
     *,
     deadline: float,
     steps: Steps,
 ) -> dict[str, float]:
-    """The mean cost over `contexts` of rounding each parameter by its scheme, and no other.
+    """The mean cost over the contexts of rounding each parameter by `scheme`, and no other.
 
+    rounded: context -> the parameters that its engine rounds; a parameter costs nothing where it is not among them.
     deadline: on the clock of `time.perf_counter`; what was not measured by then is left out.
     """
-    samples = {context: reference.sample(context, WINDOWS) for context in contexts}
+    samples = {context: reference.sample(context, WINDOWS) for context in rounded}
     exact = {c: _log_probabilities(reference.masked(c), feeds).astype(np.float32) for c, feeds in samples.items()}
     costs: dict[str, float] = {}
-    for done, (name, scheme) in enumerate(schemes.items()):
-        steps(done, len(schemes))
+    names = dict.fromkeys(name for own in rounded.values() for name in own)
+    for done, name in enumerate(names):
+        steps(done, len(names))
         if time.perf_counter() > deadline:
             break
         divergences = [
             _divergence(exact[context], _log_probabilities(reference.masked(context, {name: scheme}), feeds))
             for context, feeds in samples.items()
+            if name in rounded[context]
         ]
-        costs[name] = float(np.mean(divergences))
-    steps(len(schemes), len(schemes))
+        costs[name] = sum(divergences) / len(rounded)
+    steps(len(names), len(names))
     return costs
 
 

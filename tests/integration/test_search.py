@@ -110,7 +110,7 @@ def searching(model: Path, out: Path, budget: float, **settings: float) -> Itera
     with BundleWriter(out) as writer:
         metadata = export_engines(writer, dynamic, frozen, accounts, source, {}, config, lambda: None)
         parameters = wholes(dynamic, own, accounts)
-        with Search(out, own, parameters, reference, metadata, config, validation, quiet) as search:
+        with Search(writer.stage("search"), own, parameters, reference, metadata, config, validation, quiet) as search:
             yield search
 
 
@@ -134,14 +134,14 @@ def test_the_costliest_parameter_is_the_one_with_outliers(model: Path) -> None:
     seen: list[int] = []
     costs = rounding_costs(
         reference,
-        CONTEXTS,
-        dict.fromkeys(names, SCHEMES["int4-weights"]),
+        dict.fromkeys(CONTEXTS, names),
+        SCHEMES["int4-weights"],
         deadline=float("inf"),
         steps=lambda done, _: seen.append(done),
     )
     assert seen == list(range(len(names) + 1))
     assert max(costs, key=costs.__getitem__) == DAMAGED and min(costs.values()) > 0
-    late = rounding_costs(reference, CONTEXTS, dict.fromkeys(names, SCHEMES["int8"]), deadline=0, steps=lambda *_: None)
+    late = rounding_costs(reference, dict.fromkeys(CONTEXTS, names), SCHEMES["int8"], deadline=0, steps=lambda *_: None)
     assert late == {}
 
 

@@ -296,6 +296,8 @@ def test_an_engine_generates_with_its_cache_what_it_generates_without(engines: d
             engine.step(ids, logits_to_keep=-1)
         with pytest.raises(UsageError, match="logits_to_keep is 1.5"):
             engine.step(ids, logits_to_keep=1.5)  # type: ignore[arg-type]
+        with pytest.raises(UsageError, match=r"has the shape \(0, 3\) and holds no token"):
+            engine.outputs({INPUT: np.zeros((0, 3), int)})
         with pytest.raises(UsageError, match="needs its inputs by name, input_ids; given: nothing"):
             engine.outputs({})
     with pytest.raises(UsageError, match="has no cache; use `run`"):

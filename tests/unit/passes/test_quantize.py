@@ -22,8 +22,9 @@ from cpcompile.models.decoder import Decoder
 from cpcompile.models.language_model import LanguageModel
 from cpcompile.passes.derived_parameters import Derivation
 from cpcompile.passes.freeze import Frozen, freeze
+from cpcompile.passes.quantized_parameters import NothingToRoundError
 from cpcompile.passes.share_weights import Whole
-from cpcompile.pipeline.cpu_engines import fused_for_cpu, quantize
+from cpcompile.pipeline.cpu_engines import fused_for_cpu, quantize, round_parameters
 from cpcompile.validation.rounded_model import Rounding
 from tests.unit.passes.decoders import CONTEXTS, dynamic_graph, random_decoder
 from tests.unit.passes.graph_text import check, parse
@@ -172,5 +173,18 @@ def test_a_parameter_whose_blocks_are_cut_stays(model: Decoder) -> None:
 @pytest.mark.parametrize("precision", SCHEMES)
 def test_nothing_to_round_is_an_error(precision: str) -> None:
     graph = parse("(float[2, 32] x, float[32, 4] w) => (float[2, 4] y) { y = MatMul(x, w) }")
-    with pytest.raises(CpcompileError, match=f"no product with a weight that {precision} could round"):
+    with pytest.raises(CpcompileError, match=f"it has no product with a weight that {precision} could round"):
         quantize(precision, {}, {})(graph)
+
+
+def test_a_scheme_may_have_nothing_to_do_if_another_has() -> None:
+    """The inputs of `v` do not fall into blocks, so that only `w` is rounded; with `v` alone there is nothing."""
+    text = "(float[2, 32] x) => (float[2, 4] y) { h = MatMul(x, w) y = MatMul(h, v) }"
+    shapes = {"w": (32, 40), "v": (40, 4)}
+    graph = parse(text, shapes)
+    whole = {name: Whole(shape, partial(np.zeros, shape, np.float32)) for name, shape in shapes.items()}
+    kept = dict.fromkeys(shapes, (None, None))
+    left = round_parameters(graph, kept, dict(whole), {"w": "int8", "v": "int4-weights"})
+    assert json.loads(graph.metadata_props[QUANTIZED]) == {"w": "int8"} and "v" in left
+    with pytest.raises(NothingToRoundError, match="could round in blocks of 32 input channels"):
+        round_parameters(parse(text, shapes), kept, dict(whole), {"v": "int4-weights"})
