@@ -1,6 +1,6 @@
 """What a build costs by the size of the model and the number of contexts: seconds, peak memory, bytes of the bundle.
 
-    python benchmarks/scaling.py --parameters 10M,30M,135M --contexts 1,4,16,64
+    python benchmarks/scaling.py --parameters 13M,40M,182M --contexts 1,4,16
 
 Models have random weights and a vocabulary of 4,096. Each context keeps 25 % of the FFN blocks, of which half are kept
 by all contexts, and half of the heads. Every build is a process of its own, `cpcompile build --no-validate`. The
@@ -28,11 +28,11 @@ from cpcompile.core.selection import Selection, UnitKind
 from cpcompile.machine.subprocesses import in_fresh_process
 
 SHAPES = {
-    "10M": ModelConfig(width=320, layers=7, heads=10, kv_heads=10, ffn=1280),
-    "30M": ModelConfig(width=512, layers=9, heads=8, kv_heads=8, ffn=2048),
-    "135M": ModelConfig(width=768, layers=19, heads=12, kv_heads=12, ffn=3072),
-    "500M": ModelConfig(width=1280, layers=25, heads=20, kv_heads=20, ffn=5120),
-    "1.1B": ModelConfig(width=2048, layers=22, heads=32, kv_heads=32, ffn=8192),
+    "13M": ModelConfig(width=320, layers=7, heads=10, kv_heads=10, ffn=1280),
+    "40M": ModelConfig(width=512, layers=9, heads=8, kv_heads=8, ffn=2048),
+    "182M": ModelConfig(width=768, layers=19, heads=12, kv_heads=12, ffn=3072),
+    "660M": ModelConfig(width=1280, layers=25, heads=20, kv_heads=20, ffn=5120),
+    "1.5B": ModelConfig(width=2048, layers=22, heads=32, kv_heads=32, ffn=8192),
 }
 WRITE = "from scaling import write; import sys; write(*sys.argv[1:])"
 """In a process of its own, because its memory is not that of a build."""
@@ -107,7 +107,7 @@ def exponents_of(rows: list[dict[str, Any]], what: str) -> dict[str, dict[str, f
 
 
 @click.command()
-@click.option("--parameters", default="10M,30M,135M,500M,1.1B", help=f"Of {', '.join(SHAPES)}.")
+@click.option("--parameters", default="13M,40M,182M,660M,1.5B", help=f"Of {', '.join(SHAPES)}.")
 @click.option("--contexts", default="1,4,16,64")
 def main(parameters: str, contexts: str) -> None:
     sizes, counts = parameters.split(","), [int(each) for each in contexts.split(",")]
