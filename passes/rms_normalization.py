@@ -57,8 +57,8 @@ class RmsNormalization(GraphPass):
 
 def _norm(node: ir.Node) -> _Norm | None:
     """The normalisation that ends with the product `node`."""
-    for weight, normal in _factors(node.outputs[0]):
-        for x, scale in _factors(normal):
+    for weight, normal in _operands(node.outputs[0], "Mul"):
+        for x, scale in _operands(normal, "Mul"):
             epsilon = _epsilon(scale, x)
             shape = known_shape(x)
             fits = shape and known_shape(weight) == shape[-1:] and x.dtype == weight.dtype == ir.DataType.FLOAT
@@ -67,11 +67,11 @@ def _norm(node: ir.Node) -> _Norm | None:
     return None
 
 
-def _factors(value: ir.Value) -> Iterator[tuple[ir.Value, ir.Value]]:
-    """Both factors of a product in either order."""
-    product = made_by(value, "Mul")
-    if product is not None:
-        first, second = product.inputs
+def _operands(value: ir.Value | None, operator: str) -> Iterator[tuple[ir.Value, ir.Value]]:
+    """Both operands of the Mul or Add that makes `value`, in either order; nothing if another node does."""
+    node = made_by(value, operator)
+    if node is not None:
+        first, second = node.inputs
         assert first is not None and second is not None
         yield first, second
         yield second, first
@@ -81,18 +81,10 @@ def _epsilon(scale: ir.Value, x: ir.Value) -> float | None:
     """What is added, if `scale` is 1 / sqrt(mean of the squares of `x` over its last axis + epsilon)."""
     inverse = made_by(scale, "Reciprocal")
     root = made_by(inverse.inputs[0], "Sqrt") if inverse is not None else None
-    for mean, epsilon in _terms(root.inputs[0]) if root is not None else ():
+    for mean, epsilon in _operands(root.inputs[0], "Add") if root is not None else ():
         if _is_mean_square(mean, x) and (number := _number(epsilon)) is not None:
             return number
     return None
-
-
-def _terms(value: ir.Value | None) -> Iterator[tuple[ir.Value | None, ir.Value | None]]:
-    """Both terms of a sum in either order."""
-    total = made_by(value, "Add")
-    if total is not None:
-        yield total.inputs[0], total.inputs[1]
-        yield total.inputs[1], total.inputs[0]
 
 
 def _is_mean_square(value: ir.Value | None, x: ir.Value) -> bool:

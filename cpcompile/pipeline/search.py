@@ -78,7 +78,7 @@ class _Tried:
 
 @dataclass(frozen=True)
 class Best:
-    """What `search_precisions` chose; no schemes mean float32."""
+    """What `Search.best` chose; no schemes mean float32."""
 
     precision: str
     schemes: Schemes
@@ -143,7 +143,7 @@ class Search:
         latencies = self._time(tried)
         fastest = min((each for each in tried if self._holds(each)), key=lambda e: latencies[e.name][1], default=exact)
         other, other_error = self._increase(
-            {c: self._losses(fastest, c, part) for c, part in self._others.items()},
+            {c: self._losses(fastest.bundle, fastest.precision, c, part) for c, part in self._others.items()},
             {c: self._reference.dense_window_losses(c, part) for c, part in self._others.items()},
         )
         windows = sum(len(losses) for losses in self._dense.values())
@@ -170,16 +170,15 @@ class Search:
         writer = self._bundles.enter_context(BundleWriter(self._folder / name))
         export_rounded(writer, self._frozen, self._parameters, schemes, precision, self._config, steps)
         bundle = writer.seal(name=name, metadata=self._metadata)
-        tried = _Tried(name, precision, schemes, bundle, math.nan, math.nan)
         losses = {}
         for done, (context, part) in enumerate(self._searched.items()):
             steps(number + done)
-            losses[context] = self._losses(tried, context, part)
+            losses[context] = self._losses(bundle, precision, context, part)
         steps(2 * number)
         return _Tried(name, precision, schemes, bundle, *self._increase(losses, self._dense))
 
-    def _losses(self, tried: _Tried, context: str, part: slice) -> Array:
-        engine = load_engine(tried.bundle, context, tried.variant, threads=self._threads)
+    def _losses(self, bundle: Bundle, precision: str, context: str, part: slice) -> Array:
+        engine = load_engine(bundle, context, variant_name(precision), threads=self._threads)
         return self._reference.window_losses(context, engine.outputs, part)
 
     def _increase(self, losses: Mapping[str, Array], dense: Mapping[str, Array]) -> tuple[float, float]:
