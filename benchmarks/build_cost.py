@@ -19,7 +19,8 @@ from common import save, spread
 from rich.console import Console
 from rich.table import Table
 
-from cpcompile.frontend.checkpoint import dense_path, load_checkpoint
+from cpcompile.core.paths import dense_path
+from cpcompile.frontend.checkpoint import load_checkpoint
 from cpcompile.machine.subprocesses import in_fresh_process
 
 EXPORT = """

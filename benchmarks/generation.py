@@ -34,9 +34,10 @@ from rich.table import Table
 
 from cpcompile.bundle.reader import open_bundle
 from cpcompile.core.generation import GenerationSettings
+from cpcompile.core.paths import dense_path
 from cpcompile.exporters.genai_exporter import export_genai
 from cpcompile.frontend.capture import capture_dense
-from cpcompile.frontend.checkpoint import dense_path, load_checkpoint
+from cpcompile.frontend.checkpoint import load_checkpoint
 from cpcompile.machine.environment import available_cores
 from cpcompile.models.language_model import KeysValues, LanguageModel
 from cpcompile.passes.keep_last_logits import KeepLastLogits

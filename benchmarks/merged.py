@@ -19,8 +19,9 @@ from rich.console import Console
 from rich.table import Table
 
 from cpcompile.bundle.reader import Variant, open_bundle
+from cpcompile.core.paths import dense_path
 from cpcompile.frontend.capture import capture_dense
-from cpcompile.frontend.checkpoint import dense_path, load_checkpoint
+from cpcompile.frontend.checkpoint import load_checkpoint
 from cpcompile.machine.environment import available_cores
 from cpcompile.machine.subprocesses import in_fresh_process
 from cpcompile.runtime.engine import Engine, create_session, session_options

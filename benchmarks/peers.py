@@ -45,10 +45,11 @@ from rich.table import Table
 from cpcompile.bundle.reader import Bundle, open_bundle
 from cpcompile.core.cache import INPUT, OUTPUT, PAST, complete
 from cpcompile.core.config import ValidateConfig
+from cpcompile.core.paths import dense_path
 from cpcompile.core.types import Feeds
 from cpcompile.exporters.onnxruntime_exporter import EXACT_PRODUCTS
 from cpcompile.frontend.capture import capture_dense
-from cpcompile.frontend.checkpoint import dense_path, load_checkpoint
+from cpcompile.frontend.checkpoint import load_checkpoint
 from cpcompile.frontend.source import open_source
 from cpcompile.machine.environment import available_cores
 from cpcompile.models.language_model import LanguageModel

@@ -22,7 +22,8 @@ from common import save
 from rich.console import Console
 from rich.table import Table
 
-from cpcompile.frontend.checkpoint import dense_path, load_checkpoint
+from cpcompile.core.paths import dense_path
+from cpcompile.frontend.checkpoint import load_checkpoint
 from cpcompile.report import mean_perplexity
 from cpcompile.text.installed_text import write_installed_corpus
 from cpcompile.training.trainer import work_path

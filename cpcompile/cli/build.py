@@ -62,7 +62,7 @@ from cpcompile.targets.requests import parse_targets
     "--search-seconds",
     type=float,
     default=BuildConfig.search_seconds,
-    help="How long --target best may measure what rounding each parameter costs.",
+    help="After how long --target best tries no more mixtures of precisions.",
 )
 @click.option(
     "--profile",
@@ -71,6 +71,7 @@ from cpcompile.targets.requests import parse_targets
     metavar="AXIS=MIN:OPT:MAX",
     help="Axis lengths that the added engines accept; repeatable.",
 )
+@click.option("--rebuild", is_flag=True, help="Build and measure everything again, even if nothing has changed.")
 @click.option("--no-validate", is_flag=True, help="Only build; the report then says that nothing was validated.")
 @validation_options
 def build(
@@ -85,6 +86,7 @@ def build(
     targets: tuple[str, ...],
     precisions: str | None,
     search_seconds: float,
+    rebuild: bool,
     no_validate: bool,
     profiles: tuple[str, ...],
     data: Path | None,
@@ -105,6 +107,7 @@ def build(
       cpcompile build model.pt --vocabulary-coverage 1  # only the tokens that occur in a context's text
       cpcompile build model.pt --json > report.json
       cpcompile build model.pt --no-validate          # validate it later, or elsewhere: cpcompile validate model.cpc
+      cpcompile build model.pt --rebuild              # although nothing changed since the bundle was built
       cpcompile build model.pt --peers all            # also time torch.compile and others, see validate --help
       cpcompile build model.pt --max-perplexity-increase 0.05   # 5 % above the dense baseline is no failure
       cpcompile build model.pt2                       # your own module, see `cpcompile.save_program`
@@ -122,7 +125,7 @@ def build(
       cpcompile build model.pt --target tensorrt-rtx=sm89 --profile batch=1:1:4 --profile sequence=1:128:1024
     """
     from cpcompile.cli.console import clock, stage_progress
-    from cpcompile.pipeline.build import build_bundle
+    from cpcompile.pipeline.up_to_date import finished_report
 
     plan = BuildConfig(
         contexts=names_in(contexts),
@@ -144,10 +147,20 @@ def build(
     out = out or beside(model, ".cpc")
     if out.suffix in (".onnx", ".pt", ".pt2"):
         raise UsageError(f"{out}: a bundle is a folder; give a name such as {out.with_suffix('.cpc').name}")
+    if not rebuild and (finished := finished_report(model, out, plan, validation, data)) is not None:
+        click.echo(f"{out} is up to date: nothing that it depends on has changed (--rebuild builds it again)", err=True)
+        print_report(finished, as_json=as_json)
+        if not no_validate:
+            exit_with(finished)
+        return
     warn_of_memory(model, max_memory, plan, validation)
     started = time.perf_counter()
+    from cpcompile.pipeline.build import build_bundle  # imports torch
+
     with stage_progress() as stage:
-        report, bundle = build_bundle(model, out, plan, validation, progress=stage, data=data, repro=repro)
+        report, bundle = build_bundle(
+            model, out, plan, validation, progress=stage, data=data, repro=repro, keep=not rebuild
+        )
     what = "build" if no_validate else "build and validation"
     click.echo(f"{what} took {clock(time.perf_counter() - started)}", err=True)
     stays = f"; {out} is unchanged" if out.exists() else ""

@@ -107,7 +107,7 @@ def run_training(
 ) -> None:
     """Read the corpus, train with progress, and print a summary."""
     from cpcompile.cli.console import TrainProgress, console, print_result, stage_progress
-    from cpcompile.frontend.checkpoint import dense_path
+    from cpcompile.core.paths import dense_path
     from cpcompile.pipeline.train import train_from_data
     from cpcompile.report import controls_table, summarize_training
     from cpcompile.training.branch import EVALUATION_TOKENS

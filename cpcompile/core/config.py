@@ -259,7 +259,7 @@ class BuildConfig:
     validate: bool = True
     """Whether the engines are compared with the eager model; without, the report says that they were not."""
     search_seconds: float = 600.0
-    """How long `--target best` may measure what rounding each parameter costs; the others then stay as they are."""
+    """After how long `--target best` tries no more mixtures of precisions."""
 
     def __post_init__(self) -> None:
         coerce_fields(self, "build")

@@ -10,6 +10,7 @@ is visited twice, so no reference is missed. Sources: protobuf.dev, Encoding; on
 
 from __future__ import annotations
 
+import hashlib
 import mmap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -76,6 +77,23 @@ def embed_data(model: Path, folder: Path, out: Path) -> None:
 
     `references_of` says which they are; whoever calls this has checked them. CpcompileError: the result is too large.
     """
+    parts = _whole(model, folder)
+    if (size := sum(map(len, parts))) > PROTOBUF_LIMIT:
+        raise CpcompileError(f"{model}: has {size:,} bytes with its weights; one file holds {PROTOBUF_LIMIT:,} at most")
+    with out.open("wb") as file:
+        file.writelines(parts)
+
+
+def content_digest(model: Path, folder: Path) -> str:
+    """The SHA-256 of the model as `embed_data` would write it, however large: wherever its weights lie."""
+    digest = hashlib.sha256()
+    for part in _whole(model, folder):
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def _whole(model: Path, folder: Path) -> list[bytes | memoryview]:
+    """The parts of the model, in which tensors hold their bytes; files are mapped."""
     files: dict[Path, memoryview] = {}
 
     def read(reference: Reference) -> memoryview:
@@ -89,15 +107,11 @@ def embed_data(model: Path, folder: Path, out: Path) -> None:
         return whole[reference.offset : end]
 
     try:
-        parts = list(_embedded(_mapped(model), "Model", 0, read))
+        return list(_embedded(_mapped(model), "Model", 0, read))
     except OSError as error:
         raise UsageError(f"{error.filename}: cannot be read ({error.strerror}); build the bundle again") from error
     except ValueError as error:
         raise UsageError(f"{model}: is not a valid ONNX model ({error}); build the bundle again") from error
-    if (size := sum(map(len, parts))) > PROTOBUF_LIMIT:
-        raise CpcompileError(f"{model}: has {size:,} bytes with its weights; one file holds {PROTOBUF_LIMIT:,} at most")
-    with out.open("wb") as file:
-        file.writelines(parts)
 
 
 def _mapped(path: Path) -> memoryview:

@@ -268,8 +268,3 @@ def _checksums_hold(path: Path) -> bool:
     except (zipfile.BadZipFile, zlib.error, NotImplementedError, OSError, RuntimeError):
         return False
     return True
-
-
-def dense_path(out: Path) -> Path:
-    """The path of the dense baseline of the checkpoint `out`: model.pt -> model.dense.pt."""
-    return out.with_name(f"{out.stem}.dense{out.suffix}")

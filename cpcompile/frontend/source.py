@@ -17,11 +17,12 @@ from cpcompile.core.config import PretrainedConfig, TrainConfig
 from cpcompile.core.errors import UsageError
 from cpcompile.core.generation import GenerationSettings
 from cpcompile.core.measured import NotMeasured
+from cpcompile.core.paths import dense_path
 from cpcompile.core.selection import Digits, Selection, UnitKind
 from cpcompile.core.types import Progress
 from cpcompile.files.whole_files import scratch_folder
 from cpcompile.frontend.capture import capture, capture_dense
-from cpcompile.frontend.checkpoint import Checkpoint, architecture, dense_path, load_checkpoint
+from cpcompile.frontend.checkpoint import Checkpoint, architecture, load_checkpoint
 from cpcompile.frontend.program import Program, load_program
 from cpcompile.models.language_model import LanguageModel
 from cpcompile.partitioning.pretrained import PretrainedDecoder

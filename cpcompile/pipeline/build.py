@@ -23,10 +23,10 @@ import onnx_ir as ir
 from cpcompile.bundle.writer import BundleWriter
 from cpcompile.core.config import BuildConfig, ValidateConfig
 from cpcompile.core.errors import UsageError
+from cpcompile.core.paths import dense_path
 from cpcompile.core.types import Progress, unwatched
 from cpcompile.exporters.onnxruntime_exporter import variant_name
 from cpcompile.exporters.tensorrt_exporter import require_target
-from cpcompile.frontend.checkpoint import dense_path
 from cpcompile.frontend.source import Source, TrainedSource, open_source
 from cpcompile.passes.freeze import Frozen, freeze, prepare, used_sizes
 from cpcompile.pipeline.accounting import Accounting, account
@@ -34,6 +34,7 @@ from cpcompile.pipeline.cpu_engines import export_rounded
 from cpcompile.pipeline.search import Search, require_search_text
 from cpcompile.pipeline.stages import Stages
 from cpcompile.pipeline.stored_weights import wholes
+from cpcompile.pipeline.up_to_date import REQUEST, TEXT, conditions_of, kept_results, request_of
 from cpcompile.pipeline.validate import not_validated, report_of, training_of
 from cpcompile.pipeline.write_engines import export_added, export_engines
 from cpcompile.report import Report, write_report
@@ -56,11 +57,13 @@ def build_bundle(
     progress: Progress,
     data: Path | None = None,
     repro: Path | None = None,
+    keep: bool = True,
 ) -> tuple[Report, Path]:
     """Build a bundle with its report from the checkpoint or program `model`; returns the report and the bundle's path.
 
     data: the corpus whose held-out text is used instead of what `model` brings. A bundle that fails its validation does
     not replace an older one: it goes to `out`.failed, and minimal repros of what fails parity to the folder `repro`.
+    keep: whether engines that the older one has as well keep their results.
     """
     added = parse_targets(config.targets, config.precisions, config.profiles)
     for target in added.targets:
@@ -102,19 +105,24 @@ def build_bundle(
             if best.schemes:
                 export_rounded(writer, whole, parameters, best.schemes, best.precision, config, unwatched)
             metadata["best"], record = variant_name(best.precision), best.record
+        request = request_of(model, config, validation, data)
+        metadata |= {REQUEST: request, TEXT: reference.digest}
         bundle = writer.seal(name=source.path.stem, metadata=metadata)
         build = replace(stages.result(), search=record)
         del whole
         del frozen  # validation needs the memory
         tokens = {context: rows[own.kept] for context, own in trimmed.items()} if rows is not None else {}
         graphs = FreshGraphs(source, lambda _: dynamic, tokens)
+        conditions = None
         if config.validate:
+            conditions = conditions_of(model, reference.digest, validation)
+            kept = kept_results(writer.target, bundle, conditions) if keep else {}
             with open_peers(validation, source, reference, graphs) as peers:
-                results = validate(bundle, reference, validation, peers=peers, progress=progress)
+                results = validate(bundle, reference, validation, peers=peers, kept=kept, progress=progress)
             results = diagnose(bundle, results, reference, graphs, repro, layers=validation.layers, progress=progress)
         else:
             results = not_validated(bundle)
-        report = report_of(bundle, source, results, build, validation, training)
+        report = report_of(bundle, source, results, build, validation, training, conditions)
         write_report(report, writer.root)
         return report, writer.commit(failed=report.verdict == "fail")
 

@@ -38,7 +38,7 @@ from cpcompile.passes.share_weights import Whole
 from cpcompile.pipeline.cpu_engines import export_rounded
 from cpcompile.report.contents import Candidate, PrecisionSearch
 from cpcompile.runtime.engine import load_engine
-from cpcompile.validation.language_reference import LanguageReference
+from cpcompile.validation.language_reference import OTHERS, SEARCHED, LanguageReference
 from cpcompile.validation.reference import Run
 from cpcompile.validation.runners import engine_runner
 from cpcompile.validation.sensitivity import rounding_costs
@@ -111,12 +111,8 @@ class Search:
         self._threads = validation.threads or available_cores()
         self._progress = progress
         self._bundles = ExitStack()
-        self._seconds = config.search_seconds
-        """What is left of the time for measuring costs."""
         self._remarks: list[str] = []
-        self._searched = {c: slice(0, reference.windows(c), 2) for c in frozen}
-        self._others = {c: slice(1, reference.windows(c), 2) for c in frozen}
-        self._dense = {c: reference.dense_window_losses(c, part) for c, part in self._searched.items()}
+        self._dense = {c: reference.dense_window_losses(c, SEARCHED) for c in frozen}
         self._started = time.perf_counter()
 
     def __enter__(self) -> Search:
@@ -143,8 +139,8 @@ class Search:
         latencies = self._time(tried)
         fastest = min((each for each in tried if self._holds(each)), key=lambda e: latencies[e.name][1], default=exact)
         other, other_error = self._increase(
-            {c: self._losses(fastest.bundle, fastest.precision, c, part) for c, part in self._others.items()},
-            {c: self._reference.dense_window_losses(c, part) for c, part in self._others.items()},
+            {c: self._losses(fastest.bundle, fastest.precision, c, OTHERS) for c in self._frozen},
+            {c: self._reference.dense_window_losses(c, OTHERS) for c in self._frozen},
         )
         windows = sum(len(losses) for losses in self._dense.values())
         record = PrecisionSearch(
@@ -171,9 +167,9 @@ class Search:
         export_rounded(writer, self._frozen, self._parameters, schemes, precision, self._config, steps)
         bundle = writer.seal(name=name, metadata=self._metadata)
         losses = {}
-        for done, (context, part) in enumerate(self._searched.items()):
+        for done, context in enumerate(self._frozen):
             steps(number + done)
-            losses[context] = self._losses(bundle, precision, context, part)
+            losses[context] = self._losses(bundle, precision, context, SEARCHED)
         steps(2 * number)
         return _Tried(name, precision, schemes, bundle, *self._increase(losses, self._dense))
 
@@ -202,21 +198,13 @@ class Search:
         """Engines in the precision of `over`, but for as few parameters with more bits as hold the budget."""
         more = "int8-weights" if over.precision == "int4-weights" and "int8-weights" in precisions else FP32
         name = f"{over.precision}+{more}"
+        if self._is_late:
+            self._remarks.append(f"the time was over before {name} could be tried")
+            return None
         rounded = {context: self._rounded(over, context) for context in self._frozen}
-        names = dict.fromkeys(name for own in rounded.values() for name in own)
-        started = time.perf_counter()
-        costs = rounding_costs(
-            self._reference,
-            rounded,
-            SCHEMES[over.precision],
-            deadline=started + self._seconds,
-            steps=partial(self._progress, f"search: cost of {over.name}"),
-        )
-        self._seconds -= time.perf_counter() - started
-        if len(costs) < len(names):
-            self._remarks.append(f"of {len(names)} parameters, {len(costs)} were measured in time for {name}")
-        # A parameter that was not measured gets more bits first.
-        order = sorted(names, key=lambda p: costs.get(p, math.inf) / self._size(p), reverse=True)
+        steps = partial(self._progress, f"search: cost of {over.name}")
+        costs = rounding_costs(self._reference, rounded, SCHEMES[over.precision], steps=steps)
+        order = sorted(costs, key=lambda parameter: costs[parameter] / self._size(parameter), reverse=True)
 
         def mixed(count: int) -> Schemes:
             few = dict.fromkeys(order[count:], over.precision)
@@ -236,23 +224,30 @@ class Search:
         return tried
 
     def _fewest(self, most: int, holds: Callable[[int], bool], name: str) -> int:
-        """The smallest count up to `most` that holds, by bisection; what holds is taken to go on holding."""
+        """The smallest count up to `most` that holds, by bisection; what holds is taken to go on holding.
+
+        When the time is over, it is the smallest one that is known to hold.
+        """
         low, high, done, total = 0, most, 0, math.ceil(math.log2(most + 1))
-        while low < high:
+        while low < high and not self._is_late:
             self._progress(f"search: {name}", done, total)
             middle = (low + high) // 2
             low, high = (low, middle) if holds(middle) else (middle + 1, high)
             done += 1
         self._progress(f"search: {name}", total, total)
-        return low
+        return high
 
     def _eager_increase(self, schemes: Schemes, rounded: Mapping[str, Collection[str]]) -> tuple[float, float]:
         """The increase of the eager model with rounded parameters, which needs no engine."""
         losses = {}
-        for context, part in self._searched.items():
+        for context in self._frozen:
             own = {name: SCHEMES[schemes[name]] for name in rounded[context] if name in schemes}
-            losses[context] = self._reference.window_losses(context, self._reference.masked(context, own), part)
+            losses[context] = self._reference.window_losses(context, self._reference.masked(context, own), SEARCHED)
         return self._increase(losses, self._dense)
+
+    @property
+    def _is_late(self) -> bool:
+        return time.perf_counter() - self._started > self._config.search_seconds
 
     def _rounded(self, tried: _Tried, context: str) -> list[str]:
         """The parameters that the engine of `context` has rounded."""

@@ -14,6 +14,7 @@ from cpcompile.core.types import Progress
 from cpcompile.files.whole_files import file_digest, remove_leftovers
 from cpcompile.frontend.source import Source, open_source
 from cpcompile.machine.environment import environment
+from cpcompile.pipeline.up_to_date import Digests, conditions_of
 from cpcompile.report import (
     BuildResult,
     ContextResult,
@@ -58,7 +59,8 @@ def validate_bundle(
     with open_peers(config, source, reference, graphs) as peers:
         results = validate(bundle, reference, config, peers=peers, progress=progress)
     results = diagnose(bundle, results, reference, graphs, repro, layers=config.layers, progress=progress)
-    return report_of(bundle, source, results, read_build(path), config, training)
+    conditions = conditions_of(model, reference.digest, config)
+    return report_of(bundle, source, results, read_build(path), config, training, conditions)
 
 
 def open_with_model(path: Path, model: Path, progress: Progress) -> tuple[Bundle, Source]:
@@ -102,8 +104,9 @@ def report_of(
     build: BuildResult,
     config: ValidateConfig,
     training: TrainingSummary | None,
+    conditions: Digests | None = None,
 ) -> Report:
-    """The report on `bundle` from the `results` of its engines and the result of its build."""
+    """The report on `bundle` from the `results` of its engines under `conditions`, and the result of its build."""
     parameters = bundle.metadata["parameters"]
     return make_report(
         model=ModelInfo(name=bundle.name, architecture=source.architecture, config=dict(source.config)),
@@ -125,6 +128,7 @@ def report_of(
         training=training,
         max_perplexity_increase=config.max_perplexity_increase if source.has_text else None,
         stored_once=_stored_once(bundle),
+        conditions=conditions,
     )
 
 

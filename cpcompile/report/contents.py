@@ -6,7 +6,7 @@ A value that was not measured is null in the file, and `not_measured` of the sam
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from cpcompile.core.cache import CacheBytes
@@ -155,3 +155,5 @@ class Report:
     selection: SelectionSummary
     training: TrainingSummary | None
     """None if the checkpoint records no training results."""
+    conditions: Mapping[str, str] = field(default_factory=dict)
+    """Digests of what the results depend on besides the engines, by name."""

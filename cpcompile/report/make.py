@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from cpcompile.core.measured import NotMeasured
 from cpcompile.core.selection import Digits
@@ -35,6 +35,7 @@ def make_report(
     training: TrainingSummary | None,
     max_perplexity_increase: float | None,
     stored_once: int = 0,
+    conditions: Mapping[str, str] | None = None,
 ) -> Report:
     """The report with its verdict.
 
@@ -58,6 +59,7 @@ def make_report(
         contexts=tuple(contexts),
         selection=SelectionSummary(kinds=_kinds(selection, [context.name for context in contexts])),
         training=training,
+        conditions=conditions or {},
     )
 
 

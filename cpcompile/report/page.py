@@ -75,6 +75,7 @@ def render_page(report: Report) -> str:
             gaps=unmeasured(report),
             maps=[selection_map(kind, layers) for kind, layers in (report.selection.kinds or {}).items()],
             partition=PARTITION,
+            kept=sum(variant.kept for context in report.contexts for variant in context.variants),
         )
     )
 

@@ -258,6 +258,8 @@ class VariantResult:
     peers: tuple[PeerResult, ...] = ()
     divergence: Diagnosis | None = None
     """The first node that differs where parity failed, and the errors of layers; None if neither was requested."""
+    kept: bool = False
+    """Whether these are the results of the build before, of an engine with the same content."""
 
     @classmethod
     def not_run(
@@ -290,6 +292,7 @@ class VariantResult:
 
 Results: TypeAlias = Mapping[str, tuple[VariantResult, ...]]
 """The engines of every context."""
+NO_RESULTS: Results = {}
 
 
 def ratio_with_bounds(timed: ShapeSpeed | Throughput) -> tuple[float, float, float] | NotMeasured:

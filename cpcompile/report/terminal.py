@@ -196,6 +196,8 @@ def verdict_text(report: Report) -> Text:
     text.append(f"bundle {megabytes(bundle.bytes)}, dense model {megabytes(bundle.dense_bytes)}\n")
     text.append(f"verdict: {report.verdict}", style=VERDICT_STYLE[report.verdict])
     variants = [variant for context in report.contexts for variant in context.variants]
+    if kept := sum(variant.kept for variant in variants):
+        text.append(f" (the results of {kept} of {len(variants)} engines, which have not changed, are kept)")
     if built := sum(variant.status == "built" for variant in variants):
         text.append(f" (of the engines that ran; {built} of {len(variants)} were built and not run)")
     for reason in report.reasons:

@@ -23,10 +23,11 @@ from torch import Tensor
 from cpcompile.core.config import ModelConfig, PretrainedConfig, TrainConfig
 from cpcompile.core.controls import CONTROLS
 from cpcompile.core.errors import UsageError
+from cpcompile.core.paths import dense_path
 from cpcompile.core.selection import UnitKind
 from cpcompile.core.types import Progress
 from cpcompile.files.whole_files import require_file_path
-from cpcompile.frontend.checkpoint import Checkpoint, dense_path, load_checkpoint, save_checkpoint
+from cpcompile.frontend.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from cpcompile.text.corpus import Corpus
 from cpcompile.training.allocation import allocate, keeps_all
 from cpcompile.training.branch import BranchState, Observer

@@ -57,6 +57,8 @@ def diagnose(
     """
 
     def diagnosed(context: str, result: VariantResult) -> VariantResult:
+        if result.kept:
+            return result
         variant = bundle.variant(context, result.name)
         steps = partial(progress, f"validate: layers of {context} {result.name}")
         if result.parity.verdict == "fail":

@@ -7,7 +7,9 @@ model is called through the id map.
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -45,6 +47,8 @@ from cpcompile.validation.reference import UNROUNDED, Outputs, Run, Schemes, Tim
 from cpcompile.validation.rounded_model import Rounding
 
 BATCHES_PER_SHAPE = 4
+SEARCHED, OTHERS = slice(0, None, 2), slice(1, None, 2)
+"""The windows of held-out text that a search sees, and those that it does not."""
 NO_DENSE = "there is no dense baseline beside the model"
 NO_TEXT = "there is no held-out text of this context"
 
@@ -98,6 +102,7 @@ class LanguageReference:
         self._config = config
         self.sequence = sequence
         self._held_out = {c: np.asarray(held_out.get(c, ()), dtype=np.int64) for c in self.contexts}
+        self.digest = _digest(self._held_out)
         self._dense_scores: dict[str, Score | NotMeasured] = {}
         self._dense_memory: ProcessMemory | NotMeasured | None = None
         self._texts = {context: self._text(context, (trimmed or {}).get(context)) for context in self.contexts}
@@ -172,9 +177,29 @@ class LanguageReference:
         """How many windows the held-out text of `context` has, as its engine reads it."""
         return len(self._texts[context].windows)
 
-    def sample(self, context: str, windows: int) -> Feeds:
-        """The first `windows` of the held-out text as one batch."""
-        return {INPUT: self._texts[context].windows[:windows, :-1]}
+    def sample(self, context: str, sequences: int, length: int) -> Feeds:
+        """At most so many `sequences` of `length` tokens, of the half of the text that is searched, as one batch."""
+        text = self._texts[context]
+        ids = text.windows[SEARCHED][:, len(text.leading) : -1].reshape(-1)
+        return {INPUT: consecutive_windows(ids, length, text.leading)[:sequences, :-1]}
+
+    @contextmanager
+    def differentiable(self, context: str) -> Iterator[tuple[LanguageModel, Callable[[torch.Tensor], torch.Tensor]]]:
+        """The eager model, whose parameters are frozen, and its logits as a function of the engine's token ids."""
+        model, kept = self._single, self._texts[context].token_ids
+        index = torch.tensor(self.contexts.index(context)) if model.contexts else None
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        model.requires_grad_(False)
+
+        def logits(ids: torch.Tensor) -> torch.Tensor:
+            found: torch.Tensor = model(ids if kept is None else torch.from_numpy(kept)[ids], index)
+            return found if kept is None else found[..., kept]
+
+        try:
+            yield model, logits
+        finally:
+            for parameter in trained:
+                parameter.requires_grad_()
 
     def window_losses(self, context: str, run: Run, part: slice) -> Array:
         """The mean loss of `run` on each window in `part` of the held-out text, per token of the whole vocabulary."""
@@ -297,3 +322,10 @@ def _of_tokens(run: Run, token_ids: IntArray | None, *, all_logits: bool) -> Run
 
 def _logits_of(run: Run) -> Any:
     return lambda ids: run({INPUT: ids})[OUTPUT]
+
+
+def _digest(texts: Mapping[str, IntArray]) -> str:
+    digest = hashlib.sha256()
+    for context, ids in texts.items():
+        digest.update(f"{context} {len(ids)}\n".encode() + ids.tobytes())
+    return digest.hexdigest()

@@ -9,6 +9,7 @@ import numpy as np
 
 from cpcompile.core.measured import NotMeasured
 from cpcompile.core.types import Array, Feeds, Steps, unwatched
+from cpcompile.files.whole_files import file_digest
 from cpcompile.frontend.program import Program
 from cpcompile.machine.memory import ProcessMemory
 from cpcompile.report.results import Quality
@@ -27,6 +28,7 @@ class ProgramReference:
     def __init__(self, path: Path, program: Program) -> None:
         self.contexts = program.contexts
         self._path = path
+        self.digest = file_digest(path)
         self._program = program
         self._memory: dict[str, ProcessMemory | NotMeasured] = {}
 

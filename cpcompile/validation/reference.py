@@ -37,6 +37,8 @@ class Reference(Protocol):
     """The output whose last axis is the classes, if any."""
     no_inputs: str
     """Why a context may have no inputs for the comparison."""
+    digest: str
+    """Of all that engines are compared on."""
 
     def masked(self, context: str, schemes: Schemes = UNROUNDED, *, round_inputs: bool = True) -> Run:
         """The eager model with the gates of `context`, and parameters rounded by their `schemes`.

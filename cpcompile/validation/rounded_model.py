@@ -55,21 +55,25 @@ class Rounding(TorchFunctionMode):
                 f"the engine has rounded {foreign[0]}, a parameter that the model does not have; build it again"
             )
         self._schemes: dict[Tensor, Scheme] = {own[name]: scheme for name, scheme in schemes.items()}
+        self._names: dict[Tensor, str] = {own[name]: name for name in schemes}
         self._rounded: dict[Tensor, Tensor] = {}
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        keywords = dict(kwargs or {})
-        if func is F.linear and args[1] in self._schemes:
+        if self.rounds(func, args):
             x, weight, *rest = args
-            args = (self._input(x, weight), self._weight(weight, outputs_first=True), *rest)
-        elif func is F.embedding and args[1] in self._schemes:
-            args = (args[0], self._weight(args[1], outputs_first=True), *args[2:])
-        elif func is torch.matmul and args[1] in self._schemes:  # the weights of GPT-2 lie as (inputs, outputs)
-            x, weight = args
-            args = (self._input(x, weight), self._weight(weight, outputs_first=False))
-        return func(*args, **keywords)
+            args = (
+                x if func is F.embedding else self._input(x, weight),
+                self._weight(weight, outputs_first=func is not torch.matmul),
+                *rest,
+            )
+        return func(*args, **dict(kwargs or {}))
+
+    def rounds(self, func: Callable[..., Any], args: tuple[Any, ...]) -> str | None:
+        """The name of the parameter that a call reads rounded; None for every other call."""
+        reads = func in (F.linear, F.embedding, torch.matmul)  # the weights of GPT-2 lie as (inputs, outputs)
+        return self._names.get(args[1]) if reads else None
 
     def _input(self, x: Tensor, weight: Tensor) -> Tensor:
         return _rounded_input(x, self._schemes[weight]) if self._inputs else x

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import TypeAlias
 
@@ -20,6 +21,7 @@ from cpcompile.machine.environment import available_cores
 from cpcompile.machine.memory import ProcessMemory, release_memory
 from cpcompile.machine.noise import watch_machine
 from cpcompile.report.results import (
+    NO_RESULTS,
     Memory,
     Parity,
     PeerResult,
@@ -61,10 +63,12 @@ def validate(
     config: ValidateConfig,
     *,
     peers: Peers = lambda _variant: (),
+    kept: Results = NO_RESULTS,
     progress: Progress | None = None,
 ) -> Results:
     """By context: parity, quality, memory, speed and placement of every engine in `bundle`; `peers` are timed with it.
 
+    kept: results that are known, which are not measured again.
     UsageError: the bundle is damaged or has a context that the reference does not have.
     CpcompileError: an engine cannot be loaded.
     """
@@ -81,8 +85,11 @@ def validate(
     with _torch_threads(threads):
         report(STAGE, 0, len(variants))
         for done, variant in enumerate(variants, start=1):
+            known = next((each for each in kept.get(variant.context, ()) if each.name == variant.name), None)
             results[variant.context] += (
-                _validate_variant(bundle, variant, reference, config, peers(variant), threads, report),
+                replace(known, kept=True)
+                if known is not None
+                else _validate_variant(bundle, variant, reference, config, peers(variant), threads, report),
             )
             report(STAGE, done, len(variants))
     return results

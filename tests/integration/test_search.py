@@ -24,11 +24,14 @@ from click.testing import CliRunner, Result
 from cpcompile.bundle.reader import open_bundle
 from cpcompile.bundle.writer import BundleWriter
 from cpcompile.cli import main
+from cpcompile.core.cache import OUTPUT
 from cpcompile.core.config import BuildConfig, ValidateConfig, preset
 from cpcompile.core.errors import UsageError
+from cpcompile.core.paths import dense_path
+from cpcompile.core.probabilities import log_softmax
 from cpcompile.core.rounding import SCHEMES
 from cpcompile.core.selection import Selection, UnitKind
-from cpcompile.frontend.checkpoint import Checkpoint, dense_path, save_checkpoint
+from cpcompile.frontend.checkpoint import Checkpoint, save_checkpoint
 from cpcompile.frontend.source import Source, open_source
 from cpcompile.models.decoder import Decoder
 from cpcompile.pipeline.build import freeze_contexts
@@ -126,23 +129,29 @@ def found(model: Path, folder: Path, budget: float, precisions: tuple[str, ...],
     return best
 
 
-def test_the_costliest_parameter_is_the_one_with_outliers(model: Path) -> None:
+@pytest.mark.parametrize("scheme", ["int8", "int4-weights"])
+def test_the_costs_are_the_divergences_of_rounding_one_parameter(model: Path, scheme: str) -> None:
     source = open_source(model)
     reference = open_reference(source, ValidateConfig(), data=None, trimmed={}, progress=quiet)
     assert isinstance(reference, LanguageReference)
-    names = [name for name, each in source.checkpoint.model.named_parameters() if each.ndim == 2 and "gate" not in name]
+    names = list(source.parameter_sizes())
+    names = [name for name, each in source.checkpoint.model.named_parameters() if name in names and each.ndim == 2]
     seen: list[int] = []
     costs = rounding_costs(
-        reference,
-        dict.fromkeys(CONTEXTS, names),
-        SCHEMES["int4-weights"],
-        deadline=float("inf"),
-        steps=lambda done, _: seen.append(done),
+        reference, {"a": names, "b": names[1:]}, SCHEMES[scheme], steps=lambda done, _: seen.append(done)
     )
-    assert seen == list(range(len(names) + 1))
-    assert max(costs, key=costs.__getitem__) == DAMAGED and min(costs.values()) > 0
-    late = rounding_costs(reference, dict.fromkeys(CONTEXTS, names), SCHEMES["int8"], deadline=0, steps=lambda *_: None)
-    assert late == {}
+    assert seen == list(range(2 * 8 + 1)) and list(costs) == names
+    feeds, divergences = reference.sample("a", 64, 32), {}
+    exact = log_softmax(reference.masked("a")(feeds)[OUTPUT])
+    for name in names:
+        rounded = log_softmax(reference.masked("a", {name: SCHEMES[scheme]})(feeds)[OUTPUT])
+        divergences[name] = float((np.exp(exact) * (exact - rounded)).sum(axis=-1).mean())
+    ratios = np.array([costs[name] / divergences[name] for name in names])
+    assert 0.3 < ratios[0] < 0.7  # the other context does not round it, so that the mean over both is a half
+    assert (ratios[1:] > 0.3).all() and (ratios[1:] < 2).all()
+    logarithms = np.log([[costs[name], divergences[name]] for name in names[1:]])
+    assert np.corrcoef(logarithms.T)[0, 1] > 0.97
+    assert all(parameter.requires_grad for parameter in source.checkpoint.model.parameters())
 
 
 def test_a_precision_over_the_budget_is_mixed_with_more_bits(model: Path, tmp_path: Path) -> None:
@@ -164,10 +173,11 @@ def test_a_precision_over_the_budget_is_mixed_with_more_bits(model: Path, tmp_pa
     assert best.record.other_increase < 2 * budget
 
 
-def test_what_was_not_measured_in_time_keeps_its_bits(model: Path, tmp_path: Path) -> None:
+def test_no_mixtures_are_tried_when_the_time_is_over(model: Path, tmp_path: Path) -> None:
     wide = found(model, tmp_path, 9.0, ONLY_4).record.candidates[1]
-    best = found(model, tmp_path, wide.increase / 3, ONLY_4, search_seconds=1e-9)
-    assert {each.name for each in best.record.candidates} <= {"fp32", "int4-weights", "int4-weights+fp32"}
+    record = found(model, tmp_path, wide.increase / 3, ONLY_4, search_seconds=1e-9).record
+    assert [each.name for each in record.candidates] == ["fp32", "int4-weights"]
+    assert "the time was over before int4-weights+fp32 could be tried" in record.reason
 
 
 @pytest.mark.slow

@@ -13,9 +13,10 @@ import torch
 
 from cpcompile.core.config import CONTROLS, ModelConfig, TrainConfig
 from cpcompile.core.errors import CpcompileError, UsageError
+from cpcompile.core.paths import dense_path
 from cpcompile.core.selection import UnitKind
 from cpcompile.files.whole_files import only_process
-from cpcompile.frontend.checkpoint import Checkpoint, dense_path, load_checkpoint, save_checkpoint
+from cpcompile.frontend.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from cpcompile.text.corpus import Corpus
 from cpcompile.training.branch import StepReport, learning_rate, swap_fraction
 from cpcompile.training.trainer import planned_steps, train, work_path

@@ -22,8 +22,9 @@ from torch import Tensor
 
 from cpcompile.core.config import ModelConfig, TrainConfig
 from cpcompile.core.errors import UsageError
+from cpcompile.core.paths import dense_path
 from cpcompile.core.selection import BoolArray, Selection, UnitKind
-from cpcompile.frontend.checkpoint import Checkpoint, dense_path, load_checkpoint, read_checkpoint
+from cpcompile.frontend.checkpoint import Checkpoint, load_checkpoint, read_checkpoint
 from cpcompile.frontend.program_archive import inspect_program
 from cpcompile.frontend.source import FLOAT32_BYTES, NO_TOKENIZER, PROGRAM_SUFFIX, choose_contexts, require_selection
 from cpcompile.text.vocabulary import needed_tokens

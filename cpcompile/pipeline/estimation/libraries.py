@@ -17,9 +17,10 @@ import numpy as np
 from cpcompile.core.config import BuildConfig, ModelConfig, ValidateConfig
 from cpcompile.core.errors import CpcompileError, UsageError
 from cpcompile.core.measured import NotMeasured
+from cpcompile.core.paths import dense_path
 from cpcompile.core.selection import Selection, UnitKind
 from cpcompile.files.whole_files import scratch_folder
-from cpcompile.frontend.checkpoint import Checkpoint, dense_path, save_checkpoint
+from cpcompile.frontend.checkpoint import Checkpoint, save_checkpoint
 from cpcompile.machine.memory import peak_resident_bytes
 from cpcompile.models.decoder import Decoder
 from cpcompile.partitioning.hugging_face import transformers_package

@@ -39,7 +39,7 @@ MAPS = {
     "rounded",
 }
 """Objects whose keys are data."""
-OPTIONAL = {"cache", "search"}
+OPTIONAL = {"cache", "search", "conditions", "kept"}
 """Keys that reports from before do not have."""
 NULLABLE = {"cache", "search", "training", "kinds", "swap_matrix", "providers", "operators", "precisions"}
 """Objects that may be absent."""
