@@ -17,7 +17,7 @@ class Artifact:
     runtime: str
     precision: str
     provider: str
-    """Execution provider of ONNX Runtime; empty for a TensorRT plan."""
+    """Execution provider of ONNX Runtime; empty for engines that it does not run."""
     device: str
     model_file: str
     files: tuple[str, ...]

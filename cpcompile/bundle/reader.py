@@ -4,6 +4,7 @@
     <context>/component.json            variants = runtime + precision
     <context>/<variant>/model.onnx      graph; its weights are slices of one shared file
     <context>/<variant>/engine.plan     a TensorRT plan with its own weights; executor_info.tensorrt says what runs it
+    <context>/openvino-*/model.onnx     a graph for OpenVINO; executor_info.openvino names its weights
     router/cpu-fp32-merged/model.onnx   all contexts in one graph, with the context as an input
     shared_assets/sha256-<hex>/         weights.bin; tokenizer.json, and token_ids.npy where it was trimmed
     report.json                         the results of validation (not covered by the digests)
@@ -45,6 +46,7 @@ from cpcompile.core.errors import UsageError
 from cpcompile.core.generation import GenerationSettings
 from cpcompile.files.external_data import embed_data, references_of
 from cpcompile.targets.plan_info import PlanInfo
+from cpcompile.targets.requests import OPENVINO
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -58,6 +60,9 @@ BEST, EXACT = "best", "cpu-fp32"
 """In place of the name of a variant, what the build chose; and what is chosen if nothing is."""
 PLAN = "tensorrt"
 """The key of plans in `executor_info`."""
+WEIGHTS = "weights"
+"""The key of the shared weights of an OpenVINO engine in `executor_info`."""
+CPU_PROVIDER = "CPUExecutionProvider"
 WEIGHTS_OPTION = "session.model_external_initializers_file_folder_path"
 
 
@@ -70,7 +75,7 @@ class Variant:
     runtime: str
     precision: str
     provider: str
-    """Execution provider of ONNX Runtime; empty for a TensorRT plan."""
+    """Execution provider of ONNX Runtime; empty for engines that it does not run."""
     model: Path
     weights: Path | None
     """The folder of the shared weights."""
@@ -82,6 +87,11 @@ class Variant:
     """The bytes of its own files and of its share of the weights."""
     plan: PlanInfo | None = None
     """What a TensorRT plan was built by and for; None if the engine is an ONNX graph."""
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether it runs on the processor."""
+        return self.runtime == OPENVINO or self.provider == CPU_PROVIDER
 
     def graph(self) -> ir.Model:
         """The graph of a verified engine, whose weights stay in their file; UsageError for a plan."""
@@ -233,9 +243,10 @@ class Bundle:
         body = self.components[component]["variants"][name]
         own, info = body["executor_info"]["cpcompile"], body["executor_info"]
         plan = PlanInfo.from_plain(info[PLAN]) if PLAN in info else None
-        executor = info[PLAN] if plan else info["ort"]
+        openvino = plan is None and own["runtime"] == OPENVINO
+        executor = info[PLAN if plan else OPENVINO if openvino else "ort"]
         options = dict(executor.get("session_options", {}))
-        weights = options.pop(WEIGHTS_OPTION, None)
+        weights = require(executor.get(WEIGHTS, ""), str, WEIGHTS) if openvino else options.pop(WEIGHTS_OPTION, None)
         folder = f"{component}/{body.get('variant_directory', name)}"
         contexts = require(own["contexts"], list, "contexts")
         return Variant(
@@ -243,7 +254,7 @@ class Bundle:
             name=name,
             runtime=own["runtime"],
             precision=own["precision"],
-            provider="" if plan else body["ep"],
+            provider="" if plan or openvino else body["ep"],
             model=inside(self.root, f"{folder}/{require(executor['model_file'], str, 'model_file')}"),
             weights=self._asset(weights) if weights else None,
             session_options=options,

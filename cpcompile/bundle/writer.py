@@ -15,9 +15,10 @@ from typing import Any
 
 from cpcompile.bundle.artifact import Artifact
 from cpcompile.bundle.manifest import BUNDLE_VERSION, MANIFEST, REPORTS, manifest_digest, read_json
-from cpcompile.bundle.reader import PLAN, WEIGHTS_OPTION, Bundle, open_bundle
+from cpcompile.bundle.reader import PLAN, WEIGHTS, WEIGHTS_OPTION, Bundle, open_bundle
 from cpcompile.core.errors import CpcompileError, UsageError
 from cpcompile.files.whole_files import NO_ROOM, file_digest, remove_leftovers, unfinished
+from cpcompile.targets.requests import OPENVINO
 
 
 class BundleWriter:
@@ -90,9 +91,11 @@ class BundleWriter:
         options = dict(artifact.session_options) | ({WEIGHTS_OPTION: weights} if weights else {})
         component = self._components.setdefault(context, {"component_name": context, "variants": {}})
         executor: dict[str, Any] = {"model_file": artifact.model_file}
+        provided: dict[str, str] = {}  # ONNX Runtime skips a variant without a provider
         if artifact.plan:
-            provided = {}  # ONNX Runtime skips a variant without a provider
             executors: dict[str, Any] = {PLAN: executor | artifact.plan.to_plain()}
+        elif artifact.runtime == OPENVINO:
+            executors = {OPENVINO: executor | ({WEIGHTS: weights} if weights else {})}
         else:
             provided = {"ep": artifact.provider, "device": artifact.device}
             executor |= {"session_options": options}

@@ -49,14 +49,15 @@ from cpcompile.targets.requests import parse_targets
     "--target",
     "targets",
     multiple=True,
-    help="Add engines: best, cpu, tensorrt, tensorrt-rtx[=sm86,sm120], cuda; repeatable.",
+    help="Add engines: best, cpu, openvino, tensorrt, tensorrt-rtx[=sm86,sm120], cuda; repeatable.",
 )
 @click.option(
     "--precision",
     "precisions",
     metavar="NAMES",
-    help="Precisions of the added engines: int8, int8-weights, int4-weights of cpu and best; fp32, fp16, bf16 of the "
-    "others.  [default: int8 of cpu, all of best, fp16 of the others]",
+    help="Precisions of the added engines: int8, int8-weights, int4-weights of cpu and best; fp32, bf16 of openvino; "
+    "fp32, fp16, bf16 of the others. bf16 of openvino runs on processors with bfloat16, fp32 on all.  [default: int8 "
+    "of cpu, all of best, bf16 of openvino, fp16 of the others]",
 )
 @click.option(
     "--search-seconds",
@@ -117,6 +118,11 @@ def build(
       cpcompile build model.pt --target cpu           # cpu-int8: products of 8-bit integers
       cpcompile build model.pt --target cpu --precision int8-weights,int4-weights
       cpcompile build model.pt --target best --max-perplexity-increase 0.01   # the fastest of all within that budget
+
+    \b
+    OpenVINO engines read the weights of the engines in float32, and add only their graphs:
+      cpcompile build model.pt --target openvino      # openvino-bf16, for processors with bfloat16
+      cpcompile build model.pt --target openvino --precision fp32,bf16
 
     \b
     GPU engines are added alongside the CPU engines; TensorRT-RTX and CUDA engines can be built without a GPU:

@@ -6,7 +6,8 @@ cpu-fp32-merged   the same                                   the same
 cuda-fp16         the same                                   its CUDA, TensorRT or TensorRT-RTX provider, a GPU
 tensorrt          the same, tensorrt and a GPU               a GPU, torch for CUDA
 tensorrt-rtx      the same and tensorrt-rtx                  a GPU, torch for CUDA
-openvino          never, it is a peer (`--peers openvino`)   openvino
+openvino-fp32     the same                                   openvino
+openvino-bf16     the same                                   openvino, a processor with bfloat16
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ PROVIDER_FIXES: Mapping[str, tuple[str, ...]] = {
     "NvTensorRTRTXExecutionProvider": ("pip install onnxruntime-ep-nv-tensorrt-rtx",),
 }
 DRIVER, GPU = "nvidia-driver", "nvidia-gpu"
+BF16 = "bfloat16"
 MAIN_TARGET = "cpu-fp32"
 
 Status = Literal["works", "builds", "runs", "no"]
@@ -46,7 +48,7 @@ Status = Literal["works", "builds", "runs", "no"]
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """An engine that `build` makes or `validate` times, and the findings that it needs."""
+    """An engine that `build` makes, and the findings that it needs."""
 
     name: str
     builds_with: tuple[str, ...]
@@ -61,7 +63,8 @@ TARGETS = (
     Target(name="cuda-fp16", builds_with=DEPENDENCIES, runs_with=(*RUNTIME, GPU), any_of=GPU_PROVIDERS),
     Target(name="tensorrt", builds_with=(*DEPENDENCIES, "tensorrt", GPU), runs_with=(GPU, "torch-cuda")),
     Target(name="tensorrt-rtx", builds_with=(*DEPENDENCIES, "tensorrt-rtx"), runs_with=(GPU, "torch-cuda")),
-    Target(name="openvino", builds_with=(), runs_with=("openvino",)),
+    Target(name="openvino-fp32", builds_with=DEPENDENCIES, runs_with=(*RUNTIME, "onnxruntime", "openvino")),
+    Target(name="openvino-bf16", builds_with=DEPENDENCIES, runs_with=(*RUNTIME, "onnxruntime", "openvino", BF16)),
 )
 
 
@@ -122,6 +125,7 @@ def examine() -> Examination:
             _tried(look.package("tensorrt-rtx", "tensorrt_rtx", extra="tensorrt-rtx"), "tensorrt", "tensorrt_rtx")
         ],
         "openvino": lambda: [_tried(look.package("openvino", "openvino", extra="openvino"), "openvino")],
+        BF16: lambda: [_bfloat16()],
         "transformers": lambda: [look.package("transformers", "transformers", extra="hf")],
         "gguf": lambda: [look.package("gguf", "gguf", extra="hf")],
         "pyarrow": lambda: [look.package("pyarrow", "pyarrow", extra="parquet")],
@@ -191,6 +195,19 @@ def _provider(name: str, reason: str | None) -> Finding:
         return Finding(name=name, state="absent", detail=detail)
     there = "fell back" in reason or ("cannot" in reason and "No module named" not in reason)
     return Finding(name=name, state="broken" if there else "absent", detail=detail, fix=PROVIDER_FIXES[name])
+
+
+def _bfloat16() -> Finding:
+    """Whether the processor computes in bfloat16, as OpenVINO finds out."""
+    (library,) = _guarded("openvino", lambda: [look.package("openvino", "openvino")])
+    if library.state != "ok":
+        return Finding(name=BF16, state="absent", detail="OpenVINO, which would know, is not installed")
+    result = run_trial("openvino")
+    if isinstance(result, NotMeasured):
+        return Finding(name=BF16, state="absent", detail="OpenVINO, which would know, does not work")
+    there = "BF16" in result["capabilities"]
+    detail = "this processor has " + ("instructions for it" if there else "no instructions for it")
+    return Finding(name=BF16, state="ok" if there else "absent", detail=detail)
 
 
 def _nvidia() -> tuple[Sequence[Finding], Sequence[Mapping[str, Any]]]:

@@ -4,7 +4,7 @@ python -m cpcompile.doctor.trials NAME    prints one line of JSON
 
 onnxruntime     a session of two nodes per execution provider, as the runtime opens it
 tensorrt(_rtx)  a Builder, and the version
-openvino        the same two nodes, compiled for the CPU
+openvino        the same two nodes, compiled for the CPU, and what the CPU computes in
 nvidia          driver and GPUs, by NVML
 torch-cuda      whether torch finds a GPU
 """
@@ -62,8 +62,8 @@ def onnxruntime() -> dict[str, Any]:
     import onnxruntime as ort
 
     from cpcompile.bundle.manifest import PROVIDER_OPTIONS
-    from cpcompile.bundle.reader import Variant
-    from cpcompile.runtime.engine import CPU_PROVIDER, Engine, create_session, session_options
+    from cpcompile.bundle.reader import CPU_PROVIDER, Variant
+    from cpcompile.runtime.engine import Engine, create_session, session_options
 
     reasons: dict[str, str | None] = {}
     x = np.asarray([1, 2], dtype=np.float32)
@@ -110,7 +110,7 @@ def openvino() -> dict[str, Any]:
     found = core.compile_model(core.read_model(TWO_NODES, b""), "CPU")([x])[0]
     if not np.array_equal(found, x * x + x):
         raise ValueError("computes a wrong result")
-    return {"devices": core.available_devices}
+    return {"devices": core.available_devices, "capabilities": core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")}
 
 
 def nvidia() -> dict[str, Any]:

@@ -39,6 +39,10 @@ KEY, VALUE = 1, 2
 DIMS, DATA_TYPE, NAME, ENTRIES = 1, 2, 8, 13
 """The fields of a tensor that are read."""
 RAW_DATA = 9
+INITIALIZER, INPUTS = 5, 11
+VALUES = {INPUTS: "inputs", 12: "outputs"}
+"""Fields of a graph."""
+VALUE_NAME = 1
 DATA_INSIDE = b"\x70\x00"
 """`data_location: DEFAULT`; of a field that is given twice, the last one counts."""
 Bytes = mmap.mmap | memoryview
@@ -70,6 +74,36 @@ def references_of(model: Path) -> tuple[Reference, ...]:
         raise UsageError(f"{model}: cannot be read ({error.strerror}); build the bundle again") from error
     except ValueError as error:  # mmap raises it for an empty file
         raise UsageError(f"{model}: is not a valid ONNX model ({error}); build the bundle again") from error
+
+
+@dataclass(frozen=True)
+class Detached:
+    """A model without the bytes of other files: initializers that lie there became inputs of the graph."""
+
+    model: bytes
+    inputs: tuple[str, ...]
+    """The names of the inputs that the graph had before."""
+    outputs: tuple[str, ...]
+    references: tuple[Reference, ...]
+    """What the new inputs, of the same names, have to be given."""
+
+
+def detach_data(model: Path) -> Detached:
+    """The model in the file `model`, for a runtime that shall open no other file.
+
+    UsageError: it is not ONNX, or a tensor that is no initializer of the main graph lies in another file.
+    """
+    detached = _Detaching()
+    try:
+        content = b"".join(detached.model(_mapped(model)))
+    except OSError as error:
+        raise UsageError(f"{model}: cannot be read ({error.strerror}); build the bundle again") from error
+    except ValueError as error:
+        raise UsageError(f"{model}: is not a valid ONNX model ({error}); build the bundle again") from error
+    if len(detached.references) != len(references_of(model)):
+        raise UsageError(f"{model}: a tensor that is no initializer lies in another file; build the bundle again")
+    inputs, outputs = tuple(detached.names["inputs"]), tuple(detached.names["outputs"])
+    return Detached(content, inputs, outputs, tuple(detached.references))
 
 
 def embed_data(model: Path, folder: Path, out: Path) -> None:
@@ -154,6 +188,62 @@ def _encoded(value: int) -> bytes:
         low.append(value & 0x7F | 0x80)
         value >>= 7
     return bytes([*low, value])
+
+
+class _Detaching:
+    """What is found while a model is copied without its references."""
+
+    def __init__(self) -> None:
+        self.names: dict[str, list[str]] = {"inputs": [], "outputs": []}
+        self.references: list[Reference] = []
+
+    def model(self, data: memoryview) -> Iterator[bytes | memoryview]:
+        """The parts of the message `Model`."""
+        begin = 0
+        for number, wire, start, end in _walk(data, 0, len(data)):
+            if wire == BYTES and MESSAGES["Model"].get(number) == "Graph":
+                yield _field(number, *self._graph(data[start:end]))
+            else:
+                yield data[begin:end]
+            begin = end
+
+    def _graph(self, data: memoryview) -> Iterator[bytes | memoryview]:
+        begin = 0
+        for number, wire, start, end in _walk(data, 0, len(data)):
+            part: bytes | memoryview = data[begin:end]
+            if wire == BYTES and number in VALUES:
+                self.names[VALUES[number]].append(_value_name(data, start, end))
+            if wire == BYTES and number == INITIALIZER:
+                entries = [_entry(data, s, e) for field, s, e in _fields(data, start, end) if field == ENTRIES]
+                if entries:
+                    shape, kind = _dims(data, start, end), _type(data, start, end)
+                    self.references.append(_reference(entries, _name(data, start, end), shape, kind))
+                    part = _field(INPUTS, _value_info(self.references[-1]))
+            yield part
+            begin = end
+
+
+def _value_name(data: memoryview, start: int, end: int) -> str:
+    return "".join(bytes(data[s:e]).decode() for number, s, e in _fields(data, start, end) if number == VALUE_NAME)
+
+
+def _value_info(reference: Reference) -> bytes:
+    """`name` and `type` of an input that takes the place of a tensor. Source: onnx.proto, ValueInfoProto."""
+    shape = b"".join(_field(1, _number(1, length)) for length in reference.dims)
+    return _field(VALUE_NAME, reference.name.encode()) + _field(
+        2, _field(1, _number(1, reference.data_type) + _field(2, shape))
+    )
+
+
+def _field(number: int, *content: bytes | memoryview) -> bytes:
+    """A length-delimited field."""
+    whole = b"".join(content)
+    return _head(number, len(whole)) + whole
+
+
+def _number(number: int, value: int) -> bytes:
+    """An integer field."""
+    return _encoded(number << 3) + _encoded(value)
 
 
 def _tensors(data: Bytes, start: int, end: int, message: str, depth: int) -> Iterator[tuple[int, int]]:

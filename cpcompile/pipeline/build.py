@@ -90,7 +90,7 @@ def build_bundle(
     with writer:
         whole = {c: replace(each, model=each.model.clone()) for c, each in frozen.items()} if added.targets else {}
         with stages("export", 1 + len(chosen) + config.merged) as done:
-            metadata = export_engines(writer, dynamic, frozen, accounts, source, trimmed, config, done)
+            metadata = export_engines(writer, dynamic, frozen, accounts, source, trimmed, config, done, added)
         parameters = wholes(dynamic, whole, accounts) if whole else {}
         if whole:
             with stages("plans"):

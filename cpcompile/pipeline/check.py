@@ -170,6 +170,8 @@ def _without_model(bundle: Bundle, reason: str, before: Snapshot | None) -> Snap
 
 
 def _placement_on_random_inputs(variant: Variant) -> Placement:
+    if not variant.provider:  # it has no nodes that could be placed
+        return measure_placement(variant, {})
     try:
         feeds = next(iter(RandomInputs(create_session(variant, session_options(variant)), variant.graph())))
         return measure_placement(variant, {name: array for name, array in feeds.items() if name not in variant.feeds})

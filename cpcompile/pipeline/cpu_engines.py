@@ -12,6 +12,8 @@ from cpcompile.core.config import MIXED, BuildConfig
 from cpcompile.core.rounding import SCHEMES
 from cpcompile.core.types import Steps
 from cpcompile.exporters.onnxruntime_exporter import export_onnxruntime, variant_name
+from cpcompile.exporters.openvino_exporter import export_openvino
+from cpcompile.exporters.openvino_exporter import variant_name as openvino_name
 from cpcompile.passes.freeze import Frozen
 from cpcompile.passes.group_query_attention import GroupQueryAttention
 from cpcompile.passes.quantize_dynamic import QuantizeDynamic
@@ -20,6 +22,7 @@ from cpcompile.passes.quantized_parameters import NothingToRoundError
 from cpcompile.passes.rms_normalization import RmsNormalization
 from cpcompile.passes.rotary_embedding import RotaryEmbedding
 from cpcompile.passes.share_weights import KeptChannels, Whole
+from cpcompile.passes.standard_products import StandardProducts
 from cpcompile.passes.tied_head import TiedHead
 from cpcompile.pipeline.stored_weights import NOT_STORED, Stored, derive, kept_of, store
 
@@ -91,6 +94,15 @@ def export_for_cpu(
         model = fused_for_cpu(model)
     folder = writer.folder(context, variant_name(precision))
     artifact = export_onnxruntime(model, folder, weights=stored.file, locations=stored.locations, precision=precision)
+    writer.add_variant(context, artifact, weights=stored.uri)
+
+
+def export_for_openvino(writer: BundleWriter, context: str, frozen: ir.Model, stored: Stored, precision: str) -> None:
+    """Write the OpenVINO engine of one context, which reads the same weights; `frozen` stays as it is."""
+    model = frozen.clone()
+    StandardProducts()(model)
+    folder = writer.folder(context, openvino_name(precision))
+    artifact = export_openvino(model, folder, weights=stored.file, locations=stored.locations, precision=precision)
     writer.add_variant(context, artifact, weights=stored.uri)
 
 

@@ -32,9 +32,9 @@ from cpcompile.passes.remove_cache import with_all_logits, without_cache
 from cpcompile.passes.share_weights import KeptChannels, Whole
 from cpcompile.passes.tied_head import TiedHead
 from cpcompile.pipeline.accounting import Accounting
-from cpcompile.pipeline.cpu_engines import export_for_cpu, export_rounded
+from cpcompile.pipeline.cpu_engines import export_for_cpu, export_for_openvino, export_rounded
 from cpcompile.pipeline.stored_weights import NOT_STORED, WEIGHTS_FILE, derive, kept_of, store, wholes
-from cpcompile.targets.requests import BEST, CPU, CUDA, Added
+from cpcompile.targets.requests import BEST, CPU, CUDA, NOTHING_ADDED, OPENVINO, Added
 from cpcompile.text.vocabulary import TrimmedVocabulary
 
 
@@ -47,10 +47,12 @@ def export_engines(
     trimmed: Mapping[str, TrimmedVocabulary],
     config: BuildConfig,
     done: Callable[[], None],
+    added: Added = NOTHING_ADDED,
 ) -> dict[str, Any]:
     """Write weights, tokenizers and engines; returns the metadata that the bundle records.
 
-    done: called after the weights and tokenizers, and after each engine.
+    done: called after the weights and tokenizers, and after each context. added: those for OpenVINO are written here,
+    because they read the weights of the engines in float32; `export_added` writes the others.
     """
     whole = wholes(dynamic, frozen, accounts)
     kept: dict[str, KeptChannels] = {}
@@ -73,6 +75,9 @@ def export_engines(
     done()
     for context, each in frozen.items():
         export_for_cpu(writer, context, each.model, stored, config)
+        for precision, target in product(added.precisions, added.targets):
+            if target.flavour == OPENVINO and precision in target.precisions:
+                export_for_openvino(writer, context, each.model, stored, precision)
         done()
     if config.merged:
         one = merge_contexts(with_equal_caches({context: each.model for context, each in frozen.items()}))
@@ -111,7 +116,7 @@ def export_added(
     parameters: those of all contexts.
     """
     for precision, target in product(added.precisions, added.targets):
-        if precision not in target.precisions or target.flavour == BEST:  # which `search` chooses
+        if precision not in target.precisions or target.flavour in (BEST, OPENVINO):  # `search`, `export_engines`
             continue
         if target.flavour == CPU:
             steps = partial(progress, f"plans: {variant_name(precision)}")

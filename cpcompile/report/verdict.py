@@ -21,7 +21,7 @@ from cpcompile.core.measured import NotMeasured
 from cpcompile.report.contents import BundleSizes, ContextResult
 from cpcompile.report.results import Diagnosis, Verdict
 from cpcompile.report.training_summary import mean_perplexity
-from cpcompile.targets.requests import FLAVOURS
+from cpcompile.targets.requests import FLAVOURS, OPENVINO
 
 GRAPH_BYTES = 200_000
 """What an engine may add to the weights: its graph, its part of manifest and tokenizer."""
@@ -76,9 +76,9 @@ def judge(
                 f"{max_perplexity_increase:.1%} are allowed: {_advice(name)}, or allow more with "
                 "--max-perplexity-increase"
             )
-    # Plans, and engines of other precisions, have weights of their own.
+    # Plans, and engines of other precisions, have weights of their own; those of OpenVINO read the weights in float32.
     variants = [variant for context in contexts for variant in context.variants]
-    own = [v.bytes or 0 for v in variants if v.runtime in FLAVOURS or v.precision != "fp32"]
+    own = [v.bytes or 0 for v in variants if v.runtime in FLAVOURS or (v.precision != "fp32" and v.runtime != OPENVINO)]
     size, dense_size = bundle.bytes - sum(own) + stored_once, bundle.dense_bytes
     if isinstance(dense_size, NotMeasured):
         gaps.append(f"bundle: {dense_size}")

@@ -1,4 +1,4 @@
-"""Run the engines of a bundle with ONNX Runtime and without torch; `plan`, which runs TensorRT plans, needs torch.
+"""Run the engines of a bundle in ONNX Runtime or OpenVINO, without torch, which only `plan` for TensorRT plans needs.
 
 engine = load("model.cpc", context="english")
 engine.generate("Return the ", max_new_tokens=40)       text in, text out

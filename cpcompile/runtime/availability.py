@@ -5,6 +5,8 @@ from __future__ import annotations
 from cpcompile.bundle.reader import Variant
 from cpcompile.core.extras import missing_extra
 from cpcompile.machine.gpu import NO_GPU, gpu_model
+from cpcompile.runtime import openvino_session
+from cpcompile.targets.requests import OPENVINO
 
 
 def why_not_here(variant: Variant) -> str | None:
@@ -14,9 +16,11 @@ def why_not_here(variant: Variant) -> str | None:
             from cpcompile.runtime import plan
 
             return plan.why_not_here(variant)
-        from cpcompile.runtime.engine import CPU_PROVIDER, missing_provider
+        if variant.runtime == OPENVINO:
+            return openvino_session.why_not_here(variant)
+        from cpcompile.runtime.engine import missing_provider
 
-        if variant.provider == CPU_PROVIDER:
+        if variant.on_cpu:
             return None
         return NO_GPU if gpu_model() is None else missing_provider(variant)
     except ModuleNotFoundError as error:

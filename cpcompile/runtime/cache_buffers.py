@@ -2,18 +2,19 @@
 
 joined      a step writes past and new tokens to a new buffer, which the next step reads       standard operators
 in place    a step writes new tokens into the buffer that it reads, behind those of before     GroupQueryAttention
+passed      a step gives the cache, and takes it again like any other input                    other runtimes
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import onnxruntime as ort
 
-from cpcompile.core.cache import INPUT, LENGTH, MASK, PAST
+from cpcompile.core.cache import INPUT, LENGTH, MASK, OUTPUT, PAST
 from cpcompile.core.errors import UsageError
 from cpcompile.core.types import Array, Feeds
 
@@ -55,6 +56,52 @@ def require_fit(model: Path, feeds: Feeds, names: Collection[str]) -> None:
         raise UsageError(
             f"{model}: {MASK} covers {given} tokens; the cache has {past} and {INPUT} {new}, so {past + new} are needed"
         )
+
+
+Runs = Callable[[Feeds, int], Array]
+"""Inputs beside the cache, and the tokens that each text has after the run -> logits. The cache goes on by itself."""
+
+
+def cached_runs(
+    session: Any, presents: Mapping[str, str], empty: Feeds, constants: Feeds, in_place: int | None
+) -> Runs:
+    """Runs of a session, each of which goes on with the cache of the one before.
+
+    presents: input of the past -> output of the present. empty: those inputs before the first token. constants: inputs
+    that stay the same. in_place: if the cache is written in place, the tokens that each text has in the end.
+    """
+    if not isinstance(session, ort.InferenceSession):
+        return _passed(session, presents, empty, constants)
+    binding = session.io_binding()
+    for name, value in constants.items():
+        binding.bind_cpu_input(name, value)
+    cache: CacheBuffers = Joined(binding, presents, empty)
+    if in_place is not None:
+        cache = InPlace(binding, presents, empty, in_place)
+
+    def run(feeds: Feeds, tokens: int) -> Array:
+        for name, value in feeds.items():
+            binding.bind_cpu_input(name, np.ascontiguousarray(value))
+        binding.bind_output(OUTPUT)
+        cache.before(tokens)
+        session.run_with_iobinding(binding)
+        cache.after()
+        logits: Array = binding.get_outputs()[0].numpy()
+        return logits
+
+    return run
+
+
+def _passed(session: Any, presents: Mapping[str, str], empty: Feeds, constants: Feeds) -> Runs:
+    cache = {name: empty[name] for name in presents}
+
+    def run(feeds: Feeds, _tokens: int) -> Array:
+        logits, *present = session.run([OUTPUT, *presents.values()], {**feeds, **constants, **cache})
+        cache.update(zip(presents, present, strict=True))
+        result: Array = logits
+        return result
+
+    return run
 
 
 class CacheBuffers(Protocol):

@@ -1,7 +1,6 @@
-"""Run the engines of a bundle with ONNX Runtime, without torch and without experimental APIs.
+"""Run the engines of a bundle with ONNX Runtime or OpenVINO, without torch and without experimental APIs.
 
-bundle = open_bundle("model.cpc")
-engine = load_engine(bundle, "english")
+engine = load_engine("model.cpc", "english")
 logits = engine.run(input_ids)
 """
 
@@ -22,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from cpcompile.bundle.reader import WEIGHTS_OPTION, Bundle, Variant, open_bundle
+from cpcompile.bundle.reader import CPU_PROVIDER, WEIGHTS_OPTION, Bundle, Variant, open_bundle
 from cpcompile.core.cache import (
     IN_PLACE,
     INPUT,
@@ -39,13 +38,14 @@ from cpcompile.core.coercion import coerce, require
 from cpcompile.core.errors import CpcompileError, UsageError, first_line
 from cpcompile.core.measured import NotMeasured
 from cpcompile.core.types import Array, Feeds
-from cpcompile.runtime.cache_buffers import CacheBuffers, InPlace, Joined, require_cache, require_fit
+from cpcompile.runtime.cache_buffers import cached_runs, require_cache, require_fit
 from cpcompile.runtime.decoding import Step, decode
+from cpcompile.runtime.openvino_session import load_session
 from cpcompile.runtime.sampling import Sampling
+from cpcompile.targets.requests import OPENVINO
 
 PLUGINS: Mapping[str, str] = {"NvTensorRTRTXExecutionProvider": "onnxruntime_ep_nv_tensorrt_rtx"}
 """Execution providers that come in packages of their own, which the standard onnxruntime loads."""
-CPU_PROVIDER = "CPUExecutionProvider"
 TYPES: Mapping[str, type[np.generic]] = {
     "tensor(float)": np.float32,
     "tensor(double)": np.float64,
@@ -68,7 +68,7 @@ DOCTOR = "`cpcompile doctor` says what this machine lacks"
 
 @dataclass(frozen=True)
 class Engine:
-    """A loaded engine; `session` is an ordinary onnxruntime.InferenceSession."""
+    """A loaded engine; `session` is an ordinary onnxruntime.InferenceSession, or an `OpenVinoSession`."""
 
     variant: Variant
     session: Any
@@ -200,47 +200,43 @@ class Engine:
 
     def _run(self, names: list[str], feeds: Feeds) -> list[Array]:
         """Run the session with the input that selects the context, where the engine serves several."""
-        chosen = {name: np.asarray(number) for name, number in self.variant.feeds.items()}
         with self._running():
-            outputs: list[Array] = self.session.run(names, complete(feeds, self._shapes) | chosen)
+            outputs: list[Array] = self.session.run(names, complete(feeds, self._shapes) | self._chosen)
         return outputs
+
+    @cached_property
+    def _chosen(self) -> dict[str, Array]:
+        """The inputs that select the context, where the engine serves several."""
+        return {name: np.asarray(number) for name, number in self.variant.feeds.items()}
 
     @contextmanager
     def _running(self) -> Iterator[None]:
         """Turn an error of ONNX Runtime into one that names the engine."""
         try:
             yield
+        except CpcompileError:
+            raise  # of an `OpenVinoSession`
         except Exception as error:  # as in `create_session`
             raise CpcompileError(
                 f"{self.variant.model}: ONNX Runtime {ort.__version__} cannot run it on these inputs: {error}"
             ) from error
 
     def cached_steps(self, batch: int, tokens: int) -> Step:
-        """A function that reads `batch` texts step by step, and keeps the cache in buffers of ONNX Runtime.
+        """A function that reads `batch` texts step by step, and keeps the cache.
 
         It takes input_ids (batch, new), attention_mask (batch, past + new) and position_ids (batch, new), and gives the
         logits (batch, vocabulary) of the last token. tokens: how many each text has in the end, if it is not more.
         """
-        binding = self.session.io_binding()
-        for name, number in {KEEP: 1, **self.variant.feeds}.items():
-            binding.bind_cpu_input(name, np.asarray(number))
+        constants = {KEEP: np.asarray(1)} | self._chosen
         empty = complete({INPUT: np.zeros((batch, 1), dtype=np.int64)}, self._shapes)
-        cache: CacheBuffers = (
-            InPlace(binding, self._presents, empty, tokens)
-            if self.writes_in_place
-            else Joined(binding, self._presents, empty)
-        )
+        run = cached_runs(self.session, self._presents, empty, constants, tokens if self.writes_in_place else None)
 
         def step(input_ids: Array, attention_mask: Array, position_ids: Array) -> npt.NDArray[np.float32]:
             given = {INPUT: input_ids, MASK: attention_mask, POSITIONS: position_ids}
-            for name in given.keys() & self._inputs.keys():
-                binding.bind_cpu_input(name, np.ascontiguousarray(given[name]))
-            binding.bind_output(OUTPUT)
-            cache.before(attention_mask.shape[1])
+            feeds = {name: value for name, value in given.items() if name in self._inputs}
             with self._running():
-                self.session.run_with_iobinding(binding)
-            cache.after()
-            last: npt.NDArray[np.float32] = binding.get_outputs()[0].numpy()[:, -1]
+                logits = run(feeds, attention_mask.shape[1])
+            last: npt.NDArray[np.float32] = logits[:, -1]
             return last
 
         return step
@@ -311,13 +307,16 @@ def require_threads(threads: int) -> int:
 def load_variant(
     bundle: Bundle, variant: Variant, *, threads: int, configure: Callable[[Any], None] = lambda options: None
 ) -> Engine:
-    """Verify and load `variant` of `bundle`; `configure` edits the session options once its files are verified."""
+    """Verify and load `variant` of `bundle`; `configure` edits options of ONNX Runtime once its files are verified."""
     if variant.plan:
         raise UsageError(f"{variant.model}: is a plan of {variant.runtime}, which ONNX Runtime does not run")
     bundle.verify_engine(variant)
-    options = session_options(variant, threads=threads)
-    configure(options)
-    session = create_session(variant, options)
+    if variant.runtime == OPENVINO:
+        session: Any = load_session(variant, threads=threads)
+    else:
+        options = session_options(variant, threads=threads)
+        configure(options)
+        session = create_session(variant, options)
     return Engine(variant, session, _classes(session) if variant.context in bundle.metadata["tokenizers"] else None)
 
 

@@ -20,6 +20,7 @@ from cpcompile.core.errors import UsageError
 from cpcompile.runtime.engine import load_variant, require_threads
 from cpcompile.runtime.shared_weights import SharedWeights
 from cpcompile.runtime.text_engine import TextEngine, choose_variant, with_tokenizer
+from cpcompile.targets.requests import OPENVINO
 
 SESSION_BYTES = 8_000_000
 """What a session takes besides its weights: measured, 5 to 8 MB for graphs of 200 to 600 nodes."""
@@ -82,6 +83,12 @@ class Engines(Mapping[str, TextEngine]):
         for other in self._loaded.values():
             if other.engine.variant.model == variant.model:  # a merged engine, which is there already
                 return with_tokenizer(self._bundle, replace(other.engine, variant=variant))
+
+        if variant.runtime == OPENVINO:
+            raise UsageError(
+                f"{variant.model}: load_all shares the weights of ONNX Runtime's engines, and this is one of OpenVINO; "
+                "choose another variant, or open it with load"
+            )
 
         def configure(options: Any) -> None:
             # Each session has its own threads: a pool for all of them would forbid the application any other session.

@@ -23,7 +23,7 @@ from cpcompile.core.generation import GenerationSettings
 from cpcompile.core.probabilities import log_softmax
 from cpcompile.runtime.availability import why_not_here
 from cpcompile.runtime.decoding import decode
-from cpcompile.runtime.engine import CPU_PROVIDER, DOCTOR, Engine, load_engine
+from cpcompile.runtime.engine import DOCTOR, Engine, load_engine
 from cpcompile.runtime.sampling import Sampling
 from cpcompile.runtime.text_stream import TextStream
 from cpcompile.text.tokenization import leading_tokens, parse_tokenizer
@@ -215,7 +215,7 @@ def choose_variant(bundle: Bundle, context: str, name: str) -> str:
 
 def _rank(best: str, variant: Variant) -> tuple[bool, bool, bool, bool]:
     """Engines of one context first, then those of a GPU, then what the build chose, then unrounded weights."""
-    return bool(variant.feeds), variant.provider == CPU_PROVIDER, variant.name != best, variant.precision != "fp32"
+    return bool(variant.feeds), variant.on_cpu, variant.name != best, variant.precision != "fp32"
 
 
 def with_tokenizer(bundle: Bundle, engine: Engine) -> TextEngine:

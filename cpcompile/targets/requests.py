@@ -17,13 +17,18 @@ TENSORRT, TENSORRT_RTX = FLAVOURS = ("tensorrt", "tensorrt-rtx")
 """The libraries that build plans."""
 CUDA = "cuda"
 """ONNX Runtime on an NVIDIA GPU."""
+OPENVINO = "openvino"
+"""OpenVINO on the CPU, which reads the weights of the engines in float32."""
 CPU = "cpu"
 """ONNX Runtime on the CPU, with weights in few bits; its engines in float32 are always built."""
 BEST = "best"
 """The fastest engine for this CPU that keeps the quality budget, in whichever precisions."""
 PRECISIONS = ("fp32", "fp16", "bf16")
 """Those of engines for GPUs."""
-DEFAULT_PRECISIONS = MappingProxyType({CPU: ("int8",), **dict.fromkeys((*FLAVOURS, CUDA), ("fp16",)), BEST: ROUNDED})
+OPENVINO_PRECISIONS = ("fp32", "bf16")
+DEFAULT_PRECISIONS = MappingProxyType(
+    {CPU: ("int8",), **dict.fromkeys((*FLAVOURS, CUDA), ("fp16",)), OPENVINO: ("bf16",), BEST: ROUNDED}
+)
 CAPABILITIES = MappingProxyType({TENSORRT: (), TENSORRT_RTX: ("sm86", "sm89", "sm120")})
 """The defaults: GeForce and RTX of Ampere, Ada and Blackwell; an empty tuple means the GPU in the machine."""
 CAPABILITY = re.compile(r"sm\d{2,3}", re.ASCII)
@@ -43,8 +48,8 @@ class Target:
     def __post_init__(self) -> None:
         if self.flavour not in DEFAULT_PRECISIONS:
             raise UsageError(f"there is no target {self.flavour!r}; there are {', '.join(DEFAULT_PRECISIONS)}")
-        if self.flavour == CPU and self.capabilities:
-            raise UsageError("--target cpu builds for every processor; omit the capabilities")
+        if self.flavour in (CPU, OPENVINO) and self.capabilities:
+            raise UsageError(f"--target {self.flavour} builds for every processor; omit the capabilities")
         if self.flavour == BEST and self.capabilities:
             raise UsageError("--target best chooses by what this machine measures; omit the capabilities")
         if self.flavour == CUDA and self.capabilities:
@@ -58,7 +63,9 @@ class Target:
     @property
     def precisions(self) -> tuple[str, ...]:
         """Those that engines for this target can have."""
-        return ROUNDED if self.flavour in (CPU, BEST) else PRECISIONS
+        if self.flavour in (CPU, BEST):
+            return ROUNDED
+        return OPENVINO_PRECISIONS if self.flavour == OPENVINO else PRECISIONS
 
     def __str__(self) -> str:
         return self.flavour + (f"={','.join(self.capabilities)}" if self.capabilities else "")
@@ -146,7 +153,7 @@ def parse_targets(targets: Sequence[str], precisions: Sequence[str] | None, prof
     for target in parsed:
         if not any(each in target.precisions for each in chosen):
             raise UsageError(f"--target {target}: has none of the precisions {', '.join(chosen)}; add one, or omit it")
-    if profiles and all(target.flavour in (CPU, BEST) for target in parsed):
+    if profiles and all(target.flavour in (CPU, OPENVINO, BEST) for target in parsed):
         raise UsageError("--profile applies to engines for GPUs; engines for the CPU take every length")
     return Added(
         targets=parsed,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -24,6 +25,7 @@ from cpcompile.files.whole_files import scratch_folder
 from cpcompile.machine.memory import ProcessMemory, measure_memory
 from cpcompile.machine.subprocesses import in_fresh_process
 from cpcompile.report.results import Memory, Start
+from cpcompile.targets.requests import OPENVINO
 
 if TYPE_CHECKING:
     from cpcompile.core.types import Feeds  # not at run time: the memory of onnxruntime is not the eager model's
@@ -91,6 +93,9 @@ def _engine_process(feeds: Feeds, threads: int, bundle: str, context: str, varia
         return measure_memory(lambda: load_plan(chosen), lambda engine: engine.outputs(feeds), runs=RUNS)
 
     from cpcompile.runtime.engine import load_engine
+
+    if chosen.runtime == OPENVINO:
+        import_module(OPENVINO)  # as those of ONNX Runtime are in the base already
 
     memory = measure_memory(
         lambda: load_engine(open_bundle(Path(bundle)), context, variant, threads=threads),

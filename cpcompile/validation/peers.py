@@ -24,7 +24,6 @@ from cpcompile.core.errors import CpcompileError
 from cpcompile.files.whole_files import scratch_folder
 from cpcompile.frontend.source import Source
 from cpcompile.machine.environment import available_cores
-from cpcompile.runtime.engine import CPU_PROVIDER
 from cpcompile.validation.diagnosis import Graphs
 from cpcompile.validation.reference import Reference, Run
 from cpcompile.validation.runners import Computes, Runner, callable_runner, onnx_runner, openvino_runner
@@ -62,7 +61,7 @@ class Peers:
         self._threads = threads
 
     def __call__(self, variant: Variant) -> tuple[Runner, ...]:
-        if variant.provider != CPU_PROVIDER:
+        if not variant.on_cpu:
             return ()
         makers: dict[str, Callable[[Variant], Runner]] = {
             DENSE_PEER: self._dense_graph,

@@ -22,12 +22,16 @@ from cpcompile.report.results import PlacedNode, Placement
 from cpcompile.runtime.engine import Engine, create_session, session_options
 
 CPU = "CPUExecutionProvider"
+ONE_PLAN = "a plan runs as a whole on the GPU"
+ONE_GRAPH = "OpenVINO runs the graph as a whole on the CPU"
 INTEGERS = ("int64", "int32", "bool", None)
 """Element types of shapes, as ONNX Runtime names them."""
 
 
 def measure_placement(variant: Variant, feeds: Feeds) -> Placement:
     """Profile one run of `variant` in a session of its own."""
+    if not variant.provider:
+        return Placement.without(ONE_PLAN if variant.plan else ONE_GRAPH)
     with scratch_folder("profile") as folder:
         options = session_options(variant, threads=1)
         options.enable_profiling = True

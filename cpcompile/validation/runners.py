@@ -3,7 +3,7 @@
     with runner.load() as run:
         outputs = run(feeds)
 
-    engine_runner      an engine of the bundle: in ONNX Runtime on its own provider and no other, or a plan of TensorRT
+    engine_runner      an engine of the bundle: in ONNX Runtime on its own provider and no other, in OpenVINO, or a plan
     onnx_runner        any ONNX file in ONNX Runtime on the CPU; the dynamic graph with its context bound
     openvino_runner    any ONNX file in OpenVINO on the CPU
     callable_runner    an eager model, or one that torch.compile made
@@ -13,10 +13,11 @@ A runner that cannot be loaded here raises CpcompileError, which says why.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -27,8 +28,10 @@ from cpcompile.core.cache import PRESENT, complete
 from cpcompile.core.errors import CpcompileError
 from cpcompile.core.measured import NotMeasured
 from cpcompile.core.types import Feeds
-from cpcompile.runtime.engine import DOCTOR, Engine, create_session, session_options
+from cpcompile.runtime.engine import Engine, create_session, session_options
+from cpcompile.runtime.openvino_session import load_session, open_session
 from cpcompile.runtime.plan import load_plan
+from cpcompile.targets.requests import OPENVINO
 from cpcompile.validation.reference import Outputs, Run
 
 NO_SPINNING_AFTER_RUN: Mapping[str, str] = {"session.force_spinning_stop": "1"}
@@ -46,13 +49,16 @@ class Runner:
     load: Callable[[], AbstractContextManager[Run]]
 
 
-def engine_runner(variant: Variant, *, threads: int) -> Runner:
-    """An engine of a bundle; its files have been verified."""
+def engine_runner(variant: Variant, *, threads: int, workers: int = 1) -> Runner:
+    """An engine of a bundle, for so many `workers` at the same time; its files have been verified."""
 
     @contextmanager
     def load() -> Iterator[Run]:
         if variant.plan:
             yield load_plan(variant).outputs
+            return
+        if variant.runtime == OPENVINO:
+            yield Engine(variant, load_session(variant, threads=threads, streams=workers)).outputs
             return
         options = _without_spinning(session_options(variant, threads=threads))
         yield Engine(variant, create_session(variant, options)).outputs
@@ -74,14 +80,7 @@ def onnx_runner(
             session = ort.InferenceSession(path, _without_spinning(options), providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime has no common error class
             raise CpcompileError(f"{path}: ONNX Runtime {ort.__version__} cannot load it: {error}") from error
-        constants = {key: np.asarray(number) for key, number in (bound or {}).items()}
-        names = [output.name for output in session.get_outputs() if not PRESENT.fullmatch(output.name)]
-        shapes = {each.name: each.shape for each in session.get_inputs()}
-
-        def run(feeds: Feeds) -> Outputs:
-            return dict(zip(names, session.run(names, complete(feeds, shapes) | constants), strict=True))
-
-        yield run
+        yield _completed(session, {key: np.asarray(number) for key, number in (bound or {}).items()})
 
     return Runner(name, computes, load)
 
@@ -91,25 +90,7 @@ def openvino_runner(name: str, path: Path, *, threads: int, computes: Computes) 
 
     @contextmanager
     def load() -> Iterator[Run]:
-        try:
-            import openvino
-        except ImportError as error:
-            raise CpcompileError(f"openvino is not installed: pip install 'cpcompile[openvino]'; {DOCTOR}") from error
-        settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
-        try:
-            compiled = openvino.Core().compile_model(str(path), "CPU", settings)
-        except RuntimeError as error:
-            raise CpcompileError(f"{path}: OpenVINO cannot compile it: {str(error).splitlines()[0]}") from error
-        names = [_one_name(output.get_names()) for output in compiled.outputs]
-        shapes = {_one_name(each.get_names()): _shape(each.get_partial_shape()) for each in compiled.inputs}
-        request = compiled.create_infer_request()
-
-        def run(feeds: Feeds) -> Outputs:
-            found = request.infer(complete(feeds, shapes), share_inputs=True)
-            outputs = zip(names, compiled.outputs, strict=True)
-            return {name: found[output] for name, output in outputs if not PRESENT.fullmatch(name)}
-
-        yield run
+        yield _completed(open_session(path, path.parent, "fp32", threads=threads))
 
     return Runner(name, computes, load)
 
@@ -133,9 +114,12 @@ def _without_spinning(options: ort.SessionOptions) -> ort.SessionOptions:
     return options
 
 
-def _shape(partial: Any) -> list[int | None]:
-    return [length.get_length() if length.is_static else None for length in partial]
+def _completed(session: Any, constants: Feeds = MappingProxyType({})) -> Run:
+    """Runs of `session` without a cache: neither among the inputs nor among the outputs."""
+    names = [output.name for output in session.get_outputs() if not PRESENT.fullmatch(output.name)]
+    shapes = {each.name: each.shape for each in session.get_inputs()}
 
+    def run(feeds: Feeds) -> Outputs:
+        return dict(zip(names, session.run(names, {**complete(feeds, shapes), **constants}), strict=True))
 
-def _one_name(names: Sequence[str]) -> str:
-    return min(names)
+    return run

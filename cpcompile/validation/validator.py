@@ -33,7 +33,7 @@ from cpcompile.report.results import (
     VariantResult,
 )
 from cpcompile.runtime.availability import why_not_here
-from cpcompile.runtime.engine import CPU_PROVIDER, Engine, load_engine
+from cpcompile.runtime.engine import Engine, load_engine
 from cpcompile.runtime.plan import load_plan, why_not_taken
 from cpcompile.validation.memory import compare_memory, compare_start, measure_engine
 from cpcompile.validation.parity import check_parity
@@ -50,7 +50,6 @@ Peers = Callable[[Variant], Sequence[Runner]]
 
 NO_MEMORY = "memory measurements were switched off"
 NO_SPEED = "speed measurements were switched off"
-ONE_PLAN = "a plan runs as a whole on the GPU"
 ON_GPU = "the engine runs on the GPU and the dense model on the CPU, which compares machines"
 
 Processes: TypeAlias = tuple[ProcessMemory | NotMeasured, ProcessMemory | NotMeasured]
@@ -151,7 +150,7 @@ def _validate_variant(
         throughput = _throughput(variant, reference, config, threads, part("throughput"))
         processes = _processes(bundle, variant, reference, threads, config, part("memory"))
         feeds = reference.timed(context)[0].feeds
-        placement = Placement.without(ONE_PLAN) if variant.plan else measure_placement(variant, feeds)
+        placement = measure_placement(variant, feeds)
     return VariantResult(
         name=variant.name,
         runtime=variant.runtime,
@@ -271,7 +270,7 @@ def _throughput(
     if isinstance(inputs, NotMeasured):
         return Throughput.without(inputs.reason)
     feeds = inputs[0].feeds
-    with engine_runner(variant, threads=1).load() as engine, _torch_threads(1):
+    with engine_runner(variant, threads=1, workers=workers).load() as engine, _torch_threads(1):
         eager = dense if isinstance(dense, NotMeasured) else partial(dense, feeds)
         rounds = min(config.rounds, ROUNDS)
         return measure_throughput(partial(engine, feeds), eager, workers=workers, rounds=rounds, steps=steps)
@@ -309,7 +308,7 @@ def _timed(variant: Variant, reference: Reference) -> Sequence[Timed] | NotMeasu
 
 def _dense(variant: Variant, reference: Reference) -> Run | NotMeasured:
     """What the speed of `variant` is compared with."""
-    return reference.dense(variant.context) if variant.provider == CPU_PROVIDER else NotMeasured(ON_GPU)
+    return reference.dense(variant.context) if variant.on_cpu else NotMeasured(ON_GPU)
 
 
 def _quality(run: Run, reference: Reference, context: str, steps: Steps) -> Quality:

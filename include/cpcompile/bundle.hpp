@@ -37,7 +37,7 @@ struct GenerationSettings {
 /// One engine of one context in a bundle.
 struct Variant {
     std::string context, name, runtime, precision;
-    std::string provider;  ///< Execution provider of ONNX Runtime; empty for a TensorRT plan.
+    std::string provider;  ///< Execution provider of ONNX Runtime; empty for engines that it does not run.
     std::filesystem::path model;
     std::optional<std::filesystem::path> weights;  ///< The folder of the shared weights.
     std::map<std::string, std::string> session_options, provider_options;
@@ -152,6 +152,7 @@ class Bundle {
     friend Bundle open_bundle(const std::filesystem::path& path);
     using Json = detail::Json;
     static constexpr const char *kManifest = "manifest.json", *kRouter = "router";
+    static constexpr const char* kOpenVino = "openvino";  // the runtime, and what runs it
     static constexpr const char* kWeights = "session.model_external_initializers_file_folder_path";
     static constexpr std::int64_t kLargest = std::numeric_limits<std::int32_t>::max();
 
@@ -189,19 +190,25 @@ class Bundle {
         const Json &own = own_info(body), &info = detail::at(body, "executor_info");
         Variant variant;
         variant.plan = info.contains("tensorrt");
-        const Json& executor = detail::at(info, variant.plan ? "tensorrt" : "ort");
         variant.context = context;
         variant.name = name;
         variant.runtime = detail::text_at(own, "runtime");
         variant.precision = detail::text_at(own, "precision");
-        if (!variant.plan) variant.provider = detail::text_at(body, "ep");
+        const bool openvino = !variant.plan && variant.runtime == kOpenVino;
+        const Json& executor = detail::at(info, variant.plan ? "tensorrt" : openvino ? kOpenVino : "ort");
+        if (!variant.plan && !openvino) variant.provider = detail::text_at(body, "ep");
         const std::string folder =
             body.contains("variant_directory") ? detail::text_at(body, "variant_directory") : name;
         variant.model = detail::inside(root_, component + "/" + folder + "/" + detail::text_at(executor, "model_file"));
         variant.session_options = options(executor, "session_options", "session option ");
         variant.provider_options = options(executor, "provider_options", "provider option ");
-        if (const auto weights = variant.session_options.extract(kWeights); weights && !weights.mapped().empty())
-            variant.weights = asset(weights.mapped());
+        std::string weights;
+        if (openvino) {
+            if (executor.contains("weights")) weights = detail::text_at(executor, "weights");
+        } else if (const auto given = variant.session_options.extract(kWeights)) {
+            weights = given.mapped();
+        }
+        if (!weights.empty()) variant.weights = asset(weights);
         const Json& served = own["contexts"];
         const auto place = std::find(served.begin(), served.end(), context);
         if (!served.empty() && place == served.end()) throw detail::Malformed("contexts of " + name);

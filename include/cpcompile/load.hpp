@@ -40,6 +40,9 @@ class Runtime {
         if (chosen.plan)
             throw UsageError(chosen.model.string() + ": is a plan of " + chosen.runtime +
                              ", which ONNX Runtime does not run");
+        if (chosen.runtime == "openvino")
+            throw UsageError(chosen.model.string() +
+                             ": is an engine of OpenVINO, which this library does not run; choose another variant");
         if (chosen.provider != "CPUExecutionProvider")
             throw Error(chosen.model.string() + ": needs " + chosen.provider +
                         ", and this library runs engines on the CPU; choose another variant");

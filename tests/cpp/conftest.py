@@ -51,15 +51,15 @@ def write_checkpoint(path: Path) -> None:
 
 
 def write_bundle(folder: Path) -> None:
-    """What `cpcompile build --merged --target cpu` writes, without validation, which takes most of its time."""
+    """What `build --merged --target cpu --target openvino` writes, without validation, which takes most of its time."""
     write_checkpoint(folder / "model.pt")
     config, source = BuildConfig(merged=True), open_source(folder / "model.pt")
     dynamic = source.capture(opset=config.opset)
     frozen, accounts = freeze_contexts(source, dynamic, CONTEXTS, {}, None, lambda: None)
     whole = {context: replace(each, model=each.model.clone()) for context, each in frozen.items()}
-    added = parse_targets(("cpu",), ("int8", "int4-weights"), ())
+    added = parse_targets(("cpu", "openvino"), ("int8", "int4-weights", "fp32"), ())
     with BundleWriter(folder / "model.cpc") as writer:
-        metadata = export_engines(writer, dynamic, frozen, accounts, source, {}, config, lambda: None)
+        metadata = export_engines(writer, dynamic, frozen, accounts, source, {}, config, lambda: None, added)
         export_added(writer, whole, wholes(dynamic, whole, accounts), added, config, None, lambda *_: None)
         writer.seal(name="model", metadata=metadata)
         writer.commit(failed=False)

@@ -290,6 +290,12 @@ def test_contexts_and_variants_that_do_not_exist(probe: Probe, bundle: Path) -> 
         assert says in message
 
 
+def test_engines_of_openvino_are_refused(probe: Probe, bundle: Path) -> None:
+    (answer,) = probe({"bundle": str(bundle), "context": "cpp", "variant": "openvino-fp32"})
+    assert answer["kind"] == "UsageError"
+    assert answer["error"].endswith("is an engine of OpenVINO, which this library does not run; choose another variant")
+
+
 def test_the_manifest_is_written_as_python_writes_it(probe: Probe) -> None:
     rng = random.Random(1)
 

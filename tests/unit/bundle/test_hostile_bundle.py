@@ -347,3 +347,53 @@ def test_a_plan_is_no_engine_of_onnx_runtime(bundle: Path) -> None:
     opened.verify_all()
     with pytest.raises(UsageError, match="which ONNX Runtime does not run"):
         load_engine(opened, "a", threads=1)
+
+
+def as_openvino(change: dict[str, Any]) -> Callable[[dict[str, Any]], object]:
+    """Make an engine one of OpenVINO, with `change` in its record."""
+
+    def edit(variant: dict[str, Any]) -> None:
+        info = variant["executor_info"]
+        weights = info["ort"]["session_options"]["session.model_external_initializers_file_folder_path"]
+        info["openvino"] = {"model_file": "model.onnx", "weights": weights} | change
+        info["cpcompile"]["runtime"] = "openvino"
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"weights": 5}, "incomplete or malformed \\(weights"),
+        ({"weights": None}, "incomplete or malformed \\(weights"),
+        ({"weights": "../../.."}, "leaves the bundle"),
+        ({"model_file": "../../../secret.bin"}, "leaves the bundle"),
+        ({"model_file": "model.xml"}, "is not named .onnx"),
+        ({"session_options": {"session.disable_aot_function_inlining": "1"}}, "which a bundle may not set"),
+        ({"provider_options": {"device_type": "GPU"}}, "which a bundle may not set"),
+    ],
+)
+def test_an_openvino_engine_that_is_described_wrongly_is_refused(
+    bundle: Path, change: dict[str, Any], says: str
+) -> None:
+    edit_variant(bundle, as_openvino(change))
+    with pytest.raises(UsageError, match=says):
+        open_bundle(bundle)
+
+
+@pytest.mark.parametrize("location", ["../../secret.bin", "*/_ORT_MEM_ADDR_/*", "secret.bin"])
+def test_an_openvino_engine_reads_its_weights_alone(bundle: Path, location: str) -> None:
+    """OpenVINO takes the second for an address in memory."""
+    model = add_model(location=location, offset="0", length="16")
+    (bundle / "a" / "cpu-fp32" / "model.onnx").write_bytes(model.SerializeToString())
+    edit_variant(bundle, as_openvino({}))
+    with pytest.raises(UsageError, match="which is not a file of its weights, so it is refused"):
+        load_engine(open_bundle(bundle), "a", threads=1)
+
+
+def test_an_openvino_engine_without_weights_has_them_inside(bundle: Path) -> None:
+    edit_variant(bundle, as_openvino({"weights": ""}))
+    opened = open_bundle(bundle)
+    assert opened.variant("a", "cpu-fp32").weights is None
+    with pytest.raises(UsageError, match="which is not a file of its weights"):
+        opened.verify_all()

@@ -170,6 +170,16 @@ def test_a_builder_library_that_is_missing_is_a_finding(tmp_path: Path) -> None:
     assert "tensorrt" in target(found, "tensorrt")["missing"] and target(found, "tensorrt")["status"] == "no"
 
 
+def test_openvino_that_breaks_leaves_its_targets_to_be_built(tmp_path: Path) -> None:
+    plant(tmp_path, "openvino", "raise RuntimeError('a library is too old')")
+    found, code = examination(tmp_path)
+    assert code == 0  # the CPU does not need it
+    assert "a library is too old" in finding(found, "openvino")["detail"]
+    assert finding(found, "bfloat16")["detail"] == "OpenVINO, which would know, does not work"
+    for name in ("openvino-fp32", "openvino-bf16"):
+        assert target(found, name)["status"] == "builds" and target(found, name)["fix"]
+
+
 def test_a_torch_without_its_files_is_a_finding(tmp_path: Path) -> None:
     plant(tmp_path, "torch", "raise OSError('libtorch_cpu.so')")
     found, code = examination(tmp_path)

@@ -11,7 +11,7 @@ from onnx.external_data_helper import load_external_data_for_tensor
 
 from cpcompile.core.errors import CpcompileError, UsageError
 from cpcompile.files import external_data
-from cpcompile.files.external_data import embed_data, references_of
+from cpcompile.files.external_data import detach_data, embed_data, references_of
 
 DATA = np.arange(300, dtype=np.float32)
 
@@ -125,3 +125,35 @@ def test_one_file_holds_so_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     (tmp_path / "in.onnx").write_bytes(MODELS["whole"].SerializeToString())
     with pytest.raises(CpcompileError, match="one file holds 1,000 at most"):
         embed_data(tmp_path / "in.onnx", tmp_path, tmp_path / "out.onnx")
+
+
+@pytest.mark.parametrize("name", ["initializer", "several", "whole", "empty", "nothing"])
+def test_detached_tensors_are_inputs_in_their_place(name: str, tmp_path: Path) -> None:
+    path, before = tmp_path / "model.onnx", MODELS[name]
+    onnx.save(before, path)
+    detached = detach_data(path)
+    after = onnx.load_model_from_string(detached.model)
+    outside = {each.name: each for each in before.graph.initializer if each.data_location == 1}
+    assert (detached.inputs, detached.outputs, detached.references) == (("x",), ("y",), references_of(path))
+    assert [each.name for each in detached.references] == list(outside)
+    assert [each for each in before.graph.initializer if each.name not in outside] == list(after.graph.initializer)
+    added = {each.name: each.type.tensor_type for each in after.graph.input if each.name != "x"}
+    assert added.keys() == outside.keys()
+    for each in outside.values():
+        shape = [dimension.dim_value for dimension in added[each.name].shape.dim]
+        assert (added[each.name].elem_type, shape) == (each.data_type, list(each.dims))
+    assert without_values(after) == without_values(before)
+
+
+def without_values(model: onnx.ModelProto) -> onnx.ModelProto:
+    copy = onnx.ModelProto.FromString(model.SerializeToString())
+    del copy.graph.initializer[:], copy.graph.input[:]
+    return copy
+
+
+@pytest.mark.parametrize("name", ["constant", "tensors", "branch", "sparse"])
+def test_other_tensors_cannot_be_detached(name: str, tmp_path: Path) -> None:
+    """A runtime would look for them in the working directory."""
+    onnx.save(MODELS[name], tmp_path / "model.onnx")
+    with pytest.raises(UsageError, match=r"model.onnx: a tensor that is no initializer lies in another file"):
+        detach_data(tmp_path / "model.onnx")

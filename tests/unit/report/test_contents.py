@@ -158,6 +158,18 @@ def test_a_failure_outweighs_a_gap_and_both_are_told() -> None:
     VALIDATOR.validate(both)
 
 
+def test_openvino_engines_read_the_shared_weights() -> None:
+    """Their sizes contain them; a bundle that is too large does not become small with more of such engines."""
+    whole = complete()
+    for precision in ("fp32", "bf16"):
+        more = {"name": f"openvino-{precision}", "runtime": "openvino", "precision": precision, "bytes": 9_000_000}
+        whole["contexts"][0]["variants"].append(whole["contexts"][0]["variants"][0] | more)
+    whole["bundle"]["bytes"] = 9_000_000
+    made = as_report(whole)
+    verdict, reasons = judge(made.contexts, made.bundle, 0.01)
+    assert verdict == "fail" and "9,000,000 bytes are more than the dense model's" in reasons[0]
+
+
 def test_plans_are_no_shared_weights_and_no_pass() -> None:
     plan = Engine.not_run(
         name="tensorrt-rtx-fp16",

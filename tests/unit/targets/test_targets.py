@@ -33,6 +33,7 @@ def test_targets() -> None:
         ("tensorrt-rtx=", "names no compute capability"),
         ("tensorrt-rtx=8.6", "'8.6' is not a compute capability; write it like sm86"),
         ("tensorrt=sm90", "builds for the GPU in this machine"),
+        ("openvino=sm90", "--target openvino builds for every processor"),
     ):
         with pytest.raises(UsageError, match=says):
             parse_target(text)
@@ -62,11 +63,16 @@ def test_what_is_added() -> None:
     added = parse_targets(("tensorrt-rtx=sm86", "tensorrt"), ("fp32", "bf16"), ("batch=2",))
     assert [target.flavour for target in added.targets] == ["tensorrt-rtx", "tensorrt"]
     assert added.precisions == ("fp32", "bf16") and added.ranges == {"batch": Range(2, 2, 2)}
+    assert parse_targets(("openvino",), None, ()).precisions == ("bf16",)
+    assert parse_targets(("openvino", "cpu"), None, ()).precisions == ("bf16", "int8")
     for arguments, says in (
         (((), ("fp16",), ()), "--precision applies to engines that --target adds"),
         (((), None, ("batch=1",)), "--profile applies to engines that --target adds"),
         ((("tensorrt-rtx",), ("int8",), ()), "--precision 'int8' does not exist; there are fp32, fp16, bf16"),
         ((("tensorrt-rtx=sm86", "tensorrt-rtx=sm89"), None, ()), "give one per library"),
+        ((("openvino",), ("fp16",), ()), "--precision 'fp16' does not exist; there are fp32, bf16"),
+        ((("openvino", "cuda"), ("fp16",), ()), "--target openvino: has none of the precisions fp16"),
+        ((("openvino",), None, ("batch=1",)), "--profile applies to engines for GPUs"),
     ):
         with pytest.raises(UsageError, match=says):
             parse_targets(*arguments)
