@@ -29,6 +29,7 @@ import click
 import numpy as np
 import torch
 from common import save, spread, time_sides
+from llama_models import files_of, open_gguf
 from rich.console import Console
 from rich.table import Table
 
@@ -108,10 +109,9 @@ def genai_sides(model: LanguageModel, ids: np.ndarray, folder: Path) -> dict[str
 
 def llama_cpp_sides(gguf: Path, ids: np.ndarray, threads: int) -> dict[str, Side]:
     """The same with llama.cpp."""
-    import llama_cpp
 
     def begin(position: int) -> Any:
-        loaded = llama_cpp.Llama(str(gguf), n_ctx=2048, n_threads=threads, n_threads_batch=threads, verbose=False)
+        loaded = open_gguf(gguf, threads)
         loaded.eval(ids[0, :position].tolist())
         return loaded
 
@@ -123,18 +123,6 @@ def llama_cpp_sides(gguf: Path, ids: np.ndarray, threads: int) -> dict[str, Side
 
     decoding = {f"decode {position}": partial(begin(position).eval, [5]) for position in POSITIONS}
     return {**decoding, f"prefill {PREFILL}": prefill}
-
-
-def in_float32(gguf: Path, folder: Path) -> Path:
-    """The same weights as llama.cpp reads them, not quantised."""
-    import llama_cpp
-
-    options = llama_cpp.llama_model_quantize_default_params()
-    options.ftype, options.allow_requantize = llama_cpp.LLAMA_FTYPE_ALL_F32, True
-    path = folder / "float32.gguf"
-    if llama_cpp.llama_model_quantize(str(gguf).encode(), str(path).encode(), options):
-        raise click.ClickException(f"{gguf}: llama.cpp cannot convert it to float32")
-    return path
 
 
 def memory_of(bundle: Path, context: str, tokens: int) -> dict[str, int]:
@@ -170,9 +158,7 @@ def main(model: Path, bundle: Path, context: str | None, gguf: Path | None, roun
     folder = tempfile.TemporaryDirectory()
     sides |= {("GenAI dense", what): side for what, side in genai_sides(dense, ids, Path(folder.name)).items()}
     if gguf is not None:
-        precision = gguf.stem.rpartition(".")[2]
-        files = {f"llama.cpp, {precision}": gguf, "llama.cpp, F32": in_float32(gguf, Path(folder.name))}
-        for peer, file in files.items():
+        for peer, file in files_of(gguf, Path(folder.name)).items():
             sides |= {(peer, what): side for what, side in llama_cpp_sides(file, ids, threads).items()}
     seconds = time_sides({" / ".join(key): side for key, side in sides.items()}, rounds=rounds)
     found = {side: spread(runs) for side, runs in seconds.items()}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import onnx_ir as ir
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass
@@ -26,6 +27,23 @@ from cpcompile.passes.standard_products import StandardProducts
 from cpcompile.passes.tied_head import TiedHead
 from cpcompile.pipeline.stored_weights import NOT_STORED, Stored, derive, kept_of, store
 
+FUSIONS: tuple[ir.passes.InPlacePass, ...] = (
+    CommonSubexpressionEliminationPass(),
+    RmsNormalization(),
+    RotaryEmbedding(),
+    GroupQueryAttention(),
+)
+"""What brings a graph into the operators of ONNX Runtime, in this order."""
+
+
+@dataclass(frozen=True)
+class Graphs:
+    """The graphs of all contexts, what each has kept of every parameter, and the whole parameters."""
+
+    models: Mapping[str, ir.Model]
+    kept: Mapping[str, KeptChannels]
+    whole: Mapping[str, Whole]
+
 
 def export_rounded(
     writer: BundleWriter,
@@ -41,6 +59,28 @@ def export_rounded(
     parameters: those of all contexts. schemes: the name of the scheme by which each of them is rounded. `frozen` stays
     as it is.
     """
+    graphs = rounded_graphs(frozen, parameters, schemes, precision, tie=not config.standard_operators)
+    models = graphs.models
+    stored = NOT_STORED if config.standalone else store(writer, models, graphs.kept, graphs.whole)
+    for done, (context, model) in enumerate(models.items()):
+        steps(done, len(models))
+        export_for_cpu(writer, context, model, stored, config, precision)
+    steps(len(models), len(models))
+
+
+def rounded_graphs(
+    frozen: Mapping[str, Frozen],
+    parameters: Mapping[str, Whole],
+    schemes: Mapping[str, str],
+    precision: str,
+    *,
+    tie: bool,
+) -> Graphs:
+    """Copies of the graphs of all contexts with rounded parameters, as in `export_rounded`.
+
+    tie: whether tied heads are stored as ONNX Runtime reads them fastest. NothingToRoundError: a context has nothing
+    that `precision` rounds.
+    """
     whole = dict(parameters)
     models: dict[str, ir.Model] = {}
     kept: dict[str, KeptChannels] = {}
@@ -52,13 +92,9 @@ def export_rounded(
         except NothingToRoundError as error:
             if precision != MIXED:
                 raise NothingToRoundError(f"{context}: {error}; leave {precision} out") from error
-        if not config.standard_operators:
+        if tie:
             kept[context] = derive(TiedHead(kept[context], whole), models[context], kept[context], whole)
-    stored = NOT_STORED if config.standalone else store(writer, models, kept, whole)
-    for done, (context, model) in enumerate(models.items()):
-        steps(done, len(models))
-        export_for_cpu(writer, context, model, stored, config, precision)
-    steps(len(models), len(models))
+    return Graphs(models, kept, whole)
 
 
 def round_parameters(
@@ -106,9 +142,9 @@ def export_for_openvino(writer: BundleWriter, context: str, frozen: ir.Model, st
     writer.add_variant(context, artifact, weights=stored.uri)
 
 
-def fused_for_cpu(frozen: ir.Model) -> ir.Model:
+def fused_for_cpu(frozen: ir.Model, passes: Sequence[ir.passes.InPlacePass] = FUSIONS) -> ir.Model:
     """A copy in operators that ONNX Runtime computes faster on the CPU; tensors are shared."""
     model = frozen.clone()
-    for each in (CommonSubexpressionEliminationPass(), RmsNormalization(), RotaryEmbedding(), GroupQueryAttention()):
+    for each in passes:
         each(model)
     return model
