@@ -32,7 +32,7 @@ SHAPES = {
     "40M": ModelConfig(width=512, layers=9, heads=8, kv_heads=8, ffn=2048),
     "182M": ModelConfig(width=768, layers=19, heads=12, kv_heads=12, ffn=3072),
     "660M": ModelConfig(width=1280, layers=25, heads=20, kv_heads=20, ffn=5120),
-    "1.5B": ModelConfig(width=2048, layers=22, heads=32, kv_heads=32, ffn=8192),
+    "1.1B": ModelConfig(width=2048, layers=16, heads=32, kv_heads=32, ffn=8192),
 }
 WRITE = "from scaling import write; import sys; write(*sys.argv[1:])"
 """In a process of its own, because its memory is not that of a build."""
@@ -107,9 +107,10 @@ def exponents_of(rows: list[dict[str, Any]], what: str) -> dict[str, dict[str, f
 
 
 @click.command()
-@click.option("--parameters", default="13M,40M,182M,660M,1.5B", help=f"Of {', '.join(SHAPES)}.")
+@click.option("--parameters", default="13M,40M,182M,660M,1.1B", help=f"Of {', '.join(SHAPES)}.")
 @click.option("--contexts", default="1,4,16,64")
-def main(parameters: str, contexts: str) -> None:
+@click.option("--name", default="scaling", help="Name of the file of results.")
+def main(parameters: str, contexts: str, name: str) -> None:
     sizes, counts = parameters.split(","), [int(each) for each in contexts.split(",")]
     rows: list[dict[str, Any]] = []
     table = Table(title="build without validation")
@@ -122,17 +123,9 @@ def main(parameters: str, contexts: str) -> None:
         megabytes = [f"{row[name] / 1e6:,.0f}" for name in ("peak", "model_bytes", "bundle_bytes")]
         table.add_row(size, str(count), f"{row['seconds']:.1f}", *megabytes)
     Console().print(table)
-    exponents = {
-        what: {
-            "model_bytes": {
-                str(c): exponent([r for r in rows if r["contexts"] == c], "model_bytes", what) for c in counts
-            },
-            "contexts": {s: exponent([r for r in rows if r["model"] == s], "contexts", what) for s in sizes},
-        }
-        for what in ("seconds", "peak", "bundle_bytes")
-    }
+    exponents = {what: exponents_of(rows, what) for what in ("seconds", "peak", "bundle_bytes")}
     print(json.dumps(exponents, indent=1))
-    save("scaling", {"rows": rows, "exponents": exponents})
+    save(name, {"rows": rows, "exponents": exponents})
 
 
 if __name__ == "__main__":

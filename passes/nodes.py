@@ -22,6 +22,13 @@ def made_by(value: ir.Value | None, *operators: str) -> ir.Node | None:
     return node if node is not None and node.op_type in operators and is_standard(node) else None
 
 
+def both_orders(node: ir.Node) -> tuple[tuple[ir.Value, ir.Value], ...]:
+    """The two operands of a Mul, an Add or the like, and the same the other way round."""
+    first, second = node.inputs
+    assert first is not None and second is not None
+    return (first, second), (second, first)
+
+
 def optional_input(node: ir.Node, index: int) -> ir.Value | None:
     """An input that may be left out."""
     return node.inputs[index] if index < len(node.inputs) else None

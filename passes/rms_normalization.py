@@ -7,7 +7,6 @@ Source: ONNX operator RMSNormalization-23; arXiv 1910.07467.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +15,7 @@ import onnx_ir as ir
 from cpcompile.files.onnx_file import opset_of
 from cpcompile.passes.clean_up import CleanUp, replace_value
 from cpcompile.passes.graph_pass import GraphPass
-from cpcompile.passes.nodes import constant_integer, constant_of, int_attribute, known_shape, made_by
+from cpcompile.passes.nodes import both_orders, constant_integer, constant_of, int_attribute, known_shape, made_by
 
 OPSET = 23
 """The first with RMSNormalization."""
@@ -67,14 +66,10 @@ def _norm(node: ir.Node) -> _Norm | None:
     return None
 
 
-def _operands(value: ir.Value | None, operator: str) -> Iterator[tuple[ir.Value, ir.Value]]:
+def _operands(value: ir.Value | None, operator: str) -> tuple[tuple[ir.Value, ir.Value], ...]:
     """Both operands of the Mul or Add that makes `value`, in either order; nothing if another node does."""
     node = made_by(value, operator)
-    if node is not None:
-        first, second = node.inputs
-        assert first is not None and second is not None
-        yield first, second
-        yield second, first
+    return () if node is None else both_orders(node)
 
 
 def _epsilon(scale: ir.Value, x: ir.Value) -> float | None:

@@ -19,6 +19,7 @@ from cpcompile.passes.clean_up import CleanUp
 from cpcompile.passes.graph_pass import GraphPass
 from cpcompile.passes.nodes import (
     add_constant,
+    both_orders,
     constant_integer,
     constant_of,
     int_attribute,
@@ -62,16 +63,10 @@ def _rotation(node: ir.Node) -> tuple[ir.Value, ir.Value, ir.Value] | None:
         return None
     terms = [term for value in node.inputs if (term := made_by(value, "Mul")) is not None]
     for one, other in (terms, terms[::-1]) if len(terms) == 2 else ():
-        for (x, cos), (turned, sin) in product(_both_orders(one), _both_orders(other)):
+        for (x, cos), (turned, sin) in product(both_orders(one), both_orders(other)):
             if _is_turned(turned, x) and _fits(cos, x) and _fits(sin, x):
                 return x, cos, sin
     return None
-
-
-def _both_orders(node: ir.Node) -> list[tuple[ir.Value, ir.Value]]:
-    first, second = node.inputs
-    assert first is not None and second is not None
-    return [(first, second), (second, first)]
 
 
 def _is_turned(value: ir.Value, x: ir.Value) -> bool:
@@ -116,10 +111,10 @@ def _repeats(value: ir.Value | None, channels: int | ir.SymbolicDim) -> bool:
         last = (-1, len(value.shape) - 1)
         return int_attribute(node, "axis", 0) in last and len(node.inputs) == 2 and node.inputs[0] is node.inputs[1]
     if node.op_type == "Mul":  # by one number
-        numbers = {other: constant_of(other) for other, _ in _both_orders(node)}
+        numbers = {other: constant_of(other) for other, _ in both_orders(node)}
         return any(
             (number := numbers[other]) is not None and number.size == 1 and _repeats(table, channels)
-            for table, other in _both_orders(node)
+            for table, other in both_orders(node)
         )
     return _repeats(node.inputs[0], channels)
 

@@ -111,6 +111,7 @@ class Search:
         self._threads = validation.threads or available_cores()
         self._progress = progress
         self._bundles = ExitStack()
+        self._tried: Sequence[_Tried] = ()
         self._remarks: list[str] = []
         self._dense = {c: reference.dense_window_losses(c, SEARCHED) for c in frozen}
         self._started = time.perf_counter()
@@ -136,7 +137,8 @@ class Search:
         if self._holds(exact):
             over = [each for each in tried[1:] if not self._holds(each)]
             tried += [mixed for each in over if (mixed := self._mixture(each, precisions)) is not None]
-        latencies = self._time(tried)
+        self._tried = tried
+        latencies = self.latencies()
         fastest = min((each for each in tried if self._holds(each)), key=lambda e: latencies[e.name][1], default=exact)
         other, other_error = self._increase(
             {c: self._losses(fastest.bundle, fastest.precision, c, OTHERS) for c in self._frozen},
@@ -262,11 +264,11 @@ class Search:
         """The context that keeps most parameters."""
         return max(self._frozen, key=lambda context: self._metadata["parameters"][context]["kept"])
 
-    def _time(self, tried: Sequence[_Tried]) -> dict[str, tuple[dict[str, float], float]]:
-        """By candidate its latency in milliseconds by shape, and the geometric mean as a part of that of the first."""
+    def latencies(self) -> dict[str, tuple[dict[str, float], float]]:
+        """By candidate its latency in milliseconds by shape, and the geometric mean as a part of that in float32."""
         with ExitStack() as loaded:
             runs: dict[str, Run] = {}
-            for each in tried:
+            for each in self._tried:
                 variant = each.bundle.variant(self._timed, each.variant)
                 runs[each.name] = loaded.enter_context(engine_runner(variant, threads=self._threads).load())
             first, *others = runs

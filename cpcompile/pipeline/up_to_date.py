@@ -46,18 +46,18 @@ def request_of(model: Path, config: BuildConfig, validation: ValidateConfig, dat
         "text": "the model's own" if data is None else "given",
         "settings": _digest(settings),
         "program": program_digest(),
+        "machine": _machine() if config.targets else "any",  # plans and `best` are made for this one
     }
 
 
 def conditions_of(model: Path, text: str, validation: ValidateConfig) -> Digests:
     """What the results of an engine depend on besides its content. text: the digest of the held-out text."""
-    machine = environment()
     return {
         "dense baseline": _dense(model),
         "text": text,
         "validation": _digest(to_json(validation)),
         "program": program_digest(),
-        "machine": _digest([machine.cpu, machine.cores, machine.gpu]),
+        "machine": _machine(),
     }
 
 
@@ -125,6 +125,11 @@ def _identity(variant: Variant) -> object:
 def _dense(model: Path) -> str:
     path = dense_path(model)
     return file_digest(path) if path.is_file() else "none"
+
+
+def _machine() -> str:
+    machine = environment()
+    return _digest([machine.cpu, machine.cores, machine.gpu])
 
 
 def _digest(content: object) -> str:
