@@ -115,7 +115,7 @@ def build_bundle(
         graphs = FreshGraphs(source, lambda _: dynamic, tokens)
         conditions = None
         if config.validate:
-            conditions = conditions_of(model, reference.digest, validation)
+            conditions = conditions_of(request["dense baseline"], reference.digest, validation)
             kept = kept_results(writer.target, bundle, conditions) if keep else {}
             with open_peers(validation, source, reference, graphs) as peers:
                 results = validate(bundle, reference, validation, peers=peers, kept=kept, progress=progress)

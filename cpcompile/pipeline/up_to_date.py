@@ -37,12 +37,11 @@ Digests = Mapping[str, str]
 
 
 def request_of(model: Path, config: BuildConfig, validation: ValidateConfig, data: Path | None) -> Digests:
-    """What decides the engines that are built from `model`."""
+    """What decides the engines that are built from `model`, besides its own content."""
     searched = any(target.partition("=")[0] == BEST for target in config.targets)
     settings = to_json(replace(config, validate=True)), to_json(validation) if searched else None
     return {
-        "model": file_digest(model),
-        "dense baseline": _dense(model),
+        "dense baseline": dense_digest(model),
         "text": "the model's own" if data is None else "given",
         "settings": _digest(settings),
         "program": program_digest(),
@@ -50,10 +49,10 @@ def request_of(model: Path, config: BuildConfig, validation: ValidateConfig, dat
     }
 
 
-def conditions_of(model: Path, text: str, validation: ValidateConfig) -> Digests:
-    """What the results of an engine depend on besides its content. text: the digest of the held-out text."""
+def conditions_of(dense: str, text: str, validation: ValidateConfig) -> Digests:
+    """What the results of an engine depend on besides its content; the digests of the dense baseline and the text."""
     return {
-        "dense baseline": _dense(model),
+        "dense baseline": dense,
         "text": text,
         "validation": _digest(to_json(validation)),
         "program": program_digest(),
@@ -71,17 +70,17 @@ def finished_report(
     if data is not None or not model.is_file() or not (out / MANIFEST).is_file():
         return None
     try:
-        bundle = open_bundle(out)
+        bundle, report = open_bundle(out), read_report(out)
+        request = request_of(model, config, validation, data)
+        if bundle.metadata.get(REQUEST) != request or bundle.metadata["checkpoint"] != file_digest(model):
+            return None
+        if config.validate:
+            conditions = conditions_of(request["dense baseline"], str(bundle.metadata.get(TEXT)), validation)
+            if report.verdict != "pass" or report.conditions != conditions:
+                return None
         bundle.verify_all()
-        report = read_report(out)
     except UsageError:  # damaged, or of another version
         return None
-    if bundle.metadata.get(REQUEST) != request_of(model, config, validation, data):
-        return None
-    if config.validate:
-        conditions = conditions_of(model, str(bundle.metadata.get(TEXT)), validation)
-        if report.verdict != "pass" or report.conditions != conditions:
-            return None
     return report
 
 
@@ -122,7 +121,8 @@ def _identity(variant: Variant) -> object:
     return content, variant.plan, variant.provider, variant.session_options, variant.provider_options, variant.feeds
 
 
-def _dense(model: Path) -> str:
+def dense_digest(model: Path) -> str:
+    """The digest of the dense baseline beside `model`, "none" if there is none."""
     path = dense_path(model)
     return file_digest(path) if path.is_file() else "none"
 

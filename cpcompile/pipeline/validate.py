@@ -14,7 +14,7 @@ from cpcompile.core.types import Progress
 from cpcompile.files.whole_files import file_digest, remove_leftovers
 from cpcompile.frontend.source import Source, open_source
 from cpcompile.machine.environment import environment
-from cpcompile.pipeline.up_to_date import Digests, conditions_of
+from cpcompile.pipeline.up_to_date import Digests, conditions_of, dense_digest
 from cpcompile.report import (
     BuildResult,
     ContextResult,
@@ -59,7 +59,7 @@ def validate_bundle(
     with open_peers(config, source, reference, graphs) as peers:
         results = validate(bundle, reference, config, peers=peers, progress=progress)
     results = diagnose(bundle, results, reference, graphs, repro, layers=config.layers, progress=progress)
-    conditions = conditions_of(model, reference.digest, config)
+    conditions = conditions_of(dense_digest(model), reference.digest, config)
     return report_of(bundle, source, results, read_build(path), config, training, conditions)
 
 
