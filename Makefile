@@ -17,9 +17,10 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 # One worker a core. Engines and eager models are measured with as many threads as there are cores: those that wait
-# must sleep, or they take from the other workers what they need.
+# must sleep, or they take from the other workers what they need. A worker that dies ends the run: pytest-xdist waits
+# forever for the other tests of its file.
 PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest \
-	-n auto --dist loadfile --no-loadscope-reorder --durations 15
+	-n auto --dist loadfile --no-loadscope-reorder --max-worker-restart 0 --durations 15
 
 test: $(STAMP) ## everything that has to hold: lint, types, layers, tests, the wheel
 	$(MAKE) --jobs 2 lint quick-tests
