@@ -47,8 +47,8 @@ def percent(part: float | NotMeasured | None, form: str = ".0f") -> str:
 
 
 def increase(part: float, error: float) -> str:
-    """A relative increase with twice its standard error: +1.20 % ± 0.31 %."""
-    return f"{100 * part:+.2f} % ± {200 * error:.2f} %"
+    """A relative increase with three times its standard error: +1.20 % ± 0.31 %."""
+    return f"{100 * part:+.2f} % ± {300 * error:.2f} %"
 
 
 def change(before: float | NotMeasured | None, after: float | NotMeasured | None) -> str:

@@ -115,7 +115,7 @@ def search_table(search: PrecisionSearch) -> RenderableType:
     other = increase(search.other_increase, search.other_increase_error)
     return Group(
         table,
-        Text("time: geometric mean of the latencies, as a part of those in float32; ±: two standard errors"),
+        Text("time: geometric mean of the latencies, as a part of those in float32; ±: three standard errors"),
         Text(f"* chosen: {search.chosen}, {search.reason}"),
         Text(f"• on the half of the text that took no part in the choice: {other}\n"),
     )
