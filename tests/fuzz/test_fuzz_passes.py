@@ -6,11 +6,11 @@ from tests.fuzz.batches import run_batch
 from tests.fuzz.fuzz_passes import MODULE, SECONDS_PER_PROCESS
 
 
-@pytest.mark.parametrize("first", [0, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("first", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (50, 100, 150))])
 def test_optimized_graphs_compute_the_same(first: int) -> None:
-    findings, tally = run_batch(MODULE, first, 100, SECONDS_PER_PROCESS)
+    findings, tally = run_batch(MODULE, first, 50, SECONDS_PER_PROCESS)
     assert findings == []
-    assert tally["graphs"] >= 95
+    assert tally["graphs"] >= 47
     assert tally["optimized"] == 2 * tally["graphs"]
     assert tally["nodes"] >= 30 * tally["graphs"]
     assert tally["smaller"] > 0.6 * tally["graphs"]

@@ -268,7 +268,7 @@ RANDOM_GRAPHS = (st.integers(0, 2**31), st.lists(st.sampled_from(BLOCKS), min_si
 AS_DRAWN = {"deadline": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
 
 
-@settings(max_examples=30, **AS_DRAWN)
+@settings(max_examples=20, **AS_DRAWN)
 @given(*RANDOM_GRAPHS)
 @example(0, BLOCKS, False)
 @example(1, ["dead"], False)
@@ -297,7 +297,7 @@ def test_values_stay_and_zeros_go_or_are_explained(graphs, seed, blocks, two_out
     assert ir.to_proto(twin).SerializeToString() == ir.to_proto(after).SerializeToString()
 
 
-@settings(max_examples=15, **AS_DRAWN)
+@settings(max_examples=10, **AS_DRAWN)
 @given(*RANDOM_GRAPHS)
 @example(4, BLOCKS, True)
 def test_all_passes_of_opt_keep_values_and_each_comes_to_an_end(graphs, seed, blocks, two_outputs):
