@@ -25,7 +25,6 @@ from cpcompile.core.config import BuildConfig, ValidateConfig
 from cpcompile.core.errors import UsageError
 from cpcompile.core.paths import dense_path
 from cpcompile.core.types import Progress, unwatched
-from cpcompile.exporters.onnxruntime_exporter import variant_name
 from cpcompile.exporters.tensorrt_exporter import require_target
 from cpcompile.frontend.source import Source, TrainedSource, open_source
 from cpcompile.passes.freeze import Frozen, freeze, prepare, used_sizes
@@ -101,10 +100,10 @@ def build_bundle(
             with stages("search"):
                 folder = writer.stage("search")
                 with Search(folder, whole, parameters, reference, metadata, config, validation, progress) as search:
-                    best = search.best(added.candidates)
+                    best = search.best(added.candidates, added.openvino_candidates)
             if best.schemes:
                 export_rounded(writer, whole, parameters, best.schemes, best.precision, config, unwatched)
-            metadata["best"], record = variant_name(best.precision), best.record
+            metadata["best"], record = best.variant, best.record
         request = request_of(model, config, validation, data)
         metadata |= {REQUEST: request, TEXT: reference.digest}
         bundle = writer.seal(name=source.path.stem, metadata=metadata)

@@ -68,6 +68,20 @@ def export_rounded(
     steps(len(models), len(models))
 
 
+def export_all_for_openvino(
+    writer: BundleWriter,
+    frozen: Mapping[str, Frozen],
+    parameters: Mapping[str, Whole],
+    precision: str,
+    config: BuildConfig,
+) -> None:
+    """Write an OpenVINO engine of every context, with a file of weights that they share."""
+    graphs = rounded_graphs(frozen, parameters, {}, precision, tie=False)
+    stored = NOT_STORED if config.standalone else store(writer, graphs.models, graphs.kept, graphs.whole)
+    for context, model in graphs.models.items():
+        export_for_openvino(writer, context, model, stored, precision)
+
+
 def rounded_graphs(
     frozen: Mapping[str, Frozen],
     parameters: Mapping[str, Whole],

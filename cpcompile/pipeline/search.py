@@ -29,14 +29,16 @@ from cpcompile.core.config import MIXED, BuildConfig, ValidateConfig
 from cpcompile.core.errors import UsageError
 from cpcompile.core.measured import NotMeasured
 from cpcompile.core.rounding import QUANTIZED, SCHEMES
-from cpcompile.core.types import Array, Progress
+from cpcompile.core.types import Array, Progress, Steps
 from cpcompile.exporters.onnxruntime_exporter import variant_name
+from cpcompile.exporters.openvino_exporter import variant_name as openvino_name
 from cpcompile.machine.environment import available_cores
 from cpcompile.passes.freeze import Frozen
 from cpcompile.passes.quantized_parameters import NothingToRoundError
 from cpcompile.passes.share_weights import Whole
-from cpcompile.pipeline.cpu_engines import export_rounded
+from cpcompile.pipeline.cpu_engines import export_all_for_openvino, export_rounded
 from cpcompile.report.contents import Candidate, PrecisionSearch
+from cpcompile.runtime.availability import why_not_here
 from cpcompile.runtime.engine import load_engine
 from cpcompile.validation.language_reference import OTHERS, SEARCHED, LanguageReference
 from cpcompile.validation.reference import Run
@@ -70,6 +72,7 @@ class _Tried:
     """Engines of all contexts in a bundle of their own, and what they cost in quality."""
 
     name: str
+    variant: str
     precision: str
     schemes: Schemes
     bundle: Bundle
@@ -77,15 +80,12 @@ class _Tried:
     """In nats per token over the dense baseline."""
     error: float
 
-    @property
-    def variant(self) -> str:
-        return variant_name(self.precision)
-
 
 @dataclass(frozen=True)
 class Best:
-    """What `Search.best` chose; no schemes mean float32."""
+    """What `Search.best` chose; no schemes mean that its weights are not rounded."""
 
+    variant: str
     precision: str
     schemes: Schemes
     record: PrecisionSearch
@@ -129,8 +129,11 @@ class Search:
         self._bundles.close()
         self._folder.rmdir()
 
-    def best(self, precisions: Sequence[str]) -> Best:
-        """The fastest engines within the budget, of float32, `precisions` and mixtures of them."""
+    def best(self, precisions: Sequence[str], openvino: Sequence[str] = ()) -> Best:
+        """The fastest engines within the budget, of float32, `precisions` and mixtures of them.
+
+        openvino: the precisions in which engines of OpenVINO are tried too, where they run here.
+        """
         exact = self._try(FP32, FP32, {})
         tried = [exact]
         if self._config.standard_operators:  # blocks of weights have operators of ONNX Runtime alone
@@ -140,14 +143,15 @@ class Search:
                 tried.append(self._try(precision, precision, dict.fromkeys(self._parameters, precision)))
             except NothingToRoundError as error:
                 self._remarks.append(f"{precision} was not tried: {error}")
+        tried += [each for precision in openvino if (each := self._try_openvino(precision)) is not None]
         if self._holds(exact):
-            over = [each for each in tried[1:] if not self._holds(each)]
+            over = [each for each in tried[1:] if each.schemes and not self._holds(each)]
             tried += [mixed for each in over if (mixed := self._mixture(each, precisions)) is not None]
         self._tried = tried
         latencies = self.latencies()
         fastest = min((each for each in tried if self._holds(each)), key=lambda e: latencies[e.name][1], default=exact)
         other, other_error = self._increase(
-            {c: self._losses(fastest.bundle, fastest.precision, c, OTHERS) for c in self._frozen},
+            {c: self._losses(fastest.bundle, fastest.variant, c, OTHERS) for c in self._frozen},
             {c: self._reference.dense_window_losses(c, OTHERS) for c in self._frozen},
         )
         windows = sum(len(losses) for losses in self._dense.values())
@@ -162,27 +166,41 @@ class Search:
             other_increase_error=other_error,
             seconds=time.perf_counter() - self._started,
         )
-        return Best(fastest.precision, fastest.schemes, record)
+        return Best(fastest.variant, fastest.precision, fastest.schemes, record)
 
     def _try(self, name: str, precision: str, schemes: Schemes) -> _Tried:
         """Build engines, and measure them on the half of the text that is searched."""
-        number = len(self._frozen)
-
-        def steps(done: int, _: int = 0) -> None:
-            self._progress(f"search: {name}", done, 2 * number)
-
         writer = self._bundles.enter_context(BundleWriter(self._folder / name))
-        export_rounded(writer, self._frozen, self._parameters, schemes, precision, self._config, steps)
+        export_rounded(writer, self._frozen, self._parameters, schemes, precision, self._config, self._steps(name))
         bundle = writer.seal(name=name, metadata=self._metadata)
-        losses = {}
-        for done, context in enumerate(self._frozen):
-            steps(number + done)
-            losses[context] = self._losses(bundle, precision, context, SEARCHED)
-        steps(2 * number)
-        return _Tried(name, precision, schemes, bundle, *self._increase(losses, self._dense))
+        return self._measured(name, variant_name(precision), precision, schemes, bundle)
 
-    def _losses(self, bundle: Bundle, precision: str, context: str, part: slice) -> Array:
-        engine = load_engine(bundle, context, variant_name(precision), threads=self._threads)
+    def _try_openvino(self, precision: str) -> _Tried | None:
+        """The same for engines of OpenVINO; None if they do not run here."""
+        name = openvino_name(precision)
+        writer = self._bundles.enter_context(BundleWriter(self._folder / name))
+        export_all_for_openvino(writer, self._frozen, self._parameters, precision, self._config)
+        bundle = writer.seal(name=name, metadata=self._metadata)
+        if (reason := why_not_here(bundle.variant(self._timed, name))) is not None:
+            self._remarks.append(f"{name} was not tried: {reason}")
+            return None
+        return self._measured(name, name, precision, {}, bundle)
+
+    def _measured(self, name: str, variant: str, precision: str, schemes: Schemes, bundle: Bundle) -> _Tried:
+        steps, losses = self._steps(name), {}
+        for done, context in enumerate(self._frozen, start=len(self._frozen)):
+            steps(done, 0)
+            losses[context] = self._losses(bundle, variant, context, SEARCHED)
+        steps(2 * len(self._frozen), 0)
+        return _Tried(name, variant, precision, schemes, bundle, *self._increase(losses, self._dense))
+
+    def _steps(self, name: str) -> Steps:
+        """Told of one step for every engine that is written, and one for every engine that is scored."""
+        total = 2 * len(self._frozen)
+        return lambda done, _: self._progress(f"search: {name}", done, total)
+
+    def _losses(self, bundle: Bundle, variant: str, context: str, part: slice) -> Array:
+        engine = load_engine(bundle, context, variant, threads=self._threads)
         return self._reference.window_losses(context, engine.outputs, part)
 
     def _increase(self, losses: Mapping[str, Array], dense: Mapping[str, Array]) -> tuple[float, float]:

@@ -127,8 +127,16 @@ class Added:
     @property
     def candidates(self) -> tuple[str, ...]:
         """The precisions from which `best` chooses; none if it was not requested."""
-        searched = any(target.flavour == BEST for target in self.targets)
-        return tuple(each for each in self.precisions if each in ROUNDED) if searched else ()
+        return tuple(each for each in self.precisions if each in ROUNDED) if self._adds(BEST) else ()
+
+    @property
+    def openvino_candidates(self) -> tuple[str, ...]:
+        """The precisions of OpenVINO's engines, which `best` then considers too."""
+        both = self._adds(BEST) and self._adds(OPENVINO)
+        return tuple(each for each in self.precisions if each in OPENVINO_PRECISIONS) if both else ()
+
+    def _adds(self, flavour: str) -> bool:
+        return any(target.flavour == flavour for target in self.targets)
 
 
 NOTHING_ADDED = Added()

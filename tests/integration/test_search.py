@@ -40,6 +40,7 @@ from cpcompile.pipeline.stored_weights import wholes
 from cpcompile.pipeline.write_engines import export_engines
 from cpcompile.report import SCHEMA
 from cpcompile.runtime import load
+from cpcompile.targets.requests import parse_targets
 from cpcompile.text.tokenization import train_tokenizer
 from cpcompile.validation.language_reference import LanguageReference
 from cpcompile.validation.open_reference import open_reference
@@ -173,6 +174,19 @@ def test_a_precision_over_the_budget_is_mixed_with_more_bits(model: Path, tmp_pa
     assert best.record.other_increase < 2 * budget
 
 
+def test_engines_of_openvino_are_candidates_where_they_run(model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("openvino", reason="openvino is not installed: pip install 'cpcompile[openvino]'")
+    with searching(model, tmp_path / "out.cpc", 9.0) as search:
+        best = search.best((), ("fp32", "bf16"))
+    by_name = {each.name: each for each in best.record.candidates}
+    assert "openvino-fp32" in by_name and by_name["openvino-fp32"].bits_per_weight == 32
+    assert by_name["openvino-fp32"].increase == pytest.approx(by_name["fp32"].increase, abs=1e-5)
+    assert "openvino-bf16" in by_name or "openvino-bf16 was not tried: this processor has no" in best.record.reason
+    assert best.variant in ("cpu-fp32", *by_name)
+    assert parse_targets(["best", "openvino"], ["int8", "fp32"], []).openvino_candidates == ("fp32",)
+    assert parse_targets(["best"], ["int8"], []).openvino_candidates == ()
+
+
 def test_no_mixtures_are_tried_when_the_time_is_over(model: Path, tmp_path: Path) -> None:
     wide = found(model, tmp_path, 9.0, ONLY_4).record.candidates[1]
     record = found(model, tmp_path, wide.increase / 3, ONLY_4, search_seconds=1e-9).record
@@ -191,7 +205,7 @@ def test_nothing_is_chosen_if_float32_itself_is_over_the_budget(model: Path, tmp
     torch.save(state, worse / "model.pt")
     with searching(worse / "model.pt", tmp_path / "out.cpc", 0.0) as search:
         best = search.best(("int8",))
-    assert best.precision == "fp32" and not best.schemes and best.record.chosen == "fp32"
+    assert best.variant == "cpu-fp32" and not best.schemes and best.record.chosen == "fp32"
     assert (
         "not even float32 is surely within the budget" in best.record.reason
         and "--max-perplexity-increase" in best.record.reason
