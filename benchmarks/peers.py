@@ -3,8 +3,8 @@
     python benchmarks/peers.py demo/model.pt demo/model.cpc
     python benchmarks/peers.py smollm2.pt smollm2.cpc --gguf SmolLM2-135M-Instruct.Q4_1.gguf
 
-The bundle is one that `cpcompile build --target cpu --precision int8,int8-weights,int4-weights` made. The peers compute
-the dense baseline:
+The bundle is one that `cpcompile build --target cpu --precision int8,int8-weights,int4-weights` made; it may have
+trimmed vocabularies. The peers compute the dense baseline:
 
     eager, torch.compile          PyTorch in float32
     ORT fp32                      a plain export in ONNX Runtime
@@ -54,6 +54,7 @@ from cpcompile.exporters.onnxruntime_exporter import EXACT_PRODUCTS
 from cpcompile.frontend.checkpoint import load_checkpoint
 from cpcompile.frontend.source import open_source
 from cpcompile.machine.environment import available_cores
+from cpcompile.pipeline.validate import trimmed_vocabularies
 from cpcompile.runtime.engine import create_session, session_options
 from cpcompile.validation.open_reference import open_reference
 from cpcompile.validation.reference import Outputs, Run
@@ -204,13 +205,17 @@ def main(model: Path, bundle: Path, context: str | None, gguf: Path | None, roun
     torch.set_num_threads(threads)
     dense, source = load_checkpoint(dense_path(model)).model, open_source(model)
     config = ValidateConfig(coherence=False)
-    reference = open_reference(source, config, data=None, trimmed={}, progress=lambda *_: None)
+    whole = open_reference(source, config, data=None, trimmed={}, progress=lambda *_: None)
+    own = open_reference(source, config, data=None, trimmed=trimmed_vocabularies(opened), progress=lambda *_: None)
     by_name = opened.metadata["parameters"][context]["by_name"]
     work = [matrix_work(by_name, which) for which in (0, 1)]
     with tempfile.TemporaryDirectory() as folder:
         wanted = engine_sides(opened, context, threads) | dense_sides(dense, gguf, Path(folder), threads)
         sides = {key: side for key, side in wanted.items() if isinstance(side, Side)}
-        quality = {key: float(reference.quality(context, as_run(side)).perplexity) for key, side in sides.items()}
+        quality = {
+            key: float((own if side.ours else whole).quality(context, as_run(side)).perplexity)
+            for key, side in sides.items()
+        }
         peaks = gemm_peaks(threads)
         times = time_shapes(sides, rounds)
         memory = {key: memory_of(side, threads) for key, side in sides.items()}
