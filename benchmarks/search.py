@@ -61,11 +61,12 @@ def searching(
     reference = open_reference(source, validation, data=None, trimmed={}, progress=quiet)
     assert isinstance(reference, LanguageReference)
     frozen, accounts = freeze_contexts(source, dynamic, source.contexts, {}, None, lambda: None)
-    own = {context: replace(each, model=each.model.clone()) for context, each in frozen.items()}
+    parameters = wholes(dynamic, frozen, accounts)
     with BundleWriter(folder / "model.cpc") as writer:
-        metadata = export_engines(writer, dynamic, frozen, accounts, source, {}, CONFIG, lambda: None)
-        parameters = wholes(dynamic, own, accounts)
-        with Search(writer.stage("search"), own, parameters, reference, metadata, CONFIG, validation, quiet) as search:
+        metadata = export_engines(writer, dynamic, frozen, parameters, accounts, source, {}, CONFIG, lambda: None)
+        with Search(
+            writer.stage("search"), frozen, parameters, reference, metadata, CONFIG, validation, quiet
+        ) as search:
             yield search
 
 

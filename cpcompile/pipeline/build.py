@@ -86,29 +86,29 @@ def build_bundle(
     with stages("freeze", len(chosen)) as done:
         rows = order_rows(dynamic, source, order) if order is not None else None
         frozen, accounts = freeze_contexts(source, dynamic, chosen, trimmed, rows, done)
+    parameters = wholes(dynamic, frozen, accounts)
     with writer:
-        whole = {c: replace(each, model=each.model.clone()) for c, each in frozen.items()} if added.targets else {}
         with stages("export", 1 + len(chosen) + config.merged) as done:
-            metadata = export_engines(writer, dynamic, frozen, accounts, source, trimmed, config, done, added)
-        parameters = wholes(dynamic, whole, accounts) if whole else {}
-        if whole:
+            metadata = export_engines(
+                writer, dynamic, frozen, parameters, accounts, source, trimmed, config, done, added
+            )
+        if added.targets:
             with stages("plans"):
-                export_added(writer, whole, parameters, added, config, source.sequence, progress)
+                export_added(writer, frozen, parameters, added, config, source.sequence, progress)
         record = None
         if added.candidates:
             assert isinstance(reference, LanguageReference)
             with stages("search"):
                 folder = writer.stage("search")
-                with Search(folder, whole, parameters, reference, metadata, config, validation, progress) as search:
+                with Search(folder, frozen, parameters, reference, metadata, config, validation, progress) as search:
                     best = search.best(added.candidates, added.openvino_candidates)
             if best.schemes:
-                export_rounded(writer, whole, parameters, best.schemes, best.precision, config, unwatched)
+                export_rounded(writer, frozen, parameters, best.schemes, best.precision, config, unwatched)
             metadata["best"], record = best.variant, best.record
         request = request_of(model, config, validation, data)
         metadata |= {REQUEST: request, TEXT: reference.digest}
         bundle = writer.seal(name=source.path.stem, metadata=metadata)
         build = replace(stages.result(), search=record)
-        del whole
         del frozen  # validation needs the memory
         tokens = {context: rows[own.kept] for context, own in trimmed.items()} if rows is not None else {}
         graphs = FreshGraphs(source, lambda _: dynamic, tokens)

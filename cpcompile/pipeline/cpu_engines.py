@@ -90,7 +90,7 @@ def rounded_graphs(
     *,
     tie: bool,
 ) -> Graphs:
-    """Copies of the graphs of all contexts with rounded parameters, as in `export_rounded`.
+    """Copies of the graphs of all contexts, with the parameters in `schemes` rounded, as in `export_rounded`.
 
     tie: whether tied heads are stored as ONNX Runtime reads them fastest. NothingToRoundError: a context has nothing
     that `precision` rounds.

@@ -29,11 +29,10 @@ from cpcompile.passes.legalize_for_tensorrt import LegalizeForTensorRT
 from cpcompile.passes.lower_precision import HALVES, LowerPrecision
 from cpcompile.passes.merge_contexts import merge_contexts
 from cpcompile.passes.remove_cache import with_all_logits, without_cache
-from cpcompile.passes.share_weights import KeptChannels, Whole
-from cpcompile.passes.tied_head import TiedHead
+from cpcompile.passes.share_weights import Whole
 from cpcompile.pipeline.accounting import Accounting
-from cpcompile.pipeline.cpu_engines import export_for_cpu, export_for_openvino, export_rounded
-from cpcompile.pipeline.stored_weights import NOT_STORED, WEIGHTS_FILE, derive, kept_of, store, wholes
+from cpcompile.pipeline.cpu_engines import export_for_cpu, export_for_openvino, export_rounded, rounded_graphs
+from cpcompile.pipeline.stored_weights import NOT_STORED, WEIGHTS_FILE, store
 from cpcompile.targets.requests import BEST, CPU, CUDA, NOTHING_ADDED, OPENVINO, Added
 from cpcompile.text.vocabulary import TrimmedVocabulary
 
@@ -42,6 +41,7 @@ def export_engines(
     writer: BundleWriter,
     dynamic: ir.Model,
     frozen: Mapping[str, Frozen],
+    parameters: Mapping[str, Whole],
     accounts: Mapping[str, Accounting],
     source: Source,
     trimmed: Mapping[str, TrimmedVocabulary],
@@ -51,16 +51,12 @@ def export_engines(
 ) -> dict[str, Any]:
     """Write weights, tokenizers and engines; returns the metadata that the bundle records.
 
-    done: called after the weights and tokenizers, and after each context. added: those for OpenVINO are written here,
-    because they read the weights of the engines in float32; `export_added` writes the others.
+    parameters: those of all contexts. done: called after the weights and tokenizers, and after each context. added:
+    those for OpenVINO are written here, because they read the weights of the engines in float32; `export_added` writes
+    the others. `frozen` stays as it is.
     """
-    whole = wholes(dynamic, frozen, accounts)
-    kept: dict[str, KeptChannels] = {}
-    for context, each in frozen.items():
-        kept[context] = kept_of(each, whole)
-        if not config.standard_operators:
-            kept[context] = derive(TiedHead(kept[context], whole), each.model, kept[context], whole)
-    stored = NOT_STORED if config.standalone else store(writer, {c: f.model for c, f in frozen.items()}, kept, whole)
+    graphs = rounded_graphs(frozen, parameters, {}, "fp32", tie=not config.standard_operators)
+    stored = NOT_STORED if config.standalone else store(writer, graphs.models, graphs.kept, graphs.whole)
     tokenizers = {}
     for context in frozen:
         own = trimmed.get(context)
@@ -73,14 +69,14 @@ def export_engines(
             np.save(staging / TOKEN_IDS, own.kept)
         tokenizers[context] = writer.add_asset(staging)
     done()
-    for context, each in frozen.items():
-        export_for_cpu(writer, context, each.model, stored, config)
+    for context, model in graphs.models.items():
+        export_for_cpu(writer, context, model, stored, config)
         for precision, target in product(added.precisions, added.targets):
             if target.flavour == OPENVINO and precision in target.precisions:
-                export_for_openvino(writer, context, each.model, stored, precision)
+                export_for_openvino(writer, context, model, stored, precision)
         done()
     if config.merged:
-        one = merge_contexts(with_equal_caches({context: each.model for context, each in frozen.items()}))
+        one = merge_contexts(with_equal_caches(graphs.models))
         folder = writer.folder(ROUTER, MERGED)
         artifact = export_onnxruntime(
             one, folder, weights=stored.file, locations=stored.locations, contexts=tuple(frozen)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -56,11 +55,13 @@ def write_bundle(folder: Path) -> None:
     config, source = BuildConfig(merged=True), open_source(folder / "model.pt")
     dynamic = source.capture(opset=config.opset)
     frozen, accounts = freeze_contexts(source, dynamic, CONTEXTS, {}, None, lambda: None)
-    whole = {context: replace(each, model=each.model.clone()) for context, each in frozen.items()}
+    parameters = wholes(dynamic, frozen, accounts)
     added = parse_targets(("cpu", "openvino"), ("int8", "int4-weights", "fp32"), ())
     with BundleWriter(folder / "model.cpc") as writer:
-        metadata = export_engines(writer, dynamic, frozen, accounts, source, {}, config, lambda: None, added)
-        export_added(writer, whole, wholes(dynamic, whole, accounts), added, config, None, lambda *_: None)
+        metadata = export_engines(
+            writer, dynamic, frozen, parameters, accounts, source, {}, config, lambda: None, added
+        )
+        export_added(writer, frozen, parameters, added, config, None, lambda *_: None)
         writer.seal(name="model", metadata=metadata)
         writer.commit(failed=False)
 

@@ -10,7 +10,6 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -110,11 +109,12 @@ def searching(model: Path, out: Path, budget: float, **settings: float) -> Itera
     reference = open_reference(source, validation, data=None, trimmed={}, progress=quiet)
     assert isinstance(reference, LanguageReference)
     frozen, accounts = freeze_contexts(source, dynamic, CONTEXTS, {}, None, lambda: None)
-    own = {context: replace(each, model=each.model.clone()) for context, each in frozen.items()}
+    parameters = wholes(dynamic, frozen, accounts)
     with BundleWriter(out) as writer:
-        metadata = export_engines(writer, dynamic, frozen, accounts, source, {}, config, lambda: None)
-        parameters = wholes(dynamic, own, accounts)
-        with Search(writer.stage("search"), own, parameters, reference, metadata, config, validation, quiet) as search:
+        metadata = export_engines(writer, dynamic, frozen, parameters, accounts, source, {}, config, lambda: None)
+        with Search(
+            writer.stage("search"), frozen, parameters, reference, metadata, config, validation, quiet
+        ) as search:
             yield search
 
 
