@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import onnx_ir as ir
 
 from cpcompile.bundle.artifact import Artifact
+from cpcompile.core.rounding import QUANTIZED
 from cpcompile.exporters.weights_file import Location, refer_to_weights
 
 MODEL_FILE = "model.onnx"
 MERGED = "cpu-fp32-merged"
 EXACT_PRODUCTS: Mapping[str, str] = {"session.x64quantprecision": "1"}
-"""Session options of products of 8-bit integers. Without them, x64 without VNNI adds up in 16 bits, which overflow."""
+"""Session options of products with weights in 8 bits. Without them, x64 without VNNI adds up two in 16 bits, which
+overflow; with weights in 7 bits they cannot."""
 
 
 def export_onnxruntime(
@@ -43,9 +46,14 @@ def export_onnxruntime(
         files=(MODEL_FILE,),
         shared_bytes=shared,
         contexts=contexts,
-        session_options=EXACT_PRODUCTS if any(node.op_type == "MatMulInteger" for node in model.graph) else {},
+        session_options=EXACT_PRODUCTS if "int8" in _schemes(model) else {},
         provider_options={"use_tf32": "0"} if cuda else {},
     )
+
+
+def _schemes(model: ir.Model) -> set[str]:
+    """The schemes by which the parameters of `model` are rounded."""
+    return set(json.loads(model.metadata_props.get(QUANTIZED, "{}")).values())
 
 
 def variant_name(precision: str, *, cuda: bool = False) -> str:

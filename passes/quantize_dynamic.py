@@ -23,20 +23,20 @@ from cpcompile.passes.graph_pass import GraphPass
 from cpcompile.passes.quantized_parameters import QuantizedParameters
 from cpcompile.passes.share_weights import KeptChannels, Whole
 
-SCHEME = SCHEMES["int8"]
 FLOAT, INT8, UINT8, INT32 = ir.DataType.FLOAT, ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.INT32
 
 
 @dataclass(frozen=True)
 class QuantizeDynamic(GraphPass):
-    """Compute products with parameters in 8 bits; `kept` and `whole` as in `QuantizedParameters`."""
+    """Compute products with parameters in the scheme `precision`; the rest as in `QuantizedParameters`."""
 
+    precision: str
     kept: KeptChannels = field(repr=False)
     whole: Mapping[str, Whole] = field(repr=False)
 
     def call(self, model: ir.Model) -> Derivation:
         """Edit `model`; NothingToRoundError if it has no such product."""
-        parameters = QuantizedParameters(model.graph, SCHEME, self.kept, self.whole)
+        parameters = QuantizedParameters(model.graph, SCHEMES[self.precision], self.kept, self.whole)
         inputs: dict[ir.Value, list[ir.Value]] = {}
         for node, name in parameters.products():
             x = node.inputs[0]

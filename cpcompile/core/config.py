@@ -31,8 +31,10 @@ OPSETS = (20, 23)
 RECOVERIES = ("none", "least-squares")
 CONTROLS = tuple(controls.CONTROLS)
 """Names of the controls, which `cpcompile.core.controls` explains."""
-ROUNDED = ("int8", "int8-weights", "int4-weights")
+ROUNDED = ("int8", "int7", "int8-weights", "int4-weights")
 """Precisions of engines whose weights are rounded, see `cpcompile.core.rounding`."""
+STANDARD_ROUNDED = ("int8", "int7")
+"""Those of them that operators of the standard compute."""
 MIXED = "mixed"
 """The precision of an engine whose parameters are rounded in different ways."""
 DENSE_PEER = "onnx-dense"
@@ -273,7 +275,7 @@ class BuildConfig:
             "--merged is one engine whose weights all contexts share; leave out --standalone",
         )
         require_range(self, "build", "search_seconds", lambda value: value > 0, "has to be positive")
-        blocks = [each for each in self.precisions or () if each in ROUNDED and each != "int8"]
+        blocks = [each for each in self.precisions or () if each in set(ROUNDED) - set(STANDARD_ROUNDED)]
         require(
             not (self.standard_operators and blocks),
             f"--precision {', '.join(blocks)} needs operators of ONNX Runtime; leave out --standard-operators",

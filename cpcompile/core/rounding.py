@@ -2,6 +2,8 @@
 
     int8            8 bits, one scale per output channel; the inputs of a product are rounded to 8 bits as well, with
                     one scale for all of them, when it is computed
+    int7            the same with weights in 7 bits, each in a byte: the sum of two products fits in 16 bits then, in
+                    which processors without instructions for such sums (VNNI) add them up fastest
     int8-weights    8 bits, one scale per output channel and block of 32 input channels; each such block of an input
     int4-weights    is rounded to 8 bits with a scale of its own; the same with 4 bits
 
@@ -45,8 +47,8 @@ class Scheme:
         return self.block is None or inputs % self.block == 0
 
     def bits_per_weight(self, inputs: int) -> float:
-        """The bits of a weight with so many input channels, its share of the scales included."""
-        return self.bits + 32 / (self.block or inputs)
+        """The bits that a weight takes with so many input channels, its share of the scales included."""
+        return (8 if self.bits > 4 else self.bits) + 32 / (self.block or inputs)
 
     def round(self, weight: npt.NDArray[Any]) -> Rounded:
         """Signed whole numbers (blocks, block, outputs), int8, and scales (blocks, 1, outputs) of `weight`.
@@ -58,7 +60,7 @@ class Scheme:
         inputs, outputs = weight.shape
         blocks = weight.astype(np.float32).reshape(-1, self.block or inputs, outputs)
         half = 2 ** (self.bits - 1)
-        if self.bits == 8:
+        if self.bits > 4:
             scale = np.abs(blocks).max(axis=1, keepdims=True) / (half - 1)
         else:
             farthest = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=1, keepdims=True), axis=1)
@@ -73,7 +75,8 @@ class Scheme:
         return restored.reshape(weight.shape)
 
 
+_FORMS = ((8, None), (7, None), (8, BLOCK), (4, BLOCK))
 SCHEMES: Mapping[str, Scheme] = MappingProxyType(
-    {name: Scheme(name, *form) for name, form in zip(ROUNDED, ((8, None), (8, BLOCK), (4, BLOCK)), strict=True)}
+    {name: Scheme(name, *form) for name, form in zip(ROUNDED, _FORMS, strict=True)}
 )
 """By the names of the precisions that consist of them."""

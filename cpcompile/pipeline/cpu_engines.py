@@ -133,7 +133,7 @@ def round_parameters(
 
 def quantize(scheme: str, kept: KeptChannels, whole: Mapping[str, Whole]) -> ir.passes.InPlacePass:
     """The pass that rounds the parameters in `kept` by `scheme`."""
-    return QuantizeDynamic(kept, whole) if scheme == "int8" else QuantizeWeights(scheme, kept, whole)
+    return (QuantizeWeights if SCHEMES[scheme].block else QuantizeDynamic)(scheme, kept, whole)
 
 
 def export_for_cpu(

@@ -25,7 +25,7 @@ import numpy as np
 
 from cpcompile.bundle.reader import Bundle
 from cpcompile.bundle.writer import BundleWriter
-from cpcompile.core.config import MIXED, BuildConfig, ValidateConfig
+from cpcompile.core.config import MIXED, STANDARD_ROUNDED, BuildConfig, ValidateConfig
 from cpcompile.core.errors import UsageError
 from cpcompile.core.measured import NotMeasured
 from cpcompile.core.rounding import QUANTIZED, SCHEMES
@@ -137,7 +137,7 @@ class Search:
         exact = self._try(FP32, FP32, {})
         tried = [exact]
         if self._config.standard_operators:  # blocks of weights have operators of ONNX Runtime alone
-            precisions = [each for each in precisions if each == "int8"]
+            precisions = [each for each in precisions if each in STANDARD_ROUNDED]
         for precision in precisions:
             try:
                 tried.append(self._try(precision, precision, dict.fromkeys(self._parameters, precision)))

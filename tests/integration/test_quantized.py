@@ -99,7 +99,7 @@ def test_all_runtimes_agree(bundle: Path, variant: str, tmp_path: Path) -> None:
 def test_what_does_not_fit_is_refused_before_the_work_begins(bundle: Path) -> None:
     model = bundle.with_suffix(".pt")
     for arguments, says in (
-        (("--target", "cpu", "--precision", "fp16"), "there are int8, int8-weights, int4-weights"),
+        (("--target", "cpu", "--precision", "fp16"), "there are int8, int7, int8-weights, int4-weights"),
         (("--target", "cpu", "--target", "cuda", "--precision", "int8"), "--target cuda: has none of the precisions"),
         (("--target", "cpu=sm86"), "--target cpu builds for every processor"),
         (("--target", "cpu", "--profile", "batch=1"), "engines for the CPU take every length"),
