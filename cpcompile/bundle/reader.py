@@ -186,7 +186,7 @@ class Bundle:
         """One engine of `context`, "best" for the one that the build chose; UsageError lists those that exist."""
         variants = {variant.name: variant for variant in self.variants(context)}
         name = self.best if name == BEST else name
-        if name not in variants:
+        if name not in tuple(variants):  # callers may give anything, such as a list
             raise UsageError(f"{self.root}: {context} has no variant {name!r}; it has {', '.join(sorted(variants))}")
         return variants[name]
 

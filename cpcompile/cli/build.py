@@ -19,7 +19,7 @@ from cpcompile.cli.options import (
     validation_options,
     warn_of_memory,
 )
-from cpcompile.core.config import LARGEST, OPSETS, BuildConfig, ValidateConfig
+from cpcompile.core.config import LARGEST, OPSETS, SEARCH_SECONDS, BuildConfig, ValidateConfig
 from cpcompile.core.errors import UsageError
 from cpcompile.targets.requests import parse_targets
 
@@ -62,8 +62,7 @@ from cpcompile.targets.requests import parse_targets
 @click.option(
     "--search-seconds",
     type=float,
-    default=BuildConfig.search_seconds,
-    help="After how long --target best tries no more mixtures of precisions.",
+    help=f"After how long --target best tries no more mixtures of precisions.  [default: {SEARCH_SECONDS:.0f}]",
 )
 @click.option(
     "--profile",
@@ -86,7 +85,7 @@ def build(
     vocabulary_coverage: float | None,
     targets: tuple[str, ...],
     precisions: str | None,
-    search_seconds: float,
+    search_seconds: float | None,
     rebuild: bool,
     no_validate: bool,
     profiles: tuple[str, ...],
@@ -147,7 +146,7 @@ def build(
         profiles=profiles,
     )
     validation = validate_config(config, **settings)
-    parse_targets(plan.targets, plan.precisions, plan.profiles)  # refused before anything is measured
+    parse_targets(plan.targets, plan.precisions, plan.profiles, plan.search_seconds)  # refused before the work begins
     if targets and max_memory is not None:
         raise UsageError("--max-memory covers CPU engines only, not the engines of --target; leave one of them out")
     out = out or beside(model, ".cpc")

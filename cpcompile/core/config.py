@@ -35,6 +35,8 @@ ROUNDED = ("int8", "int7", "int8-weights", "int4-weights")
 """Precisions of engines whose weights are rounded, see `cpcompile.core.rounding`."""
 STANDARD_ROUNDED = ("int8", "int7")
 """Those of them that operators of the standard compute."""
+SEARCH_SECONDS = 600.0
+"""After how long a search for the fastest engine tries no more mixtures of precisions, unless told otherwise."""
 MIXED = "mixed"
 """The precision of an engine whose parameters are rounded in different ways."""
 DENSE_PEER = "onnx-dense"
@@ -260,8 +262,8 @@ class BuildConfig:
     """Ranges of axis lengths that the added engines accept, AXIS=MIN:OPT:MAX."""
     validate: bool = True
     """Whether the engines are compared with the eager model; without, the report says that they were not."""
-    search_seconds: float = 600.0
-    """After how long `--target best` tries no more mixtures of precisions."""
+    search_seconds: float | None = None
+    """After how long `--target best` tries no more mixtures of precisions; None: after SEARCH_SECONDS."""
 
     def __post_init__(self) -> None:
         coerce_fields(self, "build")
@@ -274,7 +276,7 @@ class BuildConfig:
             not (self.merged and self.standalone),
             "--merged is one engine whose weights all contexts share; leave out --standalone",
         )
-        require_range(self, "build", "search_seconds", lambda value: value > 0, "has to be positive")
+        require_range(self, "build", "search_seconds", lambda value: value is None or value > 0, "has to be positive")
         blocks = [each for each in self.precisions or () if each in set(ROUNDED) - set(STANDARD_ROUNDED)]
         require(
             not (self.standard_operators and blocks),

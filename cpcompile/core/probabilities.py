@@ -7,6 +7,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from cpcompile.core.errors import CpcompileError
+
+
+def require_numbers(logits: npt.NDArray[Any]) -> None:
+    """CpcompileError if one of `logits` is NaN, which the largest of them would be mistaken for."""
+    if np.isnan(logits).any():
+        raise CpcompileError("the logits are not numbers (NaN); run `cpcompile validate` on the bundle")
+
 
 def log_softmax(logits: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
     """Logarithms of the probabilities along the last axis, in float64."""

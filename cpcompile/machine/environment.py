@@ -19,7 +19,9 @@ PACKAGES = {
     "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
     "numpy": ("numpy",),
 }
-"""The packages whose versions a report names, with the distributions that provide them."""
+"""The packages whose versions a report always names, with the distributions that provide them."""
+RUNTIMES = {"openvino": ("openvino",), "tensorrt": ("tensorrt",), "tensorrt_rtx": ("tensorrt-rtx",)}
+"""Those that it names where they are installed: runtimes of engines that a build adds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +33,7 @@ class Environment:
     gpu: str | None
     """The first NVIDIA GPU; None if there is none."""
     versions: Mapping[str, str | None]
-    """By package; None for one that is not installed."""
+    """By package; None for one of PACKAGES that is not installed."""
 
 
 def available_cores() -> int:
@@ -44,6 +46,7 @@ def available_cores() -> int:
 def environment() -> Environment:
     """The machine and the versions, as a report states them; no package is imported to find its version."""
     versions: dict[str, str | None] = {name: _version(distributions) for name, distributions in PACKAGES.items()}
+    versions |= {name: found for name, own in RUNTIMES.items() if (found := _version(own)) is not None}
     return Environment(
         cpu=_cpu_model(),
         cores=available_cores(),

@@ -64,7 +64,7 @@ def build_bundle(
     not replace an older one: it goes to `out`.failed, and minimal repros of what fails parity to the folder `repro`.
     keep: whether engines that the older one has as well keep their results.
     """
-    added = parse_targets(config.targets, config.precisions, config.profiles)
+    added = parse_targets(config.targets, config.precisions, config.profiles, config.search_seconds)
     for target in added.targets:
         if target.flavour in FLAVOURS:
             require_target(target)  # before the work begins
@@ -92,7 +92,7 @@ def build_bundle(
             metadata = export_engines(
                 writer, dynamic, frozen, parameters, accounts, source, trimmed, config, done, added
             )
-        if added.targets:
+        if added.independent:
             with stages("plans"):
                 export_added(writer, frozen, parameters, added, config, source.sequence, progress)
         record = None

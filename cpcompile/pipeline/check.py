@@ -29,6 +29,7 @@ from cpcompile.check.baseline import (
 )
 from cpcompile.check.criteria import NEEDS_MODEL, Check, differences, doubtful, judge
 from cpcompile.core.check_config import CheckConfig
+from cpcompile.core.coercion import require
 from cpcompile.core.config import ValidateConfig
 from cpcompile.core.json_form import to_json
 from cpcompile.core.types import Feeds, Progress
@@ -62,12 +63,17 @@ def check_bundle(
     """Measure the bundle `path` and judge it against `before`, which is in the file `baseline`.
 
     Without `before` there is nothing to judge: the snapshot will become the baseline. model: None skips what cannot be
-    measured without it; a file that does not exist is the reason why it is not measured. validation: shapes, threads
-    and tolerance of the measurements.
+    measured without it; a file that does not exist is the reason why it is not measured, and no reason for a baseline
+    without it (UsageError). validation: shapes, threads and tolerance of the measurements.
     """
     waived = (() if model else NEEDS_MODEL) + (() if speed else ("speed_ratio",))
     waived += () if memory else ("memory", "private_memory")
     if model is None or not model.exists():
+        require(
+            before is not None or model is None,
+            f"{model}: there is no such file, and no check would judge parity or quality against this baseline; give "
+            "--model, or --without-model if that is intended",
+        )
         bundle = open_bundle(path)
         bundle.verify_all()
         if before:

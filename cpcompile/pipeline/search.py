@@ -25,7 +25,7 @@ import numpy as np
 
 from cpcompile.bundle.reader import Bundle
 from cpcompile.bundle.writer import BundleWriter
-from cpcompile.core.config import MIXED, STANDARD_ROUNDED, BuildConfig, ValidateConfig
+from cpcompile.core.config import MIXED, SEARCH_SECONDS, STANDARD_ROUNDED, BuildConfig, ValidateConfig
 from cpcompile.core.errors import UsageError
 from cpcompile.core.measured import NotMeasured
 from cpcompile.core.rounding import QUANTIZED, SCHEMES
@@ -273,7 +273,7 @@ class Search:
 
     @property
     def _is_late(self) -> bool:
-        return time.perf_counter() - self._started > self._config.search_seconds
+        return time.perf_counter() - self._started > (self._config.search_seconds or SEARCH_SECONDS)
 
     def _rounded(self, tried: _Tried, context: str) -> list[str]:
         """The parameters that the engine of `context` has rounded."""

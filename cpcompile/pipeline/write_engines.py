@@ -33,7 +33,7 @@ from cpcompile.passes.share_weights import Whole
 from cpcompile.pipeline.accounting import Accounting
 from cpcompile.pipeline.cpu_engines import export_for_cpu, export_for_openvino, export_rounded, rounded_graphs
 from cpcompile.pipeline.stored_weights import NOT_STORED, WEIGHTS_FILE, store
-from cpcompile.targets.requests import BEST, CPU, CUDA, NOTHING_ADDED, OPENVINO, Added
+from cpcompile.targets.requests import CPU, CUDA, NOTHING_ADDED, OPENVINO, Added
 from cpcompile.text.vocabulary import TrimmedVocabulary
 
 
@@ -107,12 +107,12 @@ def export_added(
     sequence: int | None,
     progress: Progress,
 ) -> None:
-    """Write engines of every context for every target in each precision that it can have; `frozen` is not changed.
+    """Write the engines that need no others, of every context in each precision; `frozen` is not changed.
 
     parameters: those of all contexts.
     """
-    for precision, target in product(added.precisions, added.targets):
-        if precision not in target.precisions or target.flavour in (BEST, OPENVINO):  # `search`, `export_engines`
+    for precision, target in product(added.precisions, added.independent):
+        if precision not in target.precisions:
             continue
         if target.flavour == CPU:
             steps = partial(progress, f"plans: {variant_name(precision)}")

@@ -126,7 +126,7 @@ def load_all(
     little faster with `load`, which rearranges its weights for the processor in a copy of its own.
     """
     threads = require_threads(threads)
-    limit = max_memory is None or (isinstance(max_memory, int) and max_memory > 0)
+    limit = max_memory is None or (type(max_memory) is int and max_memory > 0)
     require(limit, f"max_memory is {max_memory!r:.80}: give a number of bytes")
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
     return Engines(opened, variant, max_memory=max_memory, threads=threads)

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from cpcompile.core.coercion import coerce, require
 from cpcompile.core.measured import field_types
+from cpcompile.core.probabilities import require_numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +41,11 @@ class Sampling:
         require(self.repetition_penalty > 0, f"repetition_penalty is {self.repetition_penalty}: it has to be positive")
 
     def choose(self, logits: npt.NDArray[np.floating], seen: Sequence[int], generator: np.random.Generator) -> int:
-        """The next token, for logits (vocabulary,) after the tokens `seen`; `generator` draws if temperature > 0."""
+        """The next token, for logits (vocabulary,) after the tokens `seen`; `generator` draws if temperature > 0.
+
+        CpcompileError: logits that are not numbers.
+        """
+        require_numbers(logits)
         scores = logits.astype(np.float64)
         if self.repetition_penalty != 1:
             known = np.unique(np.asarray(seen, dtype=np.int64))

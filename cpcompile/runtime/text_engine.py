@@ -20,7 +20,7 @@ from cpcompile.bundle.reader import BEST, Bundle, Variant, open_bundle
 from cpcompile.core.coercion import coerce, require
 from cpcompile.core.errors import CpcompileError, UsageError
 from cpcompile.core.generation import GenerationSettings
-from cpcompile.core.probabilities import log_softmax
+from cpcompile.core.probabilities import log_softmax, require_numbers
 from cpcompile.runtime.availability import why_not_here
 from cpcompile.runtime.decoding import decode
 from cpcompile.runtime.engine import DOCTOR, Engine, load_engine
@@ -85,11 +85,17 @@ class TextEngine:
         return text
 
     def score(self, text: str) -> Score:
-        """How likely `text` is; UsageError if nothing of it is left to predict, or if it is too long for the model."""
+        """How likely `text` is.
+
+        UsageError: nothing of it is left to predict, or it is too long for the model. CpcompileError: logits that are
+        not numbers.
+        """
         ids = self._prompt(text)
         given = max(1, len(self.generation.leading))
         require(len(ids) > given, f"the text {text!r:.80} is too short to be scored: its first token is given")
-        likelihoods = log_softmax(self.engine.run([ids])[0, given - 1 : -1])
+        logits = self.engine.run([ids])[0, given - 1 : -1]
+        require_numbers(logits)
+        likelihoods = log_softmax(logits)
         return Score(float(likelihoods[np.arange(len(likelihoods)), ids[given:]].sum()), len(likelihoods))
 
     def generate(
@@ -111,6 +117,7 @@ class TextEngine:
         of the strings `stop`. stream: an iterator over pieces of text, or ids, as they come. temperature: 0 for the
         most likely tokens; see `Sampling` for it and for the others. Samples differ from call to call without a `seed`.
         UsageError: an empty prompt, one that is too long or has unknown ids, and options that are out of range.
+        CpcompileError, when the token is due: logits that are not numbers.
         """
         sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty)
         limit = coerce(max_new_tokens, int, "max_new_tokens")

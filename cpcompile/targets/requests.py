@@ -135,6 +135,11 @@ class Added:
         both = self._adds(BEST) and self._adds(OPENVINO)
         return tuple(each for each in self.precisions if each in OPENVINO_PRECISIONS) if both else ()
 
+    @property
+    def independent(self) -> tuple[Target, ...]:
+        """Those whose engines need no others: OpenVINO's read the weights of engines in float32, `best` chooses one."""
+        return tuple(target for target in self.targets if target.flavour not in (BEST, OPENVINO))
+
     def _adds(self, flavour: str) -> bool:
         return any(target.flavour == flavour for target in self.targets)
 
@@ -142,12 +147,22 @@ class Added:
 NOTHING_ADDED = Added()
 
 
-def parse_targets(targets: Sequence[str], precisions: Sequence[str] | None, profiles: Sequence[str]) -> Added:
-    """Parse the values of `--target`, `--precision` and `--profile`; UsageError if they do not fit together."""
+def parse_targets(
+    targets: Sequence[str],
+    precisions: Sequence[str] | None,
+    profiles: Sequence[str],
+    search_seconds: float | None = None,
+) -> Added:
+    """Parse the values of `--target`, `--precision` and `--profile`.
+
+    UsageError if they do not fit together, or to `--search-seconds`.
+    """
     if not targets and (precisions or profiles):
         option = "--precision" if precisions else "--profile"
         raise UsageError(f"{option} applies to engines that --target adds; add a --target, or omit it")
     parsed = tuple(parse_target(text) for text in targets)
+    if search_seconds is not None and BEST not in {target.flavour for target in parsed}:
+        raise UsageError("--search-seconds applies to the search of --target best; add that target, or omit it")
     if len({target.flavour for target in parsed}) < len(parsed):
         raise UsageError("--target: give one per library, with all its compute capabilities: tensorrt-rtx=sm86,sm120")
     known = dict.fromkeys(name for target in parsed for name in target.precisions)

@@ -208,6 +208,15 @@ def test_a_model_that_is_not_there_is_inconclusive(built: Path) -> None:
     assert parity["verdict"] == "not measured" and "gone.pt: there is no such file" in parity["sentence"]
 
 
+def test_a_baseline_without_parity_is_only_written_on_request(built: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base.json"
+    arguments = ("check", built / "model.cpc", "--baseline", base, "--update-baseline")
+    result = run(*arguments, "--model", "gone.pt")
+    assert result.exit_code == 2 and "gone.pt: there is no such file" in result.stderr and not base.exists()
+    result = run(*arguments, "--without-model")
+    assert result.exit_code == 0 and "no check will judge parity" in result.stderr and base.exists()
+
+
 def test_a_bundle_that_fails_is_no_baseline(built: Path, tmp_path: Path) -> None:
     swapped, base = tmp_path / "swapped.cpc", tmp_path / "base.json"
     shutil.copytree(built / "model.cpc", swapped)

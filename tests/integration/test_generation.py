@@ -221,7 +221,7 @@ def test_the_least_recently_used_engine_leaves(bundle: Path) -> None:
         for context in ("cpp", "english", "cpp", "python"):
             engines[context]
         assert engines.loaded[-1] == "python" and "english" not in engines.loaded
-    for wrong in (0, -1, "2GB", 1.5):
+    for wrong in (0, -1, "2GB", 1.5, True):
         with pytest.raises(UsageError, match=f"max_memory is {wrong!r}: give a number of bytes"):
             load_all(bundle, max_memory=wrong)  # type: ignore[arg-type]
 

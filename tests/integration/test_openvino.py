@@ -71,6 +71,7 @@ def test_parity_is_that_of_float32_and_what_cannot_run_was_built(bundle: Bundle)
         else:
             assert (bf16["status"], bf16["reason"]) == ("built", f"built, not run: {reason}")
     assert not any("bundle" in reason for reason in report["reasons"])
+    assert [each["name"] for each in report["build"]["stages"]] == ["load", "capture", "freeze", "export"]
 
 
 def test_the_bundle_grows_by_the_graphs_alone(bundle: Bundle) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import jsonschema
@@ -14,6 +15,12 @@ from click.testing import CliRunner, Result
 
 from cpcompile.bundle.reader import open_bundle
 from cpcompile.cli import main
+from cpcompile.core.config import ModelConfig
+from cpcompile.core.rounding import SCHEMES
+from cpcompile.core.selection import UnitKind
+from cpcompile.exporters.weights_file import ALIGNMENT
+from cpcompile.files.external_data import references_of
+from cpcompile.frontend.checkpoint import load_checkpoint
 from cpcompile.report import SCHEMA
 from cpcompile.runtime import load, load_all
 from cpcompile.runtime.engine import load_engine
@@ -71,6 +78,31 @@ def test_what_contexts_share_is_stored_once(bundle: Path) -> None:
         graphs = [variant.model.stat().st_size for variant in variants]
         own = sum(variant.bytes for variant in variants) - sum(graphs)
         assert (folder / "weights.bin").stat().st_size < 0.8 * own
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_blocks_that_both_contexts_keep_lie_in_one_place(bundle: Path, precision: str) -> None:
+    opened, checkpoint = open_bundle(bundle), load_checkpoint(bundle.with_suffix(".pt"))
+    variants = [opened.variant(context, f"cpu-{precision}") for context in ("english", "python")]
+    (weights,) = {variant.weights for variant in variants}
+    assert weights is not None
+    english, python = ({each.name: each for each in references_of(variant.model)} for variant in variants)
+    shared = {name: reference for name, reference in english.items() if name in python}
+    assert shared == {name: python[name] for name in shared}  # location, offset, length, shape and type
+
+    ranges = sorted({(each.offset, each.length or 0) for each in (*english.values(), *python.values())})
+    assert len(ranges) == len(english.keys() | python.keys())
+    assert all(0 <= offset - sum(before) < ALIGNMENT for before, (offset, _) in pairwise([(0, 0), *ranges]))
+    assert (weights / "weights.bin").stat().st_size == sum(ranges[-1])
+
+    assert checkpoint.selection is not None and isinstance(checkpoint.config, ModelConfig)
+    kept = [checkpoint.selection.row(context)[UnitKind.FFN] for context in ("english", "python")]
+    block = checkpoint.config.align * checkpoint.config.width * SCHEMES[precision].bits // 8
+    for layer, both in enumerate((kept[0] & kept[1]).sum(axis=1)):
+        for part in ("gate", "up"):
+            name = f"layers.{layer}.ffn.{part}.weight.int"
+            assert sum(each.length or 0 for own, each in shared.items() if own.startswith(name)) == both * block
+    assert (kept[0] & kept[1]).any() and (kept[0] != kept[1]).any()
 
 
 def test_best_is_the_one_in_float32(bundle: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.metadata
 import mmap
 import sys
 import time
@@ -153,3 +154,17 @@ def test_environment_states_this_machine() -> None:
     assert versions["torch"] == torch.__version__
     assert versions["numpy"] == np.__version__
     assert versions["onnxruntime"] is not None
+
+
+def test_the_runtimes_of_added_engines_are_named_where_they_are_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = {"openvino": "2026.1", "tensorrt-rtx": "1.7"}
+
+    def version(name: str) -> str:
+        if name not in installed:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return installed[name]
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    versions = environment().versions
+    assert (versions["openvino"], versions["tensorrt_rtx"], versions["torch"]) == ("2026.1", "1.7", None)
+    assert "tensorrt" not in versions

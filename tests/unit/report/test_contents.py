@@ -39,8 +39,8 @@ MAPS = {
     "rounded",
 }
 """Objects whose keys are data."""
-OPTIONAL = {"cache", "search", "conditions", "kept"}
-"""Keys that reports from before do not have."""
+OPTIONAL = {"cache", "search", "conditions", "kept", "openvino", "tensorrt", "tensorrt_rtx"}
+"""Keys that reports from before do not have; the last three are left out where those are not installed, too."""
 NULLABLE = {"cache", "search", "training", "kinds", "swap_matrix", "providers", "operators", "precisions"}
 """Objects that may be absent."""
 

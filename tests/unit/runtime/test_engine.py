@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,9 @@ GRAPHS = {
     "classes": """<ir_version: 10, opset_import: ["" : 20]>
         classes (int64[batch, sequence] input_ids) => (float[batch, sequence, 2] logits)
         { both = Gather(table, input_ids) logits = Slice(both, zero, two, two) }""",
+    "undefined": """<ir_version: 10, opset_import: ["" : 20]>
+        undefined (int64[batch, sequence] input_ids) => (float[batch, sequence, 16] logits)
+        { found = Gather(table, input_ids) none = Sub(found, found) logits = Div(none, none) }""",
     "numbers": """<ir_version: 10, opset_import: ["" : 20]>
         numbers (float[batch, 2] x, int32[1] n) => (float[batch, 2] y) { m = Cast<to = 1>(n) y = Mul(x, m) }""",
 }
@@ -185,10 +189,23 @@ def test_a_prompt_that_cannot_be_continued_is_refused_at_once(
         engine.generate(prompt, **{"tokens": 3} | options)
 
 
+def test_logits_that_are_not_numbers_end_in_a_sentence(tmp_path: Path) -> None:
+    undefined = load_engine(write(tmp_path, "undefined", reads_text=True), "undefined")
+    for temperature in (0.0, 1.0):
+        with pytest.raises(CpcompileError, match=r"the logits are not numbers \(NaN\)"):
+            list(undefined.generate([1], tokens=3, temperature=temperature))
+
+
 @pytest.mark.parametrize("threads", [-1, 1.5, "2", None])
 def test_threads_are_a_whole_number(bundle: Bundle, threads: Any) -> None:
     with pytest.raises(UsageError, match="threads is"):
         load_engine(bundle, "text", threads=threads)
+
+
+@pytest.mark.parametrize("variant", ["gone", [], {}, None, 3])
+def test_another_variant_is_named_with_those_that_are(bundle: Bundle, variant: Any) -> None:
+    with pytest.raises(UsageError, match=re.escape(f"text has no variant {variant!r}; it has cpu-fp32")):
+        load_engine(bundle, "text", variant)
 
 
 def test_inputs_of_any_graph_are_given_by_name(numbers: Engine) -> None:

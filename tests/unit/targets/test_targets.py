@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from cpcompile.core.config import ROUNDED
 from cpcompile.core.errors import UsageError
 from cpcompile.targets.plan_info import PlanInfo, Profile, TensorInfo
 from cpcompile.targets.requests import Added, Range, Target, parse_ranges, parse_target, parse_targets
@@ -65,6 +66,7 @@ def test_what_is_added() -> None:
     assert added.precisions == ("fp32", "bf16") and added.ranges == {"batch": Range(2, 2, 2)}
     assert parse_targets(("openvino",), None, ()).precisions == ("bf16",)
     assert parse_targets(("openvino", "cpu"), None, ()).precisions == ("bf16", "int8")
+    assert parse_targets(("best",), None, (), 60.0).candidates == ROUNDED
     for arguments, says in (
         (((), ("fp16",), ()), "--precision applies to engines that --target adds"),
         (((), None, ("batch=1",)), "--profile applies to engines that --target adds"),
@@ -73,9 +75,17 @@ def test_what_is_added() -> None:
         ((("openvino",), ("fp16",), ()), "--precision 'fp16' does not exist; there are fp32, bf16"),
         ((("openvino", "cuda"), ("fp16",), ()), "--target openvino: has none of the precisions fp16"),
         ((("openvino",), None, ("batch=1",)), "--profile applies to engines for GPUs"),
+        (((), None, (), 60.0), "--search-seconds applies to the search of --target best; add that target, or omit it"),
+        ((("cpu",), None, (), 60.0), "--search-seconds applies to the search of --target best"),
     ):
         with pytest.raises(UsageError, match=says):
             parse_targets(*arguments)
+
+
+def test_only_what_needs_no_other_engines_is_written_after_them() -> None:
+    assert parse_targets(("openvino", "best"), None, ()).independent == ()
+    added = parse_targets(("cpu", "openvino", "cuda", "tensorrt"), None, ()).independent
+    assert [target.flavour for target in added] == ["cpu", "cuda", "tensorrt"]
 
 
 def test_a_record_comes_back_from_json() -> None:
