@@ -60,8 +60,7 @@ def export_rounded(
     as it is.
     """
     graphs = rounded_graphs(frozen, parameters, schemes, precision, tie=not config.standard_operators)
-    models = graphs.models
-    stored = NOT_STORED if config.standalone else store(writer, models, graphs.kept, graphs.whole)
+    models, stored = graphs.models, store_weights(writer, graphs, config)
     for done, (context, model) in enumerate(models.items()):
         steps(done, len(models))
         export_for_cpu(writer, context, model, stored, config, precision)
@@ -77,9 +76,14 @@ def export_all_for_openvino(
 ) -> None:
     """Write an OpenVINO engine of every context, with a file of weights that they share."""
     graphs = rounded_graphs(frozen, parameters, {}, precision, tie=False)
-    stored = NOT_STORED if config.standalone else store(writer, graphs.models, graphs.kept, graphs.whole)
+    stored = store_weights(writer, graphs, config)
     for context, model in graphs.models.items():
         export_for_openvino(writer, context, model, stored, precision)
+
+
+def store_weights(writer: BundleWriter, graphs: Graphs, config: BuildConfig) -> Stored:
+    """Write the weights of `graphs` to a file that they then read, unless every engine has its own inside."""
+    return NOT_STORED if config.standalone else store(writer, graphs.models, graphs.kept, graphs.whole)
 
 
 def rounded_graphs(

@@ -31,8 +31,14 @@ from cpcompile.passes.merge_contexts import merge_contexts
 from cpcompile.passes.remove_cache import with_all_logits, without_cache
 from cpcompile.passes.share_weights import Whole
 from cpcompile.pipeline.accounting import Accounting
-from cpcompile.pipeline.cpu_engines import export_for_cpu, export_for_openvino, export_rounded, rounded_graphs
-from cpcompile.pipeline.stored_weights import NOT_STORED, WEIGHTS_FILE, store
+from cpcompile.pipeline.cpu_engines import (
+    export_for_cpu,
+    export_for_openvino,
+    export_rounded,
+    rounded_graphs,
+    store_weights,
+)
+from cpcompile.pipeline.stored_weights import WEIGHTS_FILE
 from cpcompile.targets.requests import CPU, CUDA, NOTHING_ADDED, OPENVINO, Added
 from cpcompile.text.vocabulary import TrimmedVocabulary
 
@@ -56,7 +62,7 @@ def export_engines(
     the others. `frozen` stays as it is.
     """
     graphs = rounded_graphs(frozen, parameters, {}, "fp32", tie=not config.standard_operators)
-    stored = NOT_STORED if config.standalone else store(writer, graphs.models, graphs.kept, graphs.whole)
+    stored = store_weights(writer, graphs, config)
     tokenizers = {}
     for context in frozen:
         own = trimmed.get(context)
