@@ -4,13 +4,12 @@
 
 The costs of all parameters are estimated on the windows of held-out text that a search sees; the perplexity is that of
 the eager model on the others, with the weights and inputs rounded as engines round them, against float32. Bits include
-the scales. A control mixes as many bits in a random order. --compensated adds the same mixtures with the parameters in
-4 bits compensated, on the windows that a search sees.
+the scales. A control mixes as many bits in a random order. Beside a model that `cpcompile calibrate` has read, the same
+with the numbers that it chose.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -18,17 +17,14 @@ from pathlib import Path
 
 import click
 import numpy as np
-import torch
 from common import save
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from cpcompile.core.config import ValidateConfig
-from cpcompile.core.rounding import SCHEMES
-from cpcompile.core.types import Array
+from cpcompile.core.rounding import SCHEMES, UNCALIBRATED, Calibration
 from cpcompile.frontend.source import TrainedSource, open_source
-from cpcompile.validation.compensation import compensated_parameters
 from cpcompile.validation.language_reference import OTHERS, LanguageReference
 from cpcompile.validation.open_reference import open_reference
 from cpcompile.validation.sensitivity import rounding_costs
@@ -51,12 +47,12 @@ def mixture(order: Sequence[str], sizes: Mapping[str, int], part: float) -> dict
     return {name: MANY if start < part else FEW for name, start in zip(order, before, strict=True)}
 
 
-def having(source: TrainedSource, values: Mapping[str, Array]) -> LanguageReference:
-    """The reference of `source` with other values of some parameters."""
-    made = source.checkpoint
-    state = {**made.state, **{name: torch.from_numpy(value) for name, value in values.items()}}
-    text = {"held_out": made.held_out, "sequence": source.sequence}
-    return LanguageReference(dataclasses.replace(made, state=state), None, ValidateConfig(), **text)
+def opened(source: TrainedSource, calibration: Calibration) -> LanguageReference:
+    """The reference of `source`, with parameters rounded so."""
+    config = ValidateConfig()
+    found = open_reference(source, config, data=None, trimmed={}, progress=lambda *_: None, calibration=calibration)
+    assert isinstance(found, LanguageReference)
+    return found
 
 
 def increase(reference: LanguageReference, schemes: Mapping[str, str], exact: Mapping[str, np.ndarray]) -> float:
@@ -69,46 +65,49 @@ def increase(reference: LanguageReference, schemes: Mapping[str, str], exact: Ma
 @click.command()
 @click.argument("model", type=click.Path(path_type=Path, exists=True), default="demo/model.pt")
 @click.option("--name", default="mixed_precision", help="Name of the file of results.")
-@click.option("--compensated", is_flag=True, help="Also with the parameters in 4 bits compensated.")
-def main(model: Path, name: str, compensated: bool) -> None:
+def main(model: Path, name: str) -> None:
     source = open_source(model)
     assert isinstance(source, TrainedSource)
-    reference = open_reference(source, ValidateConfig(), data=None, trimmed={}, progress=lambda *_: None)
-    assert isinstance(reference, LanguageReference)
+    reference = opened(source, UNCALIBRATED)
     shapes = rounded_parameters(source)
     sizes = {each: math.prod(shape) for each, shape in shapes.items()}
     started = time.perf_counter()
     contexts = {context: list(shapes) for context in source.contexts}
     costs = rounding_costs(reference, contexts, SCHEMES[FEW], steps=lambda *_: None)
     seconds = time.perf_counter() - started
-    started = time.perf_counter()
-    values = compensated_parameters(reference, contexts, SCHEMES[FEW], steps=lambda *_: None) if compensated else {}
-    seconds_for_values = time.perf_counter() - started
     exact = {c: reference.window_losses(c, reference.masked(c), OTHERS) for c in source.contexts}
-    by_cost = sorted(costs, key=lambda each: costs[each] / sizes[each], reverse=True)
-    at_random = np.random.default_rng(0).permutation(by_cost).tolist()
+
+    def bits(schemes: Mapping[str, str]) -> float:
+        return sum(sizes[p] * SCHEMES[schemes[p]].bits_per_weight(shapes[p][0]) for p in schemes) / sum(sizes.values())
+
+    def by_cost(costs: Mapping[str, float]) -> list[str]:
+        return sorted(costs, key=lambda each: costs[each] / sizes[each], reverse=True)
+
+    order = by_cost(costs)
+    at_random = np.random.default_rng(0).permutation(order).tolist()
+    if source.calibration:
+        calibrated = opened(source, source.calibration)
+        other_order = by_cost(rounding_costs(calibrated, contexts, SCHEMES[FEW], steps=lambda *_: None))
     rows = []
     for part in track(PARTS, "mixtures"):
-        own, control = (mixture(order, sizes, part) for order in (by_cost, at_random))
-        bits = sum(sizes[each] * SCHEMES[own[each]].bits_per_weight(shapes[each][0]) for each in own)
-        row = {"part": part, "bits": bits / sum(sizes.values()), "increase": increase(reference, own, exact)}
+        own, control = (mixture(each, sizes, part) for each in (order, at_random))
+        row = {"part": part, "bits": bits(own), "increase": increase(reference, own, exact)}
         mixed = 0 < part < 1
         row["random_increase"] = increase(reference, control, exact) if mixed else row["increase"]
-        if compensated:
-            few = {each: value for each, value in values.items() if own[each] == FEW}
-            row["compensated_increase"] = increase(having(source, few), own, exact)
+        if source.calibration:
+            other = mixture(other_order, sizes, part)
+            row |= {"calibrated_bits": bits(other), "calibrated_increase": increase(calibrated, other, exact)}
         rows.append(row)
     table = Table(title=f"{model.stem}: 4 and 8 bits mixed; costs estimated in {seconds:.0f} s")
-    columns = ("weights in 8 bits", "bits a weight", "perplexity", "random order", "compensated")
-    forms = (".0%", ".2f", "+.2%", "+.2%", "+.2%")
+    columns = ("weights in 8 bits", "bits a weight", "perplexity", "random order", "bits, calibrated", "calibrated")
+    forms = (".0%", ".2f", "+.2%", "+.2%", ".2f", "+.2%")
     for column, _ in zip(columns, rows[0], strict=False):
         table.add_column(column, justify="right")
     for row in rows:
         table.add_row(*(f"{value:{form}}" for value, form in zip(row.values(), forms, strict=False)))
     Console(width=120).print(table)
     tokens = sum(each.size for each in exact.values()) * reference.sequence
-    measured = {"model": model.stem, "tokens": tokens, "seconds_for_costs": seconds}
-    save(name, measured | ({"seconds_for_values": seconds_for_values} if compensated else {}) | {"mixtures": rows})
+    save(name, {"model": model.stem, "tokens": tokens, "seconds_for_costs": seconds, "mixtures": rows})
 
 
 if __name__ == "__main__":

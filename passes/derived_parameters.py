@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from cpcompile.core.rounding import Calibrated
 from cpcompile.passes.nodes import constant_of, int_attribute, permutation
 from cpcompile.passes.operators import is_standard
 from cpcompile.passes.share_weights import KeptChannels, Whole
@@ -90,6 +91,10 @@ class DerivedParameters:
     def read(self, name: str) -> npt.NDArray[np.generic]:
         """The elements of the whole parameter `name`."""
         return self._whole[name].read()
+
+    def calibrated(self, name: str) -> Calibrated:
+        """What the parameter `name` is rounded to, where that is known."""
+        return self._whole[name].calibrated
 
     def add(self, name: str, kept: Axes, dtype: ir.DataType, whole: Whole) -> ir.Value:
         """The initializer `name` with what is `kept` of `whole`, made when it is read."""

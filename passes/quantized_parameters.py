@@ -30,7 +30,7 @@ class QuantizedParameters(DerivedParameters):
         key = (name, rows)
         if self._rounded is None or self._rounded[0] != key:  # its numbers and its scales are written one by one
             whole = self.read(name)
-            self._rounded = key, self._scheme.round(whole.T if rows else whole)
+            self._rounded = key, self._scheme.rounded(whole.T if rows else whole, self.calibrated(name))
         return self._rounded[1]
 
     def result(self, model: ir.Model) -> Derivation:

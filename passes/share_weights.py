@@ -14,12 +14,13 @@ much again). Models whose units are stored partition by partition have one run p
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from cpcompile.core.rounding import Calibrated
 from cpcompile.passes.clean_up import replace_value
 from cpcompile.passes.graph_pass import GraphPass
 
@@ -29,10 +30,11 @@ KeptChannels = Mapping[str, tuple[npt.NDArray[np.intp] | None, ...]]
 
 @dataclass(frozen=True)
 class Whole:
-    """A parameter of all contexts: its shape, and how its elements are read."""
+    """A parameter of all contexts: its shape, how its elements are read, and what they are rounded to."""
 
     shape: tuple[int, ...]
     read: Callable[[], npt.NDArray[np.generic]]
+    calibrated: Calibrated = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 import click
 
 from cpcompile.cli.build import build, estimate
+from cpcompile.cli.calibrate import calibrate
 from cpcompile.cli.check import check
 from cpcompile.cli.graphs import compare, export, opt, passes
 from cpcompile.cli.group import main
@@ -72,7 +73,7 @@ def demo(out: Path) -> None:
 
 
 for command in (
-    *(train, build, estimate, validate, report, check, inspect, run, export),
+    *(train, calibrate, build, estimate, validate, report, check, inspect, run, export),
     *(opt, compare, doctor, passes, demo),
 ):
     main.add_command(command)

@@ -8,7 +8,8 @@
     int4-weights    is rounded to 8 bits with a scale of its own; the same with 4 bits
 
 A parameter is rounded whole, before contexts cut it. So what two contexts share stays the same, and the eager model can
-be rounded without knowing what its contexts keep.
+be rounded without knowing what its contexts keep. It is rounded to the nearest numbers, unless a calibration has found
+others that change the outputs of the model less.
 
 Source: ONNX Runtime, docs/ContribOperators (MatMulNBits); ONNX, DynamicQuantizeLinear and MatMulInteger.
 """
@@ -30,8 +31,13 @@ BLOCK = 32
 QUANTIZED = "cpcompile.quantized"
 """Metadata of graphs: JSON, the scheme of every parameter that is rounded."""
 
-Rounded = tuple[npt.NDArray[Any], npt.NDArray[np.float32]]
-"""Whole numbers, and the scales that they are to be multiplied by."""
+Rounded = tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]
+"""Signed whole numbers (blocks, block, outputs), and the scales (blocks, 1, outputs) to multiply them by."""
+Calibrated = Mapping[str, Rounded]
+"""Scheme -> what a parameter is rounded to by it, where better numbers than the nearest are known."""
+Calibration = Mapping[str, Calibrated]
+"""The same by parameter; others are rounded to the nearest."""
+UNCALIBRATED: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,7 @@ class Scheme:
         return (8 if self.bits > 4 else self.bits) + 32 / (self.block or inputs)
 
     def round(self, weight: npt.NDArray[Any]) -> Rounded:
-        """Signed whole numbers (blocks, block, outputs), int8, and scales (blocks, 1, outputs) of `weight`.
+        """The nearest whole numbers of `weight`, and their scales.
 
         A scale takes the element that is farthest from zero to an end of the range: with 4 bits to the lower one, which
         is farther from zero, so that all sixteen numbers are used. With 8 bits that would cost more than it gains,
@@ -68,11 +74,20 @@ class Scheme:
         scale[scale == 0] = 1
         return np.clip(np.round(blocks / scale), -half, half - 1).astype(np.int8), scale.astype(np.float32)
 
+    def rounded(self, weight: npt.NDArray[Any], calibrated: Calibrated) -> Rounded:
+        """What `weight` (inputs, outputs) is rounded to: as `calibrated`, or else to the nearest numbers."""
+        return calibrated.get(self.name) or self.round(weight)
+
     def restored(self, weight: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """`weight` (inputs, outputs) as an engine with this scheme has it, in the type of `weight`."""
-        numbers, scale = self.round(weight)
-        restored: npt.NDArray[Any] = numbers.astype(weight.dtype) * scale.astype(weight.dtype)
-        return restored.reshape(weight.shape)
+        """`weight` (inputs, outputs), rounded to the nearest, in the type of `weight`."""
+        return restored(self.round(weight), weight.dtype).reshape(weight.shape)
+
+
+def restored(rounded: Rounded, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    """The numbers times their scales, (inputs, outputs)."""
+    numbers, scales = rounded
+    whole: npt.NDArray[Any] = numbers.astype(dtype) * scales.astype(dtype)
+    return whole.reshape(-1, numbers.shape[-1])
 
 
 _FORMS = ((8, None), (7, None), (8, BLOCK), (4, BLOCK))

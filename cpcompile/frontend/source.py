@@ -6,6 +6,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,18 @@ from cpcompile.core.config import PretrainedConfig, TrainConfig
 from cpcompile.core.errors import UsageError
 from cpcompile.core.generation import GenerationSettings
 from cpcompile.core.measured import NotMeasured
-from cpcompile.core.paths import dense_path
+from cpcompile.core.paths import calibration_path, dense_path
+from cpcompile.core.rounding import UNCALIBRATED, Calibration
 from cpcompile.core.selection import Digits, Selection, UnitKind
 from cpcompile.core.types import Progress
 from cpcompile.files.whole_files import scratch_folder
+from cpcompile.frontend.calibration import load_calibration
 from cpcompile.frontend.capture import capture, capture_dense
 from cpcompile.frontend.checkpoint import Checkpoint, architecture, load_checkpoint
 from cpcompile.frontend.program import Program, load_program
 from cpcompile.models.language_model import LanguageModel
 from cpcompile.partitioning.pretrained import PretrainedDecoder
-from cpcompile.text.corpus import load_corpus
+from cpcompile.text.corpus import Corpus, load_corpus
 from cpcompile.text.tokenization import leading_tokens, parse_tokenizer, vocabulary_size
 from cpcompile.text.vocabulary import TrimmedVocabulary, cut_tokenizer, end_of, needed_tokens, order_tokens
 
@@ -85,6 +88,11 @@ class Source(ABC):
         """Parameters that the forward pass does not read, by name."""
         return frozenset()
 
+    @property
+    def calibration(self) -> Calibration:
+        """What its parameters are rounded to; UsageError if the file that says it is not the model's."""
+        return UNCALIBRATED
+
     @abstractmethod
     def trim(
         self, contexts: Sequence[str], coverage: float
@@ -142,7 +150,7 @@ class TrainedSource(Source):
         self.config = {name: value for name, value in plain.items() if isinstance(value, int | float | str)}
         self.checkpoint = checkpoint
         self.generation = _generation(checkpoint)
-        self.sequence: int = int(checkpoint.training.get("settings", {}).get("sequence", TrainConfig.sequence))
+        self.sequence: int = int(self._settings.get("sequence", TrainConfig.sequence))
         self.selection = self._selection.digits(
             {
                 kind: [(f"layer {number}", table.shape[2]) for number in range(table.shape[1])]
@@ -171,6 +179,11 @@ class TrainedSource(Source):
     def parameter_kind(self, name: str) -> UnitKind | None:
         return self._eager.parameter_kind(name)
 
+    @cached_property
+    def calibration(self) -> Calibration:
+        path = calibration_path(self.path)
+        return load_calibration(path, self.path, self._eager) if path.exists() else UNCALIBRATED
+
     @property
     def unused(self) -> frozenset[str]:
         model = self._eager
@@ -191,23 +204,32 @@ class TrainedSource(Source):
         """Held-out token ids per context: of the text in `data`, or what the checkpoint brings."""
         if data is None:
             return self.checkpoint.held_out
-        settings = TrainConfig()
-        own = self.checkpoint.training.get("settings", {})
+        limit = self._settings.get("held_out_tokens", TrainConfig.held_out_tokens)
+        held_out = self.corpus(data, progress).held_out
+        return {c: np.asarray(held_out[c].ids[: limit + 1], dtype=np.int32) for c in self.contexts}
+
+    def corpus(self, data: Path, progress: Progress) -> Corpus:
+        """The text in `data` as training splits it; UsageError if a context has none."""
         with tokenizer_file(self.tokenizer) as tokenizer:
             corpus = load_corpus(
                 data,
                 vocabulary=self.checkpoint.config.vocabulary,
                 sequence=self.sequence,
-                held_out_fraction=settings.held_out_fraction,
-                seed=own.get("seed", settings.seed),
+                held_out_fraction=self._settings.get("held_out_fraction", TrainConfig.held_out_fraction),
+                seed=self._settings.get("seed", TrainConfig.seed),
                 tokenizer=tokenizer,
                 progress=progress,
             )
         missing = [context for context in self.contexts if context not in corpus.contexts]
         if missing:
             raise UsageError(f"{data}: has no text for {', '.join(missing)}; it has {', '.join(corpus.contexts)}")
-        limit = own.get("held_out_tokens", settings.held_out_tokens)
-        return {c: np.asarray(corpus.held_out[c].ids[: limit + 1], dtype=np.int32) for c in self.contexts}
+        return corpus
+
+    @property
+    def _settings(self) -> Mapping[str, Any]:
+        """Of its training."""
+        found: Mapping[str, Any] = self.checkpoint.training.get("settings", {})
+        return found
 
 
 class ProgramSource(Source):

@@ -24,6 +24,7 @@ from cpcompile.bundle.writer import BundleWriter
 from cpcompile.core.config import BuildConfig, ValidateConfig
 from cpcompile.core.errors import UsageError
 from cpcompile.core.paths import dense_path
+from cpcompile.core.rounding import UNCALIBRATED
 from cpcompile.core.types import Progress, unwatched
 from cpcompile.exporters.tensorrt_exporter import require_target
 from cpcompile.frontend.source import Source, TrainedSource, open_source
@@ -40,7 +41,7 @@ from cpcompile.report import Report, write_report
 from cpcompile.targets.requests import BEST, CPU, FLAVOURS, Added, parse_targets
 from cpcompile.text.vocabulary import TrimmedVocabulary
 from cpcompile.validation.diagnosis import diagnose
-from cpcompile.validation.expected_graphs import FreshGraphs, order_rows
+from cpcompile.validation.expected_graphs import FreshGraphs, order_calibration, order_rows
 from cpcompile.validation.language_reference import LanguageReference
 from cpcompile.validation.open_reference import open_reference
 from cpcompile.validation.peers import open_peers
@@ -77,7 +78,10 @@ def build_bundle(
         chosen, coverage = source.choose(config.contexts), config.vocabulary_coverage
         config.require_compatible(chosen)
         order, trimmed = source.trim(chosen, coverage) if coverage is not None else (None, {})
-        reference = open_reference(source, validation, data=data, trimmed=trimmed, progress=progress)
+        calibration = source.calibration if config.targets else UNCALIBRATED
+        reference = open_reference(
+            source, validation, data=data, trimmed=trimmed, progress=progress, calibration=calibration
+        )
         if added.candidates:
             assert isinstance(reference, LanguageReference)  # models that read no text were refused
             require_search_text(reference, chosen)
@@ -86,7 +90,9 @@ def build_bundle(
     with stages("freeze", len(chosen)) as done:
         rows = order_rows(dynamic, source, order) if order is not None else None
         frozen, accounts = freeze_contexts(source, dynamic, chosen, trimmed, rows, done)
-    parameters = wholes(dynamic, frozen, accounts)
+    if rows is not None:
+        calibration = order_calibration(calibration, source, rows)
+    parameters = wholes(dynamic, frozen, accounts, calibration)
     with writer:
         with stages("export", 1 + len(chosen) + config.merged) as done:
             metadata = export_engines(

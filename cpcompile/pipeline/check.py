@@ -37,7 +37,7 @@ from cpcompile.files.onnx_file import Size
 from cpcompile.machine.environment import environment
 from cpcompile.machine.noise import watch_machine
 from cpcompile.pipeline.compare import NO_SPEED, FileComparison, compare_models, time_models
-from cpcompile.pipeline.validate import open_with_model, report_of, training_of, trimmed_vocabularies
+from cpcompile.pipeline.validate import calibration_of, open_with_model, report_of, training_of, trimmed_vocabularies
 from cpcompile.report import read_build
 from cpcompile.report.results import Placement, ratio_with_bounds
 from cpcompile.runtime.engine import create_session, session_options
@@ -94,7 +94,14 @@ def check_bundle(
         layers=False,
         min_speed_ratio=0.0,
     )
-    reference = open_reference(source, settings, data=data, trimmed=trimmed_vocabularies(bundle), progress=progress)
+    reference = open_reference(
+        source,
+        settings,
+        data=data,
+        trimmed=trimmed_vocabularies(bundle),
+        progress=progress,
+        calibration=calibration_of(bundle, source),
+    )
     with watch_machine() as machine:
         results = validate(bundle, reference, settings, progress=progress)
     now = snapshot_of(report_of(bundle, source, results, read_build(path), settings, training_of(source)))

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from cpcompile.bundle.writer import BundleWriter
+from cpcompile.core.rounding import UNCALIBRATED, Calibration
 from cpcompile.exporters.weights_file import Location, write_weights
 from cpcompile.passes.derived_parameters import Derivation
 from cpcompile.passes.freeze import Frozen
@@ -52,12 +53,21 @@ def store(
     return Stored(uri, writer.asset(uri) / WEIGHTS_FILE, locations)
 
 
-def wholes(dynamic: ir.Model, frozen: Mapping[str, Frozen], accounts: Mapping[str, Accounting]) -> dict[str, Whole]:
+def wholes(
+    dynamic: ir.Model,
+    frozen: Mapping[str, Frozen],
+    accounts: Mapping[str, Accounting],
+    calibration: Calibration = UNCALIBRATED,
+) -> dict[str, Whole]:
     """The parameters of all contexts by name, with their axes in the order of the engines."""
     permutations = {name: order for each in frozen.values() for name, order in each.permutations.items()}
     names = next(iter(accounts.values())).total_by_name
     return {
-        name: Whole(_whole(dynamic, permutations, name).shape, partial(_whole, dynamic, permutations, name))
+        name: Whole(
+            _whole(dynamic, permutations, name).shape,
+            partial(_whole, dynamic, permutations, name),
+            calibration.get(name, UNCALIBRATED),
+        )
         for name in names
         if name in dynamic.graph.initializers
     }

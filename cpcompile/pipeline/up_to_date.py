@@ -1,6 +1,7 @@
 """What a build finds done: the whole bundle, or the results of engines that have not changed.
 
-request       the model with its dense baseline, the settings, the program      the same: the bundle is up to date
+request       the model with its dense baseline and its calibration, the        the same: the bundle is up to date
+              settings, the program
 conditions    the dense baseline, the held-out text, how engines are            the same: so are the results of an
               validated, the program, the machine                               engine with the same content
 
@@ -21,7 +22,7 @@ from cpcompile.bundle.reader import Bundle, Variant, open_bundle
 from cpcompile.core.config import BuildConfig, ValidateConfig
 from cpcompile.core.errors import UsageError
 from cpcompile.core.json_form import to_json
-from cpcompile.core.paths import dense_path
+from cpcompile.core.paths import calibration_path, dense_path
 from cpcompile.files.external_data import content_digest
 from cpcompile.files.whole_files import file_digest
 from cpcompile.machine.environment import environment
@@ -32,6 +33,8 @@ from cpcompile.targets.requests import BEST
 
 REQUEST, TEXT = "request", "held_out"
 """Keys of the bundle's metadata: `request_of`, and the digest of the held-out text."""
+NONE = "none"
+"""In place of the digest of a file that is not there."""
 Digests = Mapping[str, str]
 """By name, what something depends on."""
 
@@ -42,6 +45,7 @@ def request_of(model: Path, config: BuildConfig, validation: ValidateConfig, dat
     settings = to_json(replace(config, validate=True)), to_json(validation) if searched else None
     return {
         "dense baseline": dense_digest(model),
+        "calibration": calibration_digest(model) if config.targets else NONE,
         "text": "the model's own" if data is None else "given",
         "settings": _digest(settings),
         "program": program_digest(),
@@ -122,9 +126,17 @@ def _identity(variant: Variant) -> object:
 
 
 def dense_digest(model: Path) -> str:
-    """The digest of the dense baseline beside `model`, "none" if there is none."""
-    path = dense_path(model)
-    return file_digest(path) if path.is_file() else "none"
+    """The digest of the dense baseline beside `model`, `NONE` if there is none."""
+    return _digest_of(dense_path(model))
+
+
+def calibration_digest(model: Path) -> str:
+    """The digest of the calibration beside `model`, `NONE` if there is none."""
+    return _digest_of(calibration_path(model))
+
+
+def _digest_of(path: Path) -> str:
+    return file_digest(path) if path.is_file() else NONE
 
 
 def _machine() -> str:

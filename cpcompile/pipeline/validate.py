@@ -10,11 +10,13 @@ from cpcompile.bundle.reader import Bundle, open_bundle
 from cpcompile.core.config import MIXED, ROUNDED, ValidateConfig
 from cpcompile.core.errors import UsageError
 from cpcompile.core.json_form import from_json
+from cpcompile.core.paths import calibration_path
+from cpcompile.core.rounding import UNCALIBRATED, Calibration
 from cpcompile.core.types import Progress
 from cpcompile.files.whole_files import file_digest, remove_leftovers
 from cpcompile.frontend.source import Source, open_source
 from cpcompile.machine.environment import environment
-from cpcompile.pipeline.up_to_date import Digests, conditions_of, dense_digest
+from cpcompile.pipeline.up_to_date import NONE, REQUEST, Digests, calibration_digest, conditions_of, dense_digest
 from cpcompile.report import (
     BuildResult,
     ContextResult,
@@ -54,7 +56,8 @@ def validate_bundle(
     bundle, source = open_with_model(path, model, progress)
     training = training_of(source)
     trimmed = trimmed_vocabularies(bundle)
-    reference = open_reference(source, config, data=data, trimmed=trimmed, progress=progress)
+    calibration = calibration_of(bundle, source)
+    reference = open_reference(source, config, data=data, trimmed=trimmed, progress=progress, calibration=calibration)
     graphs = FreshGraphs(source, cache(lambda o: source.capture(opset=o)), {c: own.kept for c, own in trimmed.items()})
     with open_peers(config, source, reference, graphs) as peers:
         results = validate(bundle, reference, config, peers=peers, progress=progress)
@@ -76,6 +79,19 @@ def open_with_model(path: Path, model: Path, progress: Progress) -> tuple[Bundle
         raise UsageError(f"{path}: was not built from {model}; give its own model with --model, or build it again")
     progress("load", 1, 1)
     return bundle, source
+
+
+def calibration_of(bundle: Bundle, source: Source) -> Calibration:
+    """What the engines of `bundle` round parameters to; UsageError if the file that says it is not there any more."""
+    digest = bundle.metadata.get(REQUEST, {}).get("calibration", NONE)
+    if digest == NONE:
+        return UNCALIBRATED
+    if digest != calibration_digest(source.path):
+        raise UsageError(
+            f"{bundle.root}: its engines have the numbers of another {calibration_path(source.path).name} than lies "
+            f"beside {source.path}; put that one there, or build the bundle again"
+        )
+    return source.calibration
 
 
 def trimmed_vocabularies(bundle: Bundle) -> dict[str, TrimmedVocabulary]:

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from cpcompile.core.rounding import Calibration
 from cpcompile.core.selection import UnitKind
 from cpcompile.frontend.source import Source
 from cpcompile.passes.bind_context import BindContext
@@ -59,3 +60,14 @@ def order_rows(model: ir.Model, source: Source, order: npt.NDArray[np.int64]) ->
             whole = np.concatenate([order, np.setdiff1d(np.arange(len(table)), order)])
             value.const_value = ir.tensor(table[whole], name=name)
     return np.argsort(whole)
+
+
+def order_calibration(calibration: Calibration, source: Source, rows: npt.NDArray[np.int64]) -> Calibration:
+    """The `calibration` of `source` for parameters whose tokens `order_rows` brought to `rows`."""
+    order = np.argsort(rows)
+    return {
+        name: {scheme: (numbers[..., order], scales[..., order]) for scheme, (numbers, scales) in calibrated.items()}
+        if source.parameter_kind(name) is UnitKind.VOCABULARY
+        else calibrated
+        for name, calibrated in calibration.items()
+    }

@@ -23,6 +23,7 @@ from torch import nn
 from cpcompile.core.cache import INPUT, OUTPUT
 from cpcompile.core.config import ValidateConfig
 from cpcompile.core.measured import NotMeasured
+from cpcompile.core.rounding import UNCALIBRATED, Calibration
 from cpcompile.core.selection import UnitKind
 from cpcompile.core.types import Array, Feeds, Steps, unwatched
 from cpcompile.frontend.checkpoint import Checkpoint, load_checkpoint
@@ -32,6 +33,7 @@ from cpcompile.report.results import Quality
 from cpcompile.text.tokenization import leading_tokens
 from cpcompile.text.vocabulary import TrimmedVocabulary, reencode
 from cpcompile.validation.coherence import NEW_TOKENS, PROMPT_TOKENS, measure_coherence
+from cpcompile.validation.fisher import frozen_parameters
 from cpcompile.validation.memory import measure_eager
 from cpcompile.validation.quality import (
     BATCH,
@@ -79,7 +81,7 @@ class LanguageReference:
     """The masked eager model of a checkpoint, and its dense baseline.
 
     `held_out` maps a context to token ids (1-D), cut into windows of `sequence` predictions for quality; `trimmed`
-    names the contexts with a trimmed vocabulary.
+    names the contexts with a trimmed vocabulary; `calibration` is what engines round parameters to.
     """
 
     logits: str | None = OUTPUT
@@ -94,12 +96,14 @@ class LanguageReference:
         held_out: Mapping[str, npt.NDArray[Any]],
         sequence: int,
         trimmed: Mapping[str, TrimmedVocabulary] | None = None,
+        calibration: Calibration = UNCALIBRATED,
     ) -> None:
         self.contexts = checkpoint.contexts
         self._single = checkpoint.model
         self._tokenizer = checkpoint.tokenizer
         self._dense = dense
         self._config = config
+        self.calibration = calibration
         self.sequence = sequence
         self._held_out = {c: np.asarray(held_out.get(c, ()), dtype=np.int64) for c in self.contexts}
         self.digest = _digest(self._held_out)
@@ -188,18 +192,13 @@ class LanguageReference:
         """The eager model, whose parameters are frozen, and its logits as a function of the engine's token ids."""
         model, kept = self._single, self._texts[context].token_ids
         index = torch.tensor(self.contexts.index(context)) if model.contexts else None
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        model.requires_grad_(False)
 
         def logits(ids: torch.Tensor) -> torch.Tensor:
             found: torch.Tensor = model(ids if kept is None else torch.from_numpy(kept)[ids], index)
             return found if kept is None else found[..., kept]
 
-        try:
+        with frozen_parameters(model):
             yield model, logits
-        finally:
-            for parameter in trained:
-                parameter.requires_grad_()
 
     def window_losses(self, context: str, run: Run, part: slice) -> Array:
         """The mean loss of `run` on each window in `part` of the held-out text, per token of the whole vocabulary."""
@@ -229,7 +228,7 @@ class LanguageReference:
         eager = eager_run(model, index)
         if not schemes:
             return self.as_engine(context, eager)
-        rounding = Rounding(model, schemes, inputs=round_inputs)
+        rounding = Rounding(model, schemes, self.calibration, inputs=round_inputs)
 
         def rounded(feeds: Feeds) -> Outputs:
             with rounding:

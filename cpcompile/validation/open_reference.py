@@ -7,6 +7,7 @@ from pathlib import Path
 
 from cpcompile.core.config import ValidateConfig
 from cpcompile.core.errors import UsageError
+from cpcompile.core.rounding import UNCALIBRATED, Calibration
 from cpcompile.core.types import Progress
 from cpcompile.frontend.source import ProgramSource, Source, TrainedSource
 from cpcompile.text.vocabulary import TrimmedVocabulary
@@ -22,6 +23,7 @@ def open_reference(
     data: Path | None,
     trimmed: Mapping[str, TrimmedVocabulary],
     progress: Progress,
+    calibration: Calibration = UNCALIBRATED,
 ) -> Reference:
     """The reference of `source`, on the held-out text of `data` or on that of the source."""
     if isinstance(source, TrainedSource):
@@ -32,6 +34,7 @@ def open_reference(
             held_out=source.held_out(data, progress),
             sequence=source.sequence,
             trimmed=trimmed,
+            calibration=calibration,
         )
     assert isinstance(source, ProgramSource)
     if data is not None:

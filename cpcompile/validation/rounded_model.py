@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from cpcompile.core.errors import CpcompileError, UsageError
-from cpcompile.core.rounding import QUANTIZED, SCHEMES, Scheme
+from cpcompile.core.rounding import QUANTIZED, SCHEMES, UNCALIBRATED, Calibration, Scheme, restored
 from cpcompile.runtime.engine import Engine
 
 LEVELS = 255
@@ -42,12 +42,20 @@ def schemes_of(engine: Engine) -> dict[str, Scheme]:
 class Rounding(TorchFunctionMode):
     """While it is active, products and embeddings read the rounded parameters of `model`.
 
-    inputs: whether the other side of a product is rounded as well.
+    calibration: what parameters are rounded to. inputs: whether the other side of a product is rounded as well.
     CpcompileError: `schemes` names a parameter that the model does not have.
     """
 
-    def __init__(self, model: nn.Module, schemes: Mapping[str, Scheme], *, inputs: bool = True) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        schemes: Mapping[str, Scheme],
+        calibration: Calibration = UNCALIBRATED,
+        *,
+        inputs: bool = True,
+    ) -> None:
         super().__init__()
+        self._calibration = calibration
         self._inputs = inputs
         own = dict(model.named_parameters(remove_duplicate=False))
         if foreign := sorted(schemes.keys() - own.keys()):
@@ -81,14 +89,17 @@ class Rounding(TorchFunctionMode):
     def _weight(self, parameter: Tensor, *, outputs_first: bool) -> Tensor:
         if parameter not in self._rounded:
             whole = parameter.detach().numpy()
+            weight = whole.T if outputs_first else whole
             try:
-                restored = self._schemes[parameter].restored(whole.T if outputs_first else whole)
+                calibrated = self._calibration.get(self._names[parameter], UNCALIBRATED)
+                rounded = self._schemes[parameter].rounded(weight, calibrated)
             except ValueError as error:
                 shape = tuple(whole.shape)
                 raise CpcompileError(
                     f"a parameter of shape {shape} does not fall into the blocks that the engine names; build it again"
                 ) from error
-            self._rounded[parameter] = torch.from_numpy(restored.T if outputs_first else restored)
+            value = restored(rounded, weight.dtype)
+            self._rounded[parameter] = torch.from_numpy(value.T if outputs_first else value)
         return self._rounded[parameter]
 
 

@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from cpcompile.core.cache import INPUT
 from cpcompile.core.rounding import Scheme
 from cpcompile.core.types import Steps
+from cpcompile.validation.fisher import backward_of_sample
 from cpcompile.validation.language_reference import LanguageReference
 from cpcompile.validation.rounded_model import Rounding
 
@@ -44,7 +44,7 @@ def rounding_costs(
     generator = torch.Generator().manual_seed(0)
     for context, text in texts.items():
         with reference.differentiable(context) as (model, logits_of):
-            errors = _RoundingErrors(model, dict.fromkeys(rounded[context], scheme))
+            errors = _RoundingErrors(model, dict.fromkeys(rounded[context], scheme), reference.calibration)
             for start in range(0, len(text), BATCH):
                 for name, squares in errors.of(logits_of, text[start : start + BATCH], generator).items():
                     costs[name] += squares / (2 * text.size * len(rounded))
@@ -64,9 +64,8 @@ class _RoundingErrors(Rounding):
         self._sums: dict[str, Tensor] = {}
         with torch.enable_grad():
             with self:
-                logits = logits_of(torch.from_numpy(ids)).flatten(0, 1)
-            drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
-            F.cross_entropy(logits, drawn, reduction="sum").backward()  # type: ignore[no-untyped-call]
+                logits = logits_of(torch.from_numpy(ids))
+            backward_of_sample(logits, generator)
         return {name: float(sums.square().sum()) for name, sums in self._sums.items()}
 
     def __torch_function__(

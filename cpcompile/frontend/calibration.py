@@ -1,0 +1,67 @@
+"""`model.calibration.pt`: what the parameters of `model.pt` are rounded to, loaded with `weights_only=True`.
+
+format, version     what the file is
+model               the digest of model.pt
+rounded             scheme -> parameter -> its whole numbers and their scales, see `cpcompile.core.rounding.Rounded`
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cpcompile.core.errors import UsageError
+from cpcompile.core.rounding import SCHEMES, Calibration, Rounded, Scheme
+from cpcompile.files.whole_files import file_digest
+from cpcompile.frontend.checkpoint import load_plain, save_atomically
+from cpcompile.models.language_model import LanguageModel
+
+FORMAT = "cpcompile-calibration"
+VERSION = 1
+AGAIN = "calibrate again, or take it away to round to the nearest numbers"
+
+
+def save_calibration(calibration: Calibration, model: Path, path: Path) -> None:
+    """Write the calibration of the checkpoint `model` to `path` in one step."""
+    rounded: dict[str, dict[str, dict[str, torch.Tensor]]] = {}
+    for name, schemes in calibration.items():
+        for scheme, (numbers, scales) in schemes.items():
+            tensors = {"numbers": torch.from_numpy(numbers), "scales": torch.from_numpy(scales)}
+            rounded.setdefault(scheme, {})[name] = tensors
+    save_atomically({"format": FORMAT, "version": VERSION, "model": file_digest(model), "rounded": rounded}, path)
+
+
+def load_calibration(path: Path, model: Path, eager: LanguageModel) -> Calibration:
+    """Read `path`, the calibration of the checkpoint `model`, which makes `eager`; UsageError if it is not."""
+    plain = load_plain(path, mapped=True)
+    if not isinstance(plain, dict) or plain.get("format") != FORMAT:
+        raise UsageError(f"{path}: is a torch file but no calibration; {AGAIN}")
+    if plain.get("version") != VERSION:
+        raise UsageError(f"{path}: version {plain.get('version')!r}, this cpcompile reads {VERSION}; {AGAIN}")
+    if plain.get("model") != file_digest(model):
+        raise UsageError(f"{path}: was not made for {model}, or for an earlier form of it; {AGAIN}")
+    shapes = {name: tuple(each.shape) for name, each in eager.named_parameters()}
+    found: dict[str, dict[str, Rounded]] = {}
+    try:
+        for scheme, parameters in plain["rounded"].items():
+            for name, tensors in parameters.items():
+                rounded = tensors["numbers"].numpy(), tensors["scales"].numpy()
+                _require_fitting(SCHEMES[scheme], shapes[name], rounded)
+                found.setdefault(name, {})[scheme] = rounded
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise UsageError(f"{path}: is incomplete or inconsistent ({error}); {AGAIN}") from error
+    return found
+
+
+def _require_fitting(scheme: Scheme, shape: tuple[int, ...], rounded: Rounded) -> None:
+    """ValueError unless `rounded` is what `scheme` makes of a parameter with that shape."""
+    numbers, scales = rounded
+    blocks, block, outputs = numbers.shape
+    half = 2 ** (scheme.bits - 1)
+    fits = (blocks * block, outputs) in (shape, shape[::-1]) and block == (scheme.block or blocks * block)
+    if not fits or scales.shape != (blocks, 1, outputs) or numbers.dtype != "int8" or scales.dtype != "float32":
+        raise ValueError(f"{scheme.name} does not make {numbers.dtype} {numbers.shape} of a parameter {shape}")
+    if numbers.min() < -half or numbers.max() >= half or not np.isfinite(scales).all():
+        raise ValueError(f"numbers or scales are out of the range of {scheme.name}")

@@ -1,0 +1,87 @@
+"""`model.calibration.pt`: what was saved comes back, and files that do not fit are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cpcompile.core.errors import UsageError
+from cpcompile.core.paths import calibration_path, dense_path
+from cpcompile.core.rounding import SCHEMES
+from cpcompile.frontend.calibration import load_calibration, save_calibration
+from cpcompile.frontend.checkpoint import load_checkpoint
+from cpcompile.frontend.source import open_source
+
+FEW = SCHEMES["int4-weights"]
+NAME = "layers.0.ffn.up.weight"
+
+
+@pytest.fixture
+def path(trained: Path, tmp_path: Path) -> Path:
+    """Of a model beside it."""
+    model = tmp_path / "model.pt"
+    model.write_bytes(trained.read_bytes())
+    weight = load_checkpoint(model).state[NAME].numpy()
+    save_calibration({NAME: {FEW.name: FEW.round(weight.T)}}, model, calibration_path(model))
+    return calibration_path(model)
+
+
+def test_what_was_saved_comes_back(path: Path) -> None:
+    source = open_source(path.with_name("model.pt"))
+    weight = load_checkpoint(source.path).state[NAME].numpy()
+    ((name, rounded),) = source.calibration.items()
+    assert name == NAME and rounded.keys() == {FEW.name}
+    for found, expected in zip(rounded[FEW.name], FEW.round(weight.T), strict=True):
+        np.testing.assert_array_equal(found, expected)
+        assert found.dtype == expected.dtype
+
+
+def edited(path: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+    plain = torch.load(path, weights_only=True)
+    edit(plain)
+    torch.save(plain, path)
+
+
+def tensors(plain: dict[str, Any]) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = plain["rounded"][FEW.name][NAME]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("edit", "says"),
+    [
+        (lambda p: p.pop("format"), "is a torch file but no calibration"),
+        (lambda p: p.update(version=2), "version 2, this cpcompile reads 1"),
+        (lambda p: p.update(model="0" * 64), "was not made for"),
+        (lambda p: p.pop("rounded"), "incomplete or inconsistent"),
+        (lambda p: p["rounded"].update(int3=p["rounded"][FEW.name]), "int3"),
+        (lambda p: p["rounded"][FEW.name].update(foreign=tensors(p)), "foreign"),
+        (lambda p: tensors(p).pop("scales"), "scales"),
+        (lambda p: tensors(p).update(numbers=tensors(p)["numbers"].float()), "does not make float32"),
+        (lambda p: tensors(p).update(numbers=tensors(p)["numbers"][1:]), "does not make"),
+        (lambda p: tensors(p).update(numbers=tensors(p)["numbers"][0]), "incomplete or inconsistent"),
+        (lambda p: tensors(p).update(scales=tensors(p)["scales"][:, :, 1:]), "does not make"),
+        (lambda p: tensors(p)["numbers"].fill_(8), "out of the range"),
+        (lambda p: tensors(p)["scales"].fill_(float("nan")), "out of the range"),
+        (lambda p: tensors(p).update(numbers=[1]), "incomplete or inconsistent"),
+    ],
+)
+def test_what_does_not_fit_is_refused(path: Path, edit: Callable[[dict[str, Any]], object], says: str) -> None:
+    edited(path, edit)
+    with pytest.raises(UsageError, match=says) as caught:
+        _ = open_source(path.with_name("model.pt")).calibration
+    assert "calibrate again, or take it away" in str(caught.value)
+
+
+def test_other_files_are_refused(path: Path) -> None:
+    model, dense = path.with_name("model.pt"), load_checkpoint(path.with_name("model.pt"))
+    for content in (b"", path.read_bytes()[:-100], b"PK\x03\x04"):
+        path.write_bytes(content)
+        with pytest.raises(UsageError, match=path.name):
+            load_calibration(path, model, dense.model)
+    assert not dense_path(model).exists()
