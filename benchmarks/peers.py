@@ -29,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ from cpcompile.core.paths import dense_path
 from cpcompile.core.types import Feeds
 from cpcompile.exporters.onnxruntime_exporter import EXACT_PRODUCTS
 from cpcompile.frontend.checkpoint import load_checkpoint
-from cpcompile.frontend.source import open_source
+from cpcompile.frontend.source import TrainedSource, open_source
 from cpcompile.machine.environment import available_cores
 from cpcompile.pipeline.validate import trimmed_vocabularies
 from cpcompile.runtime.engine import create_session, session_options
@@ -198,12 +199,19 @@ def print_table(title: str, result: Mapping[str, Any], peaks: Mapping[str, float
 @click.option("--context", help="The context.  [default: the first]")
 @click.option("--gguf", type=click.Path(path_type=Path, exists=True), help="The same model for llama.cpp.")
 @click.option("--rounds", default=20)
+@click.option("--tokens", type=int, help="Held-out tokens that perplexities are measured on.  [default: all]")
 @click.option("--name", default="peers", help="Name of the files of results.")
-def main(model: Path, bundle: Path, context: str | None, gguf: Path | None, rounds: int, name: str) -> None:
+def main(
+    model: Path, bundle: Path, context: str | None, gguf: Path | None, rounds: int, tokens: int | None, name: str
+) -> None:
     opened, threads = open_bundle(bundle), available_cores()
     context = context or opened.contexts[0]
     torch.set_num_threads(threads)
     dense, source = load_checkpoint(dense_path(model)).model, open_source(model)
+    assert isinstance(source, TrainedSource)
+    if tokens is not None:
+        held_out = {name: ids[: tokens + 1] for name, ids in source.checkpoint.held_out.items()}
+        source.checkpoint = replace(source.checkpoint, held_out=held_out)
     config = ValidateConfig(coherence=False)
     whole = open_reference(source, config, data=None, trimmed={}, progress=lambda *_: None)
     own = open_reference(source, config, data=None, trimmed=trimmed_vocabularies(opened), progress=lambda *_: None)

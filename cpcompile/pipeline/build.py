@@ -99,7 +99,7 @@ def build_bundle(
                 writer, dynamic, frozen, parameters, accounts, source, trimmed, config, done, added
             )
         if added.independent:
-            with stages("plans"):
+            with stages("engines"):
                 export_added(writer, frozen, parameters, added, config, source.sequence, progress)
         record = None
         if added.candidates:

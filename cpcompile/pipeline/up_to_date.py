@@ -106,14 +106,11 @@ def kept_results(old: Path, new: Bundle, conditions: Digests) -> Results:
 
 def _is_same(result: VariantResult, context: str, old: Bundle, new: Bundle) -> bool:
     """Whether `result` holds for the engine of its name in `new`."""
-    engines = [
-        {variant.name: variant for variant in bundle.variants(context)}.get(result.name) for bundle in (old, new)
-    ]
-    tokenizers = [bundle.metadata["tokenizers"].get(context) for bundle in (old, new)]
-    before, after = engines
-    if result.status != "ran" or before is None or after is None or tokenizers[0] != tokenizers[1]:
+    before, after = ({each.name: each for each in bundle.variants(context)}.get(result.name) for bundle in (old, new))
+    if result.status != "ran" or before is None or after is None:
         return False
-    return _identity(before) == _identity(after)
+    tokenizers = [bundle.metadata["tokenizers"].get(context) for bundle in (old, new)]
+    return tokenizers[0] == tokenizers[1] and _identity(before) == _identity(after)
 
 
 def _identity(variant: Variant) -> object:

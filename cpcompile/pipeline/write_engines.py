@@ -121,7 +121,7 @@ def export_added(
         if precision not in target.precisions:
             continue
         if target.flavour == CPU:
-            steps = partial(progress, f"plans: {variant_name(precision)}")
+            steps = partial(progress, f"engines: {variant_name(precision)}")
             export_rounded(writer, frozen, parameters, dict.fromkeys(parameters, precision), precision, config, steps)
             continue
         for context, each in frozen.items():
