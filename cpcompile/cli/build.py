@@ -21,6 +21,7 @@ from cpcompile.cli.options import (
 )
 from cpcompile.core.config import LARGEST, OPSETS, SEARCH_SECONDS, BuildConfig, ValidateConfig
 from cpcompile.core.errors import UsageError
+from cpcompile.core.paths import calibration_path
 from cpcompile.targets.requests import parse_targets
 
 
@@ -146,7 +147,7 @@ def build(
         profiles=profiles,
     )
     validation = validate_config(config, **settings)
-    parse_targets(plan.targets, plan.precisions, plan.profiles, plan.search_seconds)  # refused before the work begins
+    added = parse_targets(plan.targets, plan.precisions, plan.profiles, plan.search_seconds)  # refused before the work
     if targets and max_memory is not None:
         raise UsageError("--max-memory covers CPU engines only, not the engines of --target; leave one of them out")
     out = out or beside(model, ".cpc")
@@ -159,6 +160,8 @@ def build(
             exit_with(finished)
         return
     warn_of_memory(model, max_memory, plan, validation)
+    if added.calibrated:
+        click.echo(_where_4_bits_come_from(calibration_path(model)), err=True)
     started = time.perf_counter()
     from cpcompile.pipeline.build import build_bundle  # imports torch
 
@@ -174,6 +177,12 @@ def build(
     print_report(report, as_json=as_json)
     if not no_validate:
         exit_with(report)
+
+
+def _where_4_bits_come_from(calibration: Path) -> str:
+    if calibration.exists():
+        return f"weights in 4 bits are as {calibration} says: keep it for `validate` and `check`"
+    return "weights in 4 bits are rounded to the nearest numbers; `cpcompile calibrate` finds better ones"
 
 
 def warn_without_cache(bundle: Path) -> None:

@@ -12,7 +12,9 @@ from cpcompile.cli.options import FilePath
 @click.command(context_settings={"show_default": True})
 @click.argument("model", type=FilePath)
 @click.option("--data", type=FilePath, required=True, help="The text that MODEL was trained on, or text like it.")
-@click.option("--tokens", default=16384, help="Tokens of training text for each context.")
+@click.option(
+    "--tokens", type=click.IntRange(1), default=16384, help="Training text that is read for each context, at most."
+)
 def calibrate(model: Path, data: Path, tokens: int) -> None:
     """Choose the 4-bit weights of MODEL so that their errors make up for each other (GPTQ).
 

@@ -28,8 +28,11 @@ from cpcompile.core import types
 if TYPE_CHECKING:
     from cpcompile.training.branch import StepReport  # torch, without which `doctor` prints its tables as well
 
-console = Console(stderr=True, highlight=False, soft_wrap=True)
-"""Progress and messages go to standard error, one record per line however long; results go to standard output."""
+console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
+"""Progress and messages go to standard error, one record per line however long; results go to standard output.
+
+Paths may have brackets, which are no markup.
+"""
 
 WIDTH = 120
 """Columns of tables in a log or a file, where there is no terminal width to use."""

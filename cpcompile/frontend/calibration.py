@@ -3,18 +3,22 @@
 format, version     what the file is
 model               the digest of model.pt
 rounded             scheme -> parameter -> its whole numbers and their scales, see `cpcompile.core.rounding.Rounded`
+digest              of all numbers and scales
 """
 
 from __future__ import annotations
 
+import hashlib
+import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from cpcompile.core.errors import UsageError
 from cpcompile.core.rounding import SCHEMES, Calibration, Rounded, Scheme
-from cpcompile.files.whole_files import file_digest
+from cpcompile.files.whole_files import file_digest, require_file_path
 from cpcompile.frontend.checkpoint import load_plain, save_atomically
 from cpcompile.models.language_model import LanguageModel
 
@@ -30,18 +34,38 @@ def save_calibration(calibration: Calibration, model: Path, path: Path) -> None:
         for scheme, (numbers, scales) in schemes.items():
             tensors = {"numbers": torch.from_numpy(numbers), "scales": torch.from_numpy(scales)}
             rounded.setdefault(scheme, {})[name] = tensors
-    save_atomically({"format": FORMAT, "version": VERSION, "model": file_digest(model), "rounded": rounded}, path)
+    save_atomically(
+        {
+            "format": FORMAT,
+            "version": VERSION,
+            "model": file_digest(model),
+            "rounded": rounded,
+            "digest": _digest(calibration),
+        },
+        path,
+    )
+
+
+def require_free(path: Path) -> Path:
+    """`path`; UsageError unless a calibration may be written there: in place of nothing, or of an earlier one."""
+    require_file_path(path)
+    if not os.access(path.absolute().parent, os.W_OK):
+        raise UsageError(f"{path}: cannot be written (permission denied); copy the model to a folder of your own")
+    if path.exists():
+        try:
+            _load_plain(path)
+        except UsageError as error:
+            raise UsageError(f"{path}: is no calibration, and stays as it is; move it away first") from error
+    return path
 
 
 def load_calibration(path: Path, model: Path, eager: LanguageModel) -> Calibration:
     """Read `path`, the calibration of the checkpoint `model`, which makes `eager`; UsageError if it is not."""
-    plain = load_plain(path, mapped=True)
-    if not isinstance(plain, dict) or plain.get("format") != FORMAT:
-        raise UsageError(f"{path}: is a torch file but no calibration; {AGAIN}")
+    plain = _load_plain(path)
     if plain.get("version") != VERSION:
         raise UsageError(f"{path}: version {plain.get('version')!r}, this cpcompile reads {VERSION}; {AGAIN}")
     if plain.get("model") != file_digest(model):
-        raise UsageError(f"{path}: was not made for {model}, or for an earlier form of it; {AGAIN}")
+        raise UsageError(f"{path}: was made for another model, or for an earlier form of {model}; {AGAIN}")
     shapes = {name: tuple(each.shape) for name, each in eager.named_parameters()}
     found: dict[str, dict[str, Rounded]] = {}
     try:
@@ -50,9 +74,33 @@ def load_calibration(path: Path, model: Path, eager: LanguageModel) -> Calibrati
                 rounded = tensors["numbers"].numpy(), tensors["scales"].numpy()
                 _require_fitting(SCHEMES[scheme], shapes[name], rounded)
                 found.setdefault(name, {})[scheme] = rounded
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise UsageError(f"{path}: is incomplete or inconsistent ({error}); {AGAIN}") from error
+    except ValueError as error:
+        raise UsageError(f"{path}: {error}; {AGAIN}") from error
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise UsageError(f"{path}: is incomplete or inconsistent; {AGAIN}") from error
+    if plain.get("digest") != _digest(found):
+        raise UsageError(f"{path}: is damaged; {AGAIN}")
     return found
+
+
+def _load_plain(path: Path) -> dict[str, Any]:
+    try:
+        plain = load_plain(path, mapped=True)
+    except UsageError as error:
+        raise UsageError(f"{path}: cannot be read, or is no calibration; {AGAIN}") from error
+    if not isinstance(plain, dict) or plain.get("format") != FORMAT:
+        raise UsageError(f"{path}: is no calibration; {AGAIN}")
+    return plain
+
+
+def _digest(calibration: Calibration) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(calibration):
+        for scheme, arrays in sorted(calibration[name].items()):
+            digest.update(f"{name} {scheme}\n".encode())
+            for each in arrays:
+                digest.update(each.tobytes())
+    return digest.hexdigest()
 
 
 def _require_fitting(scheme: Scheme, shape: tuple[int, ...], rounded: Rounded) -> None:

@@ -214,7 +214,7 @@ def save_atomically(plain: object, path: Path) -> None:
         except RuntimeError as error:  # torch's writer reports a write that failed as a position it did not expect
             file.flush()
             raise CpcompileError(
-                f"{path}: cannot be written, the disk seems full; free space or choose another --out"
+                f"{path}: cannot be written, the disk seems full; free space, or write to another folder"
             ) from error
 
 

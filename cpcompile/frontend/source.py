@@ -116,7 +116,7 @@ def require_selection(path: Path, checkpoint: Checkpoint) -> Selection:
     """Which units its contexts keep; UsageError if it is a dense checkpoint."""
     if checkpoint.selection is None:
         raise UsageError(
-            f"{path}: is a dense checkpoint and has no contexts to build; give the partitioned one, such as model.pt"
+            f"{path}: is a dense checkpoint and has no contexts; give the partitioned one, such as model.pt"
         )
     return checkpoint.selection
 
@@ -182,7 +182,8 @@ class TrainedSource(Source):
     @cached_property
     def calibration(self) -> Calibration:
         path = calibration_path(self.path)
-        return load_calibration(path, self.path, self._eager) if path.exists() else UNCALIBRATED
+        there = path.exists() or path.is_symlink()  # a link to nothing is an error, not an absence
+        return load_calibration(path, self.path, self._eager) if there else UNCALIBRATED
 
     @property
     def unused(self) -> frozenset[str]:

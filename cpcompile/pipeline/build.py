@@ -78,7 +78,7 @@ def build_bundle(
         chosen, coverage = source.choose(config.contexts), config.vocabulary_coverage
         config.require_compatible(chosen)
         order, trimmed = source.trim(chosen, coverage) if coverage is not None else (None, {})
-        calibration = source.calibration if config.targets else UNCALIBRATED
+        calibration = source.calibration if added.calibrated else UNCALIBRATED
         reference = open_reference(
             source, validation, data=data, trimmed=trimmed, progress=progress, calibration=calibration
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,20 +10,18 @@ from cpcompile.core.errors import UsageError
 from cpcompile.core.paths import calibration_path
 from cpcompile.core.rounding import SCHEMES
 from cpcompile.core.types import Progress
-from cpcompile.frontend.calibration import save_calibration
+from cpcompile.frontend.calibration import require_free, save_calibration
 from cpcompile.frontend.source import TrainedSource, open_source
+from cpcompile.targets.requests import FEWEST
 from cpcompile.validation.calibration import calibrated
-
-SCHEME = "int4-weights"
-"""The precision that is calibrated: in more bits, rounding to the nearest costs next to nothing."""
 
 
 def calibrate_model(model: Path, data: Path, *, tokens: int, progress: Progress) -> Path:
-    """Write the calibration of `model` beside it, from so many `tokens` of the text in `data` for each context.
+    """Write the calibration of `model` beside it, from at most so many `tokens` of the text in `data` for each context.
 
     What training held out, and quality is measured on, takes no part.
     """
-    path = calibration_path(model)
+    path = require_free(calibration_path(model))
     progress("load", 0, 1)
     source = open_source(model)
     progress("load", 1, 1)
@@ -33,12 +30,13 @@ def calibrate_model(model: Path, data: Path, *, tokens: int, progress: Progress)
     if tokens < source.sequence:
         raise UsageError(f"--tokens is {tokens}; a sequence of {model} has {source.sequence}, give at least as many")
     corpus, length = source.corpus(data, progress), source.sequence
-    texts = [
-        np.ascontiguousarray(corpus.batch(context, step=0, sequences=tokens // length, length=length, seed=0)[:, :-1])
-        for context in source.contexts
-    ]
-    found = calibrated(source.checkpoint.model, texts, SCHEMES[SCHEME], steps=partial(progress, "calibrate"))
+    texts = []
+    for context in source.contexts:
+        sequences = min(tokens, max(length, len(corpus.train[context].ids))) // length
+        windows = corpus.batch(context, step=0, sequences=sequences, length=length, seed=0)
+        texts.append(np.ascontiguousarray(windows[:, :-1]))
+    found = calibrated(source.checkpoint.model, texts, SCHEMES[FEWEST], progress=progress)
     if not found:
-        raise UsageError(f"{model}: has no product with a weight that {SCHEME} could round in blocks of 32 channels")
-    save_calibration({name: {SCHEME: rounded} for name, rounded in found.items()}, model, path)
+        raise UsageError(f"{model}: has no product with a weight that {FEWEST} could round in blocks of 32 channels")
+    save_calibration({name: {FEWEST: rounded} for name, rounded in found.items()}, model, path)
     return path

@@ -29,7 +29,7 @@ from cpcompile.machine.environment import environment
 from cpcompile.machine.program import program_digest
 from cpcompile.report import Report, read_report
 from cpcompile.report.results import Results, VariantResult
-from cpcompile.targets.requests import BEST
+from cpcompile.targets.requests import parse_targets
 
 REQUEST, TEXT = "request", "held_out"
 """Keys of the bundle's metadata: `request_of`, and the digest of the held-out text."""
@@ -41,11 +41,11 @@ Digests = Mapping[str, str]
 
 def request_of(model: Path, config: BuildConfig, validation: ValidateConfig, data: Path | None) -> Digests:
     """What decides the engines that are built from `model`, besides its own content."""
-    searched = any(target.partition("=")[0] == BEST for target in config.targets)
-    settings = to_json(replace(config, validate=True)), to_json(validation) if searched else None
+    added = parse_targets(config.targets, config.precisions, config.profiles, config.search_seconds)
+    settings = to_json(replace(config, validate=True)), to_json(validation) if added.candidates else None
     return {
         "dense baseline": dense_digest(model),
-        "calibration": calibration_digest(model) if config.targets else NONE,
+        "calibration": calibration_digest(model) if added.calibrated else NONE,
         "text": "the model's own" if data is None else "given",
         "settings": _digest(settings),
         "program": program_digest(),

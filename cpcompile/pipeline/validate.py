@@ -29,6 +29,7 @@ from cpcompile.report import (
     summarize_training,
 )
 from cpcompile.report.results import Results, VariantResult
+from cpcompile.targets.requests import FEWEST
 from cpcompile.text.vocabulary import TrimmedVocabulary
 from cpcompile.validation.diagnosis import diagnose
 from cpcompile.validation.expected_graphs import FreshGraphs
@@ -84,12 +85,15 @@ def open_with_model(path: Path, model: Path, progress: Progress) -> tuple[Bundle
 def calibration_of(bundle: Bundle, source: Source) -> Calibration:
     """What the engines of `bundle` round parameters to; UsageError if the file that says it is not there any more."""
     digest = bundle.metadata.get(REQUEST, {}).get("calibration", NONE)
-    if digest == NONE:
+    few = any(each.precision in (FEWEST, MIXED) for context in bundle.contexts for each in bundle.variants(context))
+    if digest == NONE or not few:
         return UNCALIBRATED
-    if digest != calibration_digest(source.path):
+    if (found := calibration_digest(source.path)) != digest:
+        name = calibration_path(source.path).name
+        what = f"there is no {name}" if found == NONE else f"the {name} is not the one"
         raise UsageError(
-            f"{bundle.root}: its engines have the numbers of another {calibration_path(source.path).name} than lies "
-            f"beside {source.path}; put that one there, or build the bundle again"
+            f"{bundle.root}: {what} beside {source.path} that its engines have their numbers from; put it there, or "
+            "build the bundle again"
         )
     return source.calibration
 

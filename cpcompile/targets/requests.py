@@ -26,6 +26,8 @@ BEST = "best"
 PRECISIONS = ("fp32", "fp16", "bf16")
 """Those of engines for GPUs."""
 OPENVINO_PRECISIONS = ("fp32", "bf16")
+FEWEST = "int4-weights"
+"""The precision that is calibrated: in more bits, rounding to the nearest numbers costs next to nothing."""
 DEFAULT_PRECISIONS = MappingProxyType(
     {CPU: ("int8",), **dict.fromkeys((*FLAVOURS, CUDA), ("fp16",)), OPENVINO: ("bf16",), BEST: ROUNDED}
 )
@@ -128,6 +130,11 @@ class Added:
     def candidates(self) -> tuple[str, ...]:
         """The precisions from which `best` chooses; none if it was not requested."""
         return tuple(each for each in self.precisions if each in ROUNDED) if self._adds(BEST) else ()
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether weights may get 4 bits, which a calibration chooses."""
+        return FEWEST in self.precisions and (self._adds(CPU) or self._adds(BEST))
 
     @property
     def openvino_candidates(self) -> tuple[str, ...]:

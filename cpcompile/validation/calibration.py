@@ -27,11 +27,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cpcompile.core.rounding import Rounded, Scheme
-from cpcompile.core.types import Array, Steps
+from cpcompile.core.types import Array, Progress
 from cpcompile.models.language_model import LanguageModel
 from cpcompile.validation.fisher import backward_of_sample, frozen_parameters
 from cpcompile.validation.rounded_model import Rounding
 
+READING, ROUNDING = "read the text", "round"
+"""Stages of the progress."""
 BATCH = 8
 """Sequences that run at a time."""
 DAMPING = 0.01
@@ -43,7 +45,7 @@ SCALES = np.linspace(0.7, 1.1, 17, dtype=np.float32)
 
 
 def calibrated(
-    model: LanguageModel, texts: Sequence[npt.NDArray[np.int64]], scheme: Scheme, *, steps: Steps
+    model: LanguageModel, texts: Sequence[npt.NDArray[np.int64]], scheme: Scheme, *, progress: Progress
 ) -> dict[str, Rounded]:
     """What the parameters of products are rounded to by `scheme`, from the text (sequences, length) of each context.
 
@@ -51,9 +53,8 @@ def calibrated(
     """
     names = [name for name, each in model.named_parameters() if name in model.parameter_sizes() and each.ndim == 2]
     inputs, generator = _Inputs(model, dict.fromkeys(names, scheme)), torch.Generator().manual_seed(0)
-    total = sum(-(-len(text) // BATCH) for text in texts) + len(names)
-    done = 0
-    steps(done, total)
+    done, total = 0, sum(-(-len(text) // BATCH) for text in texts)
+    progress(READING, done, total)
     with frozen_parameters(model), torch.enable_grad():
         for context, text in enumerate(texts):
             for start in range(0, len(text), BATCH):
@@ -61,14 +62,14 @@ def calibrated(
                     logits = model(torch.from_numpy(text[start : start + BATCH]), model.gate_row(context))
                 backward_of_sample(logits, generator)
                 done += 1
-                steps(done, total)
+                progress(READING, done, total)
     found = {}
-    for name in names:
+    for done, name in enumerate(names):
+        progress(ROUNDING, done, len(names))
         product = inputs.products.pop(name, None)
         if product is not None and scheme.fits(len(product.squares)):
             found[name] = compensated(product.weight, product.squares, scheme)
-        done += 1
-        steps(done, total)
+    progress(ROUNDING, len(names), len(names))
     return found
 
 

@@ -41,6 +41,7 @@ def model(trained: Path, corpus_folder: Path, tmp_path_factory: pytest.TempPathF
 def bundle(model: Path) -> Path:
     result = run("build", model, *FAST, *FEW, *ONE)
     assert result.exit_code == 0, result.output
+    assert f"weights in 4 bits are as {calibration_path(model)} says" in result.output
     return model.with_suffix(".cpc")
 
 
@@ -61,7 +62,7 @@ def test_engines_differ_from_those_rounded_to_the_nearest(bundle: Path, model: P
     calibration_path(copy).unlink()
     out = tmp_path / "nearest.cpc"
     result = run("build", copy, *FEW, *ONE, "--no-validate", "-o", out)
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 0 and "`cpcompile calibrate` finds better ones" in result.output, result.output
     ids = np.random.default_rng(0).integers(0, 100, (1, 12))
     outputs = [load_engine(open_bundle(each), "english", "cpu-int4-weights").run(ids) for each in (bundle, out)]
     assert np.abs(outputs[0] - outputs[1]).max() > 1e-3
@@ -71,12 +72,25 @@ def test_engines_differ_from_those_rounded_to_the_nearest(bundle: Path, model: P
 def test_a_bundle_needs_its_calibration(bundle: Path, model: Path, tmp_path: Path) -> None:
     copy = copied(model, tmp_path)
     calibration_path(copy).unlink()
-    for command in (
+    commands = (
         ("validate", bundle, "--model", copy, *FAST),
         ("check", bundle, "--model", copy, "--baseline", tmp_path / "base.json", "--update-baseline"),
-    ):
+    )
+    for command in commands:
         result = run(*command)
-        assert result.exit_code == 2 and "the numbers of another model.calibration.pt" in result.output, result.output
+        assert result.exit_code == 2 and "there is no model.calibration.pt" in result.output, result.output
+    calibration_path(copy).write_bytes(b"another")
+    for command in commands:
+        result = run(*command)
+        assert result.exit_code == 2 and "the model.calibration.pt is not the one" in result.output, result.output
+
+
+def test_bundles_without_weights_in_4_bits_do_not_depend_on_it(model: Path, tmp_path: Path) -> None:
+    copy = copied(model, tmp_path)
+    arguments = ("build", copy, *FAST, "--target", "cpu", "--precision", "int8", *ONE, "--no-validate")
+    assert "4 bits" not in run(*arguments).output
+    calibration_path(copy).write_bytes(b"another")
+    assert "up to date" in run(*arguments).output
 
 
 def test_a_new_calibration_builds_again(model: Path, corpus_folder: Path, tmp_path: Path) -> None:
@@ -95,6 +109,7 @@ def test_what_cannot_be_calibrated_is_refused(model: Path, corpus_folder: Path, 
     program.write_bytes(b"PK")
     for arguments, says in (
         ((model, "--data", corpus_folder, "--tokens", "3"), "--tokens is 3; a sequence of"),
+        ((model, "--data", corpus_folder, "--tokens", "0"), "0 is not in the range x>=1"),
         ((model, "--data", tmp_path / "nowhere"), "nowhere"),
         ((dense_path(model), "--data", corpus_folder), "is a dense checkpoint"),
         ((tmp_path / "none.pt", "--data", corpus_folder), "there is no such file"),

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from cpcompile.core.errors import UsageError
-from cpcompile.core.paths import calibration_path, dense_path
+from cpcompile.core.paths import calibration_path
 from cpcompile.core.rounding import SCHEMES
-from cpcompile.frontend.calibration import load_calibration, save_calibration
+from cpcompile.frontend.calibration import load_calibration, require_free, save_calibration
 from cpcompile.frontend.checkpoint import load_checkpoint
 from cpcompile.frontend.source import open_source
 
@@ -55,20 +55,23 @@ def tensors(plain: dict[str, Any]) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("edit", "says"),
     [
-        (lambda p: p.pop("format"), "is a torch file but no calibration"),
+        (lambda p: p.pop("format"), "is no calibration"),
         (lambda p: p.update(version=2), "version 2, this cpcompile reads 1"),
-        (lambda p: p.update(model="0" * 64), "was not made for"),
+        (lambda p: p.update(model="0" * 64), "was made for another model"),
         (lambda p: p.pop("rounded"), "incomplete or inconsistent"),
-        (lambda p: p["rounded"].update(int3=p["rounded"][FEW.name]), "int3"),
-        (lambda p: p["rounded"][FEW.name].update(foreign=tensors(p)), "foreign"),
-        (lambda p: tensors(p).pop("scales"), "scales"),
+        (lambda p: p["rounded"].update(int3=p["rounded"][FEW.name]), "incomplete or inconsistent"),
+        (lambda p: p["rounded"][FEW.name].update(foreign=tensors(p)), "incomplete or inconsistent"),
+        (lambda p: tensors(p).pop("scales"), "incomplete or inconsistent"),
         (lambda p: tensors(p).update(numbers=tensors(p)["numbers"].float()), "does not make float32"),
         (lambda p: tensors(p).update(numbers=tensors(p)["numbers"][1:]), "does not make"),
-        (lambda p: tensors(p).update(numbers=tensors(p)["numbers"][0]), "incomplete or inconsistent"),
+        (lambda p: tensors(p).update(numbers=tensors(p)["numbers"][0]), "not enough values"),
         (lambda p: tensors(p).update(scales=tensors(p)["scales"][:, :, 1:]), "does not make"),
         (lambda p: tensors(p)["numbers"].fill_(8), "out of the range"),
         (lambda p: tensors(p)["scales"].fill_(float("nan")), "out of the range"),
         (lambda p: tensors(p).update(numbers=[1]), "incomplete or inconsistent"),
+        (lambda p: tensors(p)["numbers"][0, 0, :1].add_(1).clamp_(max=7), "is damaged"),
+        (lambda p: tensors(p)["scales"].zero_(), "is damaged"),
+        (lambda p: p["rounded"][FEW.name].clear(), "is damaged"),
     ],
 )
 def test_what_does_not_fit_is_refused(path: Path, edit: Callable[[dict[str, Any]], object], says: str) -> None:
@@ -80,8 +83,23 @@ def test_what_does_not_fit_is_refused(path: Path, edit: Callable[[dict[str, Any]
 
 def test_other_files_are_refused(path: Path) -> None:
     model, dense = path.with_name("model.pt"), load_checkpoint(path.with_name("model.pt"))
-    for content in (b"", path.read_bytes()[:-100], b"PK\x03\x04"):
+    for content in (b"", path.read_bytes()[:-100], b"PK\x03\x04", model.read_bytes()):
         path.write_bytes(content)
-        with pytest.raises(UsageError, match=path.name):
+        with pytest.raises(UsageError, match="calibrate again, or take it away"):
             load_calibration(path, model, dense.model)
-    assert not dense_path(model).exists()
+    path.unlink()
+    path.symlink_to("nowhere.pt")
+    with pytest.raises(UsageError, match="calibrate again, or take it away"):
+        _ = open_source(model).calibration
+
+
+def test_only_a_calibration_is_replaced(path: Path) -> None:
+    assert require_free(path) == path
+    path.write_bytes(path.with_name("model.pt").read_bytes())
+    with pytest.raises(UsageError, match="is no calibration, and stays as it is"):
+        require_free(path)
+    path.unlink()
+    assert require_free(path) == path
+    path.mkdir()
+    with pytest.raises(UsageError, match=path.name):
+        require_free(path)

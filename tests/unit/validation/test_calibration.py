@@ -17,7 +17,7 @@ from cpcompile.core.rounding import SCHEMES, UNCALIBRATED, Calibration, Rounded,
 from cpcompile.core.types import Array
 from cpcompile.frontend.checkpoint import Checkpoint
 from cpcompile.partitioning.pretrained import PretrainedDecoder
-from cpcompile.validation.calibration import calibrated, compensated
+from cpcompile.validation.calibration import READING, ROUNDING, calibrated, compensated
 from cpcompile.validation.language_reference import LanguageReference
 from tests.unit.passes.test_caches import PRETRAINED
 
@@ -81,10 +81,10 @@ def test_a_calibrated_model_stays_closer_to_the_exact_one(kind: str, checkpoint:
     own = exact.model.parameter_sizes()
     names = [name for name, each in exact.model.named_parameters() if name in own and each.ndim == 2]
     texts = [referee(exact).sample(context, 64, 16)[INPUT] for context in exact.contexts]
-    seen = list[tuple[int, int]]()
-    found = calibrated(exact.model, texts, FEW, steps=lambda *step: seen.append(step))
+    seen = list[tuple[str, int, int | None]]()
+    found = calibrated(exact.model, texts, FEW, progress=lambda *step: seen.append(step))
     assert found.keys() == set(names)
-    assert [done for done, _ in seen][-1] == seen[-1][1] and seen == sorted(seen)
+    assert seen == sorted(seen) and {(READING, 8, 8), (ROUNDING, len(names), len(names))} <= set(seen)
     calibration = {name: {FEW.name: rounded} for name, rounded in found.items()}
     rounded = [name for name in names if "wpe" not in name]  # positions are not rounded
     assert divergence(exact, rounded, calibration) < 0.6 * divergence(exact, rounded)
