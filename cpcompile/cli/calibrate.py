@@ -13,7 +13,7 @@ from cpcompile.cli.options import FilePath
 @click.argument("model", type=FilePath)
 @click.option("--data", type=FilePath, required=True, help="The text that MODEL was trained on, or text like it.")
 @click.option(
-    "--tokens", type=click.IntRange(1), default=16384, help="Training text that is read for each context, at most."
+    "--tokens", type=click.IntRange(1), default=8192, help="Training text that is read for each context, at most."
 )
 def calibrate(model: Path, data: Path, tokens: int) -> None:
     """Choose the 4-bit weights of MODEL so that their errors make up for each other (GPTQ).
@@ -25,8 +25,7 @@ def calibrate(model: Path, data: Path, tokens: int) -> None:
       cpcompile build model.pt --target best
 
     It writes model.calibration.pt beside model.pt, and builds use that file from then on wherever a weight gets 4 bits.
-    Without it, weights are rounded to the nearest numbers. More tokens take more time and give
-    better weights.
+    Without it, weights are rounded to the nearest numbers. Fewer tokens take less time and give worse weights.
     """
     from cpcompile.cli.console import console, stage_progress
     from cpcompile.pipeline.calibrate import calibrate_model
