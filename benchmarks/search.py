@@ -165,8 +165,8 @@ def main(corpus: Path, seeds: int, steps: int, name: str) -> None:
         cells = [str(seed), f"{row['budget']:.2%}", row["chosen"], other, kept, f"{row['slower_than_the_fastest']:.1%}"]
         table.add_row(*cells)
         print(*cells, flush=True)
+        save(name, {"steps": steps, "rows": rows})  # an interruption keeps what is done
     Console(width=120).print(table)
-    save(name, {"steps": steps, "rows": rows})
 
 
 if __name__ == "__main__":
