@@ -147,7 +147,7 @@ def build(
         profiles=profiles,
     )
     validation = validate_config(config, **settings)
-    added = parse_targets(plan.targets, plan.precisions, plan.profiles, plan.search_seconds)  # refused before the work
+    added = parse_targets(plan.targets, plan.precisions, plan.profiles, plan.search_seconds)
     if targets and max_memory is not None:
         raise UsageError("--max-memory covers CPU engines only, not the engines of --target; leave one of them out")
     out = out or beside(model, ".cpc")

@@ -26,6 +26,7 @@ WORK = ("doctor", "export", "inspect", "run")
 """Commands that need nothing of the extra `build`."""
 OTHERS = {
     "train": "--data {folder} --out {folder}/new.pt",
+    "calibrate": "{folder}/model.pt --data {folder}",
     "build": "{folder}/model.pt -o {folder}/new.cpc",
     "estimate": "{folder}/model.pt",
     "validate": "{folder}/model.cpc",
