@@ -102,20 +102,21 @@ def search_table(search: PrecisionSearch) -> RenderableType:
     title = f"precisions that were tried, timed in {search.context}; the budget is {search.budget:.1%}"
     table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
     shapes = list(search.candidates[0].p50_ms)
-    for column in ("precision", "bits a\nweight", "size", "perplexity", *(f"{s}\nms" for s in shapes), "time"):
+    columns = ("precision", "bits a\nweight", "size", "perplexity", *(f"{shape}\nms" for shape in shapes))
+    for column in (*columns, "times as fast\nas fp32"):
         table.add_column(Text(column), justify="left" if column == "precision" else "right")
     for each in search.candidates:
         cost = increase(each.increase, each.increase_error)
         chosen = each.name == search.chosen
         mark = "" if each.within_budget else " (over)"
         cells = [f"{each.name}{' *' if chosen else mark}", f"{each.bits_per_weight:.1f}", megabytes(each.bytes), cost]
-        cells += [*(number(each.p50_ms[shape], ".3g") for shape in shapes), f"{each.relative_time:.2f}x"]
+        cells += [*(number(each.p50_ms[shape], ".3g") for shape in shapes), f"{1 / each.relative_time:.2f}x"]
         style = "bold green" if chosen else "dim" if mark else None
         table.add_row(*(Text(cell) for cell in cells), style=style)
     other = increase(search.other_increase, search.other_increase_error)
     return Group(
         table,
-        Text("time: geometric mean of the latencies, as a part of those in float32; ±: three standard errors"),
+        Text("times as fast: the geometric mean over the shapes; ±: three standard errors"),
         Text(f"* chosen: {search.chosen}, {search.reason}"),
         Text(f"• on the half of the text that took no part in the choice: {other}\n"),
     )
