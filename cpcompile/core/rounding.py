@@ -78,10 +78,6 @@ class Scheme:
         """What `weight` (inputs, outputs) is rounded to: as `calibrated`, or else to the nearest numbers."""
         return calibrated.get(self.name) or self.round(weight)
 
-    def restored(self, weight: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """`weight` (inputs, outputs), rounded to the nearest, in the type of `weight`."""
-        return restored(self.round(weight), weight.dtype).reshape(weight.shape)
-
 
 def restored(rounded: Rounded, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
     """The numbers times their scales, (inputs, outputs)."""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
-
 from cpcompile.core.errors import UsageError
 from cpcompile.core.paths import calibration_path
 from cpcompile.core.rounding import SCHEMES
@@ -33,8 +31,7 @@ def calibrate_model(model: Path, data: Path, *, tokens: int, progress: Progress)
     texts = []
     for context in source.contexts:
         sequences = min(tokens, max(length, len(corpus.train[context].ids))) // length
-        windows = corpus.batch(context, step=0, sequences=sequences, length=length, seed=0)
-        texts.append(np.ascontiguousarray(windows[:, :-1]))
+        texts.append(corpus.batch(context, step=0, sequences=sequences, length=length, seed=0)[:, :-1])
     found = calibrated(source.checkpoint.model, texts, SCHEMES[FEWEST], progress=progress)
     if not found:
         raise UsageError(f"{model}: has no product with a weight that {FEWEST} could round in blocks of 32 channels")

@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from cpcompile.core.rounding import Rounded, Scheme
 from cpcompile.core.types import Array, Progress
 from cpcompile.models.language_model import LanguageModel
-from cpcompile.validation.fisher import backward_of_sample, frozen_parameters
+from cpcompile.validation.fisher import backward_of_sample, frozen_parameters, on_gradient
 from cpcompile.validation.rounded_model import Rounding
 
 READING, ROUNDING = "read the text", "round"
@@ -51,7 +51,8 @@ def calibrated(
 
     All H together are about as large as the model.
     """
-    names = [name for name, each in model.named_parameters() if name in model.parameter_sizes() and each.ndim == 2]
+    own = model.parameter_sizes()
+    names = [name for name, each in model.named_parameters() if name in own and each.ndim == 2]
     inputs, generator = _Inputs(model, dict.fromkeys(names, scheme)), torch.Generator().manual_seed(0)
     done, total = 0, sum(-(-len(text) // BATCH) for text in texts)
     progress(READING, done, total)
@@ -140,16 +141,14 @@ class _Inputs(Rounding):
         out = func(*args, **dict(kwargs or {}))
         if (name := self.rounds(func, args)) is None:
             return out
-        if not out.requires_grad:  # the first one: the parameters are frozen
-            out.requires_grad_()
         x, parameter = args[:2]
-        weight = parameter.detach().numpy()
+        whole = parameter.detach().numpy()
+        weight = whole if func is torch.matmul else whole.T
         if func is F.embedding:
-            out.register_hook(lambda gradient: self._add(name, weight.T, gradient.flatten(0, -2)))
+            on_gradient(out, lambda gradient: self._add(name, weight, gradient.flatten(0, -2)))
         else:
-            whole = weight if func is torch.matmul else weight.T
             rows = x.detach().flatten(0, -2)
-            out.register_hook(lambda gradient: self._add(name, whole, rows * _norms(gradient.flatten(0, -2))))
+            on_gradient(out, lambda gradient: self._add(name, weight, rows * _norms(gradient.flatten(0, -2))))
         return out
 
     def _add(self, name: str, weight: Array, rows: Tensor) -> None:

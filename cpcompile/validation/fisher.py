@@ -7,7 +7,7 @@ Source: Martens, arXiv 1412.1193, section 6.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -20,6 +20,13 @@ def backward_of_sample(logits: Tensor, generator: torch.Generator) -> None:
     rows = logits.flatten(0, -2)
     drawn = torch.multinomial(rows.detach().softmax(-1), 1, generator=generator)[:, 0]
     F.cross_entropy(rows, drawn, reduction="sum").backward()  # type: ignore[no-untyped-call]
+
+
+def on_gradient(value: Tensor, receive: Callable[[Tensor], None]) -> None:
+    """Let the backward pass call `receive` with the gradient by `value`."""
+    if not value.requires_grad:  # the first one, where the parameters are frozen
+        value.requires_grad_()
+    value.register_hook(receive)  # type: ignore[no-untyped-call]
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from torch import Tensor
 from cpcompile.core.cache import INPUT
 from cpcompile.core.rounding import Scheme
 from cpcompile.core.types import Steps
-from cpcompile.validation.fisher import backward_of_sample
+from cpcompile.validation.fisher import backward_of_sample, on_gradient
 from cpcompile.validation.language_reference import LanguageReference
 from cpcompile.validation.rounded_model import Rounding
 
@@ -77,9 +77,7 @@ class _RoundingErrors(Rounding):
             return exact
         with torch.no_grad():
             change = super().__torch_function__(func, types, args, kwargs) - exact
-        if not exact.requires_grad:  # the first one: the parameters are frozen
-            exact.requires_grad_()
-        exact.register_hook(lambda gradient: self._add(name, gradient * change))
+        on_gradient(exact, lambda gradient: self._add(name, gradient * change))
         return exact
 
     def _add(self, name: str, products: Tensor) -> None:
