@@ -47,6 +47,11 @@ def mixture(order: Sequence[str], sizes: Mapping[str, int], part: float) -> dict
     return {name: MANY if start < part else FEW for name, start in zip(order, before, strict=True)}
 
 
+def by_cost(costs: Mapping[str, float], sizes: Mapping[str, int]) -> list[str]:
+    """The parameters, the costliest for their size first."""
+    return sorted(costs, key=lambda each: costs[each] / sizes[each], reverse=True)
+
+
 def opened(source: TrainedSource, calibration: Calibration) -> LanguageReference:
     """The reference of `source`, with parameters rounded so."""
     config = ValidateConfig()
@@ -80,14 +85,12 @@ def main(model: Path, name: str) -> None:
     def bits(schemes: Mapping[str, str]) -> float:
         return sum(sizes[p] * SCHEMES[schemes[p]].bits_per_weight(shapes[p][0]) for p in schemes) / sum(sizes.values())
 
-    def by_cost(costs: Mapping[str, float]) -> list[str]:
-        return sorted(costs, key=lambda each: costs[each] / sizes[each], reverse=True)
-
-    order = by_cost(costs)
+    order = by_cost(costs, sizes)
     at_random = np.random.default_rng(0).permutation(order).tolist()
     if source.calibration:
         calibrated = opened(source, source.calibration)
-        other_order = by_cost(rounding_costs(calibrated, contexts, SCHEMES[FEW], steps=lambda *_: None))
+        other_costs = rounding_costs(calibrated, contexts, SCHEMES[FEW], steps=lambda *_: None)
+        other_order = by_cost(other_costs, sizes)
     rows = []
     for part in track(PARTS, "mixtures"):
         own, control = (mixture(each, sizes, part) for each in (order, at_random))

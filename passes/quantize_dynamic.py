@@ -1,13 +1,14 @@
 """Products of 8-bit integers: weights rounded when the engine is built, their inputs when it runs.
 
     x @ W   ->   (round(x / a) @ round(W / b)) * a * b      a: one number for all of x      b: one per output channel
+                 with x * f for x, W / f for W              f: one per input channel, where a calibration has it
     E[ids]  ->   round(E / c)[ids] * c[ids]                 c: one per row
 
 ONNX Runtime fuses each product into one or two operators of its own. Products with the same input round it once. The
 scale of x depends on all tokens that are computed together, so logits depend a little on what else is in a batch, and
 on how many tokens a call has.
 
-Source: ONNX, DynamicQuantizeLinear and MatMulInteger; arXiv 2004.09602 for scales per channel.
+Source: ONNX, DynamicQuantizeLinear and MatMulInteger; arXiv 2004.09602 for scales per channel, 2211.10438 for factors.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
-from cpcompile.core.rounding import SCHEMES
+from cpcompile.core.rounding import SCHEMES, Rounded
+from cpcompile.core.types import Array
 from cpcompile.passes.derived_parameters import Derivation, Lookup
 from cpcompile.passes.graph_pass import GraphPass
 from cpcompile.passes.quantized_parameters import QuantizedParameters
@@ -37,19 +39,33 @@ class QuantizeDynamic(GraphPass):
     def call(self, model: ir.Model) -> Derivation:
         """Edit `model`; NothingToRoundError if it has no such product."""
         parameters = QuantizedParameters(model.graph, SCHEMES[self.precision], self.kept, self.whole)
-        inputs: dict[ir.Value, list[ir.Value]] = {}
+        inputs: dict[tuple[ir.Value | None, bytes], list[ir.Value]] = {}
         for node, name in parameters.products():
-            x = node.inputs[0]
-            assert x is not None
-            if x not in inputs:
-                rounding = _node("DynamicQuantizeLinear", [x], f"{x.name}.int8", UINT8, FLOAT, UINT8)
-                rounding.metadata_props.update(node.metadata_props)
-                model.graph.insert_before(node, rounding)
-                inputs[x] = list(rounding.outputs)
-            _multiply(parameters, node, name, *inputs[x])
+            factors = parameters.factors(name)
+            key = node.inputs[0], b"" if factors is None else factors.tobytes()
+            if key not in inputs:
+                inputs[key] = _round_input(model.graph, parameters, node, name, factors)
+            _multiply(parameters, node, name, *inputs[key])
         for lookup, name in parameters.lookups():
             _look_up(parameters, lookup, name)
         return parameters.result(model)
+
+
+def _round_input(
+    graph: ir.Graph, parameters: QuantizedParameters, node: ir.Node, name: str, factors: Array | None
+) -> list[ir.Value]:
+    """The integers, their scale and their zero, in front of the product `node` with the parameter `name`."""
+    x, nodes = node.inputs[0], []
+    assert x is not None
+    if factors is not None:
+        own = parameters.add(f"{name}.factors", parameters.kept(name)[:1], FLOAT, Whole(factors.shape, lambda: factors))
+        nodes.append(_node("Mul", [x, own], f"{name}.smooth", FLOAT))
+        x = nodes[0].outputs[0]
+    nodes.append(_node("DynamicQuantizeLinear", [x], f"{x.name}.int8", UINT8, FLOAT, UINT8))
+    for each in nodes:
+        each.metadata_props.update(node.metadata_props)
+    graph.insert_before(node, nodes)
+    return list(nodes[-1].outputs)
 
 
 def _multiply(
@@ -58,8 +74,8 @@ def _multiply(
     """A product of integers in place of `node`, whose weight is the parameter `name`."""
     kept, out = parameters.kept(name), node.outputs[0].name
     inputs, outputs = parameters.shape(name)
-    numbers = Whole((inputs, outputs), lambda: parameters.rounded(name)[0][0])
-    each = Whole((outputs,), lambda: parameters.rounded(name)[1][0, 0])
+    numbers = Whole((inputs, outputs), lambda: parameters.rounded(name).numbers[0])
+    each = Whole((outputs,), lambda: parameters.rounded(name).scales[0, 0])
     weight = parameters.add(f"{name}.int8", kept, INT8, numbers)
     scale = parameters.add(f"{name}.scale", kept[1:], FLOAT, each)
     product = _node("MatMulInteger", [x, weight, x_zero], f"{out}.integers", INT32)
@@ -74,8 +90,12 @@ def _look_up(parameters: QuantizedParameters, lookup: Lookup, name: str) -> None
     kept, shape, lies_in_rows = parameters.kept(name), parameters.shape(name), not lookup.columns
     if lookup.columns:
         kept, shape = kept[::-1], shape[::-1]
-    numbers = Whole(shape, lambda: parameters.rounded(name, rows=lies_in_rows)[0][0].T)
-    each = Whole((shape[0], 1), lambda: parameters.rounded(name, rows=lies_in_rows)[1][0].T)
+
+    def rounded() -> Rounded:
+        return parameters.rounded(name, rows=lies_in_rows, looked_up=True)
+
+    numbers = Whole(shape, lambda: rounded().numbers[0].T)
+    each = Whole((shape[0], 1), lambda: rounded().scales[0].T)
     table = parameters.add(f"{name}.rows.int8", kept, INT8, numbers)
     scale = parameters.add(f"{name}.rows.scale", (kept[0], None), FLOAT, each)
     ids, out = lookup.node.inputs[1], lookup.last.outputs[0].name

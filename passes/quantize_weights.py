@@ -105,8 +105,8 @@ def _stored(
         return None
     bits, count, size = scheme.bits, inputs // BLOCK, BLOCK * scheme.bits // 8
     own: Axes = (kept[1], blocks)
-    numbers = Whole((outputs, count, size), lambda: _packed(parameters.rounded(name, rows=rows)[0], bits))
-    scales = Whole((outputs, count), lambda: parameters.rounded(name, rows=rows)[1][:, 0].T)
+    numbers = Whole((outputs, count, size), lambda: _packed(parameters.rounded(name, rows=rows).numbers, bits))
+    scales = Whole((outputs, count), lambda: parameters.rounded(name, rows=rows).scales[:, 0].T)
     return (
         parameters.add(f"{name}.int{bits}", (*own, None), UINT8, numbers),
         parameters.add(f"{name}.scales", own, FLOAT, scales),

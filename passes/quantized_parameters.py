@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
+import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from cpcompile.core.errors import CpcompileError
@@ -23,14 +25,23 @@ class QuantizedParameters(DerivedParameters):
     def __init__(self, graph: ir.Graph, scheme: Scheme, kept: KeptChannels, whole: Mapping[str, Whole]) -> None:
         super().__init__(graph, kept, whole)
         self._scheme = scheme
-        self._rounded: tuple[tuple[str, bool], Rounded] | None = None
+        self._rounded: tuple[tuple[str, bool, bool], Rounded] | None = None
 
-    def rounded(self, name: str, *, rows: bool = False) -> Rounded:
-        """Whole numbers and scales of the whole parameter as (inputs, outputs); rows: it lies as (outputs, inputs)."""
-        key = (name, rows)
+    def factors(self, name: str) -> npt.NDArray[np.float32] | None:
+        """What the inputs of a product with the parameter are multiplied by before they are rounded, (inputs,)."""
+        known = self.calibrated(name).get(self._scheme.name)
+        return None if known is None else known.factors
+
+    def rounded(self, name: str, *, rows: bool = False, looked_up: bool = False) -> Rounded:
+        """What the whole parameter as (inputs, outputs) is rounded to.
+
+        rows: it lies as (outputs, inputs). looked_up: as in `Scheme.rounded`.
+        """
+        key = (name, rows, looked_up)
         if self._rounded is None or self._rounded[0] != key:  # its numbers and its scales are written one by one
             whole = self.read(name)
-            self._rounded = key, self._scheme.rounded(whole.T if rows else whole, self.calibrated(name))
+            weight = whole.T if rows else whole
+            self._rounded = key, self._scheme.rounded(weight, self.calibrated(name), looked_up=looked_up)
         return self._rounded[1]
 
     def result(self, model: ir.Model) -> Derivation:

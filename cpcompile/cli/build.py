@@ -161,7 +161,7 @@ def build(
         return
     warn_of_memory(model, max_memory, plan, validation)
     if added.calibrated:
-        click.echo(_where_4_bits_come_from(calibration_path(model)), err=True)
+        click.echo(_where_rounded_weights_come_from(calibration_path(model)), err=True)
     started = time.perf_counter()
     from cpcompile.pipeline.build import build_bundle  # imports torch
 
@@ -179,10 +179,10 @@ def build(
         exit_with(report)
 
 
-def _where_4_bits_come_from(calibration: Path) -> str:
+def _where_rounded_weights_come_from(calibration: Path) -> str:
     if calibration.exists():
-        return f"weights in 4 bits are as {calibration} says: keep it for `validate` and `check`"
-    return "weights in 4 bits are rounded to the nearest numbers; `cpcompile calibrate` finds better ones"
+        return f"weights are rounded as {calibration} says: keep it for `validate` and `check`"
+    return "weights are rounded to the nearest numbers; `cpcompile calibrate` finds better ones"
 
 
 def warn_without_cache(bundle: Path) -> None:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from cpcompile.cli.options import FilePath
+from cpcompile.cli.options import FilePath, names_in
+from cpcompile.core.config import ROUNDED
 
 
 @click.command(context_settings={"show_default": True})
@@ -15,21 +16,25 @@ from cpcompile.cli.options import FilePath
 @click.option(
     "--tokens", type=click.IntRange(1), default=8192, help="Training text that is read for each context, at most."
 )
-def calibrate(model: Path, data: Path, tokens: int) -> None:
-    """Choose the 4-bit weights of MODEL so that their errors make up for each other (GPTQ).
+@click.option(
+    "--precision", "precisions", default=",".join(ROUNDED), help="Those of the engines that you want to build."
+)
+def calibrate(model: Path, data: Path, tokens: int, precisions: str) -> None:
+    """Choose the weights of MODEL in few bits so that their errors make up for each other (GPTQ, SmoothQuant).
 
     \b
     Examples:
       cpcompile calibrate model.pt --data corpus/
+      cpcompile calibrate model.pt --data corpus/ --precision int4-weights
       cpcompile build model.pt --target cpu --precision int4-weights
       cpcompile build model.pt --target best
 
-    It writes model.calibration.pt beside model.pt, and builds use that file from then on wherever a weight gets 4 bits.
-    Without it, weights are rounded to the nearest numbers. Fewer tokens take less time and give worse weights.
+    It writes model.calibration.pt beside model.pt, and builds use that file from then on wherever weights are rounded.
+    Without it, they are rounded to the nearest numbers. Fewer tokens and precisions take less time.
     """
     from cpcompile.cli.console import console, stage_progress
     from cpcompile.pipeline.calibrate import calibrate_model
 
     with stage_progress() as progress:
-        path = calibrate_model(model, data, tokens=tokens, progress=progress)
-    console.print(f"wrote {path}; builds of {model} use it wherever a weight gets 4 bits")
+        path = calibrate_model(model, data, tokens=tokens, precisions=names_in(precisions) or (), progress=progress)
+    console.print(f"wrote {path}; builds of {model} use it wherever weights are rounded")

@@ -9,9 +9,11 @@
 
 A parameter is rounded whole, before contexts cut it. So what two contexts share stays the same, and the eager model can
 be rounded without knowing what its contexts keep. It is rounded to the nearest numbers, unless a calibration has found
-others that change the outputs of the model less.
+others that change the outputs of the model less. Where all inputs of a product share a scale, it may also smooth them:
+x @ W = (x * f) @ (W / f), with a factor f for every input channel that makes large channels smaller.
 
-Source: ONNX Runtime, docs/ContribOperators (MatMulNBits); ONNX, DynamicQuantizeLinear and MatMulInteger.
+Source: ONNX Runtime, docs/ContribOperators (MatMulNBits); ONNX, DynamicQuantizeLinear and MatMulInteger; smoothing:
+Xiao et al., arXiv 2211.10438.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -31,8 +33,18 @@ BLOCK = 32
 QUANTIZED = "cpcompile.quantized"
 """Metadata of graphs: JSON, the scheme of every parameter that is rounded."""
 
-Rounded = tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]
-"""Signed whole numbers (blocks, block, outputs), and the scales (blocks, 1, outputs) to multiply them by."""
+
+class Rounded(NamedTuple):
+    """What a weight (inputs, outputs) is rounded to, divided by the factors if there are any."""
+
+    numbers: npt.NDArray[np.int8]
+    """Signed and whole, (blocks, block, outputs)."""
+    scales: npt.NDArray[np.float32]
+    """What the numbers are multiplied by, (blocks, 1, outputs)."""
+    factors: npt.NDArray[np.float32] | None = None
+    """What the inputs of the product are multiplied by before they are rounded, (inputs,)."""
+
+
 Calibrated = Mapping[str, Rounded]
 """Scheme -> what a parameter is rounded to by it, where better numbers than the nearest are known."""
 Calibration = Mapping[str, Calibrated]
@@ -47,6 +59,11 @@ class Scheme:
     name: str
     bits: int
     block: int | None
+
+    @property
+    def smooths(self) -> bool:
+        """Whether all inputs of a product are rounded with one scale, so that large channels cost the others."""
+        return self.block is None
 
     def fits(self, inputs: int) -> bool:
         """Whether a weight with so many input channels falls into whole blocks."""
@@ -72,18 +89,22 @@ class Scheme:
             farthest = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=1, keepdims=True), axis=1)
             scale = farthest / -half
         scale[scale == 0] = 1
-        return np.clip(np.round(blocks / scale), -half, half - 1).astype(np.int8), scale.astype(np.float32)
+        numbers = np.clip(np.round(blocks / scale), -half, half - 1).astype(np.int8)
+        return Rounded(numbers, scale.astype(np.float32))
 
-    def rounded(self, weight: npt.NDArray[Any], calibrated: Calibrated) -> Rounded:
-        """What `weight` (inputs, outputs) is rounded to: as `calibrated`, or else to the nearest numbers."""
-        return calibrated.get(self.name) or self.round(weight)
+    def rounded(self, weight: npt.NDArray[Any], calibrated: Calibrated, *, looked_up: bool = False) -> Rounded:
+        """What `weight` (inputs, outputs) is rounded to: as `calibrated`, or else to the nearest numbers.
+
+        looked_up: where its rows are looked up, so that there are no inputs to smooth.
+        """
+        known = calibrated.get(self.name)
+        return self.round(weight) if known is None or (looked_up and known.factors is not None) else known
 
 
 def restored(rounded: Rounded, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-    """The numbers times their scales, (inputs, outputs)."""
-    numbers, scales = rounded
-    whole: npt.NDArray[Any] = numbers.astype(dtype) * scales.astype(dtype)
-    return whole.reshape(-1, numbers.shape[-1])
+    """The numbers times their scales, (inputs, outputs), which belong to inputs times their factors."""
+    whole: npt.NDArray[Any] = rounded.numbers.astype(dtype) * rounded.scales.astype(dtype)
+    return whole.reshape(-1, rounded.numbers.shape[-1])
 
 
 _FORMS = ((8, None), (7, None), (8, BLOCK), (4, BLOCK))

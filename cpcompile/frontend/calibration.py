@@ -2,8 +2,9 @@
 
 format, version     what the file is
 model               the digest of model.pt
-rounded             scheme -> parameter -> its whole numbers and their scales, see `cpcompile.core.rounding.Rounded`
-digest              of all numbers and scales
+rounded             scheme -> parameter -> its numbers, their scales, and perhaps factors of its inputs, see
+                    `cpcompile.core.rounding.Rounded`
+digest              of all of them
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from cpcompile.frontend.checkpoint import load_plain, save_atomically
 from cpcompile.models.language_model import LanguageModel
 
 FORMAT = "cpcompile-calibration"
-VERSION = 1
+VERSION = 2
 AGAIN = "calibrate again, or take it away to round to the nearest numbers"
 
 
@@ -31,9 +32,9 @@ def save_calibration(calibration: Calibration, model: Path, path: Path) -> None:
     """Write the calibration of the checkpoint `model` to `path` in one step."""
     rounded: dict[str, dict[str, dict[str, torch.Tensor]]] = {}
     for name, schemes in calibration.items():
-        for scheme, (numbers, scales) in schemes.items():
-            tensors = {"numbers": torch.from_numpy(numbers), "scales": torch.from_numpy(scales)}
-            rounded.setdefault(scheme, {})[name] = tensors
+        for scheme, arrays in schemes.items():
+            there = {part: each for part, each in arrays._asdict().items() if each is not None}
+            rounded.setdefault(scheme, {})[name] = {part: torch.from_numpy(each) for part, each in there.items()}
     save_atomically(
         {
             "format": FORMAT,
@@ -71,7 +72,7 @@ def load_calibration(path: Path, model: Path, eager: LanguageModel) -> Calibrati
     try:
         for scheme, parameters in plain["rounded"].items():
             for name, tensors in parameters.items():
-                rounded = tensors["numbers"].numpy(), tensors["scales"].numpy()
+                rounded = Rounded(**{part: tensor.numpy() for part, tensor in tensors.items()})
                 _require_fitting(SCHEMES[scheme], shapes[name], rounded)
                 found.setdefault(name, {})[scheme] = rounded
     except ValueError as error:
@@ -99,13 +100,13 @@ def _digest(calibration: Calibration) -> str:
         for scheme, arrays in sorted(calibration[name].items()):
             digest.update(f"{name} {scheme}\n".encode())
             for each in arrays:
-                digest.update(each.tobytes())
+                digest.update(b"" if each is None else each.tobytes())
     return digest.hexdigest()
 
 
 def _require_fitting(scheme: Scheme, shape: tuple[int, ...], rounded: Rounded) -> None:
     """ValueError unless `rounded` is what `scheme` makes of a parameter with that shape."""
-    numbers, scales = rounded
+    numbers, scales, factors = rounded
     blocks, block, outputs = numbers.shape
     half = 2 ** (scheme.bits - 1)
     fits = (blocks * block, outputs) in (shape, shape[::-1]) and block == (scheme.block or blocks * block)
@@ -113,3 +114,8 @@ def _require_fitting(scheme: Scheme, shape: tuple[int, ...], rounded: Rounded) -
         raise ValueError(f"{scheme.name} does not make {numbers.dtype} {numbers.shape} of a parameter {shape}")
     if numbers.min() < -half or numbers.max() >= half or not np.isfinite(scales).all():
         raise ValueError(f"numbers or scales are out of the range of {scheme.name}")
+    if factors is not None:
+        if not scheme.smooths or factors.shape != (blocks * block,) or factors.dtype != "float32":
+            raise ValueError(f"{scheme.name} does not take factors {factors.dtype} {factors.shape}")
+        if not (np.isfinite(factors) & (factors > 0)).all():
+            raise ValueError("factors are not all positive numbers")

@@ -1,24 +1,30 @@
-"""`cpcompile calibrate`: checkpoint and text -> what its parameters are rounded to in 4 bits."""
+"""`cpcompile calibrate`: checkpoint and text -> what its parameters are rounded to."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+from cpcompile.core.config import ROUNDED
 from cpcompile.core.errors import UsageError
 from cpcompile.core.paths import calibration_path
 from cpcompile.core.rounding import SCHEMES
 from cpcompile.core.types import Progress
 from cpcompile.frontend.calibration import require_free, save_calibration
 from cpcompile.frontend.source import TrainedSource, open_source
-from cpcompile.targets.requests import FEWEST
 from cpcompile.validation.calibration import calibrated
 
 
-def calibrate_model(model: Path, data: Path, *, tokens: int, progress: Progress) -> Path:
-    """Write the calibration of `model` beside it, from at most so many `tokens` of the text in `data` for each context.
+def calibrate_model(
+    model: Path, data: Path, *, tokens: int, precisions: Sequence[str] = ROUNDED, progress: Progress
+) -> Path:
+    """Write the calibration of `model` beside it, for engines in those `precisions`.
 
-    What training held out, and quality is measured on, takes no part.
+    It reads at most so many `tokens` of the text in `data` for each context. What training held out, and quality is
+    measured on, takes no part.
     """
+    if unknown := [each for each in precisions if each not in ROUNDED]:
+        raise UsageError(f"--precision {unknown[0]}: is not among {', '.join(ROUNDED)}")
     path = require_free(calibration_path(model))
     progress("load", 0, 1)
     source = open_source(model)
@@ -32,8 +38,8 @@ def calibrate_model(model: Path, data: Path, *, tokens: int, progress: Progress)
     for context in source.contexts:
         sequences = min(tokens, max(length, len(corpus.train[context].ids))) // length
         texts.append(corpus.batch(context, step=0, sequences=sequences, length=length, seed=0)[:, :-1])
-    found = calibrated(source.checkpoint.model, texts, SCHEMES[FEWEST], progress=progress)
+    found = calibrated(source.checkpoint.model, texts, [SCHEMES[each] for each in precisions], progress=progress)
     if not found:
-        raise UsageError(f"{model}: has no product with a weight that {FEWEST} could round in blocks of 32 channels")
-    save_calibration({name: {FEWEST: rounded} for name, rounded in found.items()}, model, path)
+        raise UsageError(f"{model}: has no product with a weight that {' or '.join(precisions)} could round")
+    save_calibration(found, model, path)
     return path

@@ -29,7 +29,6 @@ from cpcompile.report import (
     summarize_training,
 )
 from cpcompile.report.results import Results, VariantResult
-from cpcompile.targets.requests import FEWEST
 from cpcompile.text.vocabulary import TrimmedVocabulary
 from cpcompile.validation.diagnosis import diagnose
 from cpcompile.validation.expected_graphs import FreshGraphs
@@ -85,8 +84,8 @@ def open_with_model(path: Path, model: Path, progress: Progress) -> tuple[Bundle
 def calibration_of(bundle: Bundle, source: Source) -> Calibration:
     """What the engines of `bundle` round parameters to; UsageError if the file that says it is not there any more."""
     digest = bundle.metadata.get(REQUEST, {}).get("calibration", NONE)
-    few = any(each.precision in (FEWEST, MIXED) for context in bundle.contexts for each in bundle.variants(context))
-    if digest == NONE or not few:
+    variants = [each for context in bundle.contexts for each in bundle.variants(context)]
+    if digest == NONE or not any(each.precision in (*ROUNDED, MIXED) for each in variants):
         return UNCALIBRATED
     if (found := calibration_digest(source.path)) != digest:
         name = calibration_path(source.path).name

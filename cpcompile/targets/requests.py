@@ -26,8 +26,6 @@ BEST = "best"
 PRECISIONS = ("fp32", "fp16", "bf16")
 """Those of engines for GPUs."""
 OPENVINO_PRECISIONS = ("fp32", "bf16")
-FEWEST = "int4-weights"
-"""The precision that is calibrated: in more bits, rounding to the nearest numbers costs next to nothing."""
 DEFAULT_PRECISIONS = MappingProxyType(
     {CPU: ("int8",), **dict.fromkeys((*FLAVOURS, CUDA), ("fp16",)), OPENVINO: ("bf16",), BEST: ROUNDED}
 )
@@ -133,8 +131,8 @@ class Added:
 
     @property
     def calibrated(self) -> bool:
-        """Whether weights may get 4 bits, which a calibration chooses."""
-        return FEWEST in self.precisions and (self._adds(CPU) or self._adds(BEST))
+        """Whether weights are rounded, for which a calibration is used."""
+        return any(each in ROUNDED for each in self.precisions)
 
     @property
     def openvino_candidates(self) -> tuple[str, ...]:

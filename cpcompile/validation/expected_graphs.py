@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from cpcompile.core.rounding import Calibration
+from cpcompile.core.rounding import Calibration, Rounded
 from cpcompile.core.selection import UnitKind
 from cpcompile.frontend.source import Source
 from cpcompile.passes.bind_context import BindContext
@@ -66,7 +66,10 @@ def order_calibration(calibration: Calibration, source: Source, rows: npt.NDArra
     """The `calibration` of `source` for parameters whose tokens `order_rows` brought to `rows`."""
     order = np.argsort(rows)
     return {
-        name: {scheme: (numbers[..., order], scales[..., order]) for scheme, (numbers, scales) in calibrated.items()}
+        name: {
+            scheme: Rounded(numbers[..., order], scales[..., order], factors)
+            for scheme, (numbers, scales, factors) in calibrated.items()
+        }
         if source.parameter_kind(name) is UnitKind.VOCABULARY
         else calibrated
         for name, calibrated in calibration.items()

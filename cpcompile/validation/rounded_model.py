@@ -64,18 +64,20 @@ class Rounding(TorchFunctionMode):
             )
         self._schemes: dict[Tensor, Scheme] = {own[name]: scheme for name, scheme in schemes.items()}
         self._names: dict[Tensor, str] = {own[name]: name for name in schemes}
-        self._rounded: dict[Tensor, Tensor] = {}
+        self._rounded: dict[tuple[Tensor, bool], tuple[Tensor, Tensor | None]] = {}
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         if self.rounds(func, args):
-            x, weight, *rest = args
-            args = (
-                x if func is F.embedding else self._input(x, weight),
-                self._weight(weight, outputs_first=func is not torch.matmul),
-                *rest,
+            x, parameter, *rest = args
+            weight, factors = self._weight(
+                parameter, outputs_first=func is not torch.matmul, looked_up=func is F.embedding
             )
+            if func is not F.embedding:
+                x = x if factors is None else x * factors
+                x = _rounded_input(x, self._schemes[parameter]) if self._inputs else x
+            args = (x, weight, *rest)
         return func(*args, **dict(kwargs or {}))
 
     def rounds(self, func: Callable[..., Any], args: tuple[Any, ...]) -> str | None:
@@ -83,24 +85,24 @@ class Rounding(TorchFunctionMode):
         reads = func in (F.linear, F.embedding, torch.matmul)  # the weights of GPT-2 lie as (inputs, outputs)
         return self._names.get(args[1]) if reads else None
 
-    def _input(self, x: Tensor, weight: Tensor) -> Tensor:
-        return _rounded_input(x, self._schemes[weight]) if self._inputs else x
-
-    def _weight(self, parameter: Tensor, *, outputs_first: bool) -> Tensor:
-        if parameter not in self._rounded:
+    def _weight(self, parameter: Tensor, *, outputs_first: bool, looked_up: bool) -> tuple[Tensor, Tensor | None]:
+        """The rounded parameter, and the factors of its inputs."""
+        looked_up = looked_up and self._schemes[parameter].smooths  # else it is the same, and kept once
+        if (parameter, looked_up) not in self._rounded:
             whole = parameter.detach().numpy()
             weight = whole.T if outputs_first else whole
             try:
                 calibrated = self._calibration.get(self._names[parameter], UNCALIBRATED)
-                rounded = self._schemes[parameter].rounded(weight, calibrated)
+                rounded = self._schemes[parameter].rounded(weight, calibrated, looked_up=looked_up)
             except ValueError as error:
                 shape = tuple(whole.shape)
                 raise CpcompileError(
                     f"a parameter of shape {shape} does not fall into the blocks that the engine names; build it again"
                 ) from error
             value = restored(rounded, weight.dtype)
-            self._rounded[parameter] = torch.from_numpy(value.T if outputs_first else value)
-        return self._rounded[parameter]
+            factors = None if rounded.factors is None else torch.from_numpy(rounded.factors)
+            self._rounded[parameter, looked_up] = torch.from_numpy(value.T if outputs_first else value), factors
+        return self._rounded[parameter, looked_up]
 
 
 def _rounded_input(x: Tensor, scheme: Scheme) -> Tensor:

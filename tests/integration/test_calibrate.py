@@ -18,7 +18,7 @@ from cpcompile.runtime.engine import load_engine
 
 FAST = ("--no-speed", "--no-memory", "--no-layers", "--max-perplexity-increase", "9")
 ONE = ("--contexts", "english", "--vocabulary-coverage", "0.9")
-FEW = ("--target", "cpu", "--precision", "int4-weights")
+FEW = ("--target", "cpu", "--precision", "int8,int4-weights")
 
 
 def run(*arguments: object) -> Result:
@@ -41,7 +41,7 @@ def model(trained: Path, corpus_folder: Path, tmp_path_factory: pytest.TempPathF
 def bundle(model: Path) -> Path:
     result = run("build", model, *FAST, *FEW, *ONE)
     assert result.exit_code == 0, result.output
-    assert f"weights in 4 bits are as {calibration_path(model)} says" in result.output
+    assert f"weights are rounded as {calibration_path(model)} says" in result.output
     return model.with_suffix(".cpc")
 
 
@@ -54,7 +54,7 @@ def test_engines_have_the_chosen_numbers_and_are_those_of_the_eager_model(bundle
     """With a trimmed vocabulary, whose rows are in another order than in the model."""
     report = json.loads((bundle / "report.json").read_text())
     for context in report["contexts"]:
-        assert [each["parity"]["verdict"] for each in context["variants"]] == ["pass", "pass"]
+        assert [each["parity"]["verdict"] for each in context["variants"]] == ["pass", "pass", "pass"]
 
 
 def test_engines_differ_from_those_rounded_to_the_nearest(bundle: Path, model: Path, tmp_path: Path) -> None:
@@ -64,8 +64,9 @@ def test_engines_differ_from_those_rounded_to_the_nearest(bundle: Path, model: P
     result = run("build", copy, *FEW, *ONE, "--no-validate", "-o", out)
     assert result.exit_code == 0 and "`cpcompile calibrate` finds better ones" in result.output, result.output
     ids = np.random.default_rng(0).integers(0, 100, (1, 12))
-    outputs = [load_engine(open_bundle(each), "english", "cpu-int4-weights").run(ids) for each in (bundle, out)]
-    assert np.abs(outputs[0] - outputs[1]).max() > 1e-3
+    for variant in ("cpu-int4-weights", "cpu-int8"):
+        outputs = [load_engine(open_bundle(each), "english", variant).run(ids) for each in (bundle, out)]
+        assert np.abs(outputs[0] - outputs[1]).max() > 1e-3
     assert run("validate", out, "--model", model, *FAST).exit_code == 0  # whose calibration came later
 
 
@@ -85,10 +86,10 @@ def test_a_bundle_needs_its_calibration(bundle: Path, model: Path, tmp_path: Pat
         assert result.exit_code == 2 and "the model.calibration.pt is not the one" in result.output, result.output
 
 
-def test_bundles_without_weights_in_4_bits_do_not_depend_on_it(model: Path, tmp_path: Path) -> None:
+def test_bundles_in_float32_do_not_depend_on_it(model: Path, tmp_path: Path) -> None:
     copy = copied(model, tmp_path)
-    arguments = ("build", copy, *FAST, "--target", "cpu", "--precision", "int8", *ONE, "--no-validate")
-    assert "4 bits" not in run(*arguments).output
+    arguments = ("build", copy, *FAST, *ONE, "--no-validate", "-o", tmp_path / "exact.cpc")
+    assert "rounded" not in run(*arguments).output
     calibration_path(copy).write_bytes(b"another")
     assert "up to date" in run(*arguments).output
 
@@ -99,7 +100,8 @@ def test_a_new_calibration_builds_again(model: Path, corpus_folder: Path, tmp_pa
     arguments = ("build", copy, *FAST, *FEW, "--contexts", "english", "--no-validate")
     assert "up to date" not in run(*arguments).output
     assert "up to date" in run(*arguments).output
-    assert run("calibrate", copy, "--data", corpus_folder, "--tokens", 256).exit_code == 0
+    few = ("--tokens", 256, "--precision", "int4-weights")
+    assert run("calibrate", copy, "--data", corpus_folder, *few).exit_code == 0
     assert "up to date" not in run(*arguments).output
 
 
@@ -110,6 +112,8 @@ def test_what_cannot_be_calibrated_is_refused(model: Path, corpus_folder: Path, 
     for arguments, says in (
         ((model, "--data", corpus_folder, "--tokens", "3"), "--tokens is 3; a sequence of"),
         ((model, "--data", corpus_folder, "--tokens", "0"), "0 is not in the range x>=1"),
+        ((model, "--data", corpus_folder, "--precision", "int9"), "int9: is not among int8, int7"),
+        ((model, "--data", corpus_folder, "--precision", ","), "names nothing"),
         ((model, "--data", tmp_path / "nowhere"), "nowhere"),
         ((dense_path(model), "--data", corpus_folder), "is a dense checkpoint"),
         ((tmp_path / "none.pt", "--data", corpus_folder), "there is no such file"),

@@ -22,7 +22,7 @@ def nearest(scheme: Scheme, weight: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 @pytest.mark.parametrize("scheme", SCHEMES.values(), ids=lambda scheme: scheme.name)
 def test_every_element_is_within_half_a_step(scheme: Scheme) -> None:
-    numbers, scale = scheme.round(WEIGHT)
+    numbers, scale, _ = scheme.round(WEIGHT)
     blocks = WEIGHT.reshape(-1, scheme.block or 96, 10)
     assert numbers.dtype == np.int8 and numbers.shape == blocks.shape
     assert abs(numbers.astype(int)).max() <= 2 ** (scheme.bits - 1)
@@ -44,7 +44,7 @@ def test_what_is_cut_between_blocks_is_rounded_as_in_the_whole(scheme: Scheme) -
 
 def test_four_bits_use_all_sixteen_numbers() -> None:
     ramp = np.linspace(-1, 0.875, 16, dtype=np.float32).repeat(2)[:, None]
-    numbers, scale = SCHEMES["int4-weights"].round(ramp)
+    numbers, scale, _ = SCHEMES["int4-weights"].round(ramp)
     assert sorted(set(numbers.flatten().tolist())) == list(range(-8, 8)) and scale.item() == 0.125
     np.testing.assert_array_equal(nearest(SCHEMES["int4-weights"], ramp), ramp)
 

@@ -12,12 +12,12 @@ import torch
 
 from cpcompile.core.errors import UsageError
 from cpcompile.core.paths import calibration_path
-from cpcompile.core.rounding import SCHEMES
+from cpcompile.core.rounding import SCHEMES, Rounded
 from cpcompile.frontend.calibration import load_calibration, require_free, save_calibration
 from cpcompile.frontend.checkpoint import load_checkpoint
 from cpcompile.frontend.source import open_source
 
-FEW = SCHEMES["int4-weights"]
+FEW, EIGHT = SCHEMES["int4-weights"], SCHEMES["int8"]
 NAME = "layers.0.ffn.up.weight"
 
 
@@ -26,19 +26,24 @@ def path(trained: Path, tmp_path: Path) -> Path:
     """Of a model beside it."""
     model = tmp_path / "model.pt"
     model.write_bytes(trained.read_bytes())
-    weight = load_checkpoint(model).state[NAME].numpy()
-    save_calibration({NAME: {FEW.name: FEW.round(weight.T)}}, model, calibration_path(model))
+    save_calibration({NAME: expected(model)}, model, calibration_path(model))
     return calibration_path(model)
+
+
+def expected(model: Path) -> dict[str, Rounded]:
+    weight = load_checkpoint(model).state[NAME].numpy().T
+    factors = np.linspace(0.5, 2, len(weight), dtype=np.float32)
+    return {FEW.name: FEW.round(weight), EIGHT.name: EIGHT.round(weight / factors[:, None])._replace(factors=factors)}
 
 
 def test_what_was_saved_comes_back(path: Path) -> None:
     source = open_source(path.with_name("model.pt"))
-    weight = load_checkpoint(source.path).state[NAME].numpy()
     ((name, rounded),) = source.calibration.items()
-    assert name == NAME and rounded.keys() == {FEW.name}
-    for found, expected in zip(rounded[FEW.name], FEW.round(weight.T), strict=True):
-        np.testing.assert_array_equal(found, expected)
-        assert found.dtype == expected.dtype
+    assert name == NAME and rounded.keys() == {FEW.name, EIGHT.name}
+    for scheme, each in expected(source.path).items():
+        for found, saved in zip(rounded[scheme], each, strict=True):
+            np.testing.assert_array_equal(found, saved)
+            assert found is saved is None or (found is not None and found.dtype == saved.dtype)
 
 
 def edited(path: Path, edit: Callable[[dict[str, Any]], object]) -> None:
@@ -47,8 +52,8 @@ def edited(path: Path, edit: Callable[[dict[str, Any]], object]) -> None:
     torch.save(plain, path)
 
 
-def tensors(plain: dict[str, Any]) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = plain["rounded"][FEW.name][NAME]
+def tensors(plain: dict[str, Any], scheme: str = FEW.name) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = plain["rounded"][scheme][NAME]
     return found
 
 
@@ -56,7 +61,7 @@ def tensors(plain: dict[str, Any]) -> dict[str, torch.Tensor]:
     ("edit", "says"),
     [
         (lambda p: p.pop("format"), "is no calibration"),
-        (lambda p: p.update(version=2), "version 2, this cpcompile reads 1"),
+        (lambda p: p.update(version=1), "version 1, this cpcompile reads 2"),
         (lambda p: p.update(model="0" * 64), "was made for another model"),
         (lambda p: p.pop("rounded"), "incomplete or inconsistent"),
         (lambda p: p["rounded"].update(int3=p["rounded"][FEW.name]), "incomplete or inconsistent"),
@@ -69,6 +74,13 @@ def tensors(plain: dict[str, Any]) -> dict[str, torch.Tensor]:
         (lambda p: tensors(p)["numbers"].fill_(8), "out of the range"),
         (lambda p: tensors(p)["scales"].fill_(float("nan")), "out of the range"),
         (lambda p: tensors(p).update(numbers=[1]), "incomplete or inconsistent"),
+        (lambda p: tensors(p).update(more=tensors(p)["scales"]), "incomplete or inconsistent"),
+        (lambda p: tensors(p).update(tensors(p, "int8")), "int4-weights does not"),
+        (lambda p: tensors(p).update(factors=tensors(p, "int8")["factors"]), "int4-weights does not take factors"),
+        (lambda p: tensors(p, "int8")["factors"].neg_(), "not all positive"),
+        (lambda p: tensors(p, "int8")["factors"].fill_(float("inf")), "not all positive"),
+        (lambda p: tensors(p, "int8").update(factors=tensors(p, "int8")["factors"][1:]), "does not take factors"),
+        (lambda p: tensors(p, "int8").pop("factors"), "is damaged"),
         (lambda p: tensors(p)["numbers"][0, 0, :1].add_(1).clamp_(max=7), "is damaged"),
         (lambda p: tensors(p)["scales"].zero_(), "is damaged"),
         (lambda p: p["rounded"][FEW.name].clear(), "is damaged"),
