@@ -38,6 +38,8 @@ def _summary(contents: Contents) -> Table:
     checked = "all have the digests of the build" if contents.verified else "not compared with their digests (--verify)"
     rows.add_row("files", Text(f"{contents.files}, {checked}"))
     rows.add_row("checkpoint", Text(f"sha256 {_short(contents.checkpoint)}"))
+    if contents.calibration is not None:
+        rows.add_row("calibration", Text(f"sha256 {_short(contents.calibration)}"))
     for each in contents.weights:
         rows.add_row("weights", Text(f"sha256 {_short(each.sha256)}, {megabytes(each.bytes)}"))
     return rows

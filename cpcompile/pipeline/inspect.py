@@ -14,6 +14,7 @@ from cpcompile.bundle.reader import Bundle, Variant, open_bundle
 from cpcompile.core.cache import CacheBytes
 from cpcompile.core.errors import UsageError
 from cpcompile.core.generation import GenerationSettings
+from cpcompile.pipeline.up_to_date import NONE, needed_calibration
 from cpcompile.report.results import Verdict
 from cpcompile.runtime.availability import why_not_here
 from cpcompile.text.tokenization import parse_tokenizer
@@ -95,6 +96,8 @@ class Contents:
     """That of report.json, which no digest covers; None without a readable report."""
     checkpoint: str
     """SHA-256 of the model that it was built from."""
+    calibration: str | None
+    """SHA-256 of the calibration that its rounded weights are from; None if they are rounded to the nearest numbers."""
     weights: tuple[FileContents, ...]
     """Shared weights; engines that were built to stand alone have their own."""
     contexts: tuple[ContextContents, ...]
@@ -120,6 +123,7 @@ def inspect_bundle(path: Path, *, verify: bool) -> Contents:
         verified=verify,
         verdict=_verdict(bundle),
         checkpoint=bundle.metadata["checkpoint"],
+        calibration=None if (digest := needed_calibration(bundle)) == NONE else digest,
         weights=tuple(_weights(bundle)),
         contexts=tuple(_contexts(bundle)),
         engines=tuple(_engines(bundle)),

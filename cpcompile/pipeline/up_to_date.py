@@ -19,7 +19,7 @@ from pathlib import Path
 
 from cpcompile.bundle.manifest import MANIFEST
 from cpcompile.bundle.reader import Bundle, Variant, open_bundle
-from cpcompile.core.config import BuildConfig, ValidateConfig
+from cpcompile.core.config import MIXED, ROUNDED, BuildConfig, ValidateConfig
 from cpcompile.core.errors import UsageError
 from cpcompile.core.json_form import to_json
 from cpcompile.core.paths import calibration_path, dense_path
@@ -130,6 +130,13 @@ def dense_digest(model: Path) -> str:
 def calibration_digest(model: Path) -> str:
     """The digest of the calibration beside `model`, `NONE` if there is none."""
     return _digest_of(calibration_path(model))
+
+
+def needed_calibration(bundle: Bundle) -> str:
+    """The digest of the calibration that engines of `bundle` have their numbers from, `NONE` if they have none."""
+    variants = [each for context in bundle.contexts for each in bundle.variants(context)]
+    rounded = any(each.precision in (*ROUNDED, MIXED) for each in variants)
+    return str(bundle.metadata.get(REQUEST, {}).get("calibration", NONE)) if rounded else NONE
 
 
 def _digest_of(path: Path) -> str:

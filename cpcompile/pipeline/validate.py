@@ -16,7 +16,14 @@ from cpcompile.core.types import Progress
 from cpcompile.files.whole_files import file_digest, remove_leftovers
 from cpcompile.frontend.source import Source, open_source
 from cpcompile.machine.environment import environment
-from cpcompile.pipeline.up_to_date import NONE, REQUEST, Digests, calibration_digest, conditions_of, dense_digest
+from cpcompile.pipeline.up_to_date import (
+    NONE,
+    Digests,
+    calibration_digest,
+    conditions_of,
+    dense_digest,
+    needed_calibration,
+)
 from cpcompile.report import (
     BuildResult,
     ContextResult,
@@ -83,9 +90,7 @@ def open_with_model(path: Path, model: Path, progress: Progress) -> tuple[Bundle
 
 def calibration_of(bundle: Bundle, source: Source) -> Calibration:
     """What the engines of `bundle` round parameters to; UsageError if the file that says it is not there any more."""
-    digest = bundle.metadata.get(REQUEST, {}).get("calibration", NONE)
-    variants = [each for context in bundle.contexts for each in bundle.variants(context)]
-    if digest == NONE or not any(each.precision in (*ROUNDED, MIXED) for each in variants):
+    if (digest := needed_calibration(bundle)) == NONE:
         return UNCALIBRATED
     if (found := calibration_digest(source.path)) != digest:
         name = calibration_path(source.path).name

@@ -13,6 +13,7 @@ from click.testing import CliRunner, Result
 from cpcompile.bundle.reader import open_bundle
 from cpcompile.cli import main
 from cpcompile.core.paths import calibration_path, dense_path
+from cpcompile.files.whole_files import file_digest
 from cpcompile.frontend.source import open_source
 from cpcompile.runtime.engine import load_engine
 
@@ -121,3 +122,9 @@ def test_what_cannot_be_calibrated_is_refused(model: Path, corpus_folder: Path, 
     ):
         result = run("calibrate", *arguments)
         assert result.exit_code == 2 and says in result.output, result.output
+
+
+def test_inspect_names_the_calibration_of_rounded_weights(bundle: Path, model: Path) -> None:
+    digest = file_digest(calibration_path(model))
+    assert f"calibration  sha256 {digest[:12]}" in run("inspect", bundle).output
+    assert json.loads(run("inspect", bundle, "--json").output)["calibration"] == digest
