@@ -18,11 +18,14 @@ from common import save
 from rich.console import Console
 from rich.table import Table
 
+from cpcompile.core.rounding import SCHEMES
 from cpcompile.frontend.source import open_source
 from cpcompile.machine.subprocesses import in_fresh_process
+from cpcompile.passes.dequantize_weights import DequantizeWeights
 from cpcompile.passes.freeze import freeze, prepare
+from cpcompile.passes.share_weights import Whole
 from cpcompile.pipeline.write_engines import legal_for_plans
-from cpcompile.targets.requests import PRECISIONS
+from cpcompile.targets.requests import PLAN_PRECISIONS
 
 BUILD = """
 import json, sys, time
@@ -45,7 +48,7 @@ print(json.dumps({"seconds": seconds, "plan": plan, "peak": peak_resident_bytes(
 @click.command()
 @click.argument("model", type=click.Path(path_type=Path), default="demo/model.pt")
 @click.option("--target", default="tensorrt-rtx")
-@click.option("--precision", type=click.Choice(PRECISIONS), default="fp16")
+@click.option("--precision", type=click.Choice(PLAN_PRECISIONS), default="fp16")
 def main(model: Path, target: str, precision: str) -> None:
     source = open_source(model)
     prepared = prepare(source.capture(opset=23))
@@ -81,11 +84,16 @@ def main(model: Path, target: str, precision: str) -> None:
         figures = (f"{row['seconds']:.1f}", f"{row['peak'] / 1e6:.0f}", f"{row['over_weights']:.1f}")
         table.add_row(name, f"{part:.0%}", f"{row['plan'] / 1e6:.1f}", *shares, *figures)
     Console().print(table)
-    save("tensorrt_build", {"target": target, "precision": precision, "parameters": total, "engines": results})
+    name = "tensorrt_build" + (f"_{precision}" if precision != "fp16" else "")
+    save(name, {"target": target, "precision": precision, "parameters": total, "engines": results})
 
 
 def _build(model: ir.Model, target: str, precision: str, sequence: int) -> dict[str, Any]:
     """The figures of one build; `weights` are the bytes of the tensors in its graph."""
+    if precision in SCHEMES:
+        own = {name: value.const_value for name, value in model.graph.initializers.items()}
+        whole = {name: Whole(tuple(t.shape.numpy()), t.numpy) for name, t in own.items() if t and len(t.shape) == 2}
+        DequantizeWeights(precision, dict.fromkeys(whole, (None, None)), whole)(model)
     model = legal_for_plans(model, precision)
     weights = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
     with tempfile.TemporaryDirectory() as folder:

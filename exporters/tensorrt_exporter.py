@@ -11,6 +11,7 @@ one logger per process, since only the first counts. (An IErrorRecorder crashes 
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ import onnx_ir as ir
 
 from cpcompile.bundle.artifact import Artifact
 from cpcompile.core.errors import CpcompileError, UsageError
+from cpcompile.core.rounding import QUANTIZED
 from cpcompile.files.onnx_file import module_of
 from cpcompile.files.whole_files import cache_folder, file_digest, whole_file
 from cpcompile.targets.plan_info import PlanInfo, Profile, Shapes, TensorInfo
@@ -80,6 +82,7 @@ def export_tensorrt(
         profiles=profiles,
         tensors=tuple(_tensors(model)),
         onnx_digest=digest,
+        rounded=tuple(json.loads(model.metadata_props.get(QUANTIZED, "{}"))),
     )
     return Artifact(
         variant=variant_name(target, precision),

@@ -100,7 +100,7 @@ def _stored(
     if rows:
         kept, shape = kept[::-1], shape[::-1]
     inputs, outputs = shape
-    blocks = _blocks(kept[0])
+    blocks = blocks_of(kept[0])
     if not scheme.fits(inputs) or blocks is CUT:
         return None
     bits, count, size = scheme.bits, inputs // BLOCK, BLOCK * scheme.bits // 8
@@ -117,7 +117,7 @@ CUT = np.zeros(0, dtype=np.intp)
 """In place of the blocks that are kept, where some are kept in part."""
 
 
-def _blocks(channels: npt.NDArray[np.intp] | None) -> npt.NDArray[np.intp] | None:
+def blocks_of(channels: npt.NDArray[np.intp] | None) -> npt.NDArray[np.intp] | None:
     """The blocks of kept input channels; None for all, CUT if they do not consist of whole ones."""
     if channels is None:
         return None

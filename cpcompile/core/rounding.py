@@ -59,6 +59,8 @@ class Scheme:
     name: str
     bits: int
     block: int | None
+    products_only: bool = False
+    """Whether only the weights of products are rounded, as for GPUs: neither their inputs nor tables for lookups."""
 
     @property
     def smooths(self) -> bool:

@@ -13,6 +13,7 @@ import onnx_ir as ir
 from cpcompile.bundle.reader import ROUTER, TOKEN_IDS
 from cpcompile.bundle.writer import BundleWriter
 from cpcompile.core.config import BuildConfig
+from cpcompile.core.rounding import SCHEMES
 from cpcompile.core.types import Progress
 from cpcompile.exporters.onnxruntime_exporter import MERGED, export_onnxruntime, variant_name
 from cpcompile.exporters.tensorrt_exporter import export_tensorrt
@@ -21,6 +22,7 @@ from cpcompile.exporters.weights_file import INLINE, write_weights
 from cpcompile.files.whole_files import file_digest
 from cpcompile.frontend.source import Source
 from cpcompile.passes.cache_interface import bytes_per_token
+from cpcompile.passes.dequantize_weights import DequantizeWeights
 from cpcompile.passes.equal_caches import with_equal_caches
 from cpcompile.passes.fold_gates import FoldGates
 from cpcompile.passes.freeze import Frozen
@@ -38,7 +40,7 @@ from cpcompile.pipeline.cpu_engines import (
     rounded_graphs,
     store_weights,
 )
-from cpcompile.pipeline.stored_weights import WEIGHTS_FILE
+from cpcompile.pipeline.stored_weights import WEIGHTS_FILE, kept_of
 from cpcompile.targets.requests import CPU, CUDA, NOTHING_ADDED, OPENVINO, Added
 from cpcompile.text.vocabulary import TrimmedVocabulary
 
@@ -129,8 +131,12 @@ def export_added(
                 _export_cuda(writer, context, each.model, precision)
                 continue
             name = plan_name(target, precision)
+            model = each.model
+            if precision in SCHEMES:
+                model = model.clone()
+                DequantizeWeights(precision, kept_of(each, parameters), parameters)(model)
             artifact = export_tensorrt(
-                legal_for_plans(each.model, precision),
+                legal_for_plans(model, precision),
                 writer.folder(context, name),
                 target=target,
                 precision=precision,
@@ -162,13 +168,15 @@ def _export_cuda(writer: BundleWriter, context: str, frozen: ir.Model, precision
 def legal_for_plans(frozen: ir.Model, precision: str) -> ir.Model:
     """A copy that TensorRT accepts, in `precision`; tensors are shared, and converted when they are read.
 
+    Around rounded weights it computes in float16.
+
     It gives all logits: plans have no inputs whose values determine shapes.
     """
     model = with_all_logits(frozen)
     for each in (InferShapes(), FoldGates(), LegalizeForTensorRT()):
         each(model)
-    if precision in HALVES:
-        LowerPrecision(precision)(model)
+    if precision in HALVES or precision in SCHEMES:
+        LowerPrecision(precision if precision in HALVES else "fp16")(model)
     return model
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cpcompile.core.errors import UsageError
-from cpcompile.targets.requests import CAPABILITY, FLAVOURS, PRECISIONS, Target
+from cpcompile.targets.requests import CAPABILITY, FLAVOURS, PLAN_PRECISIONS, PRECISIONS, Target
 
 Shape = tuple[int, ...]
 Shapes = tuple[Shape, Shape, Shape]
@@ -53,6 +53,8 @@ class PlanInfo:
     tensors: tuple[TensorInfo, ...]
     onnx_digest: str
     """SHA-256 of the graph and its weights in hex. Equal inputs have equal digests; their plans may differ."""
+    rounded: tuple[str, ...] = ()
+    """The parameters that it has in the scheme that `precision` names."""
 
     @property
     def settings_digest(self) -> str:
@@ -96,11 +98,13 @@ class PlanInfo:
                 for tensor in _items(plain["tensors"])
             ),
             onnx_digest=_text(plain["onnx_digest"]),
+            rounded=tuple(_text(each) for each in _items(plain.get("rounded", []))),
         )
         inputs = {tensor.name: len(tensor.shape) for tensor in info.tensors if tensor.is_input}
         if (
             info.flavour not in FLAVOURS
-            or info.precision not in PRECISIONS
+            or info.precision not in PLAN_PRECISIONS
+            or (info.precision in PRECISIONS) == bool(info.rounded)
             or not info.version.isprintable()
             or not all(CAPABILITY.fullmatch(each) for each in info.capabilities)
             or any({name: len(low) for name, (low, _, _) in each.shapes.items()} != inputs for each in info.profiles)

@@ -25,6 +25,8 @@ BEST = "best"
 """The fastest engine for this CPU that keeps the quality budget, in whichever precisions."""
 PRECISIONS = ("fp32", "fp16", "bf16")
 """Those of engines for GPUs."""
+PLAN_PRECISIONS = (*PRECISIONS, "int4-weights")
+"""Those of plans: weights in 4 bits, and the rest in float16."""
 OPENVINO_PRECISIONS = ("fp32", "bf16")
 DEFAULT_PRECISIONS = MappingProxyType(
     {CPU: ("int8",), **dict.fromkeys((*FLAVOURS, CUDA), ("fp16",)), OPENVINO: ("bf16",), BEST: ROUNDED}
@@ -65,6 +67,8 @@ class Target:
         """Those that engines for this target can have."""
         if self.flavour in (CPU, BEST):
             return ROUNDED
+        if self.flavour in FLAVOURS:
+            return PLAN_PRECISIONS
         return OPENVINO_PRECISIONS if self.flavour == OPENVINO else PRECISIONS
 
     def __str__(self) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from cpcompile.core.errors import CpcompileError, UsageError
 from cpcompile.core.rounding import QUANTIZED, SCHEMES, UNCALIBRATED, Calibration, Scheme, restored
 from cpcompile.runtime.engine import Engine
+from cpcompile.targets.plan_info import PlanInfo
 
 LEVELS = 255
 """Of 8 bits without a sign, which DynamicQuantizeLinear makes."""
@@ -37,6 +39,11 @@ def schemes_of(engine: Engine) -> dict[str, Scheme]:
         raise UsageError(
             f"{engine.variant.model}: its graph does not say how its weights are rounded ({text!r:.80}); build it again"
         ) from error
+
+
+def schemes_of_plan(plan: PlanInfo) -> dict[str, Scheme]:
+    """The same of a TensorRT plan."""
+    return {name: replace(SCHEMES[plan.precision], products_only=True) for name in plan.rounded}
 
 
 class Rounding(TorchFunctionMode):
@@ -76,14 +83,17 @@ class Rounding(TorchFunctionMode):
             )
             if func is not F.embedding:
                 x = x if factors is None else x * factors
-                x = _rounded_input(x, self._schemes[parameter]) if self._inputs else x
+                scheme = self._schemes[parameter]
+                x = _rounded_input(x, scheme) if self._inputs and not scheme.products_only else x
             args = (x, weight, *rest)
         return func(*args, **dict(kwargs or {}))
 
     def rounds(self, func: Callable[..., Any], args: tuple[Any, ...]) -> str | None:
         """The name of the parameter that a call reads rounded; None for every other call."""
         reads = func in (F.linear, F.embedding, torch.matmul)  # the weights of GPT-2 lie as (inputs, outputs)
-        return self._names.get(args[1]) if reads else None
+        if not reads or (func is F.embedding and args[1] in self._schemes and self._schemes[args[1]].products_only):
+            return None
+        return self._names.get(args[1])
 
     def _weight(self, parameter: Tensor, *, outputs_first: bool, looked_up: bool) -> tuple[Tensor, Tensor | None]:
         """The rounded parameter, and the factors of its inputs."""

@@ -39,7 +39,7 @@ from cpcompile.validation.memory import compare_memory, compare_start, measure_e
 from cpcompile.validation.parity import check_parity
 from cpcompile.validation.placement import measure_placement
 from cpcompile.validation.reference import UNROUNDED, Outputs, Reference, Run, Schemes, Timed
-from cpcompile.validation.rounded_model import schemes_of
+from cpcompile.validation.rounded_model import schemes_of, schemes_of_plan
 from cpcompile.validation.runners import Runner, engine_runner
 from cpcompile.validation.speed import measure_speed
 from cpcompile.validation.throughput import ROUNDS, measure_throughput
@@ -131,7 +131,9 @@ def _validate_variant(
             bytes=variant.bytes,
         )
     engine = load_plan(variant) if variant.plan else load_engine(bundle, context, variant.name, threads=threads)
-    schemes = schemes_of(engine) if isinstance(engine, Engine) else {}
+    schemes = (
+        schemes_of(engine) if isinstance(engine, Engine) else schemes_of_plan(variant.plan) if variant.plan else {}
+    )
     # Where one number scales all inputs of a product, logits depend on which tokens are computed together.
     steady = all(scheme.block is not None for scheme in schemes.values())
     cached = partial(_in_two_steps, engine) if isinstance(engine, Engine) and engine.has_cache and steady else None
@@ -202,12 +204,17 @@ def _parity(
         config.tolerance_multiple,
         logits=reference.logits,
         missing=missing,
-        precision=variant.precision if variant is not None else "fp32",
+        precision=_computes_in(variant) if variant is not None else "fp32",
         cached=cached,
         unrounded=reference.masked(context, schemes, round_inputs=False) if schemes else None,
     )
     release_memory()  # of the model in float64
     return parity
+
+
+def _computes_in(variant: Variant) -> str:
+    """The precision of what is not rounded."""
+    return "fp16" if variant.plan and variant.plan.rounded else variant.precision
 
 
 def _counted(inputs: Callable[[], Iterator[Feeds]], steps: Steps) -> Iterator[Feeds]:

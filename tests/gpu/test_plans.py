@@ -19,7 +19,7 @@ from cpcompile.targets.requests import FLAVOURS, TENSORRT_RTX
 from cpcompile.targets.tensorrt_library import MODULES
 from cpcompile.validation.memory import measure_engine
 
-CONTEXT, PRECISIONS = "english", ("fp32", "fp16", "bf16")
+CONTEXT, PRECISIONS = "english", ("fp32", "fp16", "bf16", "int4-weights")
 PROFILES = ["--profile", "batch=1:2:4", "--profile", "sequence=1:32:64"]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from cpcompile.exporters.onnxruntime_exporter import export_onnxruntime
 from cpcompile.frontend.capture import capture
 from cpcompile.models.decoder import Decoder
 from cpcompile.models.language_model import LanguageModel
+from cpcompile.passes.dequantize_weights import DequantizeWeights
 from cpcompile.passes.derived_parameters import Derivation
 from cpcompile.passes.freeze import Frozen, freeze
 from cpcompile.passes.quantized_parameters import NothingToRoundError
@@ -33,7 +35,7 @@ from tests.unit.passes.graph_text import check, parse
 from tests.unit.passes.test_caches import PRETRAINED, pretrained
 
 IDS = np.random.default_rng(0).integers(0, 512, (2, 9))
-EXACT = {"session.x64quantprecision": "1"}
+EXACT = {"session.x64quantprecision": "1", "session.qdq_matmulnbits_accuracy_level": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -207,3 +209,20 @@ def test_a_scheme_may_have_nothing_to_do_if_another_has() -> None:
     assert json.loads(graph.metadata_props[QUANTIZED]) == {"w": "int8"} and "v" in left
     with pytest.raises(NothingToRoundError, match="could round in blocks of 32 input channels"):
         round_parameters(parse(text, shapes), kept, dict(whole), {"v": "int4-weights"})
+
+
+def test_dequantized_weights_are_those_of_the_rounded_eager_model(model: Decoder) -> None:
+    """ONNX Runtime computes what TensorRT reads, with inputs as they are."""
+    dynamic = dynamic_graph(model, 23, cached=True)
+    scheme = replace(SCHEMES["int4-weights"], products_only=True)
+    for index in range(len(CONTEXTS)):
+        frozen = freeze(dynamic, index)
+        graph, whole = frozen.model.clone(), wholes(model, frozen)
+        kept = {name: axes for name, axes in frozen.kept.items() if name in whole}
+        DequantizeWeights(scheme.name, kept, whole)(graph)
+        check(graph)
+        rounded = json.loads(graph.metadata_props[QUANTIZED])
+        assert "embedding.weight" in rounded and not np.allclose(logits(graph), eager(model, index), atol=1e-2)
+        with torch.inference_mode(), Rounding(model, dict.fromkeys(rounded, scheme)):
+            expected = model(torch.from_numpy(IDS), torch.tensor(index)).numpy()
+        np.testing.assert_allclose(logits(graph), expected, atol=1e-4)

@@ -91,6 +91,8 @@ def test_only_what_needs_no_other_engines_is_written_after_them() -> None:
 def test_a_record_comes_back_from_json() -> None:
     plain = json.loads(json.dumps(INFO.to_plain()))
     assert PlanInfo.from_plain(plain) == INFO
+    few = dataclasses.replace(INFO, precision="int4-weights", rounded=("embedding.weight",))
+    assert PlanInfo.from_plain(json.loads(json.dumps(few.to_plain()))) == few
     assert plain["compute_capabilities"] == ["sm86", "sm120"] and len(plain["settings_digest"]) == 64
 
 
@@ -98,7 +100,7 @@ def test_a_record_comes_back_from_json() -> None:
 def test_a_malformed_record_is_refused(key: str) -> None:
     for wrong in (None, 5, "x", [], {}, [[1]], [{}], {"a": 1}):
         plain = INFO.to_plain() | {key: wrong}
-        if (key, wrong) == ("onnx_digest", "x"):  # what a record may say
+        if (key, wrong) in (("onnx_digest", "x"), ("rounded", [])):  # what a record may say
             continue
         with pytest.raises((KeyError, TypeError, ValueError, AttributeError)):
             PlanInfo.from_plain(plain)
@@ -112,6 +114,9 @@ def test_a_malformed_record_is_refused(key: str) -> None:
         {"precision": "fp16; rm -rf ~"},
         {"profiles": (Profile(name="default", shapes={}),)},
         {"tensors": ()},
+        {"precision": "int8", "rounded": ("a",)},
+        {"precision": "int4-weights"},
+        {"rounded": ("a",)},
     ],
 )
 def test_a_record_that_was_sealed_anew_is_refused(wrong: dict[str, Any]) -> None:
