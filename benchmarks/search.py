@@ -10,6 +10,7 @@ other half is compared with the budget. Then all candidates are timed again, sid
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 import tempfile
@@ -23,7 +24,7 @@ import click
 import numpy as np
 import onnx_ir as ir
 import torch
-from common import save
+from common import RESULTS, save
 from rich.console import Console
 from rich.table import Table
 
@@ -132,18 +133,27 @@ def holds(row: Mapping[str, Any], errors: float) -> bool:
     return bool(logarithm <= math.log1p(row["budget"]))
 
 
+def known(name: str, steps: int) -> list[dict[str, Any]]:
+    """The rows that an earlier run with as many steps left in the file of results."""
+    path = RESULTS / f"{name}.json"
+    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    rows: list[dict[str, Any]] = found["rows"] if found.get("steps") == steps else []
+    return rows
+
+
 @click.command()
 @click.argument("corpus", type=click.Path(path_type=Path, exists=True), default="demo/corpus")
 @click.option("--seeds", default=20)
+@click.option("--first", default=0, help="The first seed; what the file of results has of others is kept.")
 @click.option("--steps", default=60)
 @click.option("--name", default="search", help="Name of the file of results.")
-def main(corpus: Path, seeds: int, steps: int, name: str) -> None:
-    config, rows = preset("tiny"), []
+def main(corpus: Path, seeds: int, first: int, steps: int, name: str) -> None:
+    config, rows = preset("tiny"), known(name, steps)
     first_two = sorted(path for path in corpus.iterdir() if path.is_dir())[:2]
     table = Table(title=f"--target best on {seeds} models of preset tiny")
     for column in ("seed", "budget", "chosen", "on other text", "budget kept", "slower than the fastest"):
         table.add_column(column, justify="right")
-    for seed in range(seeds):
+    for seed in range(first, first + seeds):
         training = TrainConfig(seed=seed, steps=steps, budgets=WHOLE, core_fractions=WHOLE)
         with tempfile.TemporaryDirectory() as folder:
             for context in first_two:
@@ -159,7 +169,7 @@ def main(corpus: Path, seeds: int, steps: int, name: str) -> None:
             train(text, config, training, model)
             be_own_baseline(model, seed)
             row = measure(model)
-        rows.append({"seed": seed, **row})
+        rows = [*(each for each in rows if each["seed"] != seed), {"seed": seed, **row}]
         other = f"{row['other_increase']:+.2%} ± {CONFIDENCE * row['other_increase_error']:.2%}"
         kept = "yes" if holds(row, 0) else "within the error" if holds(row, CONFIDENCE) else "no"
         cells = [str(seed), f"{row['budget']:.2%}", row["chosen"], other, kept, f"{row['slower_than_the_fastest']:.1%}"]

@@ -57,7 +57,8 @@ from cpcompile.targets.requests import parse_targets
     "precisions",
     metavar="NAMES",
     help="Precisions of the added engines: int8, int7, int8-weights, int4-weights of cpu and best; fp32, bf16 of "
-    "openvino; fp32, fp16, bf16 of the others, and int4-weights of TensorRT. bf16 of openvino runs on processors with bfloat16, fp32 on all.  "
+    "openvino; fp32, fp16, bf16 of the others, int4-weights of TensorRT too. bf16 of openvino runs on processors with "
+    "bfloat16, fp32 on all.  "
     "[default: int8 of cpu, all of best, bf16 of openvino, fp16 of the others]",
 )
 @click.option(
