@@ -46,7 +46,7 @@ def main(model: Path, name: str) -> None:
     rows: list[dict[str, Any]] = []
     for precision in track(ROUNDED, "precisions"):
         scheme = SCHEMES[precision]
-        fitting = [each for each in matrices if any(scheme.fits(n) for n in source.checkpoint.state[each].shape)]
+        fitting = [each for each in matrices if precision in source.calibration.get(each, {})]
         own = [dict[str, Any](precision=precision, exact=part) for part in (EXACT if scheme.smooths else EXACT[:1])]
         for how, reference in references.items():
             order = fitting

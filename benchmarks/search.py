@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from cpcompile.core.config import ROUNDED, BuildConfig, TrainConfig, ValidateCon
 from cpcompile.core.paths import dense_path
 from cpcompile.frontend.checkpoint import load_checkpoint, save_checkpoint
 from cpcompile.frontend.source import Source, open_source
+from cpcompile.machine.environment import environment
 from cpcompile.models.language_model import KeysValues, LanguageModel
 from cpcompile.pipeline.build import freeze_contexts
 from cpcompile.pipeline.search import CONFIDENCE, Search
@@ -134,10 +136,11 @@ def holds(row: Mapping[str, Any], errors: float) -> bool:
 
 
 def known(name: str, steps: int) -> list[dict[str, Any]]:
-    """The rows that an earlier run with as many steps left in the file of results."""
+    """The rows that an earlier run with as many steps on the same kind of machine left in the file of results."""
     path = RESULTS / f"{name}.json"
     found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    rows: list[dict[str, Any]] = found["rows"] if found.get("steps") == steps else []
+    same = found.get("steps") == steps and found["environment"]["cpu"] == environment().cpu
+    rows: list[dict[str, Any]] = found["rows"] if same else []
     return rows
 
 
@@ -169,7 +172,7 @@ def main(corpus: Path, seeds: int, first: int, steps: int, name: str) -> None:
             train(text, config, training, model)
             be_own_baseline(model, seed)
             row = measure(model)
-        rows = [*(each for each in rows if each["seed"] != seed), {"seed": seed, **row}]
+        rows = sorted([*(each for each in rows if each["seed"] != seed), {"seed": seed, **row}], key=itemgetter("seed"))
         other = f"{row['other_increase']:+.2%} ± {CONFIDENCE * row['other_increase_error']:.2%}"
         kept = "yes" if holds(row, 0) else "within the error" if holds(row, CONFIDENCE) else "no"
         cells = [str(seed), f"{row['budget']:.2%}", row["chosen"], other, kept, f"{row['slower_than_the_fastest']:.1%}"]

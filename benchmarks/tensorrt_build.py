@@ -25,7 +25,7 @@ from cpcompile.passes.dequantize_weights import DequantizeWeights
 from cpcompile.passes.freeze import freeze, prepare
 from cpcompile.passes.share_weights import Whole
 from cpcompile.pipeline.write_engines import legal_for_plans
-from cpcompile.targets.requests import PLAN_PRECISIONS
+from cpcompile.targets.requests import RTX_PRECISIONS
 
 BUILD = """
 import json, sys, time
@@ -48,7 +48,7 @@ print(json.dumps({"seconds": seconds, "plan": plan, "peak": peak_resident_bytes(
 @click.command()
 @click.argument("model", type=click.Path(path_type=Path), default="demo/model.pt")
 @click.option("--target", default="tensorrt-rtx")
-@click.option("--precision", type=click.Choice(PLAN_PRECISIONS), default="fp16")
+@click.option("--precision", type=click.Choice(RTX_PRECISIONS), default="fp16")
 def main(model: Path, target: str, precision: str) -> None:
     source = open_source(model)
     prepared = prepare(source.capture(opset=23))

@@ -18,11 +18,14 @@ import onnx_ir as ir
 from cpcompile.core.rounding import BLOCK, SCHEMES
 from cpcompile.passes.derived_parameters import Derivation
 from cpcompile.passes.graph_pass import GraphPass
+from cpcompile.passes.opset import require_opset
 from cpcompile.passes.quantize_weights import CUT, blocks_of
 from cpcompile.passes.quantized_parameters import QuantizedParameters
 from cpcompile.passes.share_weights import KeptChannels, Whole
 
 FLOAT, INT4 = ir.DataType.FLOAT, ir.DataType.INT4
+OPSET = 21
+"""The first one with blocks and INT4."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,8 @@ class DequantizeWeights(GraphPass):
     whole: Mapping[str, Whole] = field(repr=False)
 
     def call(self, model: ir.Model) -> Derivation:
-        """Edit `model`; NothingToRoundError if it has no such weight."""
+        """Edit `model`; NothingToRoundError if it has no such weight, OpsetError if it cannot say it."""
+        require_opset(model.graph, OPSET, self.precision)
         parameters = QuantizedParameters(model.graph, SCHEMES[self.precision], self.kept, self.whole)
         for node, name in parameters.products():
             if (weight := _dequantized(parameters, name)) is not None:

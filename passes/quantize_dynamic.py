@@ -59,7 +59,8 @@ def _round_input(
     assert x is not None
     if factors is not None:
         own = parameters.add(f"{name}.factors", parameters.kept(name)[:1], FLOAT, Whole(factors.shape, lambda: factors))
-        nodes.append(_node("Mul", [x, own], f"{name}.smooth", FLOAT))
+        nodes.append(_node("Mul", [x, own], f"{node.outputs[0].name}.smooth", FLOAT))
+        nodes[0].outputs[0].shape = x.shape
         x = nodes[0].outputs[0]
     nodes.append(_node("DynamicQuantizeLinear", [x], f"{x.name}.int8", UINT8, FLOAT, UINT8))
     for each in nodes:

@@ -320,6 +320,8 @@ def _require_readable(bundle: Bundle) -> None:
     require(metadata.get("generation", {}), dict, "generation")
     require(metadata.get("cache", {}), dict, "cache")
     require(metadata.get("best", EXACT), str, "best")
+    request = require(metadata.get("request", {}), dict, "request")
+    require(request.get("calibration", ""), str, "calibration")
     for context in bundle.contexts:
         bundle.generation(context)
         bundle.cache(context)

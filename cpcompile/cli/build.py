@@ -57,8 +57,8 @@ from cpcompile.targets.requests import parse_targets
     "precisions",
     metavar="NAMES",
     help="Precisions of the added engines: int8, int7, int8-weights, int4-weights of cpu and best; fp32, bf16 of "
-    "openvino; fp32, fp16, bf16 of the others, int4-weights of TensorRT too. bf16 of openvino runs on processors with "
-    "bfloat16, fp32 on all.  "
+    "openvino, where bf16 needs a processor with bfloat16; fp32, fp16, bf16 of the others; int4-weights of "
+    "tensorrt-rtx, too.  "
     "[default: int8 of cpu, all of best, bf16 of openvino, fp16 of the others]",
 )
 @click.option(
@@ -161,7 +161,7 @@ def build(
             exit_with(finished)
         return
     warn_of_memory(model, max_memory, plan, validation)
-    if added.calibrated:
+    if added.rounded:
         click.echo(_where_rounded_weights_come_from(calibration_path(model)), err=True)
     started = time.perf_counter()
     from cpcompile.pipeline.build import build_bundle  # imports torch

@@ -20,7 +20,7 @@ from cpcompile.core.config import ROUNDED
     "--precision", "precisions", default=",".join(ROUNDED), help="Those of the engines that you want to build."
 )
 def calibrate(model: Path, data: Path, tokens: int, precisions: str) -> None:
-    """Choose the weights of MODEL in few bits so that their errors make up for each other (GPTQ, SmoothQuant).
+    """Choose how the weights of MODEL are rounded, so that their errors make up for each other (GPTQ, SmoothQuant).
 
     \b
     Examples:
@@ -30,7 +30,8 @@ def calibrate(model: Path, data: Path, tokens: int, precisions: str) -> None:
       cpcompile build model.pt --target best
 
     It writes model.calibration.pt beside model.pt, and builds use that file from then on wherever weights are rounded.
-    Without it, they are rounded to the nearest numbers. Fewer tokens and precisions take less time.
+    Without it, they are rounded to the nearest numbers. Fewer precisions take less time, and so do fewer tokens, which
+    give worse weights. The file is written anew: name all precisions that you build.
     """
     from cpcompile.cli.console import console, stage_progress
     from cpcompile.pipeline.calibrate import calibrate_model

@@ -279,7 +279,7 @@ class BuildConfig:
         require_range(self, "build", "search_seconds", lambda value: value is None or value > 0, "has to be positive")
         blocks = [each for each in self.precisions or () if each in set(ROUNDED) - set(STANDARD_ROUNDED)]
         require(
-            not (self.standard_operators and blocks),
+            not (self.standard_operators and blocks and {"cpu", "best"} & set(self.targets)),
             f"--precision {', '.join(blocks)} needs operators of ONNX Runtime; leave out --standard-operators",
         )
         require(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,18 @@ def require_free(path: Path) -> Path:
         except UsageError as error:
             raise UsageError(f"{path}: is no calibration, and stays as it is; move it away first") from error
     return path
+
+
+def require_precisions(calibration: Calibration, precisions: Sequence[str], path: Path) -> None:
+    """UsageError if `calibration`, which was read from `path`, leaves out one of the `precisions`."""
+    for each in precisions:
+        for known in calibration.values():
+            inputs = next(iter(known.values())).numbers[..., 0].size
+            if each not in known and SCHEMES[each].fits(inputs):
+                raise UsageError(
+                    f"{path}: was made without {each}; calibrate again for all precisions that you build, or take it "
+                    "away to round to the nearest numbers"
+                )
 
 
 def load_calibration(path: Path, model: Path, eager: LanguageModel) -> Calibration:

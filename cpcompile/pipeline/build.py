@@ -21,13 +21,15 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from cpcompile.bundle.writer import BundleWriter
-from cpcompile.core.config import BuildConfig, ValidateConfig
+from cpcompile.core.config import ROUNDED, BuildConfig, ValidateConfig
 from cpcompile.core.errors import UsageError
-from cpcompile.core.paths import dense_path
+from cpcompile.core.paths import calibration_path, dense_path
 from cpcompile.core.rounding import UNCALIBRATED
 from cpcompile.core.types import Progress, unwatched
 from cpcompile.exporters.tensorrt_exporter import require_target
+from cpcompile.frontend.calibration import require_precisions
 from cpcompile.frontend.source import Source, TrainedSource, open_source
+from cpcompile.passes.dequantize_weights import OPSET as BLOCKS_OPSET
 from cpcompile.passes.freeze import Frozen, freeze, prepare, used_sizes
 from cpcompile.pipeline.accounting import Accounting, account
 from cpcompile.pipeline.cpu_engines import export_rounded
@@ -38,7 +40,7 @@ from cpcompile.pipeline.up_to_date import REQUEST, TEXT, conditions_of, kept_res
 from cpcompile.pipeline.validate import not_validated, report_of, training_of
 from cpcompile.pipeline.write_engines import export_added, export_engines
 from cpcompile.report import Report, write_report
-from cpcompile.targets.requests import BEST, CPU, FLAVOURS, Added, parse_targets
+from cpcompile.targets.requests import FLAVOURS, Added, parse_targets
 from cpcompile.text.vocabulary import TrimmedVocabulary
 from cpcompile.validation.diagnosis import diagnose
 from cpcompile.validation.expected_graphs import FreshGraphs, order_calibration, order_rows
@@ -72,13 +74,14 @@ def build_bundle(
     stages, writer = Stages(progress), BundleWriter(out)
     with stages("load"):
         source = open_source(model)
-        require_rounding(source, added)
+        require_rounding(source, added, config.opset)
         require_baseline(source, added)
         training = training_of(source)
         chosen, coverage = source.choose(config.contexts), config.vocabulary_coverage
         config.require_compatible(chosen)
         order, trimmed = source.trim(chosen, coverage) if coverage is not None else (None, {})
-        calibration = source.calibration if added.calibrated else UNCALIBRATED
+        calibration = source.calibration if added.rounded else UNCALIBRATED
+        require_precisions(calibration, added.rounded, calibration_path(model))
         reference = open_reference(
             source, validation, data=data, trimmed=trimmed, progress=progress, calibration=calibration
         )
@@ -141,12 +144,17 @@ def require_baseline(source: Source, added: Added) -> None:
         )
 
 
-def require_rounding(source: Source, added: Added) -> None:
-    """UsageError if `added` has engines whose weights are rounded, which could not be compared with `source`."""
-    if not source.has_text and any(t.flavour in (CPU, BEST) for t in added.targets):
+def require_rounding(source: Source, added: Added, opset: int) -> None:
+    """UsageError if `added` has engines whose weights are rounded, which `source` or `opset` cannot have."""
+    if added.rounded and not source.has_text:
         raise UsageError(
-            f"{source.path}: --target cpu and best round the weights of language models; this model reads no text, and "
-            "its engines could not be validated. Omit it"
+            f"{source.path}: --target cpu and best, and --precision {added.rounded[0]}, round the weights of language "
+            "models; this model reads no text, and its engines could not be validated. Omit them"
+        )
+    plans = {each for target in added.targets if target.flavour in FLAVOURS for each in added.precisions_of(target)}
+    if opset < BLOCKS_OPSET and plans & set(ROUNDED):
+        raise UsageError(
+            f"--precision {added.rounded[0]} of TensorRT-RTX needs opset {BLOCKS_OPSET} or later; omit --opset {opset}"
         )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -105,14 +106,20 @@ def rounded_graphs(
     for context, each in frozen.items():
         models[context] = each.model.clone()
         kept[context] = kept_of(each, parameters)
-        try:
+        with suppress(NothingToRoundError) if precision == MIXED else naming_context(context, precision):
             kept[context] = round_parameters(models[context], kept[context], whole, schemes)
-        except NothingToRoundError as error:
-            if precision != MIXED:
-                raise NothingToRoundError(f"{context}: {error}; leave {precision} out") from error
         if tie:
             kept[context] = derive(TiedHead(kept[context], whole), models[context], kept[context], whole)
     return Graphs(models, kept, whole)
+
+
+@contextmanager
+def naming_context(context: str, precision: str) -> Iterator[None]:
+    """Let a NothingToRoundError name the context, and the precision to leave out."""
+    try:
+        yield
+    except NothingToRoundError as error:
+        raise NothingToRoundError(f"{context}: {error}; leave {precision} out") from error
 
 
 def round_parameters(

@@ -45,7 +45,7 @@ def request_of(model: Path, config: BuildConfig, validation: ValidateConfig, dat
     settings = to_json(replace(config, validate=True)), to_json(validation) if added.candidates else None
     return {
         "dense baseline": dense_digest(model),
-        "calibration": calibration_digest(model) if added.calibrated else NONE,
+        "calibration": calibration_digest(model) if added.rounded else NONE,
         "text": "the model's own" if data is None else "given",
         "settings": _digest(settings),
         "program": program_digest(),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from itertools import product
 from typing import Any
 
 import numpy as np
@@ -37,6 +36,7 @@ from cpcompile.pipeline.cpu_engines import (
     export_for_cpu,
     export_for_openvino,
     export_rounded,
+    naming_context,
     rounded_graphs,
     store_weights,
 )
@@ -79,8 +79,8 @@ def export_engines(
     done()
     for context, model in graphs.models.items():
         export_for_cpu(writer, context, model, stored, config)
-        for precision, target in product(added.precisions, added.targets):
-            if target.flavour == OPENVINO and precision in target.precisions:
+        for target in added.targets:
+            for precision in added.precisions_of(target) if target.flavour == OPENVINO else ():
                 export_for_openvino(writer, context, model, stored, precision)
         done()
     if config.merged:
@@ -119,9 +119,7 @@ def export_added(
 
     parameters: those of all contexts.
     """
-    for precision, target in product(added.precisions, added.independent):
-        if precision not in target.precisions:
-            continue
+    for target, precision in added.independent:
         if target.flavour == CPU:
             steps = partial(progress, f"engines: {variant_name(precision)}")
             export_rounded(writer, frozen, parameters, dict.fromkeys(parameters, precision), precision, config, steps)
@@ -134,7 +132,8 @@ def export_added(
             model = each.model
             if precision in SCHEMES:
                 model = model.clone()
-                DequantizeWeights(precision, kept_of(each, parameters), parameters)(model)
+                with naming_context(context, precision):
+                    DequantizeWeights(precision, kept_of(each, parameters), parameters)(model)
             artifact = export_tensorrt(
                 legal_for_plans(model, precision),
                 writer.folder(context, name),

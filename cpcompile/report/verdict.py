@@ -89,8 +89,8 @@ def judge(
 
 def _advice(variant: str) -> str:
     """How an engine gets better."""
-    if variant.removeprefix("cpu-") in (*ROUNDED, MIXED):
-        return "leave its precision out, or take one with more bits"
+    if any(variant.endswith(f"-{each}") for each in (*ROUNDED, MIXED)):
+        return "calibrate the model (`cpcompile calibrate`), leave its precision out, or take one with more bits"
     return "train longer, or with larger budgets"
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cpcompile.core.errors import UsageError
-from cpcompile.targets.requests import CAPABILITY, FLAVOURS, PLAN_PRECISIONS, PRECISIONS, Target
+from cpcompile.targets.requests import CAPABILITY, FLAVOURS, PRECISIONS, RTX_PRECISIONS, Target
 
 Shape = tuple[int, ...]
 Shapes = tuple[Shape, Shape, Shape]
@@ -103,7 +103,7 @@ class PlanInfo:
         inputs = {tensor.name: len(tensor.shape) for tensor in info.tensors if tensor.is_input}
         if (
             info.flavour not in FLAVOURS
-            or info.precision not in PLAN_PRECISIONS
+            or info.precision not in RTX_PRECISIONS
             or (info.precision in PRECISIONS) == bool(info.rounded)
             or not info.version.isprintable()
             or not all(CAPABILITY.fullmatch(each) for each in info.capabilities)

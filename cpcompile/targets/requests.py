@@ -25,8 +25,9 @@ BEST = "best"
 """The fastest engine for this CPU that keeps the quality budget, in whichever precisions."""
 PRECISIONS = ("fp32", "fp16", "bf16")
 """Those of engines for GPUs."""
-PLAN_PRECISIONS = (*PRECISIONS, "int4-weights")
-"""Those of plans: weights in 4 bits, and the rest in float16."""
+RTX_PRECISIONS = (*PRECISIONS, "int4-weights")
+"""Those of TensorRT-RTX: also weights in 4 bits, and the rest in float16. TensorRT takes neither blocks of 32 channels
+nor scales below 0."""
 OPENVINO_PRECISIONS = ("fp32", "bf16")
 DEFAULT_PRECISIONS = MappingProxyType(
     {CPU: ("int8",), **dict.fromkeys((*FLAVOURS, CUDA), ("fp16",)), OPENVINO: ("bf16",), BEST: ROUNDED}
@@ -67,8 +68,8 @@ class Target:
         """Those that engines for this target can have."""
         if self.flavour in (CPU, BEST):
             return ROUNDED
-        if self.flavour in FLAVOURS:
-            return PLAN_PRECISIONS
+        if self.flavour == TENSORRT_RTX:
+            return RTX_PRECISIONS
         return OPENVINO_PRECISIONS if self.flavour == OPENVINO else PRECISIONS
 
     def __str__(self) -> str:
@@ -122,35 +123,41 @@ def parse_ranges(texts: Sequence[str]) -> dict[str, Range]:
 
 @dataclass(frozen=True, kw_only=True)
 class Added:
-    """The engines that a build adds: every target in every precision that it can have."""
+    """The engines that a build adds: every target in its default precisions, or in those given that it can have."""
 
     targets: tuple[Target, ...] = ()
     precisions: tuple[str, ...] = ()
     ranges: Mapping[str, Range] = field(default_factory=dict)
 
+    def precisions_of(self, target: Target) -> tuple[str, ...]:
+        """Those in which engines for `target` are built."""
+        chosen = self.precisions or DEFAULT_PRECISIONS[target.flavour]
+        return tuple(each for each in chosen if each in target.precisions)
+
     @property
     def candidates(self) -> tuple[str, ...]:
         """The precisions from which `best` chooses; none if it was not requested."""
-        return tuple(each for each in self.precisions if each in ROUNDED) if self._adds(BEST) else ()
+        return self._precisions_of(BEST)
 
     @property
-    def calibrated(self) -> bool:
-        """Whether weights are rounded, for which a calibration is used."""
-        return any(each in ROUNDED for each in self.precisions)
+    def rounded(self) -> tuple[str, ...]:
+        """The precisions whose weights are rounded, as a calibration says if there is one."""
+        every = dict.fromkeys(each for target in self.targets for each in self.precisions_of(target))
+        return tuple(each for each in every if each in ROUNDED)
 
     @property
     def openvino_candidates(self) -> tuple[str, ...]:
         """The precisions of OpenVINO's engines, which `best` then considers too."""
-        both = self._adds(BEST) and self._adds(OPENVINO)
-        return tuple(each for each in self.precisions if each in OPENVINO_PRECISIONS) if both else ()
+        return self._precisions_of(OPENVINO) if self._precisions_of(BEST) else ()
 
     @property
-    def independent(self) -> tuple[Target, ...]:
-        """Those whose engines need no others: OpenVINO's read the weights of engines in float32, `best` chooses one."""
-        return tuple(target for target in self.targets if target.flavour not in (BEST, OPENVINO))
+    def independent(self) -> tuple[tuple[Target, str], ...]:
+        """Target and precision of engines that need no others: OpenVINO's read weights in float32, `best` chooses."""
+        alone = [target for target in self.targets if target.flavour not in (BEST, OPENVINO)]
+        return tuple((target, precision) for target in alone for precision in self.precisions_of(target))
 
-    def _adds(self, flavour: str) -> bool:
-        return any(target.flavour == flavour for target in self.targets)
+    def _precisions_of(self, flavour: str) -> tuple[str, ...]:
+        return next((self.precisions_of(target) for target in self.targets if target.flavour == flavour), ())
 
 
 NOTHING_ADDED = Added()
@@ -180,15 +187,11 @@ def parse_targets(
             raise UsageError(f"--precision {each!r} does not exist; there are {', '.join(known)}")
     if {CPU, BEST} <= {target.flavour for target in parsed}:
         raise UsageError("--target best tries the precisions of the CPU and adds one engine; leave --target cpu out")
-    defaults = dict.fromkeys(name for target in parsed for name in DEFAULT_PRECISIONS[target.flavour])
-    chosen = tuple(precisions or defaults)
+    added = Added(targets=parsed, precisions=tuple(precisions or ()), ranges=parse_ranges(profiles))
     for target in parsed:
-        if not any(each in target.precisions for each in chosen):
-            raise UsageError(f"--target {target}: has none of the precisions {', '.join(chosen)}; add one, or omit it")
+        if not added.precisions_of(target):
+            names = ", ".join(added.precisions)
+            raise UsageError(f"--target {target}: has none of the precisions {names}; add one, or omit it")
     if profiles and all(target.flavour in (CPU, OPENVINO, BEST) for target in parsed):
         raise UsageError("--profile applies to engines for GPUs; engines for the CPU take every length")
-    return Added(
-        targets=parsed,
-        precisions=chosen,
-        ranges=parse_ranges(profiles),
-    )
+    return added

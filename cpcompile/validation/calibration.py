@@ -135,7 +135,9 @@ def _factors(products: Mapping[str, _Product], scheme: Scheme) -> dict[str, Arra
     found = dict[str, Array]()
     for read, names in readers.items():
         weights = [products[name] for name in names]
-        found |= dict.fromkeys(names, read.factors(partial(_cost, weights, scheme)))
+        factors = read.factors(partial(_cost, weights, scheme))
+        if (factors != 1).any():
+            found |= dict.fromkeys(names, factors)
     return found
 
 
@@ -170,6 +172,7 @@ class _Product:
         return float(LEFT * scales.square().mean() / 12 * (self.squares.diagonal() * factors.square()).sum())
 
     def rounded(self, scheme: Scheme, factors: Array | None) -> Rounded:
+        """What it is rounded to; with `factors`, lookups do not count, because they read other numbers."""
         if factors is None:
             return compensated(self.weight, self.squares + self.looked_up, scheme)
         each = torch.from_numpy(factors)
@@ -188,9 +191,9 @@ class _Inputs(Rounding):
         """By the inputs of a batch the first product that read them."""
 
     def logits_of(self, model: LanguageModel, ids: Tensor, context: int) -> Tensor:
-        self._first = {}
         with self:
             logits: Tensor = model(ids, model.gate_row(context))
+        self._first = {}
         return logits
 
     def __torch_function__(
@@ -204,7 +207,8 @@ class _Inputs(Rounding):
         if func is F.embedding:
             on_gradient(out, lambda gradient: product.add_rows(gradient.flatten(0, -2)))
         else:
-            product.read = self._read(name, x)
+            read = self._read(name, x)
+            product.read = product.read or read  # a weight of several products has the factors of the first
             rows = x.detach().flatten(0, -2)
             on_gradient(out, lambda gradient: product.add_inputs(rows, gradient.flatten(0, -2)))
         return out

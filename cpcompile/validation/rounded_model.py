@@ -97,13 +97,14 @@ class Rounding(TorchFunctionMode):
 
     def _weight(self, parameter: Tensor, *, outputs_first: bool, looked_up: bool) -> tuple[Tensor, Tensor | None]:
         """The rounded parameter, and the factors of its inputs."""
-        looked_up = looked_up and self._schemes[parameter].smooths  # else it is the same, and kept once
+        scheme, calibrated = self._schemes[parameter], self._calibration.get(self._names[parameter], UNCALIBRATED)
+        smoothed = scheme.name in calibrated and calibrated[scheme.name].factors is not None
+        looked_up = looked_up and smoothed  # else it is the same, and kept once
         if (parameter, looked_up) not in self._rounded:
             whole = parameter.detach().numpy()
             weight = whole.T if outputs_first else whole
             try:
-                calibrated = self._calibration.get(self._names[parameter], UNCALIBRATED)
-                rounded = self._schemes[parameter].rounded(weight, calibrated, looked_up=looked_up)
+                rounded = scheme.rounded(weight, calibrated, looked_up=looked_up)
             except ValueError as error:
                 shape = tuple(whole.shape)
                 raise CpcompileError(

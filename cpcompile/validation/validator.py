@@ -196,6 +196,7 @@ def _parity(
     if variant is not None and variant.plan:
         inputs = (feeds for feeds in inputs if why_not_taken(variant, feeds) is None)
         missing += ", or none of a shape that the engine takes"
+    rounds_inputs = any(not each.products_only for each in schemes.values())
     parity = check_parity(
         run,
         reference.masked(context, schemes),
@@ -206,7 +207,7 @@ def _parity(
         missing=missing,
         precision=_computes_in(variant) if variant is not None else "fp32",
         cached=cached,
-        unrounded=reference.masked(context, schemes, round_inputs=False) if schemes else None,
+        unrounded=reference.masked(context, schemes, round_inputs=False) if rounds_inputs else None,
     )
     release_memory()  # of the model in float64
     return parity

@@ -15,11 +15,11 @@ from cpcompile.core.errors import UsageError
 from cpcompile.core.measured import NotMeasured
 from cpcompile.runtime.engine import load_engine
 from cpcompile.runtime.plan import PlanEngine, load_plan
-from cpcompile.targets.requests import FLAVOURS, TENSORRT_RTX
+from cpcompile.targets.requests import FLAVOURS, PRECISIONS, RTX_PRECISIONS, TENSORRT_RTX
 from cpcompile.targets.tensorrt_library import MODULES
 from cpcompile.validation.memory import measure_engine
 
-CONTEXT, PRECISIONS = "english", ("fp32", "fp16", "bf16", "int4-weights")
+CONTEXT = "english"
 PROFILES = ["--profile", "batch=1:2:4", "--profile", "sequence=1:32:64"]
 
 
@@ -34,7 +34,8 @@ def bundle(request: pytest.FixtureRequest, trained: Path, capability: str, tmp_p
     for name in ("model.pt", "model.dense.pt"):
         shutil.copy(trained.with_name(name), model.with_name(name))
     target = f"{flavour}={capability}" if flavour == TENSORRT_RTX else flavour
-    options = ["--target", target, "--precision", ",".join(PRECISIONS), "--contexts", CONTEXT, "--rounds", "5"]
+    precisions = RTX_PRECISIONS if flavour == TENSORRT_RTX else PRECISIONS
+    options = ["--target", target, "--precision", ",".join(precisions), "--contexts", CONTEXT, "--rounds", "5"]
     result = CliRunner().invoke(main, ["build", str(model), *options, *PROFILES])
     assert result.exit_code in (0, 1), result.output  # of quality after 24 steps nothing is certain
     built = model.with_suffix(".cpc")
@@ -59,7 +60,7 @@ def ids(batch: int, sequence: int, seed: int = 0) -> dict[str, np.ndarray[Any, A
 def test_every_precision_ran_and_is_the_eager_model(bundle: Path) -> None:
     (context,) = json.loads((bundle / "report.json").read_text())["contexts"]
     judged = {each["precision"]: each for each in context["variants"] if each["runtime"] in FLAVOURS}
-    assert set(judged) == set(PRECISIONS)
+    assert set(judged) >= set(PRECISIONS)
     for each in judged.values():
         assert (each["status"], each["parity"]["verdict"]) == ("ran", "pass"), (each["name"], each["parity"])
         assert all(shape["p50_ms"] > 0 for shape in each["speed"]["shapes"])

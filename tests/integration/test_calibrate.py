@@ -103,7 +103,10 @@ def test_a_new_calibration_builds_again(model: Path, corpus_folder: Path, tmp_pa
     assert "up to date" in run(*arguments).output
     few = ("--tokens", 256, "--precision", "int4-weights")
     assert run("calibrate", copy, "--data", corpus_folder, *few).exit_code == 0
-    assert "up to date" not in run(*arguments).output
+    result = run(*arguments)
+    assert result.exit_code == 2 and "was made without int8; calibrate again" in result.output, result.output
+    less = run("build", copy, *FAST, "--target", "cpu", "--precision", "int4-weights", *ONE, "--no-validate")
+    assert less.exit_code == 0 and "up to date" not in less.output
 
 
 def test_what_cannot_be_calibrated_is_refused(model: Path, corpus_folder: Path, tmp_path: Path) -> None:

@@ -182,6 +182,7 @@ def test_a_damaged_plan_is_found(bundle: Path, tmp_path: Path) -> None:
         ),
         (["--target", "tensorrt-rtx", "--profile", "tokens=1"], "the dynamic axes are batch, sequence"),
         (["--target", "tensorrt-rtx", "--precision", "fp8"], "--precision 'fp8' does not exist"),
+        (["--target", "tensorrt-rtx", "--precision", "int4-weights", "--opset", "20"], "needs opset 21 or later"),
         (["--target", "tensorrt-rtx", "--max-memory", "9GB"], "covers CPU engines only"),
         (["--precision", "fp16"], "--target"),
     ],

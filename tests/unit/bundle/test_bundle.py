@@ -181,6 +181,14 @@ def test_a_manifest_of_other_forms_is_refused(bundle: Path, path: str, value: ob
     assert str(bundle) in str(caught.value)
 
 
+@pytest.mark.parametrize("request_", [None, 5, [1], {"calibration": None}, {"calibration": [1]}])
+def test_a_request_of_other_forms_is_refused(bundle: Path, request_: object) -> None:
+    with edited_manifest(bundle) as manifest:
+        manifest["additional_metadata"]["cpcompile"]["request"] = request_
+    with pytest.raises(UsageError, match="malformed"):
+        open_bundle(bundle)
+
+
 @pytest.mark.parametrize("value", GARBAGE, ids=lambda value: "REMOVE" if value is REMOVE else repr(value))
 @pytest.mark.parametrize(
     "path",

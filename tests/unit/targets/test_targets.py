@@ -58,14 +58,23 @@ def test_ranges() -> None:
             parse_ranges(texts)
 
 
+def chosen(targets: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """The precisions of each target if none are named."""
+    added = parse_targets(targets, None, ())
+    return [added.precisions_of(target) for target in added.targets]
+
+
 def test_what_is_added() -> None:
     assert parse_targets((), None, ()) == Added()
-    assert parse_targets(("tensorrt-rtx=sm86",), None, ()).precisions == ("fp16",)
+    assert chosen(("tensorrt-rtx=sm86",)) == [("fp16",)]
     added = parse_targets(("tensorrt-rtx=sm86", "tensorrt"), ("fp32", "bf16"), ("batch=2",))
     assert [target.flavour for target in added.targets] == ["tensorrt-rtx", "tensorrt"]
     assert added.precisions == ("fp32", "bf16") and added.ranges == {"batch": Range(2, 2, 2)}
-    assert parse_targets(("openvino",), None, ()).precisions == ("bf16",)
-    assert parse_targets(("openvino", "cpu"), None, ()).precisions == ("bf16", "int8")
+    assert chosen(("openvino",)) == [("bf16",)]
+    assert chosen(("openvino", "cpu", "cuda")) == [("bf16",), ("int8",), ("fp16",)]
+    assert chosen(("best", "tensorrt-rtx")) == [ROUNDED, ("fp16",)]
+    assert parse_targets(("tensorrt-rtx", "cpu"), ("int4-weights", "fp16"), ()).rounded == ("int4-weights",)
+    assert parse_targets(("tensorrt-rtx", "cuda"), None, ()).rounded == ()
     assert parse_targets(("best",), None, (), 60.0).candidates == ROUNDED
     for arguments, says in (
         (((), ("fp16",), ()), "--precision applies to engines that --target adds"),
@@ -73,6 +82,7 @@ def test_what_is_added() -> None:
         ((("tensorrt-rtx",), ("int8",), ()), "--precision 'int8' does not exist; there are fp32, fp16, bf16"),
         ((("tensorrt-rtx=sm86", "tensorrt-rtx=sm89"), None, ()), "give one per library"),
         ((("openvino",), ("fp16",), ()), "--precision 'fp16' does not exist; there are fp32, bf16"),
+        ((("tensorrt",), ("int4-weights",), ()), "'int4-weights' does not exist; there are fp32, fp16, bf16"),
         ((("openvino", "cuda"), ("fp16",), ()), "--target openvino: has none of the precisions fp16"),
         ((("openvino",), None, ("batch=1",)), "--profile applies to engines for GPUs"),
         (((), None, (), 60.0), "--search-seconds applies to the search of --target best; add that target, or omit it"),
@@ -85,7 +95,11 @@ def test_what_is_added() -> None:
 def test_only_what_needs_no_other_engines_is_written_after_them() -> None:
     assert parse_targets(("openvino", "best"), None, ()).independent == ()
     added = parse_targets(("cpu", "openvino", "cuda", "tensorrt"), None, ()).independent
-    assert [target.flavour for target in added] == ["cpu", "cuda", "tensorrt"]
+    assert [(target.flavour, each) for target, each in added] == [
+        ("cpu", "int8"),
+        ("cuda", "fp16"),
+        ("tensorrt", "fp16"),
+    ]
 
 
 def test_a_record_comes_back_from_json() -> None:
