@@ -146,6 +146,7 @@ def test_engines_of_the_wrong_context_fail(model: Path, report: dict[str, Any]) 
         (["--data", "."], "compared on the examples that it brings; leave --data"),
         (["--contexts", "dusk"], "has no context 'dusk'; it has day, night"),
         (["--contexts", "day", "--merged"], "there is only day"),
+        (["--target", "tensorrt-rtx", "--precision", "int4-weights"], "round the weights of language models"),
     ],
 )
 def test_flags_that_do_not_fit_are_refused(flags: list[str], message: str, model: Path, tmp_path: Path) -> None:

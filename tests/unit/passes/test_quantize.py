@@ -35,7 +35,9 @@ from tests.unit.passes.graph_text import check, parse
 from tests.unit.passes.test_caches import PRETRAINED, pretrained
 
 IDS = np.random.default_rng(0).integers(0, 512, (2, 9))
-EXACT = {"session.x64quantprecision": "1", "session.qdq_matmulnbits_accuracy_level": "1"}
+EXACT = {"session.x64quantprecision": "1"}
+EXACT_INPUTS = {"session.qdq_matmulnbits_accuracy_level": "1"}
+"""Where ONNX Runtime finds weights in 4 bits that are dequantised, it would round inputs on its own."""
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +78,7 @@ def quantized(model: LanguageModel, frozen: Frozen, precision: str) -> tuple[ir.
 
 def logits(graph: ir.Model, ids: np.ndarray = IDS) -> np.ndarray:
     options = ort.SessionOptions()
-    for key, value in EXACT.items():
+    for key, value in (EXACT | EXACT_INPUTS).items():
         options.add_session_config_entry(key, value)
     session = ort.InferenceSession(ir.to_proto(graph).SerializeToString(), options, providers=["CPUExecutionProvider"])
     shapes = {each.name: each.shape for each in session.get_inputs()}
