@@ -54,7 +54,7 @@ def calibrated(
 ) -> dict[str, dict[str, Rounded]]:
     """What the parameters of products are rounded to by each scheme, from the text (sequences, length) of each context.
 
-    All H together are about as large as the model, and so is what is found for each scheme in 8 bits a number.
+    All H together are about as large as the model, and what is found for each scheme is a quarter of it.
     """
     own = model.parameter_sizes()
     names = [name for name, each in model.named_parameters() if name in own and each.ndim == 2]
