@@ -41,12 +41,11 @@ def main(model: Path, name: str) -> None:
     references = {"nearest": opened(source, UNCALIBRATED), "calibrated": opened(source, source.calibration)}
     exact = {c: (r := references["nearest"]).window_losses(c, r.masked(c), OTHERS) for c in source.contexts}
     sizes = source.parameter_sizes()
-    matrices = [each for each, p in source.checkpoint.model.named_parameters() if each in sizes and p.ndim == 2]
-    whole = sum(sizes[each] for each in matrices)
+    whole = sum(sizes[each] for each in source.calibration)
     rows: list[dict[str, Any]] = []
     for precision in track(ROUNDED, "precisions"):
         scheme = SCHEMES[precision]
-        fitting = [each for each in matrices if precision in source.calibration.get(each, {})]
+        fitting = [each for each, known in source.calibration.items() if precision in known]
         own = [dict[str, Any](precision=precision, exact=part) for part in (EXACT if scheme.smooths else EXACT[:1])]
         for how, reference in references.items():
             order = fitting

@@ -29,8 +29,7 @@ class QuantizedParameters(DerivedParameters):
 
     def factors(self, name: str) -> npt.NDArray[np.float32] | None:
         """What the inputs of a product with the parameter are multiplied by before they are rounded, (inputs,)."""
-        known = self.calibrated(name).get(self._scheme.name)
-        return None if known is None else known.factors
+        return self._scheme.factors(self.calibrated(name))
 
     def rounded(self, name: str, *, rows: bool = False, looked_up: bool = False) -> Rounded:
         """What the whole parameter as (inputs, outputs) is rounded to.

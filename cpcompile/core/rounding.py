@@ -94,6 +94,11 @@ class Scheme:
         numbers = np.clip(np.round(blocks / scale), -half, half - 1).astype(np.int8)
         return Rounded(numbers, scale.astype(np.float32))
 
+    def factors(self, calibrated: Calibrated) -> npt.NDArray[np.float32] | None:
+        """What the inputs of a product with a parameter are multiplied by before they are rounded, (inputs,)."""
+        known = calibrated.get(self.name)
+        return None if known is None else known.factors
+
     def rounded(self, weight: npt.NDArray[Any], calibrated: Calibrated, *, looked_up: bool = False) -> Rounded:
         """What `weight` (inputs, outputs) is rounded to: as `calibrated`, or else to the nearest numbers.
 

@@ -167,15 +167,15 @@ def _export_cuda(writer: BundleWriter, context: str, frozen: ir.Model, precision
 def legal_for_plans(frozen: ir.Model, precision: str) -> ir.Model:
     """A copy that TensorRT accepts, in `precision`; tensors are shared, and converted when they are read.
 
-    Around rounded weights it computes in float16.
-
-    It gives all logits: plans have no inputs whose values determine shapes.
+    Around rounded weights it computes in float16. It gives all logits: plans have no inputs whose values determine
+    shapes.
     """
     model = with_all_logits(frozen)
     for each in (InferShapes(), FoldGates(), LegalizeForTensorRT()):
         each(model)
-    if precision in HALVES or precision in SCHEMES:
-        LowerPrecision(precision if precision in HALVES else "fp16")(model)
+    computes_in = "fp16" if precision in SCHEMES else precision
+    if computes_in in HALVES:
+        LowerPrecision(computes_in)(model)
     return model
 
 

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from cpcompile.core.errors import CpcompileError, UsageError
-from cpcompile.core.rounding import QUANTIZED, SCHEMES, UNCALIBRATED, Calibration, Scheme, restored
+from cpcompile.core.rounding import QUANTIZED, SCHEMES, UNCALIBRATED, Calibrated, Calibration, Scheme, restored
 from cpcompile.runtime.engine import Engine
 from cpcompile.targets.plan_info import PlanInfo
 
@@ -71,35 +71,39 @@ class Rounding(TorchFunctionMode):
             )
         self._schemes: dict[Tensor, Scheme] = {own[name]: scheme for name, scheme in schemes.items()}
         self._names: dict[Tensor, str] = {own[name]: name for name in schemes}
-        self._rounded: dict[tuple[Tensor, bool], tuple[Tensor, Tensor | None]] = {}
+        self._rounded: dict[tuple[Tensor, bool], Tensor] = {}
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         if self.rounds(func, args):
             x, parameter, *rest = args
-            weight, factors = self._weight(
-                parameter, outputs_first=func is not torch.matmul, looked_up=func is F.embedding
-            )
-            if func is not F.embedding:
-                x = x if factors is None else x * factors
-                scheme = self._schemes[parameter]
-                x = _rounded_input(x, scheme) if self._inputs and not scheme.products_only else x
-            args = (x, weight, *rest)
+            looked_up = func is F.embedding
+            weight = self._weight(parameter, outputs_first=func is not torch.matmul, looked_up=looked_up)
+            args = (x if looked_up else self._input(x, parameter), weight, *rest)
         return func(*args, **dict(kwargs or {}))
 
     def rounds(self, func: Callable[..., Any], args: tuple[Any, ...]) -> str | None:
         """The name of the parameter that a call reads rounded; None for every other call."""
-        reads = func in (F.linear, F.embedding, torch.matmul)  # the weights of GPT-2 lie as (inputs, outputs)
-        if not reads or (func is F.embedding and args[1] in self._schemes and self._schemes[args[1]].products_only):
+        if func not in (F.linear, F.embedding, torch.matmul):  # the weights of GPT-2 lie as (inputs, outputs)
             return None
-        return self._names.get(args[1])
+        scheme = self._schemes.get(args[1])
+        if scheme is None or (func is F.embedding and scheme.products_only):
+            return None
+        return self._names[args[1]]
 
-    def _weight(self, parameter: Tensor, *, outputs_first: bool, looked_up: bool) -> tuple[Tensor, Tensor | None]:
-        """The rounded parameter, and the factors of its inputs."""
-        scheme, calibrated = self._schemes[parameter], self._calibration.get(self._names[parameter], UNCALIBRATED)
-        smoothed = scheme.name in calibrated and calibrated[scheme.name].factors is not None
-        looked_up = looked_up and smoothed  # else it is the same, and kept once
+    def _input(self, x: Tensor, parameter: Tensor) -> Tensor:
+        scheme = self._schemes[parameter]
+        factors = scheme.factors(self._calibrated(parameter))
+        x = x if factors is None else x * torch.from_numpy(factors)
+        return _rounded_input(x, scheme) if self._inputs and not scheme.products_only else x
+
+    def _calibrated(self, parameter: Tensor) -> Calibrated:
+        return self._calibration.get(self._names[parameter], UNCALIBRATED)
+
+    def _weight(self, parameter: Tensor, *, outputs_first: bool, looked_up: bool) -> Tensor:
+        scheme, calibrated = self._schemes[parameter], self._calibrated(parameter)
+        looked_up = looked_up and scheme.factors(calibrated) is not None  # else it is the same, and kept once
         if (parameter, looked_up) not in self._rounded:
             whole = parameter.detach().numpy()
             weight = whole.T if outputs_first else whole
@@ -111,8 +115,7 @@ class Rounding(TorchFunctionMode):
                     f"a parameter of shape {shape} does not fall into the blocks that the engine names; build it again"
                 ) from error
             value = restored(rounded, weight.dtype)
-            factors = None if rounded.factors is None else torch.from_numpy(rounded.factors)
-            self._rounded[parameter, looked_up] = torch.from_numpy(value.T if outputs_first else value), factors
+            self._rounded[parameter, looked_up] = torch.from_numpy(value.T if outputs_first else value)
         return self._rounded[parameter, looked_up]
 
 

@@ -47,20 +47,23 @@ class ReadInputs:
 
     def factors(self, weight_cost: Callable[[Tensor], float]) -> Array:
         """The factors (channels,) that cost least, together with what they make weights cost."""
-        tried = [self._largest() ** -strength for strength in STRENGTHS]
-        costs = [self._cost(factors) + weight_cost(factors) for factors in tried]
+        highest, lowest = torch.cat(self._highest), torch.cat(self._lowest)
+        largest = _largest(highest, lowest)
+        tried = [largest**-strength for strength in STRENGTHS]
+        costs = [self._cost(highest, lowest, factors) + weight_cost(factors) for factors in tried]
         chosen: Array = tried[int(np.argmin(costs))].numpy()
         return chosen
 
-    def _largest(self) -> Tensor:
-        """The largest of the inputs of every channel, over their geometric mean."""
-        largest = torch.maximum(torch.cat(self._highest).amax(dim=0), -torch.cat(self._lowest).amin(dim=0))
-        if not (there := largest[largest > 0]).numel():
-            return torch.ones_like(largest)
-        largest = largest.clamp(min=LEAST * float(there.median()))
-        return largest / largest.log().mean().exp()
-
-    def _cost(self, factors: Tensor) -> float:
+    def _cost(self, highest: Tensor, lowest: Tensor, factors: Tensor) -> float:
         """Of rounding the inputs times `factors`, each sequence with one scale."""
-        ranges = (torch.cat(self._highest) * factors).amax(dim=1) - (torch.cat(self._lowest) * factors).amin(dim=1)
+        ranges = (highest * factors).amax(dim=1) - (lowest * factors).amin(dim=1)
         return float((ranges / LEVELS).square().mean() / 12 * (self._gradients / factors.square()).sum())
+
+
+def _largest(highest: Tensor, lowest: Tensor) -> Tensor:
+    """The largest of the inputs of every channel, over their geometric mean."""
+    largest = torch.maximum(highest.amax(dim=0), -lowest.amin(dim=0))
+    if not (there := largest[largest > 0]).numel():
+        return torch.ones_like(largest)
+    largest = largest.clamp(min=LEAST * float(there.median()))
+    return largest / largest.log().mean().exp()

@@ -131,9 +131,10 @@ def _validate_variant(
             bytes=variant.bytes,
         )
     engine = load_plan(variant) if variant.plan else load_engine(bundle, context, variant.name, threads=threads)
-    schemes = (
-        schemes_of(engine) if isinstance(engine, Engine) else schemes_of_plan(variant.plan) if variant.plan else {}
-    )
+    if variant.plan:
+        schemes = schemes_of_plan(variant.plan)
+    else:
+        schemes = schemes_of(engine) if isinstance(engine, Engine) else {}
     # Where one number scales all inputs of a product, logits depend on which tokens are computed together.
     steady = all(scheme.block is not None for scheme in schemes.values())
     cached = partial(_in_two_steps, engine) if isinstance(engine, Engine) and engine.has_cache and steady else None
