@@ -70,9 +70,9 @@ def session_side(session: Any, **options: Any) -> Side:
 
 def dense_sides(model: LanguageModel, gguf: Path | None, folder: Path, threads: int) -> Sides:
     """Everything that runs the dense model; files go to `folder`. gguf: its file for llama.cpp, if there is one."""
+    llama_cpp = llama_cpp_sides(gguf, folder, threads)  # first: its library may be missing
     paths = onnx_files(model, folder)
-    peers = onnxruntime_sides(paths, threads) | openvino_sides(paths, threads)
-    return torch_sides(model) | peers | llama_cpp_sides(gguf, folder, threads)
+    return torch_sides(model) | onnxruntime_sides(paths, threads) | openvino_sides(paths, threads) | llama_cpp
 
 
 def torch_sides(model: LanguageModel) -> Sides:
@@ -196,10 +196,6 @@ def llama_cpp_sides(gguf: Path | None, folder: Path, threads: int) -> Sides:
     """The same model in llama.cpp, which reads one text at a time here."""
     if gguf is None:
         return {"llama.cpp": NotMeasured("no --gguf names the file of this model")}
-    try:
-        import llama_cpp  # noqa: F401
-    except ImportError:
-        return {"llama.cpp": NotMeasured("llama-cpp-python is not installed")}
     return {name: llama_cpp_side(file, threads) for name, file in files_of(gguf, folder).items()}
 
 

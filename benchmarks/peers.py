@@ -28,6 +28,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -59,7 +60,7 @@ from cpcompile.machine.environment import available_cores
 from cpcompile.pipeline.validate import trimmed_vocabularies
 from cpcompile.runtime.engine import create_session, session_options
 from cpcompile.validation.open_reference import open_reference
-from cpcompile.validation.reference import Outputs, Run
+from cpcompile.validation.reference import Outputs, Reference, Run
 from cpcompile.validation.runners import NO_SPINNING_AFTER_RUN
 
 LABELS = {s: f"{s[0]} x {s[1]}" + (f" after {s[2]}" if s[2] else "") for s in SHAPES}
@@ -159,10 +160,19 @@ def time_shapes(sides: Mapping[str, Side], rounds: int) -> dict[Shape, dict[str,
     """Milliseconds by shape and side."""
     found = {}
     for shape in SHAPES:
+        start = time.monotonic()
         runs = {key: partial(side.run, side.feeds[shape]) for key, side in sides.items() if shape in side.feeds}
         seconds = time_sides(runs, rounds=rounds, settle=REST_SECONDS)
         found[shape] = {key: spread(1000 * values) for key, values in seconds.items()}
+        print(f"{LABELS[shape]}: timed {len(runs)} sides in {time.monotonic() - start:.0f} s", flush=True)
     return found
+
+
+def perplexity_of(name: str, side: Side, reference: Reference, context: str) -> float:
+    """On the held-out text of `context`."""
+    perplexity = float(reference.quality(context, as_run(side)).perplexity)
+    print(f"{name}: perplexity {perplexity:.2f}", flush=True)
+    return perplexity
 
 
 def print_table(title: str, result: Mapping[str, Any], peaks: Mapping[str, float]) -> None:
@@ -220,10 +230,7 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         wanted = engine_sides(opened, context, threads) | dense_sides(dense, gguf, Path(folder), threads)
         sides = {key: side for key, side in wanted.items() if isinstance(side, Side)}
-        quality = {
-            key: float((own if side.ours else whole).quality(context, as_run(side)).perplexity)
-            for key, side in sides.items()
-        }
+        quality = {key: perplexity_of(key, side, own if side.ours else whole, context) for key, side in sides.items()}
         peaks = gemm_peaks(threads)
         times = time_shapes(sides, rounds)
         memory = {key: memory_of(side, threads) for key, side in sides.items()}
