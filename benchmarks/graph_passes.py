@@ -2,9 +2,10 @@
 
     python benchmarks/graph_passes.py demo/model.pt
 
-Engines are built as `cpcompile build --target cpu --precision int8` does, with all passes of `fused_for_cpu` and the
-tied head, then without one of them, and without any. ShareWeights lets contexts store their weights once: without it,
-every engine has its own. 1 x 1 follows 256 tokens in a cache, which is written in place where the engine can do that.
+Engines are built as `cpcompile build --target cpu --precision int8` does, from the calibration beside the model if
+there is one: with all passes of `fused_for_cpu` and `rounded_graphs`, then without one of them, and without any.
+ShareWeights lets contexts store their weights once: without it, every engine has its own. 1 x 1 follows 256 tokens in
+a cache, which is written in place where the engine can do that.
 
 Sides are interleaved. Times are medians; the ratio is the time without the pass to the time with all of them in the
 same round, its median and its quartiles: above 1, the pass gains. ONNX Runtime has passes of its own, so that it runs
@@ -38,16 +39,15 @@ from cpcompile.frontend.source import open_source
 from cpcompile.machine.environment import available_cores
 from cpcompile.passes.freeze import Frozen
 from cpcompile.passes.share_weights import ShareWeights, Whole
-from cpcompile.passes.tied_head import TiedHead
 from cpcompile.pipeline.build import freeze_contexts
-from cpcompile.pipeline.cpu_engines import FUSIONS, fused_for_cpu, rounded_graphs
+from cpcompile.pipeline.cpu_engines import DERIVATIONS, FUSIONS, Derivations, fused_for_cpu, rounded_graphs
 from cpcompile.pipeline.stored_weights import NOT_STORED, Stored, store, wholes
 
-PRECISIONS = ("fp32", "int8")
 SHAPES = {"1 x 1 after 256": (1, 1, 256), "1 x 128": (1, 128, 0), "4 x 128": (4, 128, 0)}
 """Batch, tokens, tokens in the cache."""
 ALL, NONE = "all passes", "none of them"
-TIED, SHARED = TiedHead.__name__, ShareWeights.__name__
+SHARED = ShareWeights.__name__
+DERIVED = tuple(each.__name__ for each in DERIVATIONS)
 
 Fusions = Sequence[ir.passes.InPlacePass]
 
@@ -71,12 +71,13 @@ def build_engines(
 ) -> dict[str, Built]:
     """The engines of `context` by the pass that is left out."""
     schemes = {} if precision == "fp32" else dict.fromkeys(parameters, precision)
-    files: dict[tuple[bool, bool], tuple[ir.Model, Stored]] = {}
+    files: dict[tuple[Derivations, bool], tuple[ir.Model, Stored]] = {}
     engines = {}
-    for left_out in (ALL, *(type(each).__name__ for each in FUSIONS), TIED, SHARED, NONE):
-        kind = tie, share = left_out not in (TIED, NONE), left_out != SHARED
+    for left_out in (ALL, *(type(each).__name__ for each in FUSIONS), *DERIVED, SHARED, NONE):
+        kept = tuple(each for each in DERIVATIONS if left_out not in (each.__name__, NONE))
+        kind = derivations, share = kept, left_out != SHARED
         if kind not in files:
-            graphs = rounded_graphs(frozen, parameters, schemes, precision, tie=tie)
+            graphs = rounded_graphs(frozen, parameters, schemes, precision, derivations)
             stored = store(writer, graphs.models, graphs.kept, graphs.whole) if share else NOT_STORED
             files[kind] = graphs.models[context], stored
         frozen_graph, stored = files[kind]
@@ -171,17 +172,18 @@ def print_table(precision: str, context: str, threads: int, found: Mapping[str, 
 @click.command()
 @click.argument("model", type=click.Path(path_type=Path, exists=True), default="demo/model.pt")
 @click.option("--context", help="The context.  [default: the first]")
+@click.option("--precision", "precisions", default="fp32,int8", help="Of the engines, separated by commas.")
 @click.option("--rounds", default=60)
 @click.option("--name", default="graph_passes", help="Name of the file of results.")
-def main(model: Path, context: str | None, rounds: int, name: str) -> None:
+def main(model: Path, context: str | None, precisions: str, rounds: int, name: str) -> None:
     source, threads = open_source(model), available_cores()
     chosen = source.choose(None)
     context = context or chosen[0]
     dynamic = source.capture(opset=BuildConfig().opset)
     frozen, accounts = freeze_contexts(source, dynamic, chosen, {}, None, lambda: None)
-    parameters = wholes(dynamic, frozen, accounts)
+    parameters = wholes(dynamic, frozen, accounts, source.calibration)
     result = {}
-    for precision in PRECISIONS:
+    for precision in precisions.split(","):
         with tempfile.TemporaryDirectory() as folder, BundleWriter(Path(folder) / "engines.cpc") as writer:
             engines = build_engines(frozen, parameters, context, precision, writer)
             idle = [key for key, each in engines.items() if key != ALL and same_graph(each.graph, engines[ALL].graph)]
