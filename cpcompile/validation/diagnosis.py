@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import onnx_ir as ir
 
 from cpcompile.bundle.reader import Bundle, Variant
@@ -24,10 +25,11 @@ from cpcompile.files.onnx_file import opset_of
 from cpcompile.report.formats import NO_FAILURE
 from cpcompile.report.results import Diagnosis, LayerError, Results, VariantResult
 from cpcompile.validation.divergence import Divergence, engine_graph, find_divergence, layer_errors, write_repro
-from cpcompile.validation.reference import Reference
+from cpcompile.validation.reference import Reference, Run
 
 NOT_WANTED = "no folder was given with --repro"
 EACH_AGREES = "every node of the engine, run alone, computes what it should; the runtime's optimisations may be wrong"
+NO_NUMBERS = "the eager model itself computes NaN or infinity, and the engine what it should; train the model again"
 OTHER_KIND = "nodes are compared only in float32 engines of ONNX Runtime for one context"
 
 
@@ -110,7 +112,7 @@ def _diagnose(
         if found is None:
             found = _first(graphs.bound(context, opset), engine, inputs, whole=True)
         if found is None:
-            return Diagnosis.without(EACH_AGREES)
+            return Diagnosis.without(EACH_AGREES if _is_finite(reference.masked(context), inputs) else NO_NUMBERS)
         divergence, feeds = found
         layers = layer_errors(frozen, engine, feeds, steps=steps)
     except CpcompileError as error:
@@ -129,6 +131,11 @@ def _diagnose(
         repro=_write_repro(divergence, repro and repro / f"{context}-{variant.name}"),
         layers=layers,
     )
+
+
+def _is_finite(run: Run, inputs: Sequence[Feeds]) -> bool:
+    """Whether all numbers that the model computes are."""
+    return all(np.isfinite(output).all() for feeds in inputs for output in run(feeds).values())
 
 
 def _write_repro(divergence: Divergence, folder: Path | None) -> str | NotMeasured:

@@ -214,7 +214,7 @@ def _fault(actual: Outputs, expected: Outputs) -> str | None:
             if different := int((own != array).sum()):
                 return f"{different} of {own.size} elements of {name} differ"
             continue
-        for whose, values in (("the engine", own), ("the eager model", array)):
+        for whose, values in (("the eager model", array), ("the engine", own)):
             if wrong := int((~np.isfinite(values)).sum()):
                 return f"{wrong} of {values.size} values of {name} of {whose} are NaN or infinite"
     return None

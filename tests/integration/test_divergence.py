@@ -9,6 +9,7 @@ import jsonschema
 import numpy as np
 import onnx_ir as ir
 import pytest
+import torch
 from click.testing import CliRunner
 
 from cpcompile.bundle.manifest import manifest_digest
@@ -80,3 +81,16 @@ def test_a_perturbed_weight_is_named_in_the_report(bundle: Bundle, tmp_path: Pat
     assert any(found["sentence"] in reason and found["repro"] in reason for reason in report["reasons"])
     errors = {layer["module"]: layer["max_abs_error"] for layer in found["layers"]}
     assert errors["layers.0"] < found["tolerance"] < errors["layers.1"]
+
+
+def test_a_model_without_numbers_is_not_blamed_on_the_engine(trained: Path, tmp_path: Path) -> None:
+    plain = torch.load(trained, weights_only=True)
+    plain["state"]["layers.0.ffn.down.weight"][0, 0] = float("nan")
+    torch.save(plain, tmp_path / "model.pt")
+    shutil.copy(trained.with_name("model.dense.pt"), tmp_path)
+    command = ["build", str(tmp_path / "model.pt"), "--contexts", "english", *FAST, "--json"]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 1, result.output
+    (variant,) = json.loads(result.stdout)["contexts"][0]["variants"]
+    assert "of the eager model are NaN" in variant["parity"]["reason"]
+    assert "the eager model itself computes NaN or infinity" in variant["divergence"]["not_measured"]["sentence"]
