@@ -57,7 +57,7 @@ from cpcompile.exporters.onnxruntime_exporter import EXACT_PRODUCTS
 from cpcompile.frontend.checkpoint import load_checkpoint
 from cpcompile.frontend.source import TrainedSource, open_source
 from cpcompile.machine.environment import available_cores
-from cpcompile.pipeline.validate import trimmed_vocabularies
+from cpcompile.pipeline.references import trimmed_vocabularies
 from cpcompile.runtime.engine import create_session, session_options
 from cpcompile.validation.open_reference import open_reference
 from cpcompile.validation.reference import Outputs, Reference, Run

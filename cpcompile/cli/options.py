@@ -30,6 +30,13 @@ _VALIDATION_OPTIONS = (
         "--rounds", type=int, help=f"Interleaved timing rounds per shape.  [default: {ValidateConfig.rounds}]"
     ),
     click.option(
+        "--jobs",
+        type=int,
+        metavar="N",
+        help="Compare N contexts with the eager model at the same time, each in a process; timings stay one by one.  "
+        f"[default: {ValidateConfig.jobs}]",
+    ),
+    click.option(
         "--max-perplexity-increase",
         type=float,
         metavar="PART",

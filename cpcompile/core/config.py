@@ -309,6 +309,8 @@ class ValidateConfig:
     """Interleaved timing rounds of engine and eager model."""
     threads: int = 0
     """Threads of engine and eager model; 0 takes all cores."""
+    jobs: int = 1
+    """Contexts that are compared with the eager model at the same time, each in a process; timings come after that."""
     peers: tuple[str, ...] = (DENSE_PEER,)
     """Peers that are timed along with the engines; `("all",)` takes all of PEERS, `("none",)` or `()` none."""
     memory: bool = True
@@ -338,6 +340,7 @@ class ValidateConfig:
                 f"validate.{name} is {shapes}: pairs of batch and sequence are needed, each at least 1",
             )
         require_range(self, "validate", "tolerance_multiple", lambda value: value > 0, "has to be positive")
+        require(self.jobs >= 1, f"validate.jobs is {self.jobs}: at least 1 is needed")
         require(self.rounds >= 2, f"validate.rounds is {self.rounds}: an interval needs at least 2")
         natural = "threads min_speed_ratio max_perplexity_increase"
         require_range(self, "validate", natural, lambda value: value >= 0, "cannot be negative")

@@ -33,6 +33,7 @@ from cpcompile.passes.dequantize_weights import OPSET as BLOCKS_OPSET
 from cpcompile.passes.freeze import Frozen, freeze, prepare, used_sizes
 from cpcompile.pipeline.accounting import Accounting, account
 from cpcompile.pipeline.cpu_engines import export_rounded
+from cpcompile.pipeline.jobs import compare_in_processes
 from cpcompile.pipeline.search import Search, require_search_text
 from cpcompile.pipeline.stages import Stages
 from cpcompile.pipeline.stored_weights import wholes
@@ -125,8 +126,11 @@ def build_bundle(
         if config.validate:
             conditions = conditions_of(request["dense baseline"], reference.digest, validation)
             kept = kept_results(writer.target, bundle, conditions) if keep else {}
+            compared = compare_in_processes(bundle, model, validation, data=data, kept=kept, progress=progress)
             with open_peers(validation, source, reference, graphs) as peers:
-                results = validate(bundle, reference, validation, peers=peers, kept=kept, progress=progress)
+                results = validate(
+                    bundle, reference, validation, peers=peers, kept=kept, compared=compared, progress=progress
+                )
             results = diagnose(bundle, results, reference, graphs, repro, layers=validation.layers, progress=progress)
         else:
             results = not_validated(bundle)

@@ -37,11 +37,12 @@ from cpcompile.files.onnx_file import Size
 from cpcompile.machine.environment import environment
 from cpcompile.machine.noise import watch_machine
 from cpcompile.pipeline.compare import NO_SPEED, FileComparison, compare_models, time_models
-from cpcompile.pipeline.validate import calibration_of, open_with_model, report_of, training_of, trimmed_vocabularies
+from cpcompile.pipeline.jobs import compare_in_processes
+from cpcompile.pipeline.references import open_with_model, reference_of
+from cpcompile.pipeline.validate import report_of, training_of
 from cpcompile.report import read_build
 from cpcompile.report.results import Placement, ratio_with_bounds
 from cpcompile.runtime.engine import create_session, session_options
-from cpcompile.validation.open_reference import open_reference
 from cpcompile.validation.placement import measure_placement
 from cpcompile.validation.random_inputs import RandomInputs
 from cpcompile.validation.validator import measure_again, validate
@@ -94,16 +95,10 @@ def check_bundle(
         layers=False,
         min_speed_ratio=0.0,
     )
-    reference = open_reference(
-        source,
-        settings,
-        data=data,
-        trimmed=trimmed_vocabularies(bundle),
-        progress=progress,
-        calibration=calibration_of(bundle, source),
-    )
+    reference = reference_of(bundle, source, settings, data=data, progress=progress)
+    compared = compare_in_processes(bundle, model, settings, data=data, progress=progress)
     with watch_machine() as machine:
-        results = validate(bundle, reference, settings, progress=progress)
+        results = validate(bundle, reference, settings, compared=compared, progress=progress)
     now = snapshot_of(report_of(bundle, source, results, read_build(path), settings, training_of(source)))
     check = _judged(path, baseline, before, now, config, waived)
     if before is None and speed and machine.interference:

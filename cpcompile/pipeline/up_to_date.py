@@ -42,7 +42,7 @@ Digests = Mapping[str, str]
 def request_of(model: Path, config: BuildConfig, validation: ValidateConfig, data: Path | None) -> Digests:
     """What decides the engines that are built from `model`, besides its own content."""
     added = parse_targets(config.targets, config.precisions, config.profiles, config.search_seconds)
-    settings = to_json(replace(config, validate=True)), to_json(validation) if added.candidates else None
+    settings = to_json(replace(config, validate=True)), _measured(validation) if added.candidates else None
     return {
         "dense baseline": dense_digest(model),
         "calibration": calibration_digest(model) if added.rounded else NONE,
@@ -58,7 +58,7 @@ def conditions_of(dense: str, text: str, validation: ValidateConfig) -> Digests:
     return {
         "dense baseline": dense,
         "text": text,
-        "validation": _digest(to_json(validation)),
+        "validation": _digest(_measured(validation)),
         "program": program_digest(),
         "machine": _machine(),
     }
@@ -141,6 +141,11 @@ def needed_calibration(bundle: Bundle) -> str:
 
 def _digest_of(path: Path) -> str:
     return file_digest(path) if path.is_file() else NONE
+
+
+def _measured(validation: ValidateConfig) -> object:
+    """The settings that results depend on."""
+    return to_json(replace(validation, jobs=1))
 
 
 def _machine() -> str:

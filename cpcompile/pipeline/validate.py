@@ -6,23 +6,19 @@ import dataclasses
 from functools import cache
 from pathlib import Path
 
-from cpcompile.bundle.reader import Bundle, open_bundle
+from cpcompile.bundle.reader import Bundle
 from cpcompile.core.config import MIXED, ROUNDED, ValidateConfig
 from cpcompile.core.errors import UsageError
 from cpcompile.core.json_form import from_json
-from cpcompile.core.paths import calibration_path
-from cpcompile.core.rounding import UNCALIBRATED, Calibration
 from cpcompile.core.types import Progress
-from cpcompile.files.whole_files import file_digest, remove_leftovers
-from cpcompile.frontend.source import Source, open_source
+from cpcompile.frontend.source import Source
 from cpcompile.machine.environment import environment
+from cpcompile.pipeline.jobs import compare_in_processes
+from cpcompile.pipeline.references import open_with_model, reference_of, trimmed_vocabularies
 from cpcompile.pipeline.up_to_date import (
-    NONE,
     Digests,
-    calibration_digest,
     conditions_of,
     dense_digest,
-    needed_calibration,
 )
 from cpcompile.report import (
     BuildResult,
@@ -36,10 +32,8 @@ from cpcompile.report import (
     summarize_training,
 )
 from cpcompile.report.results import Results, VariantResult
-from cpcompile.text.vocabulary import TrimmedVocabulary
 from cpcompile.validation.diagnosis import diagnose
 from cpcompile.validation.expected_graphs import FreshGraphs
-from cpcompile.validation.open_reference import open_reference
 from cpcompile.validation.peers import open_peers
 from cpcompile.validation.validator import validate
 
@@ -62,53 +56,15 @@ def validate_bundle(
     """
     bundle, source = open_with_model(path, model, progress)
     training = training_of(source)
-    trimmed = trimmed_vocabularies(bundle)
-    calibration = calibration_of(bundle, source)
-    reference = open_reference(source, config, data=data, trimmed=trimmed, progress=progress, calibration=calibration)
-    graphs = FreshGraphs(source, cache(lambda o: source.capture(opset=o)), {c: own.kept for c, own in trimmed.items()})
+    reference = reference_of(bundle, source, config, data=data, progress=progress)
+    tokens = {context: own.kept for context, own in trimmed_vocabularies(bundle).items()}
+    graphs = FreshGraphs(source, cache(lambda o: source.capture(opset=o)), tokens)
+    compared = compare_in_processes(bundle, model, config, data=data, progress=progress)
     with open_peers(config, source, reference, graphs) as peers:
-        results = validate(bundle, reference, config, peers=peers, progress=progress)
+        results = validate(bundle, reference, config, peers=peers, compared=compared, progress=progress)
     results = diagnose(bundle, results, reference, graphs, repro, layers=config.layers, progress=progress)
     conditions = conditions_of(dense_digest(model), reference.digest, config)
     return report_of(bundle, source, results, read_build(path), config, training, conditions)
-
-
-def open_with_model(path: Path, model: Path, progress: Progress) -> tuple[Bundle, Source]:
-    """The bundle `path`, intact, and the model that it was built from; UsageError if it was built from another."""
-    progress("load", 0, 1)
-    remove_leftovers(path.absolute().parent)
-    bundle = open_bundle(path)
-    bundle.verify_all()
-    if not model.exists():
-        raise UsageError(f"{model}: there is no such file; --model names the model that {path} was built from")
-    source = open_source(model)
-    if file_digest(model) != bundle.metadata["checkpoint"]:
-        raise UsageError(f"{path}: was not built from {model}; give its own model with --model, or build it again")
-    progress("load", 1, 1)
-    return bundle, source
-
-
-def calibration_of(bundle: Bundle, source: Source) -> Calibration:
-    """What the engines of `bundle` round parameters to; UsageError if the file that says it is not there any more."""
-    if (digest := needed_calibration(bundle)) == NONE:
-        return UNCALIBRATED
-    if (found := calibration_digest(source.path)) != digest:
-        name = calibration_path(source.path).name
-        what = f"there is no {name}" if found == NONE else f"the {name} is not the one"
-        raise UsageError(
-            f"{bundle.root}: {what} beside {source.path} that its engines have their numbers from; put it there, or "
-            "build the bundle again"
-        )
-    return source.calibration
-
-
-def trimmed_vocabularies(bundle: Bundle) -> dict[str, TrimmedVocabulary]:
-    """The vocabularies by context, for the contexts that have their own."""
-    return {
-        context: TrimmedVocabulary(bundle.tokenizer(context).read_text(encoding="utf-8"), ids)
-        for context in bundle.contexts
-        if (ids := bundle.token_ids(context)) is not None
-    }
 
 
 def training_of(source: Source) -> TrainingSummary | None:

@@ -8,38 +8,32 @@ from dataclasses import replace
 from functools import partial
 from typing import TypeAlias
 
-import numpy as np
 import torch
 
 from cpcompile.bundle.reader import Bundle, Variant
-from cpcompile.core.cache import INPUT, OUTPUT
 from cpcompile.core.config import ValidateConfig
 from cpcompile.core.errors import CpcompileError, UsageError
 from cpcompile.core.measured import NotMeasured
-from cpcompile.core.types import Feeds, Progress, Steps, unwatched
+from cpcompile.core.types import Progress, Steps, unwatched
 from cpcompile.machine.environment import available_cores
-from cpcompile.machine.memory import ProcessMemory, release_memory
+from cpcompile.machine.memory import ProcessMemory
 from cpcompile.machine.noise import watch_machine
 from cpcompile.report.results import (
     NO_RESULTS,
     Memory,
-    Parity,
     PeerResult,
     Placement,
-    Quality,
     Results,
     Speed,
     Throughput,
     VariantResult,
 )
 from cpcompile.runtime.availability import why_not_here
-from cpcompile.runtime.engine import Engine, load_engine
-from cpcompile.runtime.plan import load_plan, why_not_taken
+from cpcompile.runtime.plan import why_not_taken
+from cpcompile.validation.comparison import NOT_COMPARED, Compared, Comparison, compare_engine, compare_outputs
 from cpcompile.validation.memory import compare_memory, compare_start, measure_engine
-from cpcompile.validation.parity import check_parity
 from cpcompile.validation.placement import measure_placement
-from cpcompile.validation.reference import UNROUNDED, Outputs, Reference, Run, Schemes, Timed
-from cpcompile.validation.rounded_model import schemes_of, schemes_of_plan
+from cpcompile.validation.reference import Reference, Run, Timed
 from cpcompile.validation.runners import Runner, engine_runner
 from cpcompile.validation.speed import measure_speed
 from cpcompile.validation.throughput import ROUNDS, measure_throughput
@@ -63,11 +57,13 @@ def validate(
     *,
     peers: Peers = lambda _variant: (),
     kept: Results = NO_RESULTS,
+    compared: Compared = NOT_COMPARED,
     progress: Progress | None = None,
 ) -> Results:
     """By context: parity, quality, memory, speed and placement of every engine in `bundle`; `peers` are timed with it.
 
-    kept: results that are known, which are not measured again.
+    kept: results that are known, which are not measured again. compared: the parity and quality of engines, by context
+    and name, where they are known.
     UsageError: the bundle is damaged or has a context that the reference does not have.
     CpcompileError: an engine cannot be loaded.
     """
@@ -88,7 +84,16 @@ def validate(
             results[variant.context] += (
                 replace(known, kept=True)
                 if known is not None
-                else _validate_variant(bundle, variant, reference, config, peers(variant), threads, report),
+                else _validate_variant(
+                    bundle,
+                    variant,
+                    reference,
+                    config,
+                    peers(variant),
+                    threads,
+                    report,
+                    compared.get((variant.context, variant.name)),
+                ),
             )
             report(STAGE, done, len(variants))
     return results
@@ -114,6 +119,7 @@ def _validate_variant(
     peers: Sequence[Runner],
     threads: int,
     progress: Progress,
+    compared: Comparison | None,
 ) -> VariantResult:
     context = variant.context
 
@@ -130,25 +136,14 @@ def _validate_variant(
             reason=f"built, not run: {reason}",
             bytes=variant.bytes,
         )
-    engine = load_plan(variant) if variant.plan else load_engine(bundle, context, variant.name, threads=threads)
-    if variant.plan:
-        schemes = schemes_of_plan(variant.plan)
-    else:
-        schemes = schemes_of(engine) if isinstance(engine, Engine) else {}
-    # Where one number scales all inputs of a product, logits depend on which tokens are computed together.
-    steady = all(scheme.block is not None for scheme in schemes.values())
-    cached = partial(_in_two_steps, engine) if isinstance(engine, Engine) and engine.has_cache and steady else None
-    parity = _parity(engine.outputs, reference, context, config, variant, part("parity"), cached, schemes)
+    if compared is None:
+        compared = compare_engine(bundle, variant, reference, config, threads=threads, part=part)
     results: tuple[PeerResult, ...] = ()
-    if parity.verdict == "fail" and isinstance(parity.max_abs_error, NotMeasured):
-        # Its outputs cannot be compared: there is nothing to score, and no point in timing it.
-        failed = NotMeasured(f"parity failed: {parity.reason}")
-        quality, speed = reference.quality(context, failed), Speed.without(failed.reason)
-        throughput, placement = Throughput.without(failed.reason), Placement.without(failed.reason)
+    if (failed := compared.failed) is not None:
+        speed, throughput = Speed.without(failed.reason), Throughput.without(failed.reason)
+        placement = Placement.without(failed.reason)
         processes: Processes = (failed, _dense_process(reference, context, config, threads))
     else:
-        quality = _quality(engine.outputs, reference, context, part("quality"))
-        del engine  # the next measurements should have the machine to themselves
         speed, results = _speed(variant, reference, peers, config, threads, part)
         throughput = _throughput(variant, reference, config, threads, part("throughput"))
         processes = _processes(bundle, variant, reference, threads, config, part("memory"))
@@ -161,8 +156,8 @@ def _validate_variant(
         bytes=variant.bytes,
         status="ran",
         reason=None,
-        parity=parity,
-        quality=quality,
+        parity=compared.parity,
+        quality=compared.quality,
         memory=compare_memory(*processes),
         start=compare_start(*processes),
         speed=speed,
@@ -170,62 +165,6 @@ def _validate_variant(
         placement=placement,
         peers=results,
     )
-
-
-def _in_two_steps(engine: Engine, feeds: Feeds) -> Outputs:
-    """The logits of input_ids (batch, sequence); the second half goes on with the cache of the first."""
-    ids = feeds[INPUT]
-    first, cache = engine.step(ids[:, : (ids.shape[1] + 1) // 2])
-    if ids.shape[1] == 1:
-        return {OUTPUT: first}
-    second, _ = engine.step(ids[:, first.shape[1] :], cache)
-    return {OUTPUT: np.concatenate([first, second], axis=1)}
-
-
-def _parity(
-    run: Run,
-    reference: Reference,
-    context: str,
-    config: ValidateConfig,
-    variant: Variant | None = None,
-    steps: Steps = unwatched,
-    cached: Run | None = None,
-    schemes: Schemes = UNROUNDED,
-) -> Parity:
-    """`variant` is what runs, unless it is a peer, which is in float32 and takes every shape."""
-    inputs, missing = _counted(lambda: reference.inputs(context), steps), reference.no_inputs
-    if variant is not None and variant.plan:
-        inputs = (feeds for feeds in inputs if why_not_taken(variant, feeds) is None)
-        missing += ", or none of a shape that the engine takes"
-    rounds_inputs = any(not each.products_only for each in schemes.values())
-    parity = check_parity(
-        run,
-        reference.masked(context, schemes),
-        reference.exact(context, schemes),
-        inputs,
-        config.tolerance_multiple,
-        logits=reference.logits,
-        missing=missing,
-        precision=_computes_in(variant) if variant is not None else "fp32",
-        cached=cached,
-        unrounded=reference.masked(context, schemes, round_inputs=False) if rounds_inputs else None,
-    )
-    release_memory()  # of the model in float64
-    return parity
-
-
-def _computes_in(variant: Variant) -> str:
-    """The precision of what is not rounded."""
-    return "fp16" if variant.plan and variant.plan.rounded else variant.precision
-
-
-def _counted(inputs: Callable[[], Iterator[Feeds]], steps: Steps) -> Iterator[Feeds]:
-    """Inputs, each of which is done when the next one is asked for."""
-    total = sum(1 for _ in inputs())
-    for done, feeds in enumerate(inputs()):
-        steps(done, total)
-        yield feeds
-    steps(total, total)
 
 
 def _speed(
@@ -254,7 +193,8 @@ def _speed(
                 continue
             runs[peer.name] = run
             same = peer.computes == "context"
-            parity = _parity(run, reference, context, config, steps=part(f"{peer.name}, parity")) if same else None
+            steps = part(f"{peer.name}, parity")
+            parity = compare_outputs(run, reference, context, config, steps=steps) if same else None
             results.append(PeerResult(name=peer.name, computes=peer.computes, status="ran", parity=parity))
         speed = measure_speed(
             loaded.enter_context(engine_runner(variant, threads=threads).load()),
@@ -318,13 +258,6 @@ def _timed(variant: Variant, reference: Reference) -> Sequence[Timed] | NotMeasu
 def _dense(variant: Variant, reference: Reference) -> Run | NotMeasured:
     """What the speed of `variant` is compared with."""
     return reference.dense(variant.context) if variant.on_cpu else NotMeasured(ON_GPU)
-
-
-def _quality(run: Run, reference: Reference, context: str, steps: Steps) -> Quality:
-    try:
-        return reference.quality(context, run, steps=steps)
-    except UsageError as error:  # of a plan whose profiles do not take the windows of the text
-        return reference.quality(context, NotMeasured(str(error)))
 
 
 def _dense_process(

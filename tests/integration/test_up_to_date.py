@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +83,7 @@ def finished(model: Path, config: BuildConfig = CONFIG, validation: ValidateConf
 
 def test_it_is_not_finished_if_anything_else_was_asked_for(model: Path, corpus_folder: Path) -> None:
     assert finished(model)
+    assert finished(model, validation=replace(VALIDATION, jobs=2))
     assert not finished(model, BuildConfig(contexts=("cpp",)))
     assert not finished(model, BuildConfig(contexts=CONFIG.contexts, targets=("cpu",)))
     assert not finished(model, validation=ValidateConfig(speed=False, memory=False, layers=False))

@@ -7,6 +7,7 @@ is tied to the embedding), n positions per run and V logits per position:
     build      L + M + (P + G) T + R                graphs share the weights; R: the vocabulary in a new order
     parity     L'+ M + (P + G) T + R + K + 2M + W(16 n V)     float64; logits in float32, float64 and of the engine
     quality    L'+ M + (P + G) T + R + K + D + W(4 n' V) + 24 s V   windows of s tokens in float64, three arrays
+               with --jobs j: L'+ M + (P + G) T + R here, and j times the larger of both, without (P + G) T, beside it
     timing     L'+ M + (P + G) T + R + K + D + D' + W(4 n V)     D': the dense baseline in ONNX Runtime
     measuring  L'+ M + (P + G) T + R + D  in this process, and next to it the larger of
                engine  E + K + W(4 n V)             eager  A + D + W(4 n V)
@@ -38,7 +39,7 @@ TRACE = 250_000
 """P: bytes per tensor of the trace that finds the groups of a pretrained model."""
 HEAP = 64_000_000
 """Bytes that activations leave in the heap."""
-BESIDE = "process beside it"
+BESIDE, JOBS = "process beside it", "processes of --jobs"
 ENGINE_GRAPH = 1_200
 """Bytes of an engine's file per tensor."""
 NOT_COUNTED = (f"peers of --peers but {DENSE_PEER}", "text that --data reads")
@@ -115,7 +116,10 @@ class Estimate:
     @property
     def process_peak_rss_bytes(self) -> int:
         """The peak of the process that builds and validates, without the measuring processes."""
-        return max(stage.peak_rss_bytes - stage.parts.get(BESIDE, 0) for stage in (*self.build, *self.validation))
+        return max(
+            stage.peak_rss_bytes - stage.parts.get(BESIDE, 0) - stage.parts.get(JOBS, 0)
+            for stage in (*self.build, *self.validation)
+        )
 
     def to_plain(self) -> dict[str, Any]:
         """The output of `cpcompile estimate --json`; keys are stable, names of stages and parts are only for display.
@@ -167,10 +171,13 @@ def estimate(
     window = 24 * facts.sequence * facts.classes
     here = {"libraries": libraries.validation} | lasting
     in_float64 = {"float64": 2 * facts.bytes, "results": _held(4 * in_parity)}
-    validating = [
+    compared = (
         _stage("validate: parity", here | {"engine": engine} | in_float64),
         _stage("validate: quality", here | {"engine": engine, "dense": dense, "results": _held(in_quality) + window}),
-    ]
+    )
+    jobs = min(validation.jobs, len(facts.contexts))
+    each = max(stage.peak_rss_bytes for stage in compared) - GRAPH * facts.tensors
+    validating = list(compared) if jobs == 1 else [_stage("validate: contexts", here | {JOBS: jobs * each})]
     if validation.speed and DENSE_PEER in validation.peers and dense:
         timed = _held(_results(facts, max(batch * sequence for batch, sequence in validation.speed_shapes)))
         dense_engine = {"dense in ONNX Runtime": dense + largest.head_bytes}

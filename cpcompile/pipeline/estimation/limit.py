@@ -9,7 +9,7 @@ from cpcompile.core.errors import UsageError
 from cpcompile.core.types import Progress
 from cpcompile.machine.memory import available_memory, resident_bytes
 from cpcompile.pipeline.estimation.facts import Facts, read_facts
-from cpcompile.pipeline.estimation.formula import BESIDE, ONE_SEQUENCE, Estimate, RunShape, estimate
+from cpcompile.pipeline.estimation.formula import BESIDE, JOBS, ONE_SEQUENCE, Estimate, RunShape, estimate
 from cpcompile.pipeline.estimation.libraries import Libraries, measure_libraries
 from cpcompile.report.formats import megabytes
 
@@ -81,4 +81,6 @@ def _needs(estimated: Estimate, limit: int) -> str:
     needed = f"about {megabytes(largest.peak_rss_bytes)} are needed at the peak ({largest.name})"
     if BESIDE in largest.parts and alone <= limit:
         return f"{needed}; --no-memory skips the separate measuring process and needs {megabytes(alone)}"
+    if JOBS in largest.parts:
+        return f"{needed}; fewer --jobs need less"
     return f"{needed}; contexts are built one after the other, so only a smaller model or a larger machine helps"

@@ -4,6 +4,7 @@ import importlib.metadata
 import mmap
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from cpcompile.core.measured import NotMeasured
 from cpcompile.machine.environment import available_cores, environment
 from cpcompile.machine.gpu import NO_GPU, video_memory
 from cpcompile.machine.memory import PrivatePeak, peak_resident_bytes, private_bytes, reset_peak, resident_bytes
-from cpcompile.machine.subprocesses import in_fresh_process
+from cpcompile.machine.subprocesses import fresh_processes, in_fresh_process
 
 MIB = 2**20
 needs_proc = pytest.mark.skipif(sys.platform != "linux", reason="the peak can only be reset where there is /proc")
@@ -128,6 +129,31 @@ def test_a_failing_process_says_why() -> None:
         in_fresh_process("-c", "raise ValueError('the reason')")
     with pytest.raises(CpcompileError, match="exit code 7"):
         in_fresh_process("-c", "raise SystemExit(7)")
+
+
+ANSWERS = """
+import json, os, sys
+for line in sys.stdin:
+    if line == "end\\n":
+        sys.exit(3)
+    print(json.dumps([os.getpid(), line]), flush=True)
+"""
+
+
+def test_processes_answer_any_thread_and_do_not_outlive_the_block() -> None:
+    with fresh_processes(2, "-c", ANSWERS) as ask, ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(ask, "abcdef"))
+    assert [line for _, line in answers] == ["a\n", "b\n", "c\n", "d\n", "e\n", "f\n"]
+    processes = {pid for pid, _ in answers}
+    assert 1 <= len(processes) <= 2
+    assert not any(Path(f"/proc/{pid}").exists() for pid in processes)
+
+
+def test_a_process_that_ends_instead_of_answering_is_an_error() -> None:
+    with fresh_processes(1, "-c", ANSWERS) as ask:
+        for _ in range(2):
+            with pytest.raises(CpcompileError, match="ended with the exit code 3"):
+                ask("end")
 
 
 def test_a_file_in_the_working_folder_is_not_taken_for_a_library(tmp_path, monkeypatch) -> None:

@@ -11,7 +11,7 @@ from cpcompile.core.errors import UsageError
 from cpcompile.pipeline.estimation import Estimate, Facts, Libraries, Pace, RunShape, estimate
 from cpcompile.pipeline.estimation.duration import in_words
 from cpcompile.pipeline.estimation.facts import ContextFacts
-from cpcompile.pipeline.estimation.formula import BESIDE, HEAP, ONE_SEQUENCE
+from cpcompile.pipeline.estimation.formula import BESIDE, HEAP, JOBS, ONE_SEQUENCE
 from cpcompile.pipeline.estimation.limit import memory_warning, require_memory
 
 MB = 10**6
@@ -192,6 +192,17 @@ def test_its_json_has_these_keys() -> None:
     for process in (*plain["engines"].values(), plain["eager"]):
         assert list(process) == ["load_peak_rss_bytes", "run_peak_rss_bytes"]
     assert estimated(dense_bytes=None).to_plain()["eager"] is None
+
+
+def test_jobs_take_their_memory_beside_the_process() -> None:
+    plain = estimated()
+    made = estimate(FACTS, LIBRARIES, BuildConfig(), ValidateConfig(jobs=8))
+    assert "validate: parity" not in peaks(made) and made.largest.name == "validate: contexts"
+    each = max(peaks(plain)["validate: parity"], peaks(plain)["validate: quality"]) - 450_000 * FACTS.tensors
+    assert made.largest.parts[JOBS] == len(CONTEXTS) * each
+    assert made.process_peak_rss_bytes <= plain.process_peak_rss_bytes
+    with pytest.raises(UsageError, match=r"\(validate: contexts\); fewer --jobs need less"):
+        require_memory(made, made.largest.peak_rss_bytes - 1)
 
 
 def test_a_limit_and_what_helps() -> None:
