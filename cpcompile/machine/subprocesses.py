@@ -52,7 +52,7 @@ def fresh_processes(count: int, *arguments: str) -> Iterator[Callable[[str], Any
         finally:
             free.put(process)
         if not answer:
-            raise CpcompileError(f"a process ended with the exit code {process.wait()} ({' '.join(arguments[:2])})")
+            raise CpcompileError(f"the process {' '.join(arguments[:2])} ended with the exit code {process.wait()}")
         return json.loads(answer)
 
     try:

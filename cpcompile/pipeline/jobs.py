@@ -19,7 +19,7 @@ import torch
 
 from cpcompile.bundle.reader import Bundle, open_bundle
 from cpcompile.core.config import ValidateConfig
-from cpcompile.core.errors import CpcompileError
+from cpcompile.core.errors import CpcompileError, UsageError
 from cpcompile.core.json_form import from_json, to_json
 from cpcompile.core.types import Progress
 from cpcompile.frontend.source import open_source
@@ -32,7 +32,8 @@ from cpcompile.validation.comparison import NOT_COMPARED, Compared, Comparison, 
 from cpcompile.validation.reference import Reference
 from cpcompile.validation.validator import STAGE
 
-ERROR = "error"
+ERROR, EXIT_CODE = "error", "exit code"
+"""In an answer, in place of engines."""
 
 
 def compare_in_processes(
@@ -64,7 +65,11 @@ def compare_in_processes(
     ):
         asked = {pool.submit(ask, json.dumps(question)): question[0] for question in contexts.items()}
         for done, future in enumerate(as_completed(asked), start=1):
-            found |= _compared(asked[future], future.result())
+            try:
+                answer = future.result()
+            except CpcompileError as error:
+                raise CpcompileError(f"{asked[future]}: {error}; fewer --jobs need less memory") from error
+            found |= _compared(asked[future], answer)
             progress(stage, done, len(contexts))
     return found
 
@@ -77,7 +82,7 @@ def _engines(bundle: Bundle, context: str, kept: Results) -> list[str]:
 
 def _compared(context: str, answer: Mapping[str, Any]) -> Compared:
     if ERROR in answer:
-        raise CpcompileError(answer[ERROR])
+        raise (UsageError if answer[EXIT_CODE] == UsageError.exit_code else CpcompileError)(answer[ERROR])
     return {(context, name): from_json(Comparison, each) for name, each in answer.items()}
 
 
@@ -91,7 +96,7 @@ def _answer(line: str, bundle: Bundle, reference: Reference, config: ValidateCon
         }
         return to_json(compared)
     except CpcompileError as error:
-        return {ERROR: str(error)}
+        return {ERROR: str(error), EXIT_CODE: error.exit_code}
 
 
 def main(bundle: str, model: str, config: str, threads: str, data: str | None = None) -> None:

@@ -69,20 +69,6 @@ def test_the_report_follows_its_schema(bundle: Path) -> None:
         )
 
 
-def test_jobs_compare_the_same(bundle: Path, model: Path) -> None:
-    one, two = (
-        json.loads(run("validate", bundle, "--model", model, *FAST, "--json", "--jobs", jobs).stdout)["contexts"]
-        for jobs in (1, 2)
-    )
-    assert [context["name"] for context in one] == [context["name"] for context in two]
-    for (first,), (second,) in ((a["variants"], b["variants"]) for a, b in zip(one, two, strict=True)):
-        assert second["parity"]["verdict"] == "pass"
-        assert second["parity"]["max_abs_error"] == pytest.approx(first["parity"]["max_abs_error"], rel=1)
-        for name in ("perplexity", "dense_perplexity", "accuracy", "tokens"):
-            assert second["quality"][name] == pytest.approx(first["quality"][name], rel=1e-5)
-    assert "validate.jobs is 0" in run("validate", bundle, "--model", model, "--jobs", 0).output
-
-
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # by torch's compiler
 def test_peers_are_run_beside_the_engines(model: Path, tmp_path: Path) -> None:

@@ -152,7 +152,7 @@ def test_processes_answer_any_thread_and_do_not_outlive_the_block() -> None:
 def test_a_process_that_ends_instead_of_answering_is_an_error() -> None:
     with fresh_processes(1, "-c", ANSWERS) as ask:
         for _ in range(2):
-            with pytest.raises(CpcompileError, match="ended with the exit code 3"):
+            with pytest.raises(CpcompileError, match=r"(?s)the process -c .* ended with the exit code 3"):
                 ask("end")
 
 

@@ -1,0 +1,52 @@
+"""Contexts compared in several processes: the same results, and the errors of a process as those of one's own."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from cpcompile.bundle.reader import open_bundle
+from cpcompile.cli import main
+from cpcompile.core.config import ValidateConfig
+from cpcompile.core.errors import CpcompileError, UsageError
+from cpcompile.pipeline.jobs import compare_in_processes
+
+FAST = ["--no-speed", "--no-memory", "--no-layers"]
+
+
+def validate(measured: Path, *options: str) -> Result:
+    command = ["validate", str(measured / "model.cpc"), "--model", str(measured / "model.pt"), *FAST, *options]
+    return CliRunner().invoke(main, command)
+
+
+def test_jobs_compare_the_same(measured: Path) -> None:
+    one, two = (json.loads(validate(measured, "--json", "--jobs", jobs).stdout)["contexts"] for jobs in ("1", "2"))
+    assert [context["name"] for context in one] == [context["name"] for context in two]
+    for (first,), (second,) in ((a["variants"], b["variants"]) for a, b in zip(one, two, strict=True)):
+        assert second["parity"]["verdict"] == "pass"
+        assert second["parity"]["max_abs_error"] == pytest.approx(first["parity"]["max_abs_error"], rel=1)
+        for name in ("perplexity", "dense_perplexity", "accuracy", "tokens"):
+            assert second["quality"][name] == pytest.approx(first["quality"][name], rel=1e-5)
+
+
+def test_no_jobs_are_no_jobs(measured: Path) -> None:
+    result = validate(measured, "--jobs", "0")
+    assert result.exit_code == 2 and "validate.jobs is 0: at least 1 is needed" in result.output
+
+
+def test_what_a_process_lacks_is_an_error_here(measured: Path, tmp_path: Path) -> None:
+    bundle, model = open_bundle(shutil.copytree(measured / "model.cpc", tmp_path / "model.cpc")), measured / "model.pt"
+
+    def compare(data: Path | None = None) -> None:
+        compare_in_processes(bundle, model, ValidateConfig(jobs=2), data=data, progress=lambda *_: None)
+
+    with pytest.raises(CpcompileError, match=r"the process -m cpcompile.pipeline.jobs ended .* fewer --jobs"):
+        compare(tmp_path / "no-such-corpus")
+    for path in bundle.root.rglob("weights.bin"):
+        path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(UsageError, match=r"weights.bin"):
+        compare()
