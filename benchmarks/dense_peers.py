@@ -70,9 +70,9 @@ def session_side(session: Any, **options: Any) -> Side:
 
 def dense_sides(model: LanguageModel, gguf: Path | None, folder: Path, threads: int) -> Sides:
     """Everything that runs the dense model; files go to `folder`. gguf: its file for llama.cpp, if there is one."""
-    llama_cpp = llama_cpp_sides(gguf, folder, threads)  # first: its library may be missing
     paths = onnx_files(model, folder)
-    return torch_sides(model) | onnxruntime_sides(paths, threads) | openvino_sides(paths, threads) | llama_cpp
+    peers = onnxruntime_sides(paths, threads) | openvino_sides(paths, threads)
+    return torch_sides(model) | peers | llama_cpp_sides(gguf, folder, threads)
 
 
 def torch_sides(model: LanguageModel) -> Sides:

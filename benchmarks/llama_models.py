@@ -11,6 +11,14 @@ CONTEXT = 2048
 """Tokens for which there is room."""
 
 
+def require_llama_cpp() -> None:
+    """click.UsageError if llama-cpp-python cannot be used."""
+    try:
+        import llama_cpp  # noqa: F401
+    except ImportError as error:
+        raise click.UsageError(f"--gguf needs llama-cpp-python with all that it imports: {error}") from error
+
+
 def open_gguf(gguf: Path, threads: int, *, all_logits: bool = False) -> Any:
     """A llama_cpp.Llama, whose `eval` goes on behind what it read. all_logits: `scores` has those of every token."""
     import llama_cpp

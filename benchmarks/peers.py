@@ -43,6 +43,7 @@ import torch
 from common import RESULTS, save, spread, time_sides
 from dense_peers import SHAPES, Shape, Side, Sides, dense_sides, session_side
 from latency import matrix_work
+from llama_models import require_llama_cpp
 from quality_chart import Point, write_chart
 from rich.console import Console
 from rich.table import Table
@@ -160,11 +161,11 @@ def time_shapes(sides: Mapping[str, Side], rounds: int) -> dict[Shape, dict[str,
     """Milliseconds by shape and side."""
     found = {}
     for shape in SHAPES:
-        start = time.monotonic()
+        start = time.perf_counter()
         runs = {key: partial(side.run, side.feeds[shape]) for key, side in sides.items() if shape in side.feeds}
         seconds = time_sides(runs, rounds=rounds, settle=REST_SECONDS)
         found[shape] = {key: spread(1000 * values) for key, values in seconds.items()}
-        print(f"{LABELS[shape]}: timed {len(runs)} sides in {time.monotonic() - start:.0f} s", flush=True)
+        print(f"{LABELS[shape]}: timed {len(runs)} sides in {time.perf_counter() - start:.0f} s", flush=True)
     return found
 
 
@@ -214,6 +215,8 @@ def print_table(title: str, result: Mapping[str, Any], peaks: Mapping[str, float
 def main(
     model: Path, bundle: Path, context: str | None, gguf: Path | None, rounds: int, tokens: int | None, name: str
 ) -> None:
+    if gguf is not None:
+        require_llama_cpp()
     opened, threads = open_bundle(bundle), available_cores()
     context = context or opened.contexts[0]
     torch.set_num_threads(threads)

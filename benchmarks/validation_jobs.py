@@ -2,8 +2,8 @@
 
     python benchmarks/validation_jobs.py demo/model.pt
 
-The bundle is built without validation; then `cpcompile validate` without timings and measurements of memory runs with
-each number of `--jobs` in turn, in a process of its own, and again.
+The bundle is built without validation; then `cpcompile validate`, without timings and measurements of memory, runs
+with each number of `--jobs` in turn, several times.
 """
 
 from __future__ import annotations
@@ -20,16 +20,19 @@ from rich.console import Console
 from rich.table import Table
 
 from cpcompile.bundle.reader import open_bundle
+from cpcompile.cli.options import VERDICT_EXIT_CODES
 from cpcompile.machine.environment import available_cores
 
 COMPARISONS_ALONE = ("--no-speed", "--no-memory", "--no-layers")
 
 
-def cpcompile(*arguments: object) -> float:
-    """The seconds that a command takes."""
+def seconds_of(*arguments: object) -> float:
+    """How long a command takes, whatever its verdict is."""
     started = time.perf_counter()
     command = [sys.executable, "-m", "cpcompile", *map(str, arguments)]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    if done.returncode not in VERDICT_EXIT_CODES.values():
+        raise click.ClickException(done.stderr)
     return time.perf_counter() - started
 
 
@@ -43,12 +46,12 @@ def main(model: Path, jobs: str, runs: int, name: str) -> None:
     seconds: dict[int, list[float]] = {count: [] for count in counts}
     with tempfile.TemporaryDirectory() as folder:
         bundle = Path(folder) / "model.cpc"
-        cpcompile("build", model, "-o", bundle, "--no-validate")
+        seconds_of("build", model, "-o", bundle, "--no-validate")
         contexts = len(open_bundle(bundle).contexts)
         for _ in range(runs):
             for count in counts:
                 command = ("validate", bundle, "--model", model, "--jobs", count, *COMPARISONS_ALONE)
-                seconds[count].append(cpcompile(*command))
+                seconds[count].append(seconds_of(*command))
                 print(f"{count} jobs: {seconds[count][-1]:.1f} s", flush=True)
     rows = {count: spread(each) for count, each in seconds.items()}
     table = Table(title=f"{contexts} contexts, {available_cores()} cores")

@@ -202,6 +202,7 @@ def warn_without_cache(bundle: Path) -> None:
 @click.option("--merged", is_flag=True, help="Estimate a build with --merged.")
 @click.option("--vocabulary-coverage", type=float, metavar="PART", help="Estimate a build with --vocabulary-coverage.")
 @click.option("--no-memory", is_flag=True, help="Estimate a build with --no-memory.")
+@click.option("--jobs", type=int, default=1, help="Estimate a build with --jobs.")
 @click.option("--batch", type=click.IntRange(1, LARGEST), default=1, help="Sequences per engine run.")
 @click.option("--sequence", type=click.IntRange(1, LARGEST), default=128, help="Tokens per sequence.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
@@ -212,6 +213,7 @@ def estimate(
     merged: bool,
     vocabulary_coverage: float | None,
     no_memory: bool,
+    jobs: int,
     batch: int,
     sequence: int,
     as_json: bool,
@@ -238,7 +240,7 @@ def estimate(
     )
     shape = RunShape(batch=batch, sequence=sequence)
     with stage_progress() as stage:
-        estimated = estimate_build(model, config, ValidateConfig(memory=not no_memory), shape, stage)
+        estimated = estimate_build(model, config, ValidateConfig(memory=not no_memory, jobs=jobs), shape, stage)
     if as_json:
         click.echo(json.dumps(estimated.to_plain(), indent=1))
         return

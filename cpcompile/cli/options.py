@@ -33,7 +33,7 @@ _VALIDATION_OPTIONS = (
         "--jobs",
         type=int,
         metavar="N",
-        help="Compare N contexts with the eager model at the same time, each in a process; timings stay one by one.  "
+        help="Compare N contexts with the eager model at once, each in its own process; timings run one at a time.  "
         f"[default: {ValidateConfig.jobs}]",
     ),
     click.option(

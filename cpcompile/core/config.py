@@ -310,7 +310,7 @@ class ValidateConfig:
     threads: int = 0
     """Threads of engine and eager model; 0 takes all cores."""
     jobs: int = 1
-    """Contexts that are compared with the eager model at the same time, each in a process; timings come after that."""
+    """How many contexts are compared with the eager model at once, each in its own process; timings follow."""
     peers: tuple[str, ...] = (DENSE_PEER,)
     """Peers that are timed along with the engines; `("all",)` takes all of PEERS, `("none",)` or `()` none."""
     memory: bool = True

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from queue import SimpleQueue
-from typing import Any
+from typing import IO, Any
 
 from cpcompile.core.errors import CpcompileError
 
@@ -21,46 +22,69 @@ def in_fresh_process(*arguments: str) -> Any:
     command = _command(arguments)
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        last = (done.stderr.strip() or f"exit code {done.returncode}").rsplit("\n", maxsplit=1)[-1]
-        raise CpcompileError(f"the measuring process failed ({' '.join(arguments[:2])}): {last}")
+        why = _reason(done.stderr, done.returncode)
+        raise CpcompileError(f"the measuring process failed ({' '.join(arguments[:2])}): {why}")
     return json.loads(done.stdout.strip().rsplit("\n", maxsplit=1)[-1])
 
 
 @contextmanager
 def fresh_processes(count: int, *arguments: str) -> Iterator[Callable[[str], Any]]:
-    """So many processes `python arguments…`, which answer every line that they read with a line of JSON.
+    """Start `count` processes `python arguments…`, each of which answers every line that it reads with a line of JSON.
 
-    Any thread may call the function that is yielded: it asks a process that is free, and waits for one if need be.
-    CpcompileError: the process ended instead. None of them outlives the block.
+    The function that is yielded asks one that is free, and waits for one if need be; any thread may call it.
+    CpcompileError: the process ended instead of answering. No process outlives the block.
     """
-    processes = [
-        subprocess.Popen(_command(arguments), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        for _ in range(count)
-    ]
-    free: SimpleQueue[subprocess.Popen[str]] = SimpleQueue()
-    for each in processes:
-        free.put(each)
+    with ExitStack() as started:
+        processes: list[subprocess.Popen[str]] = []
+        free: SimpleQueue[tuple[subprocess.Popen[str], IO[str]]] = SimpleQueue()
+        started.callback(_end, processes)
+        for _ in range(count):
+            errors = started.enter_context(tempfile.TemporaryFile("w+", errors="replace"))
+            # In a session of its own, because Ctrl-C in a terminal is for the process that asks.
+            process = subprocess.Popen(
+                _command(arguments),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                start_new_session=True,
+            )
+            processes.append(process)
+            free.put((process, errors))
 
-    def ask(line: str) -> Any:
-        process = free.get()
-        assert process.stdin is not None and process.stdout is not None
-        try:
-            print(line, file=process.stdin, flush=True)
-            answer = process.stdout.readline()
-        except BrokenPipeError:
-            answer = ""
-        finally:
-            free.put(process)
-        if not answer:
-            raise CpcompileError(f"the process {' '.join(arguments[:2])} ended with the exit code {process.wait()}")
-        return json.loads(answer)
+        def ask(line: str) -> Any:
+            process, errors = free.get()
+            try:
+                return _answer(process, line)
+            except (OSError, ValueError) as error:
+                process.kill()
+                errors.seek(0)
+                why = _reason(errors.read(), process.wait())
+                raise CpcompileError(f"the process {' '.join(arguments[:2])} failed: {why}") from error
+            finally:
+                free.put((process, errors))
 
-    try:
         yield ask
-    finally:
-        for each in processes:
-            each.kill()
+
+
+def _answer(process: subprocess.Popen[str], line: str) -> Any:
+    """What `process` says to `line`; OSError or ValueError if it is gone, or says something else than JSON."""
+    assert process.stdin is not None and process.stdout is not None
+    print(line, file=process.stdin, flush=True)
+    return json.loads(process.stdout.readline())
+
+
+def _end(processes: Sequence[subprocess.Popen[str]]) -> None:
+    for each in processes:
+        each.kill()
+    for each in processes:
+        with suppress(OSError):  # what was still to be written, nobody reads
             each.communicate()
+
+
+def _reason(errors: str, exit_code: int) -> str:
+    """The last line that a failed process wrote, or else how it ended."""
+    return (errors.strip() or f"exit code {exit_code}").rsplit("\n", maxsplit=1)[-1]
 
 
 def _command(arguments: Sequence[str]) -> list[str]:

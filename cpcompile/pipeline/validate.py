@@ -14,7 +14,7 @@ from cpcompile.core.types import Progress
 from cpcompile.frontend.source import Source
 from cpcompile.machine.environment import environment
 from cpcompile.pipeline.jobs import compare_in_processes
-from cpcompile.pipeline.references import open_with_model, reference_of, trimmed_vocabularies
+from cpcompile.pipeline.references import open_with_model, reference_of
 from cpcompile.pipeline.up_to_date import (
     Digests,
     conditions_of,
@@ -57,7 +57,7 @@ def validate_bundle(
     bundle, source = open_with_model(path, model, progress)
     training = training_of(source)
     reference = reference_of(bundle, source, config, data=data, progress=progress)
-    tokens = {context: own.kept for context, own in trimmed_vocabularies(bundle).items()}
+    tokens = {context: ids for context in bundle.contexts if (ids := bundle.token_ids(context)) is not None}
     graphs = FreshGraphs(source, cache(lambda o: source.capture(opset=o)), tokens)
     compared = compare_in_processes(bundle, model, config, data=data, progress=progress)
     with open_peers(config, source, reference, graphs) as peers:

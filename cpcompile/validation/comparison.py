@@ -25,7 +25,7 @@ from cpcompile.validation.rounded_model import schemes_of, schemes_of_plan
 
 
 @dataclass(frozen=True)
-class Comparison:
+class EngineComparison:
     """What an engine computes, beside the eager model."""
 
     parity: Parity
@@ -37,7 +37,7 @@ class Comparison:
         return _failed(self.parity)
 
 
-Compared: TypeAlias = Mapping[tuple[str, str], Comparison]
+Compared: TypeAlias = Mapping[tuple[str, str], EngineComparison]
 """By context and name of the engine."""
 NOT_COMPARED: Compared = {}
 
@@ -50,7 +50,7 @@ def compare_engine(
     *,
     threads: int,
     part: Callable[[str], Steps] = lambda _name: unwatched,
-) -> Comparison:
+) -> EngineComparison:
     """Parity and quality of an engine that can run here; CpcompileError if it cannot be loaded.
 
     part: by its name, the progress of a part of the work.
@@ -66,8 +66,8 @@ def compare_engine(
     cached = partial(_in_two_steps, engine) if isinstance(engine, Engine) and engine.has_cache and steady else None
     parity = compare_outputs(engine.outputs, reference, context, config, variant, part("parity"), cached, schemes)
     if (failed := _failed(parity)) is not None:
-        return Comparison(parity, reference.quality(context, failed))
-    return Comparison(parity, _quality(engine.outputs, reference, context, part("quality")))
+        return EngineComparison(parity, reference.quality(context, failed))
+    return EngineComparison(parity, _quality(engine.outputs, reference, context, part("quality")))
 
 
 def _failed(parity: Parity) -> NotMeasured | None:

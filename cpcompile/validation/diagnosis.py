@@ -29,7 +29,7 @@ from cpcompile.validation.reference import Reference, Run
 
 NOT_WANTED = "no folder was given with --repro"
 EACH_AGREES = "every node of the engine, run alone, computes what it should; the runtime's optimisations may be wrong"
-NO_NUMBERS = "the eager model itself computes NaN or infinity, and the engine what it should; train the model again"
+NO_NUMBERS = "the eager model itself computes NaN or infinity, and so does the engine; look at the weights of the model"
 OTHER_KIND = "nodes are compared only in float32 engines of ONNX Runtime for one context"
 
 

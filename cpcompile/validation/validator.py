@@ -30,7 +30,7 @@ from cpcompile.report.results import (
 )
 from cpcompile.runtime.availability import why_not_here
 from cpcompile.runtime.plan import why_not_taken
-from cpcompile.validation.comparison import NOT_COMPARED, Compared, Comparison, compare_engine, compare_outputs
+from cpcompile.validation.comparison import NOT_COMPARED, Compared, EngineComparison, compare_engine, compare_outputs
 from cpcompile.validation.memory import compare_memory, compare_start, measure_engine
 from cpcompile.validation.placement import measure_placement
 from cpcompile.validation.reference import Reference, Run, Timed
@@ -119,7 +119,7 @@ def _validate_variant(
     peers: Sequence[Runner],
     threads: int,
     progress: Progress,
-    compared: Comparison | None,
+    compared: EngineComparison | None,
 ) -> VariantResult:
     context = variant.context
 

@@ -7,7 +7,7 @@ is tied to the embedding), n positions per run and V logits per position:
     build      L + M + (P + G) T + R                graphs share the weights; R: the vocabulary in a new order
     parity     L'+ M + (P + G) T + R + K + 2M + W(16 n V)     float64; logits in float32, float64 and of the engine
     quality    L'+ M + (P + G) T + R + K + D + W(4 n' V) + 24 s V   windows of s tokens in float64, three arrays
-               with --jobs j: L'+ M + (P + G) T + R here, and j times the larger of both, without (P + G) T, beside it
+               with --jobs j: L'+ M + (P + G) T + R here, and j times the larger of both, without G T and R, beside it
     timing     L'+ M + (P + G) T + R + K + D + D' + W(4 n V)     D': the dense baseline in ONNX Runtime
     measuring  L'+ M + (P + G) T + R + D  in this process, and next to it the larger of
                engine  E + K + W(4 n V)             eager  A + D + W(4 n V)
@@ -176,7 +176,7 @@ def estimate(
         _stage("validate: quality", here | {"engine": engine, "dense": dense, "results": _held(in_quality) + window}),
     )
     jobs = min(validation.jobs, len(facts.contexts))
-    each = max(stage.peak_rss_bytes for stage in compared) - GRAPH * facts.tensors
+    each = max(stage.peak_rss_bytes for stage in compared) - GRAPH * facts.tensors - lasting["ordered vocabulary"]
     validating = list(compared) if jobs == 1 else [_stage("validate: contexts", here | {JOBS: jobs * each})]
     if validation.speed and DENSE_PEER in validation.peers and dense:
         timed = _held(_results(facts, max(batch * sequence for batch, sequence in validation.speed_shapes)))

@@ -149,10 +149,16 @@ def test_processes_answer_any_thread_and_do_not_outlive_the_block() -> None:
     assert not any(Path(f"/proc/{pid}").exists() for pid in processes)
 
 
+def test_a_process_that_says_something_else_is_an_error_with_what_it_complained_of() -> None:
+    complains = "import sys; input(); print('Hello'); print('first', 'last', sep='\\n', file=sys.stderr); input()"
+    with fresh_processes(1, "-c", complains) as ask, pytest.raises(CpcompileError, match=r"failed: last$"):
+        ask("anything")
+
+
 def test_a_process_that_ends_instead_of_answering_is_an_error() -> None:
     with fresh_processes(1, "-c", ANSWERS) as ask:
         for _ in range(2):
-            with pytest.raises(CpcompileError, match=r"(?s)the process -c .* ended with the exit code 3"):
+            with pytest.raises(CpcompileError, match=r"(?s)the process -c .* failed: exit code 3"):
                 ask("end")
 
 
