@@ -3,9 +3,8 @@
     python benchmarks/graph_passes.py demo/model.pt
 
 Engines are built as `cpcompile build --target cpu --precision int8` does, from the calibration beside the model if
-there is one: with all passes of `fused_for_cpu` and `rounded_graphs`, then without one of them, and without any.
-ShareWeights lets contexts store their weights once: without it, every engine has its own. 1 x 1 follows 256 tokens in
-a cache, which is written in place where the engine can do that.
+there is one: with all passes of `fused_for_cpu` and the tied head, then without one of them, and without any. ShareWeights lets contexts store their weights once: without it,
+every engine has its own. 1 x 1 follows 256 tokens in a cache, which is written in place where the engine can do that.
 
 Sides are interleaved. Times are medians; the ratio is the time without the pass to the time with all of them in the
 same round, its median and its quartiles: above 1, the pass gains. ONNX Runtime has passes of its own, so that it runs
@@ -39,15 +38,15 @@ from cpcompile.frontend.source import open_source
 from cpcompile.machine.environment import available_cores
 from cpcompile.passes.freeze import Frozen
 from cpcompile.passes.share_weights import ShareWeights, Whole
+from cpcompile.passes.tied_head import TiedHead
 from cpcompile.pipeline.build import freeze_contexts
-from cpcompile.pipeline.cpu_engines import DERIVATIONS, FUSIONS, Derivations, fused_for_cpu, rounded_graphs
+from cpcompile.pipeline.cpu_engines import FUSIONS, fused_for_cpu, rounded_graphs
 from cpcompile.pipeline.stored_weights import NOT_STORED, Stored, store, wholes
 
 SHAPES = {"1 x 1 after 256": (1, 1, 256), "1 x 128": (1, 128, 0), "4 x 128": (4, 128, 0)}
 """Batch, tokens, tokens in the cache."""
 ALL, NONE = "all passes", "none of them"
-SHARED = ShareWeights.__name__
-DERIVED = tuple(each.__name__ for each in DERIVATIONS)
+TIED, SHARED = TiedHead.__name__, ShareWeights.__name__
 
 Fusions = Sequence[ir.passes.InPlacePass]
 
@@ -71,13 +70,12 @@ def build_engines(
 ) -> dict[str, Built]:
     """The engines of `context` by the pass that is left out."""
     schemes = {} if precision == "fp32" else dict.fromkeys(parameters, precision)
-    files: dict[tuple[Derivations, bool], tuple[ir.Model, Stored]] = {}
+    files: dict[tuple[bool, bool], tuple[ir.Model, Stored]] = {}
     engines = {}
-    for left_out in (ALL, *(type(each).__name__ for each in FUSIONS), *DERIVED, SHARED, NONE):
-        kept = tuple(each for each in DERIVATIONS if left_out not in (each.__name__, NONE))
-        kind = derivations, share = kept, left_out != SHARED
+    for left_out in (ALL, *(type(each).__name__ for each in FUSIONS), TIED, SHARED, NONE):
+        kind = tie, share = left_out not in (TIED, NONE), left_out != SHARED
         if kind not in files:
-            graphs = rounded_graphs(frozen, parameters, schemes, precision, derivations)
+            graphs = rounded_graphs(frozen, parameters, schemes, precision, tie=tie)
             stored = store(writer, graphs.models, graphs.kept, graphs.whole) if share else NOT_STORED
             files[kind] = graphs.models[context], stored
         frozen_graph, stored = files[kind]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import onnx_ir as ir
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass
@@ -17,7 +16,6 @@ from cpcompile.core.types import Steps
 from cpcompile.exporters.onnxruntime_exporter import export_onnxruntime, variant_name
 from cpcompile.exporters.openvino_exporter import export_openvino
 from cpcompile.exporters.openvino_exporter import variant_name as openvino_name
-from cpcompile.passes.fold_factors import FoldFactors
 from cpcompile.passes.freeze import Frozen
 from cpcompile.passes.group_query_attention import GroupQueryAttention
 from cpcompile.passes.quantize_dynamic import QuantizeDynamic
@@ -30,9 +28,6 @@ from cpcompile.passes.standard_products import StandardProducts
 from cpcompile.passes.tied_head import TiedHead
 from cpcompile.pipeline.stored_weights import NOT_STORED, Stored, derive, kept_of, store
 
-Derivations: TypeAlias = Sequence[type[FoldFactors | TiedHead]]
-DERIVATIONS: Derivations = (FoldFactors, TiedHead)
-"""What brings parameters into a form that ONNX Runtime computes with faster, in this order."""
 FUSIONS: tuple[ir.passes.InPlacePass, ...] = (
     CommonSubexpressionEliminationPass(),
     RmsNormalization(),
@@ -65,7 +60,7 @@ def export_rounded(
     parameters: those of all contexts. schemes: the name of the scheme by which each of them is rounded. `frozen` stays
     as it is.
     """
-    graphs = rounded_graphs(frozen, parameters, schemes, precision, derivations_for(config))
+    graphs = rounded_graphs(frozen, parameters, schemes, precision, tie=not config.standard_operators)
     models, stored = graphs.models, store_weights(writer, graphs, config)
     for done, (context, model) in enumerate(models.items()):
         steps(done, len(models))
@@ -81,7 +76,7 @@ def export_all_for_openvino(
     config: BuildConfig,
 ) -> None:
     """Write an OpenVINO engine of every context, with a file of weights that they share."""
-    graphs = rounded_graphs(frozen, parameters, {}, precision, ())
+    graphs = rounded_graphs(frozen, parameters, {}, precision, tie=False)
     stored = store_weights(writer, graphs, config)
     for context, model in graphs.models.items():
         export_for_openvino(writer, context, model, stored, precision)
@@ -97,12 +92,13 @@ def rounded_graphs(
     parameters: Mapping[str, Whole],
     schemes: Mapping[str, str],
     precision: str,
-    derivations: Derivations,
+    *,
+    tie: bool,
 ) -> Graphs:
     """Copies of the graphs of all contexts, with the parameters in `schemes` rounded, as in `export_rounded`.
 
-    derivations: what then changes the form of parameters. NothingToRoundError: a context has nothing that `precision`
-    rounds.
+    tie: whether tied heads are stored as ONNX Runtime reads them fastest. NothingToRoundError: a context has nothing
+    that `precision` rounds.
     """
     whole = dict(parameters)
     models: dict[str, ir.Model] = {}
@@ -112,14 +108,9 @@ def rounded_graphs(
         kept[context] = kept_of(each, parameters)
         with suppress(NothingToRoundError) if precision == MIXED else naming_context(context, precision):
             kept[context] = round_parameters(models[context], kept[context], whole, schemes)
-        for derivation in derivations:
-            kept[context] = derive(derivation(kept[context], whole), models[context], kept[context], whole)
+        if tie:
+            kept[context] = derive(TiedHead(kept[context], whole), models[context], kept[context], whole)
     return Graphs(models, kept, whole)
-
-
-def derivations_for(config: BuildConfig) -> Derivations:
-    """Those that need no other operators than the build may use."""
-    return tuple(each for each in DERIVATIONS if each is not TiedHead or not config.standard_operators)
 
 
 @contextmanager

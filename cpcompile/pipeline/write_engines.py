@@ -33,7 +33,6 @@ from cpcompile.passes.remove_cache import with_all_logits, without_cache
 from cpcompile.passes.share_weights import Whole
 from cpcompile.pipeline.accounting import Accounting
 from cpcompile.pipeline.cpu_engines import (
-    derivations_for,
     export_for_cpu,
     export_for_openvino,
     export_rounded,
@@ -64,7 +63,7 @@ def export_engines(
     those for OpenVINO are written here, because they read the weights of the engines in float32; `export_added` writes
     the others. `frozen` stays as it is.
     """
-    graphs = rounded_graphs(frozen, parameters, {}, "fp32", derivations_for(config))
+    graphs = rounded_graphs(frozen, parameters, {}, "fp32", tie=not config.standard_operators)
     stored = store_weights(writer, graphs, config)
     tokenizers = {}
     for context in frozen:
