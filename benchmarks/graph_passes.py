@@ -3,8 +3,9 @@
     python benchmarks/graph_passes.py demo/model.pt
 
 Engines are built as `cpcompile build --target cpu --precision int8` does, from the calibration beside the model if
-there is one: with all passes of `fused_for_cpu` and the tied head, then without one of them, and without any. ShareWeights lets contexts store their weights once: without it,
-every engine has its own. 1 x 1 follows 256 tokens in a cache, which is written in place where the engine can do that.
+there is one: with all passes of `fused_for_cpu` and the tied head, then without one of them, and without any.
+ShareWeights lets contexts store their weights once: without it, every engine has its own. 1 x 1 follows 256 tokens in
+a cache, which is written in place where the engine can do that.
 
 Sides are interleaved. Times are medians; the ratio is the time without the pass to the time with all of them in the
 same round, its median and its quartiles: above 1, the pass gains. ONNX Runtime has passes of its own, so that it runs
