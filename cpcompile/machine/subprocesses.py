@@ -11,7 +11,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from queue import SimpleQueue
 from typing import IO, Any
 
-from cpcompile.core.errors import CpcompileError
+from cpcompile.core.errors import CpcompileError, UsageError
+from cpcompile.machine.answering import ANSWER, ERROR, EXIT_CODE
 
 
 def in_fresh_process(*arguments: str) -> Any:
@@ -28,11 +29,12 @@ def in_fresh_process(*arguments: str) -> Any:
 
 
 @contextmanager
-def fresh_processes(count: int, *arguments: str) -> Iterator[Callable[[str], Any]]:
-    """Start `count` processes `python arguments…`, each of which answers every line that it reads with a line of JSON.
+def fresh_processes(count: int, module: str, *arguments: str) -> Iterator[Callable[[Any], Any]]:
+    """Start `count` processes that answer questions with `module`.answer(question, *arguments), see `answering`.
 
-    The function that is yielded asks one that is free, and waits for one if need be; any thread may call it.
-    CpcompileError: the process ended instead of answering. No process outlives the block.
+    The function that is yielded asks one that is free, and waits for one if need be; any thread may call it. Questions
+    and answers are what JSON has. UsageError, CpcompileError: as the process raises them; CpcompileError: it failed. No
+    process outlives the block.
     """
     with ExitStack() as started:
         processes: list[subprocess.Popen[str]] = []
@@ -42,7 +44,7 @@ def fresh_processes(count: int, *arguments: str) -> Iterator[Callable[[str], Any
             errors = started.enter_context(tempfile.TemporaryFile("w+", errors="replace"))
             # In a session of its own, because Ctrl-C in a terminal is for the process that asks.
             process = subprocess.Popen(
-                _command(arguments),
+                _command(("-m", "cpcompile.machine.answering", module, *arguments)),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
@@ -52,17 +54,19 @@ def fresh_processes(count: int, *arguments: str) -> Iterator[Callable[[str], Any
             processes.append(process)
             free.put((process, errors))
 
-        def ask(line: str) -> Any:
+        def ask(question: Any) -> Any:
             process, errors = free.get()
             try:
-                return _answer(process, line)
+                said = _answer(process, json.dumps(question))
             except (OSError, ValueError) as error:
                 process.kill()
                 errors.seek(0)
-                why = _reason(errors.read(), process.wait())
-                raise CpcompileError(f"the process {' '.join(arguments[:2])} failed: {why}") from error
+                raise CpcompileError(f"a process failed: {_reason(errors.read(), process.wait())}") from error
             finally:
                 free.put((process, errors))
+            if ERROR in said:
+                raise (UsageError if said[EXIT_CODE] == UsageError.exit_code else CpcompileError)(said[ERROR])
+            return said[ANSWER]
 
         yield ask
 
@@ -84,7 +88,8 @@ def _end(processes: Sequence[subprocess.Popen[str]]) -> None:
 
 def _reason(errors: str, exit_code: int) -> str:
     """The last line that a failed process wrote, or else how it ended."""
-    return (errors.strip() or f"exit code {exit_code}").rsplit("\n", maxsplit=1)[-1]
+    ended = f"it was killed by signal {-exit_code}" if exit_code < 0 else f"exit code {exit_code}"
+    return (errors.strip() or ended).rsplit("\n", maxsplit=1)[-1]
 
 
 def _command(arguments: Sequence[str]) -> list[str]:

@@ -27,10 +27,17 @@ def open_with_model(path: Path, model: Path, progress: Progress) -> tuple[Bundle
     if not model.exists():
         raise UsageError(f"{model}: there is no such file; --model names the model that {path} was built from")
     source = open_source(model)
-    if file_digest(model) != bundle.metadata["checkpoint"]:
-        raise UsageError(f"{path}: was not built from {model}; give its own model with --model, or build it again")
+    require_own_model(bundle, source)
     progress("load", 1, 1)
     return bundle, source
+
+
+def require_own_model(bundle: Bundle, source: Source) -> None:
+    """UsageError if `bundle` was built from another model."""
+    if file_digest(source.path) != bundle.metadata["checkpoint"]:
+        raise UsageError(
+            f"{bundle.root}: was not built from {source.path}; give its own model with --model, or build it again"
+        )
 
 
 def calibration_of(bundle: Bundle, source: Source) -> Calibration:

@@ -60,7 +60,8 @@ def test_what_is_wrong_in_a_process_is_an_error_here(measured: Path, tmp_path: P
 
 
 def test_a_process_ends_when_nobody_asks_any_more(tmp_path: Path) -> None:
-    command = [sys.executable, "-P", "-m", "cpcompile.pipeline.jobs", str(tmp_path / "x.cpc"), "x.pt", "{}", "1"]
+    arguments = ("cpcompile.pipeline.jobs", str(tmp_path / "x.cpc"), "x.pt", "{}", "1")
+    command = [sys.executable, "-P", "-m", "cpcompile.machine.answering", *arguments]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None and process.stdout is not None
         print(json.dumps(["english", ["cpu-fp32"]]), file=process.stdin, flush=True)

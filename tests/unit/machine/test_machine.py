@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import cpcompile
-from cpcompile.core.errors import CpcompileError
+from cpcompile.core.errors import CpcompileError, UsageError
 from cpcompile.core.measured import NotMeasured
 from cpcompile.machine.environment import available_cores, environment
 from cpcompile.machine.gpu import NO_GPU, video_memory
@@ -132,34 +132,51 @@ def test_a_failing_process_says_why() -> None:
 
 
 ANSWERS = """
-import json, os, sys
-for line in sys.stdin:
-    if line == "end\\n":
+import os, sys
+from cpcompile.core.errors import UsageError
+def answer(question, word):
+    if question == "end":
+        print("first", "last", sep="\\n", file=sys.stderr)
         sys.exit(3)
-    print(json.dumps([os.getpid(), line]), flush=True)
+    if question == "kill":
+        os.kill(os.getpid(), 9)
+    if question == "refuse":
+        raise UsageError("refused")
+    print("not an answer")
+    return [os.getpid(), question, word]
 """
 
 
-def test_processes_answer_any_thread_and_do_not_outlive_the_block() -> None:
-    with fresh_processes(2, "-c", ANSWERS) as ask, ThreadPoolExecutor(4) as pool:
+@pytest.fixture
+def answering(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a module that answers."""
+    (tmp_path / "answers_of_a_test.py").write_text(ANSWERS)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    return "answers_of_a_test"
+
+
+def test_processes_answer_any_thread_and_do_not_outlive_the_block(answering: str) -> None:
+    with fresh_processes(2, answering, "word") as ask, ThreadPoolExecutor(4) as pool:
         answers = list(pool.map(ask, "abcdef"))
-    assert [line for _, line in answers] == ["a\n", "b\n", "c\n", "d\n", "e\n", "f\n"]
-    processes = {pid for pid, _ in answers}
+    assert [(question, word) for _, question, word in answers] == [(each, "word") for each in "abcdef"]
+    processes = {pid for pid, _, _ in answers}
     assert 1 <= len(processes) <= 2
     assert not any(Path(f"/proc/{pid}").exists() for pid in processes)
 
 
-def test_a_process_that_says_something_else_is_an_error_with_what_it_complained_of() -> None:
-    complains = "import sys; input(); print('Hello'); print('first', 'last', sep='\\n', file=sys.stderr); input()"
-    with fresh_processes(1, "-c", complains) as ask, pytest.raises(CpcompileError, match=r"failed: last$"):
-        ask("anything")
-
-
-def test_a_process_that_ends_instead_of_answering_is_an_error() -> None:
-    with fresh_processes(1, "-c", ANSWERS) as ask:
+@pytest.mark.parametrize(("question", "says"), [("end", "a process failed: last$"), ("kill", "killed by signal 9$")])
+def test_a_process_that_ends_instead_of_answering_is_an_error(answering: str, question: str, says: str) -> None:
+    with fresh_processes(1, answering, "word") as ask:
         for _ in range(2):
-            with pytest.raises(CpcompileError, match=r"(?s)the process -c .* failed: exit code 3"):
-                ask("end")
+            with pytest.raises(CpcompileError, match=says):
+                ask(question)
+
+
+def test_what_a_process_refuses_is_refused_and_it_goes_on(answering: str) -> None:
+    with fresh_processes(1, answering, "word") as ask:
+        with pytest.raises(UsageError, match="^refused$"):
+            ask("refuse")
+        assert ask("again")[1:] == ["again", "word"]
 
 
 def test_a_file_in_the_working_folder_is_not_taken_for_a_library(tmp_path, monkeypatch) -> None:
