@@ -115,7 +115,7 @@ def build(
       cpcompile build model.pt2                       # your own module, see `cpcompile.save_program`
 
     \b
-    Engines with weights in few bits are added alongside those in float32:
+    Engines with low-bit weights are added alongside those in float32:
       cpcompile build model.pt --target cpu           # cpu-int8: products of 8-bit integers
       cpcompile build model.pt --target cpu --precision int8-weights,int4-weights
       cpcompile build model.pt --target best --max-perplexity-increase 0.01   # the fastest of all within that budget

@@ -17,7 +17,7 @@ from cpcompile.core.config import ROUNDED
     "--tokens", type=click.IntRange(1), default=8192, help="Training text that is read for each context, at most."
 )
 @click.option(
-    "--precision", "precisions", default=",".join(ROUNDED), help="Those of the engines that you want to build."
+    "--precision", "precisions", default=",".join(ROUNDED), help="Precisions of the engines that you want to build."
 )
 def calibrate(model: Path, data: Path, tokens: int, precisions: str) -> None:
     """Choose how the weights of MODEL are rounded, so that their errors make up for each other (GPTQ, SmoothQuant).

@@ -66,7 +66,7 @@ def main(debug: bool) -> None:
     \b
     cpcompile demo                                # the whole workflow on text already on your machine
     cpcompile train --data corpus/ --out model.pt
-    cpcompile calibrate model.pt --data corpus/   # better weights in few bits
+    cpcompile calibrate model.pt --data corpus/   # better low-bit weights
     cpcompile estimate model.pt                   # memory and size of a build, before it starts
     cpcompile build model.pt -o model.cpc
     cpcompile validate model.cpc --model model.pt

@@ -21,7 +21,7 @@ from cpcompile.cli.options import FilePath
 )
 @click.option("--max-new-tokens", "-n", type=int, default=128, help="Most tokens to write.")
 @click.option("--temperature", type=float, default=0.0, help="0 for the most likely tokens; about 0.8 for variety.")
-@click.option("--top-k", type=int, default=0, help="Choose among so many of the most likely tokens; 0 for all.")
+@click.option("--top-k", type=int, default=0, help="Sample from the N most likely tokens; 0 for all.")
 @click.option("--top-p", type=float, default=1.0, help="Choose among the tokens that make up this probability.")
 @click.option("--repetition-penalty", type=float, default=1.0, help="Above 1, tokens that occurred become less likely.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; repeatable.")
