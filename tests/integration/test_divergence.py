@@ -83,6 +83,7 @@ def test_a_perturbed_weight_is_named_in_the_report(bundle: Bundle, tmp_path: Pat
     assert errors["layers.0"] < found["tolerance"] < errors["layers.1"]
 
 
+@pytest.mark.slow
 def test_a_model_without_numbers_is_not_blamed_on_the_engine(trained: Path, tmp_path: Path) -> None:
     plain = torch.load(trained, weights_only=True)
     plain["state"]["layers.0.ffn.down.weight"][0, 0] = float("nan")
