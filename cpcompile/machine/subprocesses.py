@@ -59,9 +59,10 @@ def fresh_processes(count: int, module: str, *arguments: str) -> Iterator[Callab
             try:
                 said = _answer(process, json.dumps(question))
             except (OSError, ValueError) as error:
-                process.kill()
+                process.kill()  # it may be there still
+                exit_code = process.wait()
                 errors.seek(0)
-                raise CpcompileError(f"a process failed: {_reason(errors.read(), process.wait())}") from error
+                raise CpcompileError(f"a process failed: {_reason(errors.read(), exit_code)}") from error
             finally:
                 free.put((process, errors))
             if ERROR in said:
