@@ -15,6 +15,10 @@ from cpcompile.core.errors import CpcompileError, UsageError
 from cpcompile.machine.answering import ANSWER, ERROR, EXIT_CODE
 
 
+class ProcessFailedError(CpcompileError):
+    """A process ended instead of answering, or said something else."""
+
+
 def in_fresh_process(*arguments: str) -> Any:
     """Run `python arguments…` and return the JSON of the last line that it prints; CpcompileError if it fails.
 
@@ -33,8 +37,8 @@ def fresh_processes(count: int, module: str, *arguments: str) -> Iterator[Callab
     """Start `count` processes that answer questions with `module`.answer(question, *arguments), see `answering`.
 
     The function that is yielded asks one that is free, and waits for one if need be; any thread may call it. Questions
-    and answers are what JSON has. UsageError, CpcompileError: as the process raises them; CpcompileError: it failed. No
-    process outlives the block.
+    and answers are what JSON has. UsageError, CpcompileError: as the process raises them. ProcessFailedError: there
+    is no answer. No process outlives the block.
     """
     with ExitStack() as started:
         processes: list[subprocess.Popen[str]] = []
@@ -62,7 +66,7 @@ def fresh_processes(count: int, module: str, *arguments: str) -> Iterator[Callab
                 process.kill()  # it may be there still
                 exit_code = process.wait()
                 errors.seek(0)
-                raise CpcompileError(f"a process failed: {_reason(errors.read(), exit_code)}") from error
+                raise ProcessFailedError(f"a process failed: {_reason(errors.read(), exit_code)}") from error
             finally:
                 free.put((process, errors))
             if ERROR in said:

@@ -13,12 +13,11 @@ import torch
 
 from cpcompile.bundle.reader import Bundle, open_bundle
 from cpcompile.core.config import ValidateConfig
-from cpcompile.core.errors import CpcompileError, UsageError
 from cpcompile.core.json_form import from_json, to_json
 from cpcompile.core.types import Progress
 from cpcompile.frontend.source import open_source
 from cpcompile.machine.environment import available_cores
-from cpcompile.machine.subprocesses import fresh_processes
+from cpcompile.machine.subprocesses import ProcessFailedError, fresh_processes
 from cpcompile.pipeline.references import reference_of, require_own_model
 from cpcompile.report.results import NO_RESULTS, Results
 from cpcompile.runtime.availability import why_not_here
@@ -38,8 +37,8 @@ def compare_in_processes(
 ) -> Compared:
     """The comparisons of engines for the CPU, `config.jobs` contexts at a time; empty if that makes one process.
 
-    kept: results of engines that are left out. UsageError, CpcompileError: as `compare_engine` raises them;
-    CpcompileError: a process failed.
+    kept: results of engines that are left out. UsageError, CpcompileError: as `compare_engine` raises them.
+    ProcessFailedError: a process could not answer.
     """
     contexts = {context: names for context in bundle.contexts if (names := _engines(bundle, context, kept))}
     jobs = min(config.jobs, len(contexts))
@@ -56,10 +55,8 @@ def compare_in_processes(
             context = asked[future]
             try:
                 answers = future.result()
-            except UsageError:
-                raise
-            except CpcompileError as error:
-                raise CpcompileError(f"{context}: {error}; if memory ran out, fewer --jobs need less") from error
+            except ProcessFailedError as error:
+                raise ProcessFailedError(f"{context}: {error}; if memory ran out, fewer --jobs need less") from error
             found |= {(context, name): from_json(EngineComparison, each) for name, each in answers.items()}
             progress(stage, done, len(contexts))
     return found
@@ -81,12 +78,10 @@ def answer(
     """Parity and quality of engines, by their names, for `question`: a context, and the names."""
     context, names = question
     opened, reference, settings = _open(bundle, model, config, threads, data)
-    found = {}
-    for name in names:
-        variant = opened.variant(context, name)
-        opened.verify_engine(variant)
-        found[name] = to_json(compare_engine(opened, variant, reference, settings, threads=int(threads)))
-    return found
+    return {
+        name: to_json(compare_engine(opened, opened.variant(context, name), reference, settings, threads=int(threads)))
+        for name in names
+    }
 
 
 @cache

@@ -15,11 +15,7 @@ from cpcompile.frontend.source import Source
 from cpcompile.machine.environment import environment
 from cpcompile.pipeline.jobs import compare_in_processes
 from cpcompile.pipeline.references import open_with_model, reference_of
-from cpcompile.pipeline.up_to_date import (
-    Digests,
-    conditions_of,
-    dense_digest,
-)
+from cpcompile.pipeline.up_to_date import Digests, conditions_of, dense_digest
 from cpcompile.report import (
     BuildResult,
     ContextResult,

@@ -31,11 +31,6 @@ class EngineComparison:
     parity: Parity
     quality: Quality
 
-    @property
-    def failed(self) -> NotMeasured | None:
-        """The reason, if outputs cannot be compared: there is nothing to score, and no point in timing it."""
-        return _failed(self.parity)
-
 
 Compared: TypeAlias = Mapping[tuple[str, str], EngineComparison]
 """By context and name of the engine."""
@@ -65,12 +60,13 @@ def compare_engine(
     steady = all(scheme.block is not None for scheme in schemes.values())
     cached = partial(_in_two_steps, engine) if isinstance(engine, Engine) and engine.has_cache and steady else None
     parity = compare_outputs(engine.outputs, reference, context, config, variant, part("parity"), cached, schemes)
-    if (failed := _failed(parity)) is not None:
+    if (failed := incomparable(parity)) is not None:
         return EngineComparison(parity, reference.quality(context, failed))
     return EngineComparison(parity, _quality(engine.outputs, reference, context, part("quality")))
 
 
-def _failed(parity: Parity) -> NotMeasured | None:
+def incomparable(parity: Parity) -> NotMeasured | None:
+    """The reason, if outputs cannot be compared: there is nothing to score, and no point in timing the engine."""
     apart = parity.verdict == "fail" and isinstance(parity.max_abs_error, NotMeasured)
     return NotMeasured(f"parity failed: {parity.reason}") if apart else None
 
@@ -85,7 +81,10 @@ def compare_outputs(
     cached: Run | None = None,
     schemes: Schemes = UNROUNDED,
 ) -> Parity:
-    """`variant` is what runs, unless it is a peer, which is in float32 and takes every shape."""
+    """The parity of `run` on the inputs of `context`.
+
+    variant: what runs, unless it is a peer, which is in float32 and takes every shape. cached: the same with a cache.
+    """
     inputs, missing = _counted(lambda: reference.inputs(context), steps), reference.no_inputs
     if variant is not None and variant.plan:
         inputs = (feeds for feeds in inputs if why_not_taken(variant, feeds) is None)

@@ -30,7 +30,14 @@ from cpcompile.report.results import (
 )
 from cpcompile.runtime.availability import why_not_here
 from cpcompile.runtime.plan import why_not_taken
-from cpcompile.validation.comparison import NOT_COMPARED, Compared, EngineComparison, compare_engine, compare_outputs
+from cpcompile.validation.comparison import (
+    NOT_COMPARED,
+    Compared,
+    EngineComparison,
+    compare_engine,
+    compare_outputs,
+    incomparable,
+)
 from cpcompile.validation.memory import compare_memory, compare_start, measure_engine
 from cpcompile.validation.placement import measure_placement
 from cpcompile.validation.reference import Reference, Run, Timed
@@ -139,7 +146,7 @@ def _validate_variant(
     if compared is None:
         compared = compare_engine(bundle, variant, reference, config, threads=threads, part=part)
     results: tuple[PeerResult, ...] = ()
-    if (failed := compared.failed) is not None:
+    if (failed := incomparable(compared.parity)) is not None:
         speed, throughput = Speed.without(failed.reason), Throughput.without(failed.reason)
         placement = Placement.without(failed.reason)
         processes: Processes = (failed, _dense_process(reference, context, config, threads))
